@@ -5,6 +5,7 @@ run, so the (simple) format is written here, with sorted metadata, and every
 file is read back through the package before it counts as written.
 """
 
+import hashlib
 import json
 import pathlib
 
@@ -43,3 +44,14 @@ def write(path, tensors, script, seed, **metadata):
     for name, tensor in tensors.items():
         assert torch.equal(read[name].nan_to_num(), tensor.detach().nan_to_num()), name
     print(f"{path}: {len(tensors)} tensors, {target.stat().st_size / 1e3:.0f} kB")
+
+
+def write_manifest():
+    """SHA-256 of every fixture that a script of this folder made, in the format of `sha256sum --check`."""
+    lines = []
+    for path in sorted(REPOSITORY.glob("crates/*/tests/fixtures/*.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("script", "").startswith("tools/pytorch/"):
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                lines.append(f"{digest}  {path.relative_to(REPOSITORY).as_posix()}\n")
+    (REPOSITORY / "tools/pytorch/fixtures.sha256").write_text("".join(lines))

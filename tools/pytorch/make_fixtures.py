@@ -1,18 +1,20 @@
-"""Regenerates every committed fixture and `fixtures.sha256`: `python make_fixtures.py`."""
+"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity]`."""
 
-import hashlib
+import sys
 
 import torch
 
 import fixture_file
+import lesson_parity
 import ops
+import sgd
 
+# One thread and fixed algorithms: sums are taken in the same order every time.
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
-for script in (ops,):
-    script.make()
+scripts = {script.__name__: script for script in (ops, sgd, lesson_parity)}
+for name in sys.argv[1:] or scripts:
+    scripts[name].make()
 
-files = sorted(fixture_file.REPOSITORY.glob("crates/*/tests/fixtures/*.safetensors"))
-lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(fixture_file.REPOSITORY).as_posix()}\n" for f in files]
-(fixture_file.REPOSITORY / "tools/pytorch/fixtures.sha256").write_text("".join(lines))
+fixture_file.write_manifest()

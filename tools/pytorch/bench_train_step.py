@@ -1,0 +1,102 @@
+"""The PyTorch side of `cargo xtask bench train-step`: one long-lived process, one line in, one line out.
+
+A line `run <steps>` on stdin runs that many steps on seeded random data and is
+answered by one line of JSON:
+
+    {"seconds_per_step": 2.5, "images_per_second": 12.8, "peak_mib": 1900.0, "threads": 2, "framework": "PyTorch 2.15.0"}
+
+A training step is zero_grad, forward, cross-entropy, backward, SGD step. The end of stdin ends the process.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from lesson_googlenet import LessonGoogLeNet
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    step = MODES[arguments.mode](arguments)
+    for line in sys.stdin:
+        word, steps = line.split()
+        if word != "run" or int(steps) < 1:
+            sys.exit(f"expected `run <steps>`, got {line!r}")
+        start = time.perf_counter()
+        for _ in range(int(steps)):
+            step()
+        seconds = (time.perf_counter() - start) / int(steps)
+        answer = {
+            "seconds_per_step": seconds,
+            "images_per_second": arguments.batch / seconds,
+            "peak_mib": peak_mib(),
+            "threads": torch.get_num_threads(),
+            "framework": "PyTorch " + torch.__version__.split("+")[0],
+        }
+        print(json.dumps(answer), flush=True)
+
+
+def training(arguments):
+    model, images, labels = prepare(arguments)
+    # A small step: the data are noise, and the weights must stay finite however long the benchmark runs.
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-5, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(arguments):
+    model, images, _ = prepare(arguments)
+    model.eval()
+
+    @torch.no_grad()
+    def step():
+        model(images)
+
+    return step
+
+
+def prepare(arguments):
+    layout = LAYOUTS[arguments.layout]
+    model = MODELS[arguments.model]().to(memory_format=layout)
+    images = (torch.rand(arguments.batch, 3, 32, 32) * 2 - 1).to(memory_format=layout)
+    return model, images, torch.randint(10, (arguments.batch,))
+
+
+def peak_mib():
+    """The most memory this process has held, or null where the system does not say."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return None
+
+
+MODES = {"train": training, "inference": inference}
+MODELS = {"lesson": LessonGoogLeNet}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="lesson")
+    parser.add_argument("--mode", choices=MODES, default="train")
+    parser.add_argument("--layout", choices=LAYOUTS, default="nchw")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
