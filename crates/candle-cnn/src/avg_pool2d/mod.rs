@@ -1,0 +1,234 @@
+//! Average pooling: fixed windows, adaptive windows, and the whole image.
+
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
+use rayon::prelude::*;
+
+use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::error::OpError;
+use crate::window::Planes;
+
+/// Window of an average pooling, vertical then horizontal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AvgPool2dConfig {
+    /// Height and width of the window, in pixels.
+    pub kernel_size: (usize, usize),
+    /// Step of the window, in pixels, at least 1.
+    pub stride: (usize, usize),
+    /// Border of zeros on each side, in pixels, at most half of the kernel.
+    pub padding: (usize, usize),
+    /// Round the output size up instead of down.
+    pub ceil_mode: bool,
+    /// Whether the border's zeros count in the average (PyTorch's default: yes).
+    pub count_include_pad: bool,
+}
+
+impl AvgPool2dConfig {
+    /// A square window with PyTorch's defaults.
+    pub fn square(kernel_size: usize, stride: usize, padding: usize) -> Self {
+        Self {
+            kernel_size: (kernel_size, kernel_size),
+            stride: (stride, stride),
+            padding: (padding, padding),
+            ceil_mode: false,
+            count_include_pad: true,
+        }
+    }
+}
+
+/// The mean of each window of `x` (N, C, H, W), as
+/// `torch.nn.functional.avg_pool2d`. f32 and f64; any strides.
+///
+/// # Errors
+/// [`OpError`] for shapes, settings, dtypes and devices that do not fit.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_cnn::{AvgPool2dConfig, avg_pool2d};
+/// let x = Tensor::new(&[[[[1f32, 3.0], [5.0, 7.0]]]], &Device::Cpu)?;
+/// let y = avg_pool2d(&x, AvgPool2dConfig::square(2, 2, 0))?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [4.0]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn avg_pool2d(x: &Tensor, config: AvgPool2dConfig) -> Result<Tensor> {
+    const OP: &str = "avg_pool2d";
+    float_dtype(OP, &[x])?;
+    let AvgPool2dConfig {
+        kernel_size,
+        stride,
+        padding,
+        ceil_mode,
+        count_include_pad,
+    } = config;
+    let planes = Planes::new(OP, x, kernel_size, stride, padding, ceil_mode)?;
+    let axis = |axis: crate::window::Axis| -> Vec<Bin> {
+        (0..axis.output)
+            .map(|o| {
+                let range = axis.range(o);
+                // The padded window ends at the padded border at the latest.
+                let start = o * axis.stride;
+                let end = (start + axis.kernel).min(axis.input + 2 * axis.padding);
+                let padded = end - start;
+                Bin {
+                    count: if count_include_pad {
+                        padded
+                    } else {
+                        range.len()
+                    },
+                    range,
+                }
+            })
+            .collect()
+    };
+    let pool = AvgPool2d {
+        op: OP,
+        h: axis(planes.h),
+        w: axis(planes.w),
+    };
+    x.contiguous()?.apply_op1(pool)
+}
+
+/// Means over `output` (height, width) bins that cover `x` (N, C, H, W), as
+/// `torch.nn.functional.adaptive_avg_pool2d`: bin `i` of `n` over `size`
+/// pixels reaches from `⌊i·size/n⌋` to `⌈(i+1)·size/n⌉`. f32 and f64.
+///
+/// # Errors
+/// [`OpError`] for an empty image, an output size of 0, other ranks and dtypes.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// let x = Tensor::ones((2, 3, 7, 5), DType::F32, &Device::Cpu)?;
+/// assert_eq!(candle_cnn::adaptive_avg_pool2d(&x, (4, 4))?.dims(), [2, 3, 4, 4]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor> {
+    const OP: &str = "adaptive_avg_pool2d";
+    float_dtype(OP, &[x])?;
+    let Ok((_, _, height, width)) = x.dims4() else {
+        return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
+    };
+    if output.0 == 0 || output.1 == 0 {
+        return Err(OpError::setting(OP, "output_size", output, "at least 1"));
+    }
+    if height == 0 || width == 0 {
+        return Err(OpError::rank(OP, "input", x, "at least one pixel"));
+    }
+    let axis = |size: usize, bins: usize| -> Vec<Bin> {
+        (0..bins)
+            .map(|i| {
+                let range = i * size / bins..((i + 1) * size).div_ceil(bins);
+                Bin {
+                    count: range.len(),
+                    range,
+                }
+            })
+            .collect()
+    };
+    let pool = AvgPool2d {
+        op: OP,
+        h: axis(height, output.0),
+        w: axis(width, output.1),
+    };
+    x.contiguous()?.apply_op1(pool)
+}
+
+/// The mean of each plane of `x` (N, C, H, W), as (N, C): adaptive average
+/// pooling to 1×1, flattened.
+///
+/// # Errors
+/// As [`adaptive_avg_pool2d`].
+pub fn global_avg_pool2d(x: &Tensor) -> Result<Tensor> {
+    adaptive_avg_pool2d(x, (1, 1))?.flatten_from(1)
+}
+
+/// Input positions of one output position, and its share of the divisor.
+#[derive(Clone, Debug)]
+struct Bin {
+    range: Range<usize>,
+    count: usize,
+}
+
+/// Means over a grid of bins, which may overlap.
+struct AvgPool2d {
+    op: &'static str,
+    h: Vec<Bin>,
+    w: Vec<Bin>,
+}
+
+impl AvgPool2d {
+    fn forward<T: Element>(&self, x: &[T], (height, width): (usize, usize)) -> Vec<T> {
+        let planes = x.len() / (height * width);
+        let output_plane = self.h.len() * self.w.len();
+        let mut y = vec![T::ZERO; planes * output_plane];
+        y.par_chunks_mut(output_plane)
+            .zip(x.par_chunks(height * width))
+            .with_min_len(16)
+            .for_each(|(y, x)| {
+                for (y, (h, w)) in y.iter_mut().zip(self.bins()) {
+                    let rows = h.range.clone();
+                    let sum =
+                        rows.map(|ih| x[ih * width..][w.range.clone()].iter().copied().sum::<T>());
+                    *y = sum.sum::<T>() / T::real((h.count * w.count) as f64);
+                }
+            });
+        y
+    }
+
+    fn backward<T: Element>(&self, dy: &[T], (height, width): (usize, usize)) -> Vec<T> {
+        let output_plane = self.h.len() * self.w.len();
+        let planes = dy.len() / output_plane;
+        let mut dx = vec![T::ZERO; planes * height * width];
+        dx.par_chunks_mut(height * width)
+            .zip(dy.par_chunks(output_plane))
+            .with_min_len(16)
+            .for_each(|(dx, dy)| {
+                for (&dy, (h, w)) in dy.iter().zip(self.bins()) {
+                    let share = dy / T::real((h.count * w.count) as f64);
+                    for ih in h.range.clone() {
+                        for dx in &mut dx[ih * width..][w.range.clone()] {
+                            *dx += share;
+                        }
+                    }
+                }
+            });
+        dx
+    }
+
+    fn bins(&self) -> impl Iterator<Item = (&Bin, &Bin)> {
+        self.h
+            .iter()
+            .flat_map(|h| self.w.iter().map(move |w| (h, w)))
+    }
+}
+
+impl CustomOp1 for AvgPool2d {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (batch, channels, height, width) = layout.shape().dims4()?;
+        dispatch!(self.op, x.dtype(), T => {
+            let y = self.forward(slice::<T>(self.op, x, layout)?, (height, width));
+            let shape = Shape::from((batch, channels, self.h.len(), self.w.len()));
+            Ok((T::to_cpu_storage_owned(y), shape))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        if !x.track_op() {
+            return Ok(None);
+        }
+        let (_, _, height, width) = x.dims4()?;
+        let dy = dy.contiguous()?;
+        dispatch!(self.op, x.dtype(), T => {
+            let dx = with_slice::<T, _>(self.op, &dy, |dy| Ok(self.backward(dy, (height, width))))?;
+            Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+        })
+    }
+}

@@ -1,0 +1,758 @@
+//! The fast path on the CPU.
+//!
+//! Candle's tensors hold one plane per channel (N, C, H, W); the register
+//! tiles of [`crate::simd`] want the channels of a pixel side by side. So each
+//! task takes a few images, lays them out as pixels of channels (with the
+//! padding as real zeros, so that the tiles need no bounds checks), computes,
+//! and writes planes back: two passes over data that is in the cache, against
+//! hundreds of multiplications per element. Nothing is ever expanded to
+//! columns (im2col).
+//!
+//! * forward: gather tiles over the padded input.
+//! * input gradient: the same, over the output gradient (spread by the stride,
+//!   padded by `dilation·(kernel − 1) − padding`) with the kernel turned by
+//!   180° and its channel roles exchanged.
+//! * weight gradient: outer tiles, summed over the pixels of each thread's
+//!   images in order, then over the threads in order: the same bits for the
+//!   same number of threads.
+#![allow(unsafe_code)]
+
+use rayon::prelude::*;
+
+use super::Conv2dGeometry;
+use crate::element::Element;
+use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer};
+
+/// Which gradients somebody needs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs {
+    pub(super) input: bool,
+    pub(super) weight: bool,
+    pub(super) bias: bool,
+}
+
+/// The gradients that were needed.
+pub(super) struct Gradients<T> {
+    pub(super) input: Option<Vec<T>>,
+    pub(super) weight: Option<Vec<T>>,
+    pub(super) bias: Option<Vec<T>>,
+}
+
+/// Pixels that one task handles at a time: enough to use each loaded weight
+/// panel many times, few enough that images and results stay in the L2 cache
+/// (1,024 pixels × 192 channels × 4 bytes = 768 KiB).
+const PIXELS_PER_TASK: usize = 1024;
+
+/// Pixels per block of the weight gradient: 256 pixels × 48 channels × 4
+/// bytes = 48 KiB of output gradient, read again for every input channel tile.
+const PIXELS_PER_OUTER_BLOCK: usize = 256;
+
+/// Planes that a transposition walks at once. Planes of 32×32 floats lie
+/// 4,096 bytes apart and so fall into one set of an L1 cache of 8 to 12 ways.
+const CHANNEL_BLOCK: usize = 8;
+
+/// Pixels that a transposition walks at once: one cache line of f32.
+const PIXEL_BLOCK: usize = 16;
+
+/// Adjacent output channels that one tile computes.
+#[derive(Clone, Copy)]
+struct Panel {
+    start: usize,
+    vectors: usize,
+}
+
+/// Cuts `channels` into panels of two and three vectors where it can.
+fn panels(channels: usize, lanes: usize) -> Vec<Panel> {
+    let mut left = channels.div_ceil(lanes);
+    let mut start = 0;
+    let mut panels = Vec::new();
+    while left > 0 {
+        let vectors = if left == 4 { 2 } else { left.min(MAX_VECTORS) };
+        panels.push(Panel { start, vectors });
+        start += vectors * lanes;
+        left -= vectors;
+    }
+    panels
+}
+
+/// How an image lies in its padded buffer and where each output pixel starts.
+#[derive(Clone, Copy)]
+struct Window {
+    channels: usize,
+    /// Size of the source image.
+    source: (usize, usize),
+    /// Distance at which source pixels are laid out (the stride, for the input gradient).
+    spread: (usize, usize),
+    /// Where the source's first pixel lies in the buffer.
+    origin: (usize, usize),
+    /// Size of the buffer.
+    buffer: (usize, usize),
+    /// Where the first output pixel's first tap lies in the buffer.
+    first: (usize, usize),
+    stride: (usize, usize),
+    output: (usize, usize),
+}
+
+impl Window {
+    fn forward(g: &Conv2dGeometry) -> Self {
+        let padded = |size: usize, padding: usize| size + 2 * padding;
+        Self {
+            channels: g.c_in,
+            source: g.input,
+            spread: (1, 1),
+            origin: g.config.padding,
+            buffer: (
+                padded(g.input.0, g.config.padding.0),
+                padded(g.input.1, g.config.padding.1),
+            ),
+            first: (0, 0),
+            stride: g.config.stride,
+            output: g.output,
+        }
+    }
+
+    fn input_gradient(g: &Conv2dGeometry) -> Self {
+        let axis = |kernel: usize, dilation: usize, padding: usize, size: usize| {
+            let reach = dilation * (kernel - 1);
+            let origin = reach.saturating_sub(padding);
+            let first = padding.saturating_sub(reach);
+            (origin, first, first + size + reach)
+        };
+        let h = axis(
+            g.kernel.0,
+            g.config.dilation.0,
+            g.config.padding.0,
+            g.input.0,
+        );
+        let w = axis(
+            g.kernel.1,
+            g.config.dilation.1,
+            g.config.padding.1,
+            g.input.1,
+        );
+        Self {
+            channels: g.c_out,
+            source: g.output,
+            spread: g.config.stride,
+            origin: (h.0, w.0),
+            buffer: (h.2, w.2),
+            first: (h.1, w.1),
+            stride: (1, 1),
+            output: g.input,
+        }
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.buffer.0 * self.buffer.1 * self.channels
+    }
+
+    fn output_pixels(&self) -> usize {
+        self.output.0 * self.output.1
+    }
+
+    /// Whether every pixel of the buffer is a pixel of the source.
+    fn is_dense(&self) -> bool {
+        self.source == self.buffer
+    }
+
+    /// Offset of each tap from an output pixel's first tap, in elements.
+    fn tap_offsets(&self, g: &Conv2dGeometry) -> Vec<usize> {
+        let mut offsets = Vec::with_capacity(g.kernel.0 * g.kernel.1);
+        for r in 0..g.kernel.0 {
+            for s in 0..g.kernel.1 {
+                let (h, w) = (r * g.config.dilation.0, s * g.config.dilation.1);
+                offsets.push((h * self.buffer.1 + w) * self.channels);
+            }
+        }
+        offsets
+    }
+
+    /// Lays one image's planes out as pixels of channels.
+    fn fill<T: Element>(&self, planes: &[T], buffer: &mut [T]) {
+        if self.is_dense() {
+            return transpose(
+                planes,
+                self.channels,
+                self.output_pixels_of_source(),
+                buffer,
+            );
+        }
+        buffer.fill(T::ZERO);
+        let pixels = self.output_pixels_of_source();
+        let (height, width) = self.source;
+        for h in 0..height {
+            let row = self.origin.0 + h * self.spread.0;
+            if row >= self.buffer.0 {
+                break;
+            }
+            // Columns that fall inside the buffer.
+            let inside = (self.buffer.1.saturating_sub(self.origin.1)).div_ceil(self.spread.1);
+            let width = width.min(inside);
+            for c0 in (0..self.channels).step_by(CHANNEL_BLOCK) {
+                let c1 = self.channels.min(c0 + CHANNEL_BLOCK);
+                for w in 0..width {
+                    let column = self.origin.1 + w * self.spread.1;
+                    let to = (row * self.buffer.1 + column) * self.channels;
+                    for c in c0..c1 {
+                        buffer[to + c] = planes[c * pixels + h * self.source.1 + w];
+                    }
+                }
+            }
+        }
+    }
+
+    fn output_pixels_of_source(&self) -> usize {
+        self.source.0 * self.source.1
+    }
+
+    /// Appends a pointer to the first tap of every output pixel of one image.
+    fn push_rows<T>(&self, image: *const T, rows: &mut Vec<*const T>) {
+        for h in 0..self.output.0 {
+            let line = (self.first.0 + h * self.stride.0) * self.buffer.1 + self.first.1;
+            for w in 0..self.output.1 {
+                rows.push(image.wrapping_add((line + w * self.stride.1) * self.channels));
+            }
+        }
+    }
+}
+
+/// `to[pixel][channel] = from[channel][pixel]`, in blocks that stay in L1.
+fn transpose<T: Copy>(from: &[T], channels: usize, pixels: usize, to: &mut [T]) {
+    for p0 in (0..pixels).step_by(PIXEL_BLOCK) {
+        let p1 = pixels.min(p0 + PIXEL_BLOCK);
+        for c0 in (0..channels).step_by(CHANNEL_BLOCK) {
+            let c1 = channels.min(c0 + CHANNEL_BLOCK);
+            for p in p0..p1 {
+                for c in c0..c1 {
+                    to[p * channels + c] = from[c * pixels + p];
+                }
+            }
+        }
+    }
+}
+
+/// Weights in the order that the gather tiles read: `[panel][tap][channel][lane]`.
+struct PackedWeight<T> {
+    panels: Vec<Panel>,
+    offsets: Vec<usize>,
+    data: Vec<T>,
+    /// `Σ vectors × lanes`: output channels rounded up to whole vectors.
+    width: usize,
+}
+
+impl<T: Element> PackedWeight<T> {
+    /// `at(output channel, tap, input channel)` indexes the original weight.
+    fn new(
+        data: &[T],
+        (c_out, taps, c_in): (usize, usize, usize),
+        lanes: usize,
+        at: impl Fn(usize, usize, usize) -> usize + Sync,
+    ) -> Self {
+        let panels = panels(c_out, lanes);
+        let width = c_out.div_ceil(lanes) * lanes;
+        let mut packed = vec![T::ZERO; width * taps * c_in];
+        let mut offsets = Vec::with_capacity(panels.len());
+        let mut rest = packed.as_mut_slice();
+        let mut slices = Vec::with_capacity(panels.len());
+        let mut offset = 0;
+        for panel in &panels {
+            offsets.push(offset);
+            let len = panel.vectors * lanes * taps * c_in;
+            let (head, tail) = rest.split_at_mut(len);
+            slices.push((*panel, head));
+            rest = tail;
+            offset += len;
+        }
+        slices.into_par_iter().for_each(|(panel, to)| {
+            let panel_width = panel.vectors * lanes;
+            let used = panel_width.min(c_out - panel.start);
+            for k in 0..used {
+                for tap in 0..taps {
+                    for c in 0..c_in {
+                        to[(tap * c_in + c) * panel_width + k] = data[at(panel.start + k, tap, c)];
+                    }
+                }
+            }
+        });
+        Self {
+            panels,
+            offsets,
+            data: packed,
+            width,
+        }
+    }
+}
+
+/// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.
+fn gather<T: Element>(
+    kernels: &Kernels<T>,
+    rows: &[*const T],
+    tap_offsets: &[usize],
+    channels: usize,
+    weight: &PackedWeight<T>,
+    init: &[T],
+    relu: bool,
+    out: &mut [T],
+) {
+    let height = kernels.height;
+    debug_assert_eq!(rows.len() % height, 0);
+    debug_assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
+    for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
+        for (tile, rows) in rows.chunks_exact(height).enumerate() {
+            let args = Gather {
+                rows: rows.as_ptr(),
+                tap_offsets: tap_offsets.as_ptr(),
+                taps: tap_offsets.len(),
+                channels,
+                panel: weight.data[offset..].as_ptr(),
+                init: init[panel.start..].as_ptr(),
+                relu,
+                out: out[tile * height * weight.width + panel.start..].as_mut_ptr(),
+                out_stride: weight.width,
+            };
+            // SAFETY: `rows` holds `height` pointers into a buffer laid out by
+            // `Window`, where every tap of every output pixel is inside; the
+            // panel was packed for these taps and channels; `init` and each
+            // output row hold `width` elements, which the panels partition;
+            // the kernels are those of an instruction set that is available.
+            unsafe { kernels.gather[panel.vectors - 1](&args) };
+        }
+    }
+}
+
+/// Buffers that a task keeps from one group of images to the next.
+struct Scratch<T> {
+    image: Vec<T>,
+    rows: Vec<*const T>,
+    out: Vec<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self {
+            image: Vec::new(),
+            rows: Vec::new(),
+            out: Vec::new(),
+        }
+    }
+}
+
+impl<T: Element> Scratch<T> {
+    /// Lays out the images and lists the rows of all their output pixels,
+    /// repeating the last one up to a multiple of `height`.
+    fn prepare(&mut self, window: &Window, planes: &[T], images: usize, height: usize) {
+        let buffer_len = window.buffer_len();
+        self.image.resize(images * buffer_len, T::ZERO);
+        self.rows.clear();
+        let source_len = window.channels * window.output_pixels_of_source();
+        for (planes, buffer) in planes
+            .chunks_exact(source_len)
+            .zip(self.image.chunks_exact_mut(buffer_len))
+        {
+            window.fill(planes, buffer);
+        }
+        for image in self.image.chunks_exact(buffer_len) {
+            window.push_rows(image.as_ptr(), &mut self.rows);
+        }
+        while self.rows.len() % height != 0 {
+            self.rows.extend(self.rows.last().copied());
+        }
+    }
+
+    /// Convolves the prepared images and writes the planes of the result.
+    #[allow(clippy::too_many_arguments)]
+    fn convolve(
+        &mut self,
+        kernels: &Kernels<T>,
+        window: &Window,
+        tap_offsets: &[usize],
+        weight: &PackedWeight<T>,
+        init: &[T],
+        relu: bool,
+        c_out: usize,
+        planes: &mut [T],
+    ) {
+        self.out.resize(self.rows.len() * weight.width, T::ZERO);
+        gather(
+            kernels,
+            &self.rows,
+            tap_offsets,
+            window.channels,
+            weight,
+            init,
+            relu,
+            &mut self.out,
+        );
+        let pixels = window.output_pixels();
+        for (image, planes) in planes.chunks_exact_mut(c_out * pixels).enumerate() {
+            let out = &self.out[image * pixels * weight.width..];
+            transpose_back(out, weight.width, c_out, pixels, planes);
+        }
+    }
+}
+
+/// `to[channel][pixel] = from[pixel][channel]`, where `from` has `width` columns.
+fn transpose_back<T: Copy>(from: &[T], width: usize, channels: usize, pixels: usize, to: &mut [T]) {
+    for p0 in (0..pixels).step_by(PIXEL_BLOCK) {
+        let p1 = pixels.min(p0 + PIXEL_BLOCK);
+        for c0 in (0..channels).step_by(CHANNEL_BLOCK) {
+            let c1 = channels.min(c0 + CHANNEL_BLOCK);
+            for c in c0..c1 {
+                for p in p0..p1 {
+                    to[c * pixels + p] = from[p * width + c];
+                }
+            }
+        }
+    }
+}
+
+/// Images per task, so that a task has about [`PIXELS_PER_TASK`] pixels but
+/// every thread has work.
+fn images_per_task(g: &Conv2dGeometry, pixels: usize) -> usize {
+    let wanted = PIXELS_PER_TASK.div_ceil(pixels.max(1));
+    wanted.clamp(1, g.batch.div_ceil(rayon::current_num_threads()).max(1))
+}
+
+/// The convolution of all images, in the layout (N, K, H', W').
+pub(super) fn forward<T: Element>(
+    g: &Conv2dGeometry,
+    isa: Isa,
+    x: &[T],
+    weight: &[T],
+    bias: Option<&[T]>,
+    relu: bool,
+) -> Vec<T> {
+    let kernels = T::kernels(isa);
+    let window = Window::forward(g);
+    let pixels = window.output_pixels();
+    let mut y = vec![T::ZERO; g.batch * g.c_out * pixels];
+    if y.is_empty() {
+        return y;
+    }
+    let taps = g.kernel.0 * g.kernel.1;
+    let packed = PackedWeight::new(
+        weight,
+        (g.c_out, taps, g.c_in),
+        kernels.lanes,
+        |k, tap, c| (k * g.c_in + c) * taps + tap,
+    );
+    let mut init = vec![T::ZERO; packed.width];
+    if let Some(bias) = bias {
+        init[..g.c_out].copy_from_slice(bias);
+    }
+    if g.c_in == 0 {
+        // No channel, no product: the bias alone.
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = init[i / pixels % g.c_out];
+        }
+        return y;
+    }
+    let tap_offsets = window.tap_offsets(g);
+    let images = images_per_task(g, pixels);
+    let x_len = g.c_in * g.input.0 * g.input.1;
+    y.par_chunks_mut(images * g.c_out * pixels)
+        .zip(x.par_chunks(images * x_len))
+        .for_each_init(Scratch::default, |scratch, (y, x)| {
+            scratch.prepare(&window, x, x.len() / x_len, kernels.height);
+            scratch.convolve(
+                kernels,
+                &window,
+                &tap_offsets,
+                &packed,
+                &init,
+                relu,
+                g.c_out,
+                y,
+            );
+        });
+    y
+}
+
+/// The needed gradients for the upstream gradient `dy`; where `mask` (the
+/// output of a relu) is given, `dy` counts only where the output is positive.
+pub(super) fn backward<T: Element>(
+    g: &Conv2dGeometry,
+    isa: Isa,
+    x: &[T],
+    weight: &[T],
+    mask: Option<&[T]>,
+    dy: &[T],
+    needs: Needs,
+) -> Gradients<T> {
+    let kernels = T::kernels(isa);
+    let taps = g.kernel.0 * g.kernel.1;
+    let pixels = g.output.0 * g.output.1;
+    let x_len = g.c_in * g.input.0 * g.input.1;
+    let dy_len = g.c_out * pixels;
+    let mut dx = vec![T::ZERO; if needs.input { x.len() } else { 0 }];
+
+    let input_pass = needs.input.then(|| InputPass {
+        window: Window::input_gradient(g),
+        tap_offsets: Window::input_gradient(g).tap_offsets(g),
+        weight: PackedWeight::new(
+            weight,
+            (g.c_in, taps, g.c_out),
+            kernels.lanes,
+            |c, tap, k| (k * g.c_in + c) * taps + (taps - 1 - tap),
+        ),
+        init: vec![T::ZERO; g.c_in.div_ceil(kernels.lanes) * kernels.lanes],
+    });
+
+    // One part per thread, each a run of whole images: the parts' weight
+    // gradients are summed in this order.
+    let threads = rayon::current_num_threads().clamp(1, g.batch.max(1));
+    let images_per_part = g.batch.div_ceil(threads).max(1);
+    let mut dx_parts: Vec<&mut [T]> = if needs.input && x_len > 0 {
+        dx.chunks_mut(images_per_part * x_len).collect()
+    } else {
+        Vec::new()
+    };
+    dx_parts.resize_with(g.batch.div_ceil(images_per_part), Default::default);
+
+    let group = images_per_task(g, pixels.max(g.input.0 * g.input.1));
+    let parts: Vec<Part<T>> = dx_parts
+        .into_par_iter()
+        .enumerate()
+        .map(|(part, dx)| {
+            let first = part * images_per_part;
+            let last = g.batch.min(first + images_per_part);
+            let mut sums = Part::new(g, kernels, needs);
+            let mut scratch = Scratch::default();
+            let mut masked = Vec::new();
+            for start in (first..last).step_by(group) {
+                let end = last.min(start + group);
+                let dy = &dy[start * dy_len..end * dy_len];
+                let dy = match mask {
+                    None => dy,
+                    Some(y) => {
+                        let y = &y[start * dy_len..end * dy_len];
+                        masked.clear();
+                        masked.extend(dy.iter().zip(y).map(|(&dy, &y)| keep_positive(dy, y)));
+                        masked.as_slice()
+                    }
+                };
+                if needs.bias {
+                    sums.add_bias(dy, pixels);
+                }
+                if let Some(pass) = &input_pass
+                    && !dx.is_empty()
+                {
+                    let dx = &mut dx[(start - first) * x_len..(end - first) * x_len];
+                    scratch.prepare(&pass.window, dy, end - start, kernels.height);
+                    scratch.convolve(
+                        kernels,
+                        &pass.window,
+                        &pass.tap_offsets,
+                        &pass.weight,
+                        &pass.init,
+                        false,
+                        g.c_in,
+                        dx,
+                    );
+                }
+                if needs.weight {
+                    let x = &x[start * x_len..end * x_len];
+                    sums.add_weight(g, kernels, &mut scratch, x, dy, end - start);
+                }
+            }
+            sums
+        })
+        .collect();
+
+    let total = Part::sum(parts);
+    Gradients {
+        input: needs.input.then_some(dx),
+        weight: needs.weight.then(|| match &total {
+            Some(total) => total.unpack_weight(g, kernels.lanes),
+            None => vec![T::ZERO; weight.len()],
+        }),
+        bias: needs.bias.then(|| match total {
+            Some(total) => total.bias,
+            None => vec![T::ZERO; g.c_out],
+        }),
+    }
+}
+
+/// PyTorch's threshold backward: zero where the output is not positive; a NaN
+/// output lets the gradient pass.
+#[inline(always)]
+pub(crate) fn keep_positive<T: Element>(dy: T, y: T) -> T {
+    if y <= T::ZERO { T::ZERO } else { dy }
+}
+
+/// What the input gradient needs besides the output gradient.
+struct InputPass<T> {
+    window: Window,
+    tap_offsets: Vec<usize>,
+    weight: PackedWeight<T>,
+    init: Vec<T>,
+}
+
+/// One thread's share of the weight and bias gradients.
+struct Part<T> {
+    /// `[tap][c_in][c_out rounded up to whole vectors]`.
+    weight: Vec<T>,
+    bias: Vec<T>,
+    /// The output gradient in the order that the outer tiles read.
+    packed_dy: Vec<T>,
+}
+
+impl<T: Element> Part<T> {
+    fn new(g: &Conv2dGeometry, kernels: &Kernels<T>, needs: Needs) -> Self {
+        let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
+        let weight_len = g.kernel.0 * g.kernel.1 * g.c_in * width;
+        Self {
+            weight: vec![T::ZERO; if needs.weight { weight_len } else { 0 }],
+            bias: vec![T::ZERO; if needs.bias { g.c_out } else { 0 }],
+            packed_dy: Vec::new(),
+        }
+    }
+
+    fn add_bias(&mut self, dy: &[T], pixels: usize) {
+        if pixels == 0 {
+            return;
+        }
+        let c_out = self.bias.len();
+        for (plane, dy) in dy.chunks_exact(pixels).enumerate() {
+            // Eight partial sums: fast, and less rounding than one.
+            let mut sums = [T::ZERO; 8];
+            let mut chunks = dy.chunks_exact(8);
+            for chunk in &mut chunks {
+                for (sum, &dy) in sums.iter_mut().zip(chunk) {
+                    *sum += dy;
+                }
+            }
+            let rest: T = chunks.remainder().iter().copied().sum();
+            self.bias[plane % c_out] += sums.into_iter().sum::<T>() + rest;
+        }
+    }
+
+    fn add_weight(
+        &mut self,
+        g: &Conv2dGeometry,
+        kernels: &Kernels<T>,
+        scratch: &mut Scratch<T>,
+        x: &[T],
+        dy: &[T],
+        images: usize,
+    ) {
+        let window = Window::forward(g);
+        let tap_offsets = window.tap_offsets(g);
+        scratch.prepare(&window, x, images, 1);
+        let rows = &scratch.rows;
+        let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
+        let panels = panels(g.c_out, kernels.lanes);
+        let pixels = rows.len();
+        self.packed_dy.resize(pixels * width, T::ZERO);
+        for panel in &panels {
+            pack_panel(
+                g,
+                kernels.lanes,
+                *panel,
+                dy,
+                &mut self.packed_dy[panel.start * pixels..],
+            );
+        }
+        for p0 in (0..pixels).step_by(PIXELS_PER_OUTER_BLOCK) {
+            let block = PIXELS_PER_OUTER_BLOCK.min(pixels - p0);
+            for panel in &panels {
+                let panel_width = panel.vectors * kernels.lanes;
+                let dy = &self.packed_dy[panel.start * pixels + p0 * panel_width..]
+                    [..block * panel_width];
+                for (tap, &tap_offset) in tap_offsets.iter().enumerate() {
+                    let mut c = 0;
+                    while c < g.c_in {
+                        let (index, height) = OUTER_HEIGHTS
+                            .into_iter()
+                            .enumerate()
+                            .find(|&(_, h)| h <= kernels.height && h <= g.c_in - c)
+                            .expect("the last height is 1");
+                        let to = (tap * g.c_in + c) * width + panel.start;
+                        let args = Outer {
+                            rows: rows[p0..p0 + block].as_ptr(),
+                            offset: tap_offset + c,
+                            pixels: block,
+                            dy: dy.as_ptr(),
+                            dw: self.weight[to..].as_mut_ptr(),
+                            dw_stride: width,
+                        };
+                        // SAFETY: the rows point into a buffer laid out by
+                        // `Window`, where every tap's `c_in` channels are
+                        // inside and c + height <= c_in; `dy` holds `block`
+                        // rows of the panel; rows c .. c + height of this tap
+                        // in `weight` hold the panel's columns, since panels
+                        // partition `width`; the kernels are available.
+                        unsafe { kernels.outer[index][panel.vectors - 1](&args) };
+                        c += height;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sums the parts in order.
+    fn sum(parts: Vec<Self>) -> Option<Self> {
+        let mut parts = parts.into_iter();
+        let mut total = parts.next()?;
+        for part in parts {
+            let add = |to: &mut [T], from: &[T]| {
+                to.par_chunks_mut(1 << 14)
+                    .zip(from.par_chunks(1 << 14))
+                    .for_each(|(to, from)| {
+                        for (to, &from) in to.iter_mut().zip(from) {
+                            *to += from;
+                        }
+                    });
+            };
+            add(&mut total.weight, &part.weight);
+            add(&mut total.bias, &part.bias);
+        }
+        Some(total)
+    }
+
+    /// The weight gradient in the weight's own layout (K, C, R, S).
+    fn unpack_weight(&self, g: &Conv2dGeometry, lanes: usize) -> Vec<T> {
+        let taps = g.kernel.0 * g.kernel.1;
+        let width = g.c_out.div_ceil(lanes) * lanes;
+        let mut weight = vec![T::ZERO; g.c_out * g.c_in * taps];
+        if weight.is_empty() {
+            return weight;
+        }
+        weight
+            .par_chunks_mut(g.c_in * taps)
+            .enumerate()
+            .for_each(|(k, weight)| {
+                for c in 0..g.c_in {
+                    for tap in 0..taps {
+                        weight[c * taps + tap] = self.weight[(tap * g.c_in + c) * width + k];
+                    }
+                }
+            });
+        weight
+    }
+}
+
+/// One panel of the output gradient as `[pixel][lane]`, zero beyond the channels.
+fn pack_panel<T: Element>(g: &Conv2dGeometry, lanes: usize, panel: Panel, dy: &[T], to: &mut [T]) {
+    let pixels = g.output.0 * g.output.1;
+    let width = panel.vectors * lanes;
+    let used = width.min(g.c_out - panel.start);
+    for (image, dy) in dy.chunks_exact(g.c_out * pixels).enumerate() {
+        let to = &mut to[image * pixels * width..][..pixels * width];
+        let planes = &dy[panel.start * pixels..][..used * pixels];
+        if used < width {
+            to.fill(T::ZERO);
+        }
+        for p0 in (0..pixels).step_by(PIXEL_BLOCK) {
+            let p1 = pixels.min(p0 + PIXEL_BLOCK);
+            for k0 in (0..used).step_by(CHANNEL_BLOCK) {
+                let k1 = used.min(k0 + CHANNEL_BLOCK);
+                for p in p0..p1 {
+                    for k in k0..k1 {
+                        to[p * width + k] = planes[k * pixels + p];
+                    }
+                }
+            }
+        }
+    }
+}

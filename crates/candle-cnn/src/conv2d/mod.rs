@@ -1,0 +1,408 @@
+//! Two-dimensional convolution (cross-correlation, as `torch.nn.functional.conv2d`).
+
+mod cpu;
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use candle_core::{
+    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType,
+};
+
+use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::error::OpError;
+use crate::simd::Isa;
+
+pub(crate) use cpu::keep_positive;
+pub use reference::{conv2d_backward_reference, conv2d_reference};
+
+const OP: &str = "conv2d";
+
+/// Stride, padding and dilation of a convolution, vertical then horizontal.
+///
+/// ```
+/// use candle_cnn::Conv2dConfig;
+/// let same = Conv2dConfig::padded(1);
+/// assert_eq!(same, Conv2dConfig { padding: (1, 1), ..Default::default() });
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Conv2dConfig {
+    /// Step of the window, in pixels, at least 1.
+    pub stride: (usize, usize),
+    /// Zeros added on each side, in pixels.
+    pub padding: (usize, usize),
+    /// Distance between the taps of the kernel, in pixels, at least 1.
+    pub dilation: (usize, usize),
+}
+
+impl Default for Conv2dConfig {
+    fn default() -> Self {
+        Self {
+            stride: (1, 1),
+            padding: (0, 0),
+            dilation: (1, 1),
+        }
+    }
+}
+
+impl Conv2dConfig {
+    /// Stride 1, no dilation, `padding` zeros on every side.
+    pub fn padded(padding: usize) -> Self {
+        Self {
+            padding: (padding, padding),
+            ..Self::default()
+        }
+    }
+}
+
+/// All the sizes of one convolution, checked against each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv2dGeometry {
+    /// Images in the batch.
+    pub batch: usize,
+    /// Input channels.
+    pub c_in: usize,
+    /// Input height and width, in pixels.
+    pub input: (usize, usize),
+    /// Output channels.
+    pub c_out: usize,
+    /// Kernel height and width.
+    pub kernel: (usize, usize),
+    /// Output height and width, in pixels.
+    pub output: (usize, usize),
+    /// Stride, padding, dilation.
+    pub config: Conv2dConfig,
+}
+
+impl Conv2dGeometry {
+    /// Derives the output size of `x` (N, C, H, W) under `weight` (K, C, R, S).
+    ///
+    /// # Errors
+    /// Ranks other than 4, channel counts that differ, a zero stride, dilation
+    /// or kernel, and a dilated kernel that is larger than the padded input.
+    pub fn new(x: &Tensor, weight: &Tensor, config: Conv2dConfig) -> Result<Self> {
+        let Ok((batch, c_in, height, width)) = x.dims4() else {
+            return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
+        };
+        let Ok((c_out, weight_c_in, r, s)) = weight.dims4() else {
+            return Err(OpError::rank(
+                OP,
+                "weight",
+                weight,
+                "(C_out, C_in, kernel height, kernel width)",
+            ));
+        };
+        if c_in != weight_c_in {
+            return Err(OpError::Shapes {
+                op: OP,
+                left_name: "input",
+                left: x.dims().to_vec(),
+                right_name: "weight",
+                right: weight.dims().to_vec(),
+                rule: "dimension 1 of both is the number of input channels",
+            }
+            .into());
+        }
+        let output = (
+            output_size(
+                height,
+                r,
+                config.stride.0,
+                config.padding.0,
+                config.dilation.0,
+            ),
+            output_size(
+                width,
+                s,
+                config.stride.1,
+                config.padding.1,
+                config.dilation.1,
+            ),
+        );
+        for (name, pair) in [("stride", config.stride), ("dilation", config.dilation)] {
+            if pair.0 == 0 || pair.1 == 0 {
+                return Err(OpError::setting(OP, name, pair, "at least 1"));
+            }
+        }
+        let (Some(h_out), Some(w_out)) = output else {
+            return Err(OpError::Window {
+                op: OP,
+                window: (
+                    config.dilation.0 * r.saturating_sub(1) + 1,
+                    config.dilation.1 * s.saturating_sub(1) + 1,
+                ),
+                input: (height, width),
+                padding: config.padding,
+            }
+            .into());
+        };
+        Ok(Self {
+            batch,
+            c_in,
+            input: (height, width),
+            c_out,
+            kernel: (r, s),
+            output: (h_out, w_out),
+            config,
+        })
+    }
+
+    fn output_shape(&self) -> Shape {
+        Shape::from((self.batch, self.c_out, self.output.0, self.output.1))
+    }
+
+    /// Multiply-accumulate operations of the forward pass.
+    pub fn macs(&self) -> u64 {
+        let per_pixel = self.c_in * self.kernel.0 * self.kernel.1 * self.c_out;
+        (self.batch * self.output.0 * self.output.1) as u64 * per_pixel as u64
+    }
+}
+
+/// `⌊(size + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1`, if there is one.
+fn output_size(
+    size: usize,
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+    dilation: usize,
+) -> Option<usize> {
+    let window = dilation
+        .checked_mul(kernel.checked_sub(1)?)?
+        .checked_add(1)?;
+    let padded = size.checked_add(padding.checked_mul(2)?)?;
+    Some(padded.checked_sub(window)?.checked_div(stride)? + 1)
+}
+
+/// Convolves `x` (N, C_in, H, W) with `weight` (C_out, C_in, R, S) and adds
+/// `bias` (C_out); returns (N, C_out, H', W') with
+/// `H' = ⌊(H + 2·padding − dilation·(R − 1) − 1) / stride⌋ + 1`.
+///
+/// Same definition as `torch.nn.functional.conv2d` with one group. f32 and
+/// f64; any strides. Gradients of `x`, `weight` and `bias` come through
+/// `backward()`; one that nobody needs is not computed.
+///
+/// # Errors
+/// [`OpError`] inside [`candle_core::Error`] for shapes, settings, dtypes and
+/// devices that do not fit.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_cnn::{Conv2dConfig, conv2d};
+/// let x = Tensor::ones((1, 2, 4, 4), candle_core::DType::F32, &Device::Cpu)?;
+/// let weight = Tensor::ones((3, 2, 3, 3), candle_core::DType::F32, &Device::Cpu)?;
+/// let y = conv2d(&x, &weight, None, Conv2dConfig::padded(1))?;
+/// assert_eq!(y.dims(), [1, 3, 4, 4]);
+/// assert_eq!(y.get(0)?.get(0)?.get(1)?.get(1)?.to_scalar::<f32>()?, 18.0);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    config: Conv2dConfig,
+) -> Result<Tensor> {
+    apply(x, weight, bias, config, Activation::Identity)
+}
+
+/// [`conv2d`] followed by [`crate::relu`], in one pass over the output.
+///
+/// Equal to the two operations one after the other, bit for bit, with the
+/// mask applied inside the convolution's backward.
+///
+/// # Errors
+/// As [`conv2d`].
+pub fn conv2d_relu(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    config: Conv2dConfig,
+) -> Result<Tensor> {
+    apply(x, weight, bias, config, Activation::Relu)
+}
+
+/// What follows the sum and the bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Activation {
+    Identity,
+    Relu,
+}
+
+fn apply(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    config: Conv2dConfig,
+    activation: Activation,
+) -> Result<Tensor> {
+    let geometry = Conv2dGeometry::new(x, weight, config)?;
+    let dtype = match bias {
+        None => float_dtype(OP, &[x, weight])?,
+        Some(bias) => {
+            if bias.dims() != [geometry.c_out] {
+                return Err(OpError::Shapes {
+                    op: OP,
+                    left_name: "bias",
+                    left: bias.dims().to_vec(),
+                    right_name: "weight",
+                    right: weight.dims().to_vec(),
+                    rule: "the bias has one value per output channel",
+                }
+                .into());
+            }
+            float_dtype(OP, &[x, weight, bias])?
+        }
+    };
+    let op = Conv2d {
+        geometry,
+        dtype,
+        activation,
+    };
+    let x = x.contiguous()?;
+    let weight = weight.contiguous()?;
+    match bias {
+        None => x.apply_op2(&weight, op),
+        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
+    }
+}
+
+/// The operation as a node of Candle's graph.
+struct Conv2d {
+    geometry: Conv2dGeometry,
+    dtype: DType,
+    activation: Activation,
+}
+
+impl Conv2d {
+    fn forward(
+        &self,
+        x: (&CpuStorage, &Layout),
+        weight: (&CpuStorage, &Layout),
+        bias: Option<(&CpuStorage, &Layout)>,
+    ) -> Result<(CpuStorage, Shape)> {
+        let relu = self.activation == Activation::Relu;
+        let shape = self.geometry.output_shape();
+        dispatch!(OP, self.dtype, T => {
+            let x = slice::<T>(OP, x.0, x.1)?;
+            let weight = slice::<T>(OP, weight.0, weight.1)?;
+            let bias = bias.map(|(s, l)| slice::<T>(OP, s, l)).transpose()?;
+            let y = cpu::forward(&self.geometry, Isa::detect(), x, weight, bias, relu);
+            Ok((T::to_cpu_storage_owned(y), shape))
+        })
+    }
+
+    fn backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let needs = cpu::Needs {
+            input: x.track_op(),
+            weight: weight.track_op(),
+            bias: bias.is_some_and(Tensor::track_op),
+        };
+        let dy = dy.contiguous()?;
+        dispatch!(OP, self.dtype, T => self.backward_typed::<T>(x, weight, y, &dy, needs))
+    }
+
+    fn backward_typed<T: Element>(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+        needs: cpu::Needs,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let gradients = with_slice::<T, _>(OP, x, |x_data| {
+            with_slice::<T, _>(OP, weight, |weight_data| {
+                with_slice::<T, _>(OP, y, |y_data| {
+                    with_slice::<T, _>(OP, dy, |dy_data| {
+                        let mask = (self.activation == Activation::Relu).then_some(y_data);
+                        let isa = Isa::detect();
+                        Ok(cpu::backward(
+                            &self.geometry,
+                            isa,
+                            x_data,
+                            weight_data,
+                            mask,
+                            dy_data,
+                            needs,
+                        ))
+                    })
+                })
+            })
+        })?;
+        let tensor = |data: Option<Vec<T>>, shape: Shape| {
+            data.map(|data| Tensor::from_vec(data, shape, x.device()))
+                .transpose()
+        };
+        Ok([
+            tensor(gradients.input, x.shape().clone())?,
+            tensor(gradients.weight, weight.shape().clone())?,
+            tensor(gradients.bias, Shape::from(self.geometry.c_out))?,
+        ])
+    }
+}
+
+impl CustomOp2 for Conv2d {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward((x, x_layout), (weight, weight_layout), None)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [dx, dweight, _] = self.backward(x, weight, None, y, dy)?;
+        Ok((dx, dweight))
+    }
+}
+
+impl CustomOp3 for Conv2d {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward(
+            (x, x_layout),
+            (weight, weight_layout),
+            Some((bias, bias_layout)),
+        )
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [dx, dweight, dbias] = self.backward(x, weight, Some(bias), y, dy)?;
+        Ok((dx, dweight, dbias))
+    }
+}

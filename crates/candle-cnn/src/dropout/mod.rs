@@ -1,0 +1,99 @@
+//! Dropout whose mask is a function of a seed.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::error::OpError;
+use crate::mode::Mode;
+
+#[cfg(test)]
+mod tests;
+
+const OP: &str = "dropout";
+
+/// In training sets each element to 0 with probability `p` and scales the
+/// others by `1 / (1 − p)`; in evaluation returns `x` itself.
+///
+/// Any shape. The mask follows from `Mode::Train`'s seed, from `salt` (so that
+/// two dropouts of one network draw different masks) and from the element's
+/// position: the same call gives the same mask on every machine, and backward
+/// draws it again instead of keeping it. PyTorch draws other numbers
+/// (`torch.nn.functional.dropout`), so masks agree in distribution only.
+///
+/// # Errors
+/// A `p` outside of 0 ≤ p ≤ 1, or a dtype other than f32 and f64.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cnn::{Mode, dropout};
+/// let x = Tensor::ones(1000, DType::F32, &Device::Cpu)?;
+/// let y = dropout(&x, 0.4, 0, Mode::Train { dropout_seed: 7 })?;
+/// let kept = y.to_vec1::<f32>()?.iter().filter(|&&v| v > 0.0).count();
+/// assert!((550..650).contains(&kept));
+/// assert_eq!(dropout(&x, 0.4, 0, Mode::Eval)?.to_vec1::<f32>()?, vec![1.0; 1000]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn dropout(x: &Tensor, p: f64, salt: u64, mode: Mode) -> Result<Tensor> {
+    float_dtype(OP, &[x])?;
+    if !(0.0..=1.0).contains(&p) {
+        return Err(OpError::setting(OP, "p", p, "a probability from 0 to 1"));
+    }
+    match mode {
+        Mode::Train { dropout_seed } if p > 0.0 => x.contiguous()?.apply_op1(Dropout {
+            p,
+            seed: dropout_seed,
+            salt,
+        }),
+        _ => Ok(x.clone()),
+    }
+}
+
+struct Dropout {
+    p: f64,
+    seed: u64,
+    salt: u64,
+}
+
+impl Dropout {
+    fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(self.salt);
+        // p = 1 drops everything; its scale is never used.
+        let scale = T::real(1.0 / (1.0 - self.p));
+        // An element is dropped when 32 random bits lie below p · 2³².
+        let threshold = (self.p * 4_294_967_296.0) as u64;
+        x.iter()
+            .map(|&x| {
+                let dropped = u64::from(rng.next_u32()) < threshold;
+                if dropped { T::ZERO } else { x * scale }
+            })
+            .collect()
+    }
+}
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        dispatch!(OP, x.dtype(), T => {
+            let y = self.apply(slice::<T>(OP, x, layout)?);
+            Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        if !x.track_op() {
+            return Ok(None);
+        }
+        let dy = dy.contiguous()?;
+        dispatch!(OP, x.dtype(), T => {
+            let dx = with_slice::<T, _>(OP, &dy, |dy| Ok(self.apply(dy)))?;
+            Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+        })
+    }
+}

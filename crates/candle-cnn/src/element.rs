@@ -1,0 +1,111 @@
+//! The element types that the operations take, and how their slices are reached.
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType};
+
+use crate::error::OpError;
+use crate::simd::KernelTable;
+
+/// f32 or f64.
+pub(crate) trait Element: WithDType + KernelTable + Real + Send + Sync {}
+
+impl Element for f32 {}
+impl Element for f64 {}
+
+/// The few numeric operations that generic kernels need beyond [`WithDType`].
+pub(crate) trait Real:
+    Copy
+    + PartialOrd
+    + std::ops::Add<Output = Self>
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::AddAssign
+    + std::iter::Sum
+{
+    const ZERO: Self;
+    const NEG_INFINITY: Self;
+    fn real(value: f64) -> Self;
+    fn as_f64(self) -> f64;
+    fn is_nan(self) -> bool;
+}
+
+macro_rules! real {
+    ($t:ty) => {
+        impl Real for $t {
+            const ZERO: Self = 0.0;
+            const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
+            #[inline(always)]
+            fn real(value: f64) -> Self {
+                value as $t
+            }
+            #[inline(always)]
+            fn as_f64(self) -> f64 {
+                self as f64
+            }
+            #[inline(always)]
+            fn is_nan(self) -> bool {
+                self != self
+            }
+        }
+    };
+}
+real!(f32);
+real!(f64);
+
+/// The elements of a contiguous CPU storage.
+pub(crate) fn slice<'a, T: Element>(
+    op: &'static str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<&'a [T]> {
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| OpError::not_contiguous(op, layout))?;
+    Ok(&T::cpu_storage_as_slice(storage)?[start..end])
+}
+
+/// Calls `f` with the elements of a contiguous CPU tensor.
+pub(crate) fn with_slice<T: Element, R>(
+    op: &'static str,
+    tensor: &Tensor,
+    f: impl FnOnce(&[T]) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(slice(op, storage, layout)?),
+        _ => Err(OpError::device(op, tensor)),
+    }
+}
+
+/// Checks that every tensor has the dtype of the first, and that it is f32 or f64.
+pub(crate) fn float_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<DType> {
+    let dtype = tensors[0].dtype();
+    if !matches!(dtype, DType::F32 | DType::F64) {
+        return Err(OpError::dtype(op, dtype));
+    }
+    for tensor in tensors {
+        if tensor.dtype() != dtype {
+            return Err(OpError::dtype_mismatch(op, dtype, tensor.dtype()));
+        }
+    }
+    Ok(dtype)
+}
+
+/// Runs an expression with `$t` bound to the Rust type of `$dtype`, which is
+/// f32 or f64 as [`float_dtype`] has checked.
+macro_rules! dispatch {
+    ($op:expr, $dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            other => Err($crate::error::OpError::dtype($op, other)),
+        }
+    };
+}
+pub(crate) use dispatch;

@@ -1,0 +1,173 @@
+//! What can be wrong with the arguments of an operation.
+
+use candle_core::{DType, Error, Layout, Tensor};
+
+/// An argument that an operation cannot take.
+///
+/// The operations return it inside [`candle_core::Error`], as Candle's own
+/// operations do; `error.downcast_ref()`-style inspection is possible through
+/// [`candle_core::Error::Wrapped`].
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpError {
+    /// Two shapes do not fit together.
+    #[error("{op}: {left_name} {left:?} does not fit {right_name} {right:?}: {rule}")]
+    Shapes {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// What the left shape is of.
+        left_name: &'static str,
+        /// The left shape.
+        left: Vec<usize>,
+        /// What the right shape is of.
+        right_name: &'static str,
+        /// The right shape.
+        right: Vec<usize>,
+        /// What must hold between them.
+        rule: &'static str,
+    },
+    /// A tensor has the wrong number of dimensions.
+    #[error("{op}: {name} has shape {found:?}, expected {expected}")]
+    Rank {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The argument.
+        name: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The expected dimensions, in words.
+        expected: &'static str,
+    },
+    /// A setting is out of its range.
+    #[error("{op}: {name} is {found}, expected {expected}")]
+    Setting {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The setting.
+        name: &'static str,
+        /// Its value.
+        found: String,
+        /// What it may be, in words.
+        expected: &'static str,
+    },
+    /// The window does not fit into the padded input.
+    #[error(
+        "{op}: a window of {window:?} does not fit the input of {input:?} pixels padded by {padding:?}"
+    )]
+    Window {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// Height and width of the (dilated) window.
+        window: (usize, usize),
+        /// Height and width of the input.
+        input: (usize, usize),
+        /// Padding on each side, vertical and horizontal.
+        padding: (usize, usize),
+    },
+    /// An element type without an implementation.
+    #[error("{op}: dtype {found:?} is not supported, expected F32 or F64")]
+    DType {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The dtype found.
+        found: DType,
+    },
+    /// Arguments of different element types.
+    #[error("{op}: arguments of dtype {left:?} and {right:?}, expected one dtype")]
+    DTypeMismatch {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The first argument's dtype.
+        left: DType,
+        /// The other argument's dtype.
+        right: DType,
+    },
+    /// A label outside of the classes.
+    #[error(
+        "{op}: label {label} of example {example} is not below the number of classes {classes}"
+    )]
+    Label {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The example's position in the batch.
+        example: usize,
+        /// Its label.
+        label: i64,
+        /// The number of classes.
+        classes: usize,
+    },
+    /// A device without an implementation.
+    #[error("{op}: no implementation for device {device}")]
+    Device {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The device.
+        device: String,
+    },
+    /// A layout that should have been made contiguous: a defect of this crate.
+    #[error("{op}: layout {layout} is not contiguous")]
+    NotContiguous {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The layout.
+        layout: String,
+    },
+}
+
+impl From<OpError> for Error {
+    fn from(error: OpError) -> Self {
+        Error::wrap(error)
+    }
+}
+
+impl OpError {
+    pub(crate) fn dtype(op: &'static str, found: DType) -> Error {
+        Self::DType { op, found }.into()
+    }
+
+    pub(crate) fn dtype_mismatch(op: &'static str, left: DType, right: DType) -> Error {
+        Self::DTypeMismatch { op, left, right }.into()
+    }
+
+    pub(crate) fn device(op: &'static str, tensor: &Tensor) -> Error {
+        let device = format!("{:?}", tensor.device().location());
+        Self::Device { op, device }.into()
+    }
+
+    pub(crate) fn not_contiguous(op: &'static str, layout: &Layout) -> Error {
+        let layout = format!("{layout:?}");
+        Self::NotContiguous { op, layout }.into()
+    }
+
+    pub(crate) fn rank(
+        op: &'static str,
+        name: &'static str,
+        tensor: &Tensor,
+        expected: &'static str,
+    ) -> Error {
+        let found = tensor.dims().to_vec();
+        Self::Rank {
+            op,
+            name,
+            found,
+            expected,
+        }
+        .into()
+    }
+
+    pub(crate) fn setting(
+        op: &'static str,
+        name: &'static str,
+        found: impl std::fmt::Debug,
+        expected: &'static str,
+    ) -> Error {
+        let found = format!("{found:?}");
+        Self::Setting {
+            op,
+            name,
+            found,
+            expected,
+        }
+        .into()
+    }
+}

@@ -1,0 +1,63 @@
+//! Trainable CNN operations for [Candle](https://github.com/huggingface/candle).
+//!
+//! Ordinary functions on ordinary tensors, whose gradients come through
+//! Candle's own `backward()`, and whose definitions are PyTorch's to the
+//! detail: where padding is −∞, which of two equal maxima gets the gradient,
+//! which variance the running statistics take up.
+//!
+//! | function | PyTorch | what stock Candle 0.11 does |
+//! | --- | --- | --- |
+//! | [`conv2d`], [`conv2d_relu`] | `F.conv2d` | backward by plain loops, always for input and weight |
+//! | [`max_pool2d`] | `F.max_pool2d` | no padding, no ceil mode; backward refuses overlapping windows and averages ties |
+//! | [`avg_pool2d`], [`adaptive_avg_pool2d`], [`global_avg_pool2d`] | `F.avg_pool2d`, `F.adaptive_avg_pool2d` | no padding, no adaptive sizes |
+//! | [`relu`] | `F.relu` | gradient 1 at 0 |
+//! | [`batch_norm_train`], [`batch_norm_eval`] | `F.batch_norm` | composed of elementwise operations |
+//! | [`cross_entropy`] | `F.cross_entropy` | no label smoothing |
+//! | [`linear`] | `F.linear` | the same, by its `matmul` |
+//! | [`dropout`] | `F.dropout` | no seed on the CPU |
+//!
+//! Tensors are (N, C, H, W), f32 or f64, of any strides. A gradient that
+//! nobody needs is not computed: neither that of an input image nor that of a
+//! frozen weight.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! use candle_cnn::{Conv2dConfig, MaxPool2dConfig, conv2d_relu, max_pool2d};
+//!
+//! let images = Tensor::randn(0f32, 1.0, (2, 3, 8, 8), &Device::Cpu)?;
+//! let weight = Var::randn(0f32, 0.1, (4, 3, 3, 3), &Device::Cpu)?;
+//! let features = conv2d_relu(&images, &weight, None, Conv2dConfig::padded(1))?;
+//! let pooled = max_pool2d(&features, MaxPool2dConfig::square(3, 2, 1))?;
+//! assert_eq!(pooled.dims(), [2, 4, 4, 4]);
+//! let gradients = pooled.sum_all()?.backward()?;
+//! assert_eq!(gradients.get(&weight).unwrap().dims(), [4, 3, 3, 3]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+mod avg_pool2d;
+mod batch_norm;
+mod conv2d;
+mod cross_entropy;
+mod dropout;
+mod element;
+mod error;
+mod linear;
+mod max_pool2d;
+mod mode;
+mod relu;
+mod simd;
+mod window;
+
+pub use avg_pool2d::{AvgPool2dConfig, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d};
+pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train, update_running};
+pub use conv2d::{
+    Conv2dConfig, Conv2dGeometry, conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu,
+};
+pub use cross_entropy::{CrossEntropyConfig, cross_entropy};
+pub use dropout::dropout;
+pub use error::OpError;
+pub use linear::linear;
+pub use max_pool2d::{MaxPool2dConfig, max_pool2d};
+pub use mode::Mode;
+pub use relu::relu;
+pub use simd::Isa;

@@ -1,0 +1,115 @@
+//! Maximum pooling with PyTorch's gradient: all of it to the first maximum.
+
+mod cpu;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod tests;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
+
+use crate::element::{dispatch, float_dtype, slice, with_slice};
+use crate::simd::Isa;
+use crate::window::Planes;
+
+const OP: &str = "max_pool2d";
+
+/// Window of a maximum pooling, vertical then horizontal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MaxPool2dConfig {
+    /// Height and width of the window, in pixels.
+    pub kernel_size: (usize, usize),
+    /// Step of the window, in pixels, at least 1.
+    pub stride: (usize, usize),
+    /// Border of −∞ on each side, in pixels, at most half of the kernel.
+    pub padding: (usize, usize),
+    /// Round the output size up instead of down, so that every pixel is seen.
+    pub ceil_mode: bool,
+}
+
+impl MaxPool2dConfig {
+    /// A square window.
+    pub fn square(kernel_size: usize, stride: usize, padding: usize) -> Self {
+        Self {
+            kernel_size: (kernel_size, kernel_size),
+            stride: (stride, stride),
+            padding: (padding, padding),
+            ceil_mode: false,
+        }
+    }
+
+    /// The same window with `ceil_mode` on.
+    pub fn ceil(self) -> Self {
+        Self {
+            ceil_mode: true,
+            ..self
+        }
+    }
+}
+
+/// The maximum of each window of `x` (N, C, H, W), as
+/// `torch.nn.functional.max_pool2d`: padding counts as −∞, a NaN wins, and the
+/// whole gradient of a window goes to its first maximum in row-major order.
+///
+/// Returns (N, C, H', W') with `H' = ⌊(H + 2·padding − kernel) / stride⌋ + 1`
+/// (`⌈…⌉` with `ceil_mode`, less a last window that would start in the
+/// padding). f32 and f64; any strides.
+///
+/// # Errors
+/// [`crate::OpError`] for shapes, settings, dtypes and devices that do not fit.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// use candle_cnn::{MaxPool2dConfig, max_pool2d};
+/// let x = Var::new(&[[[[1f32, 5.0, 5.0], [0.0, 2.0, 3.0]]]], &Device::Cpu)?;
+/// let y = max_pool2d(&x, MaxPool2dConfig::square(2, 1, 0))?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [5.0, 5.0]);
+/// let dx = y.backward()?;
+/// let dx = dx.get(&x).unwrap().flatten_all()?.to_vec1::<f32>()?;
+/// assert_eq!(dx, [0.0, 2.0, 0.0, 0.0, 0.0, 0.0]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn max_pool2d(x: &Tensor, config: MaxPool2dConfig) -> Result<Tensor> {
+    float_dtype(OP, &[x])?;
+    let MaxPool2dConfig {
+        kernel_size,
+        stride,
+        padding,
+        ceil_mode,
+    } = config;
+    let planes = Planes::new(OP, x, kernel_size, stride, padding, ceil_mode)?;
+    x.contiguous()?.apply_op1(MaxPool2d { planes })
+}
+
+struct MaxPool2d {
+    planes: Planes,
+}
+
+impl CustomOp1 for MaxPool2d {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        dispatch!(OP, x.dtype(), T => {
+            let y = cpu::forward(&self.planes, Isa::detect(), slice::<T>(OP, x, layout)?);
+            Ok((T::to_cpu_storage_owned(y), Shape::from(self.planes.output_shape())))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        if !x.track_op() {
+            return Ok(None);
+        }
+        let dy = dy.contiguous()?;
+        dispatch!(OP, x.dtype(), T => {
+            let dx = with_slice::<T, _>(OP, x, |x| {
+                with_slice::<T, _>(OP, &dy, |dy| {
+                    Ok(cpu::backward(&self.planes, Isa::detect(), x, dy))
+                })
+            })?;
+            Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+        })
+    }
+}

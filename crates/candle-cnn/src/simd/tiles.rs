@@ -1,0 +1,212 @@
+//! The two register tiles that every convolution pass is made of.
+//!
+//! Legend: a *row* is one pixel's channels, contiguous in memory; a *panel* is
+//! `vectors × LANES` adjacent output channels; a *tap* is one kernel position.
+//!
+//! * [`Kernels::gather`] (forward, input gradient):
+//!   `out[i][j] = init[j] + Σ_tap Σ_c rows[i][offset[tap] + c] · panel[tap][c][j]`
+//! * [`Kernels::outer`] (weight gradient):
+//!   `dw[i][j] += Σ_p x[rows[p] + i] · dy[p][j]`
+//!
+//! Tile height: with 32 registers (AVX-512) 8 rows × 3 vectors are 24
+//! accumulators + 3 panel vectors + 1 broadcast = 28, and 8 row pointers stay in
+//! general registers; per channel that is 24 multiply-adds on 11 loads. With
+//! 16 registers (AVX2) 4 rows × 3 vectors are 12 + 3 + 1 = 16.
+#![allow(unsafe_code)]
+
+use super::Isa;
+use super::vectors::*;
+
+/// Widest panel, in vectors.
+pub(crate) const MAX_VECTORS: usize = 3;
+
+/// Heights of the outer tile, so that any channel count is a sum of them; an
+/// instruction set uses those up to its [`Kernels::height`].
+pub(crate) const OUTER_HEIGHTS: [usize; 4] = [8, 4, 2, 1];
+
+/// What a gather tile reads and writes.
+pub(crate) struct Gather<T> {
+    /// `tile height` pointers to the tap at offset 0.
+    pub(crate) rows: *const *const T,
+    /// Element offset of each tap from the row pointer.
+    pub(crate) tap_offsets: *const usize,
+    pub(crate) taps: usize,
+    pub(crate) channels: usize,
+    /// `[taps][channels][vectors × LANES]`.
+    pub(crate) panel: *const T,
+    /// `vectors × LANES` start values (the bias).
+    pub(crate) init: *const T,
+    pub(crate) relu: bool,
+    /// First row of the output tile.
+    pub(crate) out: *mut T,
+    /// Elements between output rows.
+    pub(crate) out_stride: usize,
+}
+
+/// What an outer tile reads and writes.
+pub(crate) struct Outer<T> {
+    /// One pointer per pixel, to the first of the tile's input channels at tap offset 0.
+    pub(crate) rows: *const *const T,
+    /// Element offset of the tap and channel from the row pointers.
+    pub(crate) offset: usize,
+    pub(crate) pixels: usize,
+    /// `[pixels][vectors × LANES]`.
+    pub(crate) dy: *const T,
+    /// First row of the gradient tile; one row per input channel.
+    pub(crate) dw: *mut T,
+    pub(crate) dw_stride: usize,
+}
+
+pub(crate) type GatherFn<T> = unsafe fn(&Gather<T>);
+pub(crate) type OuterFn<T> = unsafe fn(&Outer<T>);
+
+/// The tiles of one instruction set and element type.
+pub(crate) struct Kernels<T: 'static> {
+    pub(crate) lanes: usize,
+    /// Rows of a gather tile.
+    pub(crate) height: usize,
+    /// Indexed by vectors − 1.
+    pub(crate) gather: [GatherFn<T>; MAX_VECTORS],
+    /// Indexed as [`OUTER_HEIGHTS`], then by vectors − 1.
+    pub(crate) outer: [[OuterFn<T>; MAX_VECTORS]; OUTER_HEIGHTS.len()],
+}
+
+/// The element types that have tiles.
+pub(crate) trait KernelTable: Sized + 'static {
+    fn kernels(isa: Isa) -> &'static Kernels<Self>;
+}
+
+/// # Safety
+/// The instruction set of `S` is enabled; every pointer in `args` is valid for
+/// what the module documentation says is read and written there.
+#[inline(always)]
+unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Gather<S::Elem>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        let width = VECTORS * S::LANES;
+        let init: [S::Vector; VECTORS] =
+            std::array::from_fn(|j| S::load(args.init.add(j * S::LANES)));
+        let mut sums = [init; ROWS];
+        let mut panel = args.panel;
+        for tap in 0..args.taps {
+            let offset = *args.tap_offsets.add(tap);
+            let rows: [*const S::Elem; ROWS] =
+                std::array::from_fn(|i| (*args.rows.add(i)).add(offset));
+            for c in 0..args.channels {
+                let weights: [S::Vector; VECTORS] =
+                    std::array::from_fn(|j| S::load(panel.add(j * S::LANES)));
+                for i in 0..ROWS {
+                    let x = S::splat(*rows[i].add(c));
+                    for j in 0..VECTORS {
+                        sums[i][j] = S::mul_add(x, weights[j], sums[i][j]);
+                    }
+                }
+                panel = panel.add(width);
+            }
+        }
+        for (i, row) in sums.iter().enumerate() {
+            for (j, &sum) in row.iter().enumerate() {
+                let value = if args.relu { S::relu(sum) } else { sum };
+                S::store(args.out.add(i * args.out_stride + j * S::LANES), value);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`gather_tile`].
+#[inline(always)]
+unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Outer<S::Elem>) {
+    // SAFETY: forwarded from the caller.
+    unsafe {
+        let width = VECTORS * S::LANES;
+        let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
+            std::array::from_fn(|j| S::load(args.dw.add(i * args.dw_stride + j * S::LANES)))
+        });
+        let mut dy = args.dy;
+        for p in 0..args.pixels {
+            let x = (*args.rows.add(p)).add(args.offset);
+            let gradients: [S::Vector; VECTORS] =
+                std::array::from_fn(|j| S::load(dy.add(j * S::LANES)));
+            for i in 0..ROWS {
+                let x = S::splat(*x.add(i));
+                for j in 0..VECTORS {
+                    sums[i][j] = S::mul_add(x, gradients[j], sums[i][j]);
+                }
+            }
+            dy = dy.add(width);
+        }
+        for (i, row) in sums.iter().enumerate() {
+            for (j, &sum) in row.iter().enumerate() {
+                S::store(args.dw.add(i * args.dw_stride + j * S::LANES), sum);
+            }
+        }
+    }
+}
+
+macro_rules! kernels {
+    ($module:ident, $simd:ty, $elem:ty, $height:literal $(, $feature:literal)?) => {
+        mod $module {
+            use super::*;
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn gather<const VECTORS: usize>(args: &Gather<$elem>) {
+                // SAFETY: forwarded from the caller.
+                unsafe { gather_tile::<$simd, $height, VECTORS>(args) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn outer<const ROWS: usize, const VECTORS: usize>(args: &Outer<$elem>) {
+                // SAFETY: forwarded from the caller.
+                unsafe { outer_tile::<$simd, ROWS, VECTORS>(args) }
+            }
+
+            pub(super) static KERNELS: Kernels<$elem> = Kernels {
+                lanes: <$simd as Simd>::LANES,
+                height: $height,
+                gather: [gather::<1>, gather::<2>, gather::<3>],
+                outer: [
+                    [outer::<8, 1>, outer::<8, 2>, outer::<8, 3>],
+                    [outer::<4, 1>, outer::<4, 2>, outer::<4, 3>],
+                    [outer::<2, 1>, outer::<2, 2>, outer::<2, 3>],
+                    [outer::<1, 1>, outer::<1, 2>, outer::<1, 3>],
+                ],
+            };
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512_f32, Avx512F32, f32, 8, "avx512f");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512_f64, Avx512F64, f64, 8, "avx512f");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2_f32, Avx2F32, f32, 4, "avx2,fma");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2_f64, Avx2F64, f64, 4, "avx2,fma");
+kernels!(portable_f32, Portable<f32>, f32, 4);
+kernels!(portable_f64, Portable<f64>, f64, 4);
+
+impl KernelTable for f32 {
+    fn kernels(isa: Isa) -> &'static Kernels<f32> {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512_f32::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2_f32::KERNELS,
+            Isa::Portable => &portable_f32::KERNELS,
+        }
+    }
+}
+
+impl KernelTable for f64 {
+    fn kernels(isa: Isa) -> &'static Kernels<f64> {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512_f64::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2_f64::KERNELS,
+            Isa::Portable => &portable_f64::KERNELS,
+        }
+    }
+}
