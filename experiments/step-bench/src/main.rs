@@ -1,0 +1,206 @@
+//! Our side of `cargo xtask bench train-step`: one long-lived process, one line in, one line out.
+//!
+//! A line `run <steps>` on standard input runs that many steps on seeded random data and is
+//! answered by one line of JSON; the end of the input ends the process. The other side,
+//! `tools/pytorch/bench_train_step.py`, speaks the same.
+
+use std::io::{BufRead, Write};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
+use candle_core::{Device, Tensor};
+use clap::{Parser, ValueEnum};
+use inception_model::{CifarConfig, CifarGoogLeNet};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use trainer::{Sgd, SgdConfig};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Times steps on request: write `run <steps>` to its standard input, read one line of JSON
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// The network
+    #[arg(long, value_enum, default_value_t = Model::Lesson)]
+    model: Model,
+    /// The whole training step, or only the forward pass without gradients
+    #[arg(long, value_enum, default_value_t = Work::Train)]
+    mode: Work,
+    /// Images in a step
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Threads that compute [default: all cores]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Model {
+    Lesson,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Work {
+    Train,
+    Inference,
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    seconds_per_step: f64,
+    images_per_second: f64,
+    peak_mib: Option<f64>,
+    threads: usize,
+    framework: String,
+}
+
+fn main() {
+    if let Err(error) = run(&Arguments::parse()) {
+        eprintln!("step-bench: {error:#}");
+        std::process::exit(1);
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(threads) = arguments.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads as usize)
+            .build_global()?;
+    }
+    let mut bench = Bench::new(arguments)?;
+    let mut output = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines() {
+        let steps = parse_order(&line?)?;
+        let start = Instant::now();
+        for _ in 0..steps {
+            bench.step()?;
+        }
+        let seconds = start.elapsed().as_secs_f64() / f64::from(steps);
+        let answer = Answer {
+            seconds_per_step: seconds,
+            images_per_second: f64::from(arguments.batch) / seconds,
+            peak_mib: peak_mib(),
+            threads: rayon::current_num_threads(),
+            framework: format!("candle-cnn {}", env!("CARGO_PKG_VERSION")),
+        };
+        writeln!(output, "{}", serde_json::to_string(&answer)?)?;
+        output.flush()?;
+    }
+    Ok(())
+}
+
+fn parse_order(line: &str) -> Result<u32> {
+    let steps = line
+        .strip_prefix("run ")
+        .and_then(|steps| steps.trim().parse().ok())
+        .filter(|steps| *steps > 0);
+    steps.with_context(|| format!("expected `run <steps>`, got {line:?}"))
+}
+
+/// The network, its optimiser and one batch of noise.
+struct Bench {
+    work: Work,
+    model: CifarGoogLeNet,
+    optimizer: Sgd,
+    images: Tensor,
+    labels: Tensor,
+    steps_done: u64,
+}
+
+impl Bench {
+    fn new(arguments: &Arguments) -> Result<Self> {
+        let Model::Lesson = arguments.model;
+        let mut random = ChaCha8Rng::seed_from_u64(0);
+        let model = CifarGoogLeNet::new(&CifarConfig::default(), &Device::Cpu, &mut random)?;
+        // A small step: the data are noise, and the weights must stay finite however long the
+        // benchmark runs.
+        let config = SgdConfig {
+            lr: 1e-5,
+            momentum: 0.9,
+            ..SgdConfig::default()
+        };
+        let optimizer = Sgd::new(model.named_parameters(), config)?;
+        let batch = arguments.batch as usize;
+        let pixels: Vec<f32> = (0..batch * 3 * 32 * 32)
+            .map(|_| random.random_range(-1.0..1.0))
+            .collect();
+        let labels: Vec<u32> = (0..batch).map(|_| random.random_range(0..10)).collect();
+        Ok(Self {
+            work: arguments.mode,
+            model,
+            optimizer,
+            images: Tensor::from_vec(pixels, (batch, 3, 32, 32), &Device::Cpu)?,
+            labels: Tensor::from_vec(labels, batch, &Device::Cpu)?,
+            steps_done: 0,
+        })
+    }
+
+    fn step(&mut self) -> Result<()> {
+        match self.work {
+            Work::Train => self.training_step(),
+            Work::Inference => Ok(drop(self.model.forward(&self.images, Mode::Eval)?)),
+        }
+    }
+
+    fn training_step(&mut self) -> Result<()> {
+        let dropout_seed = self.steps_done;
+        self.steps_done += 1;
+        let logits = self
+            .model
+            .forward(&self.images, Mode::Train { dropout_seed })?;
+        let loss = cross_entropy(&logits, &self.labels, CrossEntropyConfig::default())?;
+        let gradients = loss.backward()?;
+        self.optimizer
+            .step(&gradients, self.optimizer.config().lr)?;
+        if !loss.to_scalar::<f32>()?.is_finite() {
+            bail!("the loss of step {} is not finite", self.steps_done);
+        }
+        Ok(())
+    }
+}
+
+/// The most memory this process has held; None where the system does not tell.
+fn peak_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_is_run_and_a_positive_number() {
+        assert_eq!(parse_order("run 3").unwrap(), 3);
+        for bad in ["", "run", "run 0", "run -1", "run x", "walk 3"] {
+            let error = parse_order(bad).unwrap_err().to_string();
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_training_step_moves_the_weights_and_an_inference_step_does_not() {
+        let head = |mode| {
+            let arguments = Arguments {
+                model: Model::Lesson,
+                mode,
+                batch: 1,
+                threads: None,
+            };
+            let mut bench = Bench::new(&arguments).unwrap();
+            let (_, fc) = bench.model.named_parameters().pop().unwrap();
+            let before = fc.to_vec1::<f32>().unwrap();
+            bench.step().unwrap();
+            before == fc.to_vec1::<f32>().unwrap()
+        };
+        assert!(!head(Work::Train));
+        assert!(head(Work::Inference));
+    }
+}
