@@ -1,0 +1,534 @@
+//! One file over HTTP: continued after interruptions, retried, and refused as early as it can be.
+
+use std::io::{self, Read};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+use reqwest::blocking::{Client, Response};
+use reqwest::header::{
+    ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName,
+    IF_RANGE, RANGE, RETRY_AFTER,
+};
+use reqwest::{StatusCode, Url, redirect};
+
+use super::error::{DownloadError, RemoteError};
+use super::manifest::{PinnedFile, Source};
+use super::store::PartFile;
+use super::{Event, Interrupt, Network, Proxy, Token};
+
+/// The client for one run. Redirects lose the token when they leave the host (reqwest's rule), and never
+/// lead from https to http.
+pub(super) fn client(network: &Network) -> Result<Client, DownloadError> {
+    let policy = redirect::Policy::custom(|attempt| {
+        let was_secure = attempt
+            .previous()
+            .last()
+            .is_some_and(|url| url.scheme() == "https");
+        if was_secure && attempt.url().scheme() != "https" {
+            attempt.error("redirected from https to http")
+        } else if attempt.previous().len() > 10 {
+            attempt.error("redirected more than 10 times")
+        } else {
+            attempt.follow()
+        }
+    });
+    let mut builder = Client::builder()
+        .user_agent(concat!("cifar-data/", env!("CARGO_PKG_VERSION")))
+        .redirect(policy)
+        .connect_timeout(network.connect_timeout)
+        // In the blocking client this bounds the wait for the headers and for each read, not their sum.
+        .timeout(network.read_timeout);
+    if network.proxy == Proxy::None {
+        builder = builder.no_proxy();
+    }
+    builder
+        .build()
+        .map_err(|source| DownloadError::Client { source })
+}
+
+/// One file to fetch and all that is needed for it.
+pub(super) struct Transfer<'a> {
+    pub(super) client: &'a Client,
+    pub(super) network: &'a Network,
+    pub(super) source: Source,
+    pub(super) url: Url,
+    pub(super) token: Option<&'a Token>,
+    pub(super) pinned: &'a PinnedFile,
+    pub(super) target: &'a Path,
+    pub(super) interrupt: &'a Interrupt,
+}
+
+impl Transfer<'_> {
+    /// Fills `part` until it is the pinned file, and returns how many bytes came over the network.
+    pub(super) fn run(
+        &self,
+        part: &mut PartFile<'_>,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<u64, DownloadError> {
+        let mut state = State {
+            received: 0,
+            best: part.len(),
+            failures: 0,
+            etag: None,
+            use_range: true,
+            from_earlier_run: part.len() > 0,
+        };
+        progress(Event::Fetching {
+            url: &self.shown_url(None),
+            path: self.target,
+            from: part.len(),
+            bytes: self.pinned.bytes,
+        });
+        loop {
+            if part.len() == self.pinned.bytes {
+                match part.verify() {
+                    Ok(()) => return Ok(state.received),
+                    Err(problem) if state.from_earlier_run => {
+                        tracing::debug!(%problem, "the bytes kept from an earlier run are wrong");
+                        progress(Event::StartingOver {
+                            path: self.target,
+                            why: "the bytes kept from an earlier run are wrong",
+                        });
+                        part.restart()?;
+                        state.from_earlier_run = false;
+                        state.best = 0;
+                        continue;
+                    }
+                    Err(problem) => {
+                        part.discard();
+                        return Err(self.failed(RemoteError::WrongBytes {
+                            url: self.shown_url(None),
+                            problem,
+                        }));
+                    }
+                }
+            }
+            match self.attempt(part, &mut state, progress) {
+                Ok(()) => {}
+                Err(Failure::Local(error)) => return Err(error),
+                Err(Failure::Remote(RemoteError::Status {
+                    status: StatusCode::RANGE_NOT_SATISFIABLE,
+                    ..
+                })) if state.use_range && part.len() > 0 => {
+                    progress(Event::StartingOver {
+                        path: self.target,
+                        why: "the server cannot continue from here",
+                    });
+                    state.use_range = false;
+                    part.restart()?;
+                }
+                Err(Failure::Remote(error)) => {
+                    let delay = self.delay_after(error, part, &mut state, progress)?;
+                    self.wait(delay, part)?;
+                }
+            }
+        }
+    }
+
+    /// One request, read until the file is full or something fails.
+    fn attempt(
+        &self,
+        part: &mut PartFile<'_>,
+        state: &mut State,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), Failure> {
+        let expected = self.pinned.bytes;
+        if !state.use_range {
+            part.restart()?;
+        }
+        // Compressed transfer would make lengths and ranges those of other bytes.
+        let mut request = self
+            .client
+            .get(self.url.clone())
+            .header(ACCEPT_ENCODING, "identity");
+        if let Some(token) = self.token {
+            request = request.bearer_auth(token.expose());
+        }
+        if part.len() > 0 {
+            request = request.header(RANGE, format!("bytes={}-", part.len()));
+            if let Some(etag) = &state.etag {
+                request = request.header(IF_RANGE, etag);
+            }
+        }
+        let mut response = request.send().map_err(|error| RemoteError::NoAnswer {
+            url: self.shown_url(None),
+            source: error.without_url(),
+        })?;
+        let url = self.shown_url(Some(response.url()));
+        let headers = response.headers();
+
+        let status = response.status();
+        match status {
+            StatusCode::OK if part.len() > 0 => {
+                progress(Event::StartingOver {
+                    path: self.target,
+                    why: "the server sends the file from its start",
+                });
+                part.restart()?;
+                state.from_earlier_run = false;
+            }
+            StatusCode::OK => {}
+            StatusCode::PARTIAL_CONTENT => {
+                let (start, total) = content_range(headers).unwrap_or((u64::MAX, None));
+                if let Some(announced) = total.filter(|&total| total != expected) {
+                    return Err(RemoteError::WrongLength {
+                        url,
+                        announced,
+                        expected,
+                    }
+                    .into());
+                }
+                if start != part.len() {
+                    // It answers ranges, but not the one we asked for: do without.
+                    state.use_range = false;
+                    return Err(RemoteError::BrokeOff {
+                        url,
+                        received: part.len(),
+                        expected,
+                        source: None,
+                    }
+                    .into());
+                }
+            }
+            _ => {
+                let retry_after = retry_after(headers);
+                let hint = match status {
+                    StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.token.is_some() => {
+                        "HF_TOKEN may be wrong or expired; the data set is public, so unset it"
+                    }
+                    _ => "",
+                };
+                let excerpt = excerpt(&read_start(&mut response));
+                return Err(RemoteError::Status {
+                    url,
+                    status,
+                    excerpt,
+                    hint,
+                    retry_after,
+                }
+                .into());
+            }
+        }
+
+        if header(headers, CONTENT_TYPE)
+            .is_some_and(|kind| kind.trim_start().starts_with("text/html"))
+        {
+            return Err(RemoteError::WebPage {
+                url,
+                excerpt: excerpt(&read_start(&mut response)),
+            }
+            .into());
+        }
+        let announced =
+            header(headers, CONTENT_LENGTH).and_then(|length| length.trim().parse::<u64>().ok());
+        if let Some(length) = announced {
+            let announced = part.len().saturating_add(length);
+            // A partial answer may stop short of the end; a whole one may not.
+            if announced > expected || (announced < expected && status == StatusCode::OK) {
+                return Err(match page_instead(&mut response) {
+                    Some(excerpt) => RemoteError::WebPage { url, excerpt }.into(),
+                    None => RemoteError::WrongLength {
+                        url,
+                        announced,
+                        expected,
+                    }
+                    .into(),
+                });
+            }
+        }
+        // Only a strong tag promises the same bytes. It is remembered for this run alone: between runs a
+        // content network may answer from elsewhere with another tag for the same bytes, and the hash decides anyway.
+        state.etag = header(headers, ETAG)
+            .filter(|tag| tag.starts_with('"'))
+            .map(str::to_owned);
+        progress(Event::Transferring {
+            path: self.target,
+            from: part.len(),
+            bytes: expected,
+        });
+        self.read_body(&mut response, url, part, state, progress)
+    }
+
+    fn read_body(
+        &self,
+        response: &mut Response,
+        url: String,
+        part: &mut PartFile<'_>,
+        state: &mut State,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), Failure> {
+        let expected = self.pinned.bytes;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            if self.interrupt.is_raised() {
+                return Err(self.interrupted(part).into());
+            }
+            let count = match response.read(&mut buffer) {
+                Ok(0) if part.len() == expected => return Ok(()),
+                Ok(0) => {
+                    return Err(RemoteError::BrokeOff {
+                        url,
+                        received: part.len(),
+                        expected,
+                        source: None,
+                    }
+                    .into());
+                }
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // All bytes are there: how the connection ends no longer matters.
+                Err(_) if part.len() == expected => return Ok(()),
+                Err(error) if is_timeout(&error) => {
+                    let silence = self.network.read_timeout;
+                    return Err(RemoteError::Stalled {
+                        url,
+                        received: part.len(),
+                        expected,
+                        silence,
+                    }
+                    .into());
+                }
+                Err(error) => {
+                    return Err(RemoteError::BrokeOff {
+                        url,
+                        received: part.len(),
+                        expected,
+                        source: Some(error),
+                    }
+                    .into());
+                }
+            };
+            let bytes = &buffer[..count];
+            if part.len() == 0 && looks_like_a_page(bytes) {
+                return Err(RemoteError::WebPage {
+                    url,
+                    excerpt: excerpt(bytes),
+                }
+                .into());
+            }
+            if part.len() + count as u64 > expected {
+                part.discard();
+                return Err(RemoteError::TooLong { url, expected }.into());
+            }
+            part.append(bytes)?;
+            state.received += count as u64;
+            progress(Event::Progress {
+                done: part.len(),
+                bytes: expected,
+            });
+        }
+    }
+
+    /// Decides whether to try again, and after which wait.
+    fn delay_after(
+        &self,
+        error: RemoteError,
+        part: &PartFile<'_>,
+        state: &mut State,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Duration, DownloadError> {
+        if !error.is_transient() {
+            return Err(self.failed(error));
+        }
+        if part.len() > state.best {
+            state.best = part.len();
+            state.failures = 0;
+        }
+        state.failures += 1;
+        // Who cannot even connect is probably offline, and should hear so soon.
+        let nothing_heard = state.received == 0 && matches!(error, RemoteError::NoAnswer { .. });
+        let attempts = if nothing_heard {
+            self.network.attempts_to_connect
+        } else {
+            self.network.attempts
+        };
+        if state.failures >= attempts {
+            let last = Box::new(error);
+            return Err(self.failed(RemoteError::GaveUp {
+                attempts: state.failures,
+                kept: part.len(),
+                last,
+            }));
+        }
+        let mut delay = self.network.backoff(state.failures);
+        if let RemoteError::Status {
+            url,
+            status,
+            retry_after: Some(wait),
+            ..
+        } = &error
+        {
+            if *wait > self.network.longest_retry_after {
+                return Err(self.failed(RemoteError::AsksToWait {
+                    url: url.clone(),
+                    status: *status,
+                    wait: *wait,
+                }));
+            }
+            delay = delay.max(*wait);
+        }
+        progress(Event::Retrying {
+            problem: &error,
+            failures: state.failures,
+            attempts,
+            delay,
+        });
+        Ok(delay)
+    }
+
+    fn wait(&self, delay: Duration, part: &PartFile<'_>) -> Result<(), DownloadError> {
+        let end = Instant::now() + delay;
+        loop {
+            if self.interrupt.is_raised() {
+                return Err(self.interrupted(part));
+            }
+            match end.saturating_duration_since(Instant::now()) {
+                Duration::ZERO => return Ok(()),
+                left => sleep(left.min(Duration::from_millis(50))),
+            }
+        }
+    }
+
+    fn failed(&self, cause: RemoteError) -> DownloadError {
+        DownloadError::SourceFailed {
+            from: self.source,
+            cause: Box::new(cause),
+        }
+    }
+
+    fn interrupted(&self, part: &PartFile<'_>) -> DownloadError {
+        DownloadError::Interrupted {
+            path: self.target.to_path_buf(),
+            kept: part.len(),
+        }
+    }
+
+    /// The address as users may see it: no password, no signature.
+    fn shown_url(&self, ended_at: Option<&Url>) -> String {
+        let mut url = self.url.clone();
+        let _ = url.set_password(None);
+        let _ = url.set_username("");
+        match ended_at.and_then(Url::host_str) {
+            Some(host) if Some(host) != self.url.host_str() => {
+                format!("{url} (redirected to {host})")
+            }
+            _ => url.to_string(),
+        }
+    }
+}
+
+/// What one attempt leaves to the next.
+struct State {
+    /// Bytes that came over the network in this run.
+    received: u64,
+    /// The most bytes of the file there ever were: only more than that is progress.
+    best: u64,
+    /// Attempts in a row without progress.
+    failures: u32,
+    etag: Option<String>,
+    use_range: bool,
+    /// Whether the part holds bytes that this run did not see arrive.
+    from_earlier_run: bool,
+}
+
+enum Failure {
+    Local(DownloadError),
+    Remote(RemoteError),
+}
+
+impl From<DownloadError> for Failure {
+    fn from(error: DownloadError) -> Failure {
+        Failure::Local(error)
+    }
+}
+
+impl From<RemoteError> for Failure {
+    fn from(error: RemoteError) -> Failure {
+        Failure::Remote(error)
+    }
+}
+
+impl Network {
+    /// The wait after the n-th failure in a row: doubling up to the limit, and between half and all of that,
+    /// so that many clients do not come back together.
+    fn backoff(&self, failures: u32) -> Duration {
+        let doubled = self
+            .first_backoff
+            .saturating_mul(1 << (failures - 1).min(16));
+        doubled
+            .min(self.longest_backoff)
+            .mul_f64(rand::rng().random_range(0.5..=1.0))
+    }
+}
+
+fn header(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// `bytes START-END/TOTAL`; the total may be unknown (`*`).
+fn content_range(headers: &HeaderMap) -> Option<(u64, Option<u64>)> {
+    let (range, total) = header(headers, CONTENT_RANGE)?
+        .trim()
+        .strip_prefix("bytes ")?
+        .split_once('/')?;
+    let (start, _) = range.split_once('-')?;
+    Some((start.trim().parse().ok()?, total.trim().parse().ok()))
+}
+
+/// Seconds, or a date in the format of mail.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = header(headers, RETRY_AFTER)?.trim();
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = jiff::fmt::rfc2822::parse(value).ok()?;
+    Some(
+        Duration::try_from(date.timestamp().duration_since(jiff::Timestamp::now()))
+            .unwrap_or_default(),
+    )
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::TimedOut
+        || error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<reqwest::Error>())
+            .is_some_and(reqwest::Error::is_timeout)
+}
+
+/// The first bytes of a body that is no file.
+fn read_start(response: &mut Response) -> Vec<u8> {
+    let mut start = Vec::new();
+    let _ = response.take(1024).read_to_end(&mut start);
+    start
+}
+
+fn page_instead(response: &mut Response) -> Option<String> {
+    let start = read_start(response);
+    looks_like_a_page(&start).then(|| excerpt(&start))
+}
+
+fn looks_like_a_page(bytes: &[u8]) -> bool {
+    let start = bytes.trim_ascii_start();
+    ["<!doctype", "<html", "<?xml"].iter().any(|tag| {
+        start
+            .get(..tag.len())
+            .is_some_and(|start| start.eq_ignore_ascii_case(tag.as_bytes()))
+    })
+}
+
+/// One printable line of at most 120 characters: a server's text must not steer the terminal.
+fn excerpt(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let printable: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    let line = printable.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(120) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}

@@ -1,0 +1,176 @@
+use std::fs;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use cifar_data::download::{DownloadError, Event, Mismatch, Origin, fetch};
+
+use crate::server::{Reply, Server};
+use crate::{FILE, content, listing, message, part_path, put, request, run, temporary};
+
+#[test]
+fn a_corrupt_file_is_reported_and_replaced_only_by_a_verified_one() {
+    let body = content(1000);
+    let dir = temporary();
+    let path = dir.path().join(FILE);
+    put(&path, &[7; 1000]);
+
+    let server = Server::start([Reply::status(404, "")]);
+    let (result, events) = run(&request(&server.url(), dir.path(), &body));
+    assert!(result.is_err());
+    assert!(
+        events.iter().any(|event| event.starts_with("WillReplace")),
+        "{events:?}"
+    );
+    assert_eq!(fs::read(&path).unwrap(), [7; 1000], "nothing better came");
+    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+
+    let server = Server::start([Reply::file(&body)]);
+    let mut seen_during_transfer = Vec::new();
+    fetch(&request(&server.url(), dir.path(), &body), &mut |event| {
+        if let Event::Progress { done: 1000, .. } = event {
+            seen_during_transfer = fs::read(&path).unwrap();
+        }
+    })
+    .unwrap();
+    assert_eq!(seen_during_transfer, [7; 1000]);
+    assert_eq!(fs::read(&path).unwrap(), body);
+}
+
+#[test]
+fn a_file_of_another_size_is_reported_with_both_sizes() {
+    let body = content(1000);
+    let dir = temporary();
+    put(&dir.path().join(FILE), &body[..999]);
+    let server = Server::start([Reply::file(&body)]);
+    let mut problem = None;
+    fetch(&request(&server.url(), dir.path(), &body), &mut |event| {
+        if let Event::WillReplace { problem: found, .. } = event {
+            problem = Some(found.clone());
+        }
+    })
+    .unwrap();
+    assert_eq!(
+        problem,
+        Some(Mismatch::Size {
+            found: 999,
+            expected: 1000
+        })
+    );
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_named_and_nothing_is_left() {
+    let body = content(1000);
+    let dir = temporary();
+    // Every write to /dev/full fails as on a full disk.
+    let part = part_path(dir.path(), &body);
+    fs::create_dir_all(part.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &part).unwrap();
+    let server = Server::start([Reply::file(&body)]);
+    let error = run(&request(&server.url(), dir.path(), &body))
+        .0
+        .unwrap_err();
+    assert!(
+        matches!(&error, DownloadError::DiskFull { bytes: 1000, .. }),
+        "{error:?}"
+    );
+    let text = message(&error);
+    assert!(
+        text.contains("no space left") && text.contains("--data-dir"),
+        "{text}"
+    );
+    assert_eq!(listing(dir.path()), ["plain_text"]);
+}
+
+#[test]
+fn a_data_folder_below_a_file_is_named_before_any_request() {
+    let body = content(1000);
+    let dir = temporary();
+    put(&dir.path().join("file"), b"in the way");
+    let server = Server::start([Reply::file(&body)]);
+    let error = run(&request(
+        &server.url(),
+        &dir.path().join("file/data"),
+        &body,
+    ))
+    .0
+    .unwrap_err();
+    assert!(
+        matches!(&error, DownloadError::NotWritable { .. }),
+        "{error:?}"
+    );
+    assert!(server.asked().is_empty());
+    assert_eq!(listing(dir.path()), ["file"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_read_only_folder_is_named_before_any_request() {
+    use std::os::unix::fs::PermissionsExt;
+    let body = content(1000);
+    let dir = temporary();
+    let folder = dir.path().join("read-only");
+    fs::create_dir(&folder).unwrap();
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o555)).unwrap();
+    if fs::write(folder.join("probe"), "").is_ok() {
+        println!("skipped: this user (root?) writes to read-only folders");
+        return;
+    }
+    let server = Server::start([Reply::file(&body)]);
+    let error = run(&request(&server.url(), &folder, &body)).0.unwrap_err();
+    assert!(
+        matches!(&error, DownloadError::NotWritable { .. }),
+        "{error:?}"
+    );
+    assert!(message(&error).contains("read-only"), "{}", message(&error));
+    assert!(server.asked().is_empty());
+    assert_eq!(listing(&folder), [""; 0]);
+}
+
+#[test]
+fn a_second_process_waits_and_finds_the_file_complete() {
+    let body = content(100_000);
+    let pause = Duration::from_millis(400);
+    let server = Server::start([
+        Reply::file(&body).stalled_after(50_000, pause),
+        Reply::file(&body),
+    ]);
+    let dir = temporary();
+    let request = request(&server.url(), dir.path(), &body);
+    let (under_way, wait_for_it) = mpsc::channel();
+    let (first, second, events) = thread::scope(|scope| {
+        // A lock belongs to the opened file, so threads compete for it just as processes do.
+        let first = scope.spawn(|| {
+            let mut under_way = Some(under_way);
+            fetch(&request, &mut |event| {
+                if matches!(event, Event::Progress { .. })
+                    && let Some(under_way) = under_way.take()
+                {
+                    under_way.send(()).unwrap();
+                }
+            })
+        });
+        wait_for_it.recv().unwrap();
+        let (second, events) = run(&request);
+        (first.join().unwrap(), second, events)
+    });
+    assert_eq!(
+        first.unwrap().files[0].origin,
+        Origin::Network { received: 100_000 }
+    );
+    assert_eq!(second.unwrap().files[0].origin, Origin::AlreadyComplete);
+    assert!(
+        events[0].starts_with("WaitingForOtherProcess"),
+        "{events:?}"
+    );
+    assert_eq!(
+        server.asked().len(),
+        2,
+        "the drop and its continuation, both by the first"
+    );
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+}

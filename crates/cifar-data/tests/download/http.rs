@@ -1,0 +1,702 @@
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use cifar_data::download::{
+    CIFAR10_HUB, CIFAR10_TORONTO, DownloadError, Event, HubManifest, Interrupt, Manifest, Mismatch,
+    Origin, RemoteError, Request, Source, Token, fetch,
+};
+use proptest::prelude::*;
+
+use crate::server::{Reply, Server};
+use crate::{
+    FILE, REVISION, cause, content, listing, message, part_path, pinned, put, request, run,
+    temporary,
+};
+
+#[test]
+fn fetches_every_file_of_the_revision_and_leaves_nothing_else() {
+    let (train, test) = (content(300_000), content(1000));
+    let server = Server::start([Reply::file(&train), Reply::file(&test)]);
+    let dir = temporary();
+    let mut request = request(
+        &format!("{}/", server.url()),
+        &dir.path().join("not/there/yet"),
+        &train,
+    );
+    let files = vec![
+        pinned(FILE, &train),
+        pinned("plain_text/test.parquet", &test),
+    ];
+    request.manifest = Manifest::Hub(HubManifest {
+        repository: "uoft-cs/cifar10".into(),
+        revision: REVISION.into(),
+        files: files.into(),
+    });
+    let report = run(&request).0.expect("success");
+
+    let paths: Vec<_> = server.asked().into_iter().map(|asked| asked.path).collect();
+    let base = format!("/datasets/uoft-cs/cifar10/resolve/{REVISION}/plain_text");
+    assert_eq!(
+        paths,
+        [
+            format!("{base}/train.parquet"),
+            format!("{base}/test.parquet")
+        ]
+    );
+    assert_eq!(
+        report.files[0].origin,
+        Origin::Network { received: 300_000 }
+    );
+    assert_eq!(
+        report.files[1].path,
+        request.dir.join("plain_text/test.parquet")
+    );
+    assert_eq!(fs::read(&report.files[0].path).unwrap(), train);
+    assert_eq!(fs::read(&report.files[1].path).unwrap(), test);
+    assert_eq!(
+        listing(&request.dir),
+        [
+            "plain_text",
+            "plain_text/test.parquet",
+            "plain_text/train.parquet"
+        ]
+    );
+    assert!(server.asked()[0].header("authorization").is_none());
+}
+
+#[test]
+fn complete_files_are_never_fetched_again() {
+    let body = content(5000);
+    let server = Server::start([]);
+    let dir = temporary();
+    put(&dir.path().join(FILE), &body);
+    let (result, events) = run(&request(&server.url(), dir.path(), &body));
+    assert_eq!(result.unwrap().files[0].origin, Origin::AlreadyComplete);
+    assert!(
+        events.last().unwrap().starts_with("AlreadyComplete"),
+        "{events:?}"
+    );
+    assert!(server.asked().is_empty());
+}
+
+#[test]
+fn a_dropped_connection_is_continued_where_it_broke() {
+    let body = content(200_000);
+    let server = Server::start([
+        Reply::file(&body)
+            .header("ETag", "\"v1\"")
+            .dropped_after(70_000),
+        Reply::file(&body)
+            .header("ETag", "W/\"v1\"")
+            .dropped_after(30_000),
+        Reply::file(&body),
+    ]);
+    let dir = temporary();
+    let (result, events) = run(&request(&server.url(), dir.path(), &body));
+    assert_eq!(
+        result.unwrap().files[0].origin,
+        Origin::Network { received: 200_000 }
+    );
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+
+    let asked = server.asked();
+    let ranges: Vec<_> = asked.iter().map(|asked| asked.header("range")).collect();
+    assert_eq!(ranges, [None, Some("bytes=70000-"), Some("bytes=100000-")]);
+    let conditions: Vec<_> = asked.iter().map(|asked| asked.header("if-range")).collect();
+    assert_eq!(
+        conditions,
+        [None, Some("\"v1\""), None],
+        "a weak tag promises nothing"
+    );
+    assert_eq!(
+        events
+            .iter()
+            .filter(|event| event.starts_with("Retrying"))
+            .count(),
+        2
+    );
+}
+
+#[test]
+fn a_second_run_continues_what_the_first_one_left() {
+    let body = content(100_000);
+    let dir = temporary();
+    let server = Server::start([
+        Reply::file(&body).dropped_after(60_000),
+        Reply::status(503, ""),
+        Reply::status(503, ""),
+    ]);
+    let error = run(&request(&server.url(), dir.path(), &body))
+        .0
+        .unwrap_err();
+    assert!(
+        message(&error).contains("(60000 bytes are kept"),
+        "{}",
+        message(&error)
+    );
+    assert_eq!(
+        fs::read(part_path(dir.path(), &body)).unwrap(),
+        body[..60_000]
+    );
+
+    let server = Server::start([Reply::file(&body)]);
+    let report = run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+    assert_eq!(report.files[0].origin, Origin::Network { received: 40_000 });
+    assert_eq!(server.asked()[0].header("range"), Some("bytes=60000-"));
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+}
+
+#[test]
+fn a_part_file_with_all_bytes_needs_no_request() {
+    let body = content(1000);
+    let dir = temporary();
+    put(&part_path(dir.path(), &body), &body);
+    let server = Server::start([]);
+    run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    assert!(server.asked().is_empty());
+}
+
+#[test]
+fn a_server_without_ranges_sends_the_file_from_its_start() {
+    let body = content(100_000);
+    let server = Server::start([Reply::body(&body).dropped_after(60_000), Reply::body(&body)]);
+    let dir = temporary();
+    let (result, events) = run(&request(&server.url(), dir.path(), &body));
+    result.unwrap();
+    assert_eq!(server.asked()[1].header("range"), Some("bytes=60000-"));
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    assert!(
+        events
+            .iter()
+            .any(|event| event.contains("sends the file from its start")),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn a_server_that_answers_another_range_is_asked_without() {
+    let body = content(1000);
+    let dir = temporary();
+    put(&part_path(dir.path(), &body), &body[..400]);
+    let wrong = Reply::status(206, &body[100..]).header("Content-Range", "bytes 100-999/1000");
+    let server = Server::start([wrong, Reply::body(&body)]);
+    run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+    assert_eq!(server.asked()[1].header("range"), None);
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+}
+
+#[test]
+fn wrong_bytes_of_an_earlier_run_are_dropped_and_fetched_anew() {
+    let body = content(1000);
+    for kept in [vec![7; 400], vec![7; 1000], vec![7; 2000]] {
+        let dir = temporary();
+        put(&part_path(dir.path(), &body), &kept);
+        let server = Server::start([Reply::file(&body), Reply::file(&body)]);
+        run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+        assert_eq!(
+            fs::read(dir.path().join(FILE)).unwrap(),
+            body,
+            "after {} kept bytes",
+            kept.len()
+        );
+        assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+    }
+}
+
+#[test]
+fn an_unfinished_download_of_another_version_is_not_continued_but_removed() {
+    let (old, new) = (content(2000), content(1000));
+    let dir = temporary();
+    put(&part_path(dir.path(), &old), &old[..500]);
+    put(&dir.path().join(format!("{FILE}.notes.part")), b"not ours");
+    let server = Server::start([Reply::file(&new)]);
+    let (result, events) = run(&request(&server.url(), dir.path(), &new));
+    result.unwrap();
+    assert_eq!(server.asked()[0].header("range"), None);
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), new);
+    assert_eq!(
+        listing(dir.path()),
+        ["plain_text", FILE, &format!("{FILE}.notes.part")]
+    );
+    assert!(
+        events
+            .iter()
+            .any(|event| event.starts_with("RemovedStalePart")),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn a_wrong_announced_length_is_refused_before_the_body() {
+    let body = content(1000);
+    for announced in [10, 999, 1001, 5000] {
+        let server = Server::start([Reply::body(&content(announced))]);
+        let dir = temporary();
+        match cause(run(&request(&server.url(), dir.path(), &body)).0) {
+            RemoteError::WrongLength {
+                announced: found,
+                expected: 1000,
+                ..
+            } => assert_eq!(found, announced as u64),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(
+            server.asked().len(),
+            1,
+            "a wrong length does not mend itself"
+        );
+        assert_eq!(listing(dir.path()), [""; 0]);
+    }
+}
+
+#[test]
+fn a_changed_total_in_a_range_answer_is_refused_and_the_part_kept() {
+    let body = content(1000);
+    let dir = temporary();
+    put(&part_path(dir.path(), &body), &body[..400]);
+    let server = Server::start([Reply::file(&content(1500))]);
+    let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+    assert!(
+        matches!(
+            error,
+            RemoteError::WrongLength {
+                announced: 1500,
+                expected: 1000,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert_eq!(fs::read(part_path(dir.path(), &body)).unwrap(), body[..400]);
+}
+
+#[test]
+fn a_longer_body_than_the_file_is_cut_off_and_removed() {
+    let body = content(1000);
+    let server = Server::start([Reply::body(&content(400_000)).unannounced()]);
+    let dir = temporary();
+    let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+    assert!(
+        matches!(error, RemoteError::TooLong { expected: 1000, .. }),
+        "{error:?}"
+    );
+    assert_eq!(listing(dir.path()), [""; 0]);
+}
+
+#[test]
+fn a_body_that_is_always_short_ends_in_an_error() {
+    let body = content(1000);
+    for server in [
+        Server::start(vec![Reply::body(&body[..600]).unannounced(); 4]),
+        Server::start(vec![Reply::file(&body[..600]).unannounced(); 6]),
+    ] {
+        let dir = temporary();
+        let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+        let RemoteError::GaveUp {
+            attempts: 3, last, ..
+        } = &error
+        else {
+            panic!("{error:?}")
+        };
+        assert!(
+            matches!(
+                **last,
+                RemoteError::BrokeOff {
+                    received: 600,
+                    expected: 1000,
+                    ..
+                }
+            ),
+            "{last:?}"
+        );
+        assert!(!dir.path().join(FILE).exists());
+    }
+}
+
+#[test]
+fn wrong_bytes_of_the_right_length_are_named_and_removed() {
+    let body = content(1000);
+    let mut wrong = body.clone();
+    wrong[500] ^= 1;
+    let server = Server::start([Reply::file(&wrong)]);
+    let dir = temporary();
+    let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+    let RemoteError::WrongBytes {
+        problem: Mismatch::Sha256 { found, expected },
+        ..
+    } = &error
+    else {
+        panic!("{error:?}")
+    };
+    assert_eq!(
+        (found.as_str(), expected.as_str()),
+        (&*pinned(FILE, &wrong).sha256, &*pinned(FILE, &body).sha256)
+    );
+    assert_eq!(listing(dir.path()), [""; 0]);
+}
+
+#[test]
+fn a_web_page_with_status_200_is_called_one() {
+    let body = content(1000);
+    let page = b"<!DOCTYPE html>\n<html><body>Please \x1b[31mlog in\x1b[0m</body></html>".to_vec();
+    let mut padded = page.clone();
+    padded.resize(1000, b' ');
+    for reply in [
+        Reply::body(&page),
+        Reply::body(&page).header("Content-Type", "text/html; charset=utf-8"),
+        Reply::body(&page).unannounced(),
+        Reply::body(&padded),
+    ] {
+        let server = Server::start([reply.clone()]);
+        let dir = temporary();
+        let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+        let RemoteError::WebPage { excerpt, .. } = &error else {
+            panic!("{reply:?}: {error:?}")
+        };
+        assert!(
+            excerpt.contains("Please") && !excerpt.contains('\x1b'),
+            "{excerpt:?}"
+        );
+        assert_eq!(server.asked().len(), 1);
+        assert_eq!(listing(dir.path()), [""; 0]);
+    }
+}
+
+#[test]
+fn not_found_is_not_retried_and_names_the_other_source() {
+    let body = content(1000);
+    let server = Server::start([Reply::status(404, "Entry not found")]);
+    let dir = temporary();
+    let error = run(&request(&server.url(), dir.path(), &body))
+        .0
+        .unwrap_err();
+    let text = message(&error);
+    assert!(text.contains("404 Not Found: Entry not found"), "{text}");
+    assert!(
+        text.contains("cargo xtask download-data --source toronto"),
+        "{text}"
+    );
+    assert_eq!(server.asked().len(), 1);
+    assert_eq!(listing(dir.path()), [""; 0]);
+}
+
+#[test]
+fn too_many_requests_waits_as_long_as_asked() {
+    let body = content(1000);
+    let server = Server::start([
+        Reply::status(429, "slow down").header("Retry-After", "1"),
+        Reply::file(&body),
+    ]);
+    let dir = temporary();
+    let begin = Instant::now();
+    let (result, events) = run(&request(&server.url(), dir.path(), &body));
+    result.unwrap();
+    assert!(begin.elapsed() >= Duration::from_secs(1));
+    assert!(
+        events
+            .iter()
+            .any(|event| event.starts_with("Retrying") && event.contains("delay: 1s")),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn a_longer_wait_than_we_grant_ends_the_run_with_its_length() {
+    let body = content(1000);
+    for (value, at_least) in [("3600", 3600), ("Wed, 21 Oct 2099 07:28:00 GMT", 1_000_000)] {
+        let server = Server::start([Reply::status(503, "").header("Retry-After", value)]);
+        let dir = temporary();
+        let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+        let RemoteError::AsksToWait { wait, .. } = &error else {
+            panic!("{error:?}")
+        };
+        assert!(wait.as_secs() >= at_least, "{wait:?}");
+        assert_eq!(server.asked().len(), 1);
+    }
+}
+
+#[test]
+fn a_server_error_is_retried_until_it_passes() {
+    let body = content(1000);
+    let server = Server::start([
+        Reply::status(500, "oops"),
+        Reply::status(502, ""),
+        Reply::file(&body),
+    ]);
+    let dir = temporary();
+    run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+    assert_eq!(server.asked().len(), 3);
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+}
+
+#[test]
+fn a_server_error_that_stays_ends_after_the_allowed_attempts() {
+    let body = content(1000);
+    let server = Server::start(vec![Reply::status(500, "oops"); 10]);
+    let dir = temporary();
+    let error = cause(run(&request(&server.url(), dir.path(), &body)).0);
+    assert_eq!(server.asked().len(), 3);
+    let text = message(&error);
+    assert!(
+        text.starts_with("gave up after 3 attempts")
+            && text.contains("500 Internal Server Error: oops"),
+        "{text}"
+    );
+    assert_eq!(listing(dir.path()), [""; 0]);
+}
+
+#[test]
+fn progress_resets_the_count_of_failures() {
+    let body = content(10_000);
+    let script = (0..10).map(|_| Reply::file(&body).dropped_after(1000));
+    let server = Server::start(script);
+    let dir = temporary();
+    run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+    assert_eq!(
+        server.asked().len(),
+        10,
+        "more than the three attempts in a row that are allowed without progress"
+    );
+}
+
+#[test]
+fn a_silent_server_is_left_and_asked_again() {
+    let body = content(1000);
+    let silence = Duration::from_millis(900);
+    let server = Server::start([
+        Reply::file(&body).stalled_after(300, silence),
+        Reply::file(&body),
+    ]);
+    let dir = temporary();
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.network.read_timeout = Duration::from_millis(600);
+    let (result, events) = run(&request);
+    result.unwrap();
+    assert!(
+        events.iter().any(|event| event.contains("Stalled")),
+        "{events:?}"
+    );
+    assert_eq!(server.asked()[1].header("range"), Some("bytes=300-"));
+}
+
+#[test]
+fn no_server_at_all_is_an_error_that_says_so() {
+    let endpoint = Server::start([]).url(); // stopped again at once: the port refuses
+    let dir = temporary();
+    let error = cause(run(&request(&endpoint, &dir.path().join("data"), &content(10))).0);
+    let text = message(&error);
+    assert!(
+        text.starts_with("gave up after 2 attempts")
+            && text.contains("no answer from http://127.0.0.1"),
+        "{text}"
+    );
+    assert!(text.contains("refused"), "{text}");
+    assert_eq!(listing(dir.path()), [""; 0]);
+}
+
+#[test]
+fn the_token_goes_to_the_hub_and_not_where_it_redirects() {
+    let body = content(1000);
+    let elsewhere = Server::start([Reply::file(&body)]);
+    let hub =
+        Server::start([Reply::status(302, "")
+            .header("Location", format!("{}/blob?signature=x", elsewhere.url()))]);
+    let dir = temporary();
+    let mut request = request(&hub.url(), dir.path(), &body);
+    request.hub_token = Some(Token::new("hf_secret"));
+    run(&request).0.unwrap();
+    assert_eq!(
+        hub.asked()[0].header("authorization"),
+        Some("Bearer hf_secret")
+    );
+    assert_eq!(elsewhere.asked()[0].path, "/blob?signature=x");
+    assert_eq!(elsewhere.asked()[0].header("authorization"), None);
+    assert!(!format!("{request:?}").contains("hf_secret"));
+}
+
+#[test]
+fn a_refused_token_is_suspected() {
+    let body = content(10);
+    let server = Server::start([Reply::status(401, "Invalid credentials")]);
+    let dir = temporary();
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.hub_token = Some(Token::new("hf_secret"));
+    let text = message(&run(&request).0.unwrap_err());
+    assert!(
+        text.contains("HF_TOKEN may be wrong") && !text.contains("hf_secret"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_file_in_the_hub_cache_needs_no_network() {
+    let body = content(1000);
+    let (dir, cache) = (temporary(), temporary());
+    put(
+        &cache
+            .path()
+            .join("datasets--uoft-cs--cifar10/snapshots")
+            .join(REVISION)
+            .join(FILE),
+        &body,
+    );
+    let server = Server::start([]);
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.hub_cache = Some(cache.path().to_path_buf());
+    request.offline = true;
+    let report = run(&request).0.unwrap();
+    assert_eq!(report.files[0].origin, Origin::HubCache);
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+    assert!(server.asked().is_empty());
+}
+
+#[test]
+fn a_wrong_file_in_the_hub_cache_is_fetched_instead_and_left_alone() {
+    let body = content(1000);
+    let (dir, cache) = (temporary(), temporary());
+    let cached = cache
+        .path()
+        .join("datasets--uoft-cs--cifar10/snapshots")
+        .join(REVISION)
+        .join(FILE);
+    put(&cached, &[7; 1000]);
+    let server = Server::start([Reply::file(&body)]);
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.hub_cache = Some(cache.path().to_path_buf());
+    let (result, events) = run(&request);
+    assert_eq!(
+        result.unwrap().files[0].origin,
+        Origin::Network { received: 1000 }
+    );
+    assert!(
+        events
+            .iter()
+            .any(|event| event.starts_with("HubCacheIsWrong")),
+        "{events:?}"
+    );
+    assert_eq!(fs::read(cached).unwrap(), [7; 1000]);
+}
+
+#[test]
+fn offline_means_no_request() {
+    let body = content(1000);
+    let server = Server::start([Reply::file(&body)]);
+    let dir = temporary();
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.offline = true;
+    let error = run(&request).0.unwrap_err();
+    assert!(
+        matches!(error, DownloadError::Offline { .. })
+            && error.to_string().contains("HF_HUB_OFFLINE"),
+        "{error}"
+    );
+    assert!(server.asked().is_empty());
+    assert_eq!(listing(dir.path()), [""; 0]);
+}
+
+#[test]
+fn an_endpoint_that_is_no_address_is_refused() {
+    for endpoint in [
+        "",
+        "huggingface.co",
+        "ftp://huggingface.co",
+        "http://",
+        "http:///",
+        "https://a/?b",
+    ] {
+        let dir = temporary();
+        let error = run(&request(endpoint, dir.path(), &content(10)))
+            .0
+            .unwrap_err();
+        assert!(
+            matches!(&error, DownloadError::BadEndpoint { .. }),
+            "{endpoint:?}: {error:?}"
+        );
+    }
+}
+
+#[test]
+fn an_interrupt_keeps_what_has_arrived() {
+    let body = content(300_000);
+    let server = Server::start([Reply::file(&body)]);
+    let dir = temporary();
+    let request = request(&server.url(), dir.path(), &body);
+    let Interrupt(flag) = request.interrupt.clone();
+    let error = fetch(&request, &mut |event| {
+        if matches!(event, Event::Progress { done, .. } if done > 100_000) {
+            flag.store(true, Ordering::Relaxed);
+        }
+    })
+    .unwrap_err();
+    let DownloadError::Interrupted { kept, .. } = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(
+        fs::read(part_path(dir.path(), &body)).unwrap(),
+        body[..kept as usize]
+    );
+    assert!((100_000..300_000).contains(&kept), "{kept}");
+}
+
+#[test]
+fn the_pinned_manifests_are_whole() {
+    let Manifest::Hub(hub) = Source::Hub.manifest() else {
+        panic!()
+    };
+    assert_eq!((&hub, hub.revision.len()), (&CIFAR10_HUB, 40));
+    assert_eq!(
+        hub.files.iter().map(|file| file.bytes).sum::<u64>(),
+        143_646_105
+    );
+    let Manifest::Archive(toronto) = Source::Toronto.manifest() else {
+        panic!()
+    };
+    assert_eq!(toronto, CIFAR10_TORONTO);
+    assert!(
+        toronto.members.iter().all(|file| file.bytes == 30_730_000) && toronto.members.len() == 6
+    );
+    let mut hashes: Vec<_> = hub
+        .files
+        .iter()
+        .chain(toronto.members.iter())
+        .map(|file| &file.sha256)
+        .collect();
+    assert!(hashes.iter().all(
+        |hash| hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    ));
+    hashes.sort();
+    hashes.dedup();
+    assert_eq!(hashes.len(), 8);
+    assert_eq!(
+        Request::new(Source::Hub, "data").hub_endpoint,
+        "https://huggingface.co"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn any_series_of_drops_ends_in_the_right_file(
+        size in 1..200_000_usize,
+        drops in prop::collection::vec((any::<bool>(), 1..100_000_usize), 0..8),
+    ) {
+        let body = content(size);
+        let mut script: Vec<Reply> = drops
+            .into_iter()
+            .map(|(ranges, sends)| if ranges { Reply::file(&body) } else { Reply::body(&body) }.dropped_after(sends))
+            .collect();
+        script.extend(vec![Reply::file(&body); 1]);
+        let server = Server::start(script);
+        let dir = temporary();
+        let mut request = request(&server.url(), dir.path(), &body);
+        request.network.attempts = 20;
+        let report = run(&request).0.expect("success");
+        prop_assert_eq!(fs::read(&report.files[0].path).unwrap(), body);
+        prop_assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+    }
+}
