@@ -48,10 +48,20 @@ fn check(case: &Case, y: &Tensor, inputs: &[(&str, &Option<Var>)]) -> Result<()>
             Some(gradient) => gradient,
             None => panic!("{}: {name} has no gradient", case.name()),
         };
+        // Batch norm over two values: the terms of dx cancel almost to
+        // nothing, and rounding is relative to the terms, of the size of dy.
+        let cancels = *name == "x" && case.name().contains("two_values");
+        let (gradient, expected) = match cancels {
+            true => (
+                (gradient + case.tensor("dy"))?,
+                (expected + case.tensor("dy"))?,
+            ),
+            false => (gradient.clone(), expected.clone()),
+        };
         assert_close(
             &format!("{} d{name}", case.name()),
-            gradient,
-            expected,
+            &gradient,
+            &expected,
             tolerance,
         );
     }

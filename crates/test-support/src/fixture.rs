@@ -54,17 +54,23 @@ impl Fixture {
         names
     }
 
+    /// A metadata entry.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[track_caller]
+    pub fn text(&self, key: &str) -> &str {
+        let text = self.metadata.get(key);
+        text.unwrap_or_else(|| panic!("the fixture has no metadata {key}"))
+    }
+
     /// A metadata entry parsed as JSON.
     ///
     /// # Panics
     /// When it is absent or no JSON.
     #[track_caller]
     pub fn json(&self, key: &str) -> serde_json::Value {
-        let text = self
-            .metadata
-            .get(key)
-            .unwrap_or_else(|| panic!("the fixture has no metadata {key}"));
-        serde_json::from_str(text).unwrap_or_else(|e| panic!("metadata {key}: {e}"))
+        serde_json::from_str(self.text(key)).unwrap_or_else(|e| panic!("metadata {key}: {e}"))
     }
 
     /// The cases of one operation.

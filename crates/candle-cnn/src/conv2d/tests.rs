@@ -1,1 +1,233 @@
+use candle_core::{DType, Device, Result, Tensor, Var};
+use proptest::prelude::*;
+use test_support::{check_gradients, relative_error, seeded_values};
 
+use super::*;
+use crate::element::Real;
+
+/// A geometry from its sizes.
+fn geometry(
+    batch: usize,
+    (c_in, c_out): (usize, usize),
+    input: (usize, usize),
+    kernel: (usize, usize),
+    config: Conv2dConfig,
+) -> Result<Conv2dGeometry> {
+    let x = Tensor::zeros((batch, c_in, input.0, input.1), DType::F32, &Device::Cpu)?;
+    let weight = Tensor::zeros((c_out, c_in, kernel.0, kernel.1), DType::F32, &Device::Cpu)?;
+    Conv2dGeometry::new(&x, &weight, config)
+}
+
+fn numbers<T: Real>(name: &str, count: usize) -> Vec<T> {
+    seeded_values(name, count, 2.0)
+        .into_iter()
+        .map(|v| T::real(f64::from(v)))
+        .collect()
+}
+
+fn error<T: Real>(actual: &[T], expected: &[f64]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
+    let tensor = |v: Vec<f64>| Tensor::from_vec(v, expected.len(), &Device::Cpu).unwrap();
+    let actual = tensor(actual.iter().map(|v| v.as_f64()).collect());
+    relative_error(&actual, &tensor(expected.to_vec())).unwrap()
+}
+
+/// Checks every instruction set of this machine against the reference.
+fn check<T: Element>(g: &Conv2dGeometry, tolerance: f64) {
+    let widen = |v: &[T]| -> Vec<f64> { v.iter().map(|v| v.as_f64()).collect() };
+    let x: Vec<T> = numbers("x", g.batch * g.c_in * g.input.0 * g.input.1);
+    let weight: Vec<T> = numbers("weight", g.c_out * g.c_in * g.kernel.0 * g.kernel.1);
+    let bias: Vec<T> = numbers("bias", g.c_out);
+    let dy: Vec<T> = numbers("dy", g.batch * g.c_out * g.output.0 * g.output.1);
+    let y = conv2d_reference(g, &widen(&x), &widen(&weight), Some(&widen(&bias)));
+    let expected = conv2d_backward_reference(g, &widen(&x), &widen(&weight), &widen(&dy));
+    let all = cpu::Needs {
+        input: true,
+        weight: true,
+        bias: true,
+    };
+    for isa in Isa::available() {
+        let actual = cpu::forward(g, isa, &x, &weight, Some(&bias), false);
+        let forward = error(&actual, &y);
+        assert!(forward <= tolerance, "{isa:?} {g:?}: forward {forward:.1e}");
+        let actual = cpu::backward(g, isa, &x, &weight, None, &dy, all);
+        for (name, actual, expected) in [
+            ("dx", actual.input, &expected.0),
+            ("dweight", actual.weight, &expected.1),
+            ("dbias", actual.bias, &expected.2),
+        ] {
+            let error = error(&actual.unwrap(), expected);
+            assert!(error <= tolerance, "{isa:?} {g:?}: {name} {error:.1e}");
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_agrees_with_the_reference_on_the_layers_of_googlenet() -> Result<()> {
+    for (channels, size, kernel) in [
+        ((3, 192), 12, 3),
+        ((192, 16), 8, 1),
+        ((16, 48), 8, 5),
+        ((112, 208), 8, 3),
+        ((48, 128), 4, 5),
+    ] {
+        let config = Conv2dConfig::padded(kernel / 2);
+        let g = geometry(3, channels, (size, size), (kernel, kernel), config)?;
+        check::<f32>(&g, 3e-6);
+        check::<f64>(&g, 1e-13);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn every_instruction_set_agrees_with_the_reference_on_any_geometry(
+        batch in 1usize..4,
+        channels in (1usize..36, 1usize..52),
+        input in (1usize..9, 1usize..9),
+        kernel in (1usize..6, 1usize..6),
+        stride in (1usize..4, 1usize..4),
+        padding in (0usize..5, 0usize..5),
+        dilation in (1usize..3, 1usize..3),
+    ) {
+        let config = Conv2dConfig { stride, padding, dilation };
+        // A kernel larger than the padded image is an error, tested below.
+        if let Ok(g) = geometry(batch, channels, input, kernel, config) {
+            check::<f32>(&g, 3e-6);
+        }
+    }
+}
+
+#[test]
+fn gradients_agree_with_finite_differences() -> Result<()> {
+    let tensor = |name: &str, dims: &[usize]| {
+        let values = seeded_values(name, dims.iter().product(), 2.0);
+        Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(DType::F64)
+    };
+    let x = tensor("x", &[2, 3, 5, 4])?;
+    let weight = tensor("weight", &[4, 3, 3, 2])?;
+    let bias = tensor("bias", &[4])?;
+    let config = Conv2dConfig {
+        stride: (2, 1),
+        padding: (2, 1),
+        dilation: (1, 2),
+    };
+    for op in [conv2d, conv2d_relu] {
+        let worst = check_gradients(&[&x, &weight, &bias], 1e-5, |inputs| {
+            op(&inputs[0], &inputs[1], Some(&inputs[2]), config)
+        })?;
+        assert!(worst < 1e-7, "{worst:.1e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn fused_relu_has_the_bits_of_convolution_then_relu() -> Result<()> {
+    let x = Var::randn(0f32, 1.0, (2, 5, 6, 6), &Device::Cpu)?;
+    let weight = Var::randn(0f32, 1.0, (7, 5, 3, 3), &Device::Cpu)?;
+    let bias = Var::randn(0f32, 1.0, 7, &Device::Cpu)?;
+    let config = Conv2dConfig::padded(1);
+    let fused = conv2d_relu(&x, &weight, Some(&bias), config)?;
+    let apart = crate::relu(&conv2d(&x, &weight, Some(&bias), config)?)?;
+    assert_eq!(relative_error(&fused, &apart)?, 0.0);
+    let (fused, apart) = (fused.sqr()?.backward()?, apart.sqr()?.backward()?);
+    for variable in [&x, &weight, &bias] {
+        let (fused, apart) = (fused.get(variable).unwrap(), apart.get(variable).unwrap());
+        assert_eq!(relative_error(fused, apart)?, 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn strided_inputs_give_the_result_of_contiguous_ones() -> Result<()> {
+    let x = Tensor::randn(0f32, 1.0, (2, 6, 5, 3), &Device::Cpu)?.permute((0, 3, 1, 2))?;
+    let weight = Var::from_tensor(&Tensor::randn(0f32, 1.0, (3, 3, 4, 3), &Device::Cpu)?)?;
+    let turned = weight.permute((2, 0, 1, 3))?;
+    let y = conv2d(&x, &turned, None, Conv2dConfig::default())?;
+    let expected = conv2d(
+        &x.contiguous()?,
+        &turned.contiguous()?,
+        None,
+        Default::default(),
+    )?;
+    assert_eq!(relative_error(&y, &expected)?, 0.0);
+    assert_eq!(y.backward()?.get(&weight).unwrap().dims(), [3, 3, 4, 3]);
+    Ok(())
+}
+
+#[test]
+fn gradient_that_nobody_needs_is_not_computed() -> Result<()> {
+    let x = Tensor::randn(0f32, 1.0, (1, 2, 4, 4), &Device::Cpu)?;
+    let weight = Var::randn(0f32, 1.0, (3, 2, 3, 3), &Device::Cpu)?;
+    let frozen = Tensor::zeros(3, DType::F32, &Device::Cpu)?;
+    let y = conv2d(&x, &weight, Some(&frozen), Conv2dConfig::default())?;
+    let gradients = y.backward()?;
+    assert!(gradients.get(&weight).is_some());
+    assert!(gradients.get(&x).is_none());
+    assert!(gradients.get(&frozen).is_none());
+    Ok(())
+}
+
+#[test]
+fn same_inputs_give_the_same_bits() -> Result<()> {
+    let x = Var::randn(0f32, 1.0, (5, 17, 9, 9), &Device::Cpu)?;
+    let weight = Var::randn(0f32, 1.0, (33, 17, 3, 3), &Device::Cpu)?;
+    let run = || -> Result<_> {
+        let y = conv2d(&x, &weight, None, Conv2dConfig::padded(1))?;
+        let gradients = y.sqr()?.backward()?;
+        let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        Ok((
+            flat(&y)?,
+            flat(gradients.get(&x).unwrap())?,
+            flat(gradients.get(&weight).unwrap())?,
+        ))
+    };
+    assert_eq!(run()?, run()?);
+    Ok(())
+}
+
+#[test]
+fn bad_arguments_are_errors_that_name_both_shapes() -> Result<()> {
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+    let x = zeros(&[2, 3, 4, 4])?;
+    let message = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, config| {
+        conv2d(x, weight, bias, config).unwrap_err().to_string()
+    };
+    let default = Conv2dConfig::default();
+    let text = message(&x, &zeros(&[5, 2, 1, 1])?, None, default);
+    assert!(
+        text.contains("conv2d") && text.contains("[2, 3, 4, 4]") && text.contains("[5, 2, 1, 1]"),
+        "{text}"
+    );
+    let text = message(&x, &zeros(&[5, 3, 1, 1])?, Some(&zeros(&[4])?), default);
+    assert!(
+        text.contains("[4]") && text.contains("[5, 3, 1, 1]"),
+        "{text}"
+    );
+    let text = message(&x, &zeros(&[5, 3, 7, 7])?, None, Conv2dConfig::padded(1));
+    assert!(text.contains("(7, 7)") && text.contains("(4, 4)"), "{text}");
+    let text = message(&zeros(&[3, 4, 4])?, &zeros(&[5, 3, 1, 1])?, None, default);
+    assert!(text.contains("(N, C, H, W)"), "{text}");
+    let stride = Conv2dConfig {
+        stride: (0, 1),
+        ..default
+    };
+    let text = message(&x, &zeros(&[5, 3, 1, 1])?, None, stride);
+    assert!(text.contains("stride is (0, 1)"), "{text}");
+    let double = zeros(&[5, 3, 1, 1])?.to_dtype(DType::F64)?;
+    assert!(message(&x, &double, None, default).contains("F64"));
+    Ok(())
+}
+
+#[test]
+fn empty_batch_gives_an_empty_result_and_zero_gradients() -> Result<()> {
+    let x = Tensor::zeros((0, 3, 4, 4), DType::F32, &Device::Cpu)?;
+    let weight = Var::ones((5, 3, 3, 3), DType::F32, &Device::Cpu)?;
+    let y = conv2d(&x, &weight, None, Conv2dConfig::padded(1))?;
+    assert_eq!(y.dims(), [0, 5, 4, 4]);
+    let gradients = y.sum_all()?.backward()?;
+    let gradient = gradients.get(&weight).unwrap().abs()?.sum_all()?;
+    assert_eq!(gradient.to_scalar::<f32>()?, 0.0);
+    Ok(())
+}

@@ -1,1 +1,94 @@
+use candle_core::{DType, Device, Result, Tensor, Var};
+use proptest::prelude::*;
+use test_support::{check_gradients, seeded_values};
 
+use super::*;
+
+/// Values on a coarse grid, so that ties are common.
+fn tied(name: &str, dims: (usize, usize, usize, usize)) -> Result<Tensor> {
+    let count = dims.0 * dims.1 * dims.2 * dims.3;
+    let values: Vec<f32> = seeded_values(name, count, 6.0)
+        .iter()
+        .map(|v| v.round())
+        .collect();
+    Tensor::from_vec(values, dims, &Device::Cpu)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn every_instruction_set_sends_the_gradient_to_the_first_maximum(
+        dims in (1usize..3, 1usize..4, 1usize..12, 1usize..40),
+        kernel in (1usize..6, 1usize..6),
+        stride in (1usize..4, 1usize..4),
+        padding in (0usize..3, 0usize..3),
+        ceil_mode: bool,
+    ) {
+        let x = tied("x", dims).unwrap();
+        let Ok(planes) = Planes::new(OP, &x, kernel, stride, padding, ceil_mode) else {
+            return Ok(());
+        };
+        let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let count = planes.batch * planes.channels * planes.output_plane();
+        let dy = seeded_values("dy", count, 2.0);
+        let (mut y, mut dx) = (Vec::new(), vec![0f32; x.len()]);
+        for (p, plane) in x.chunks_exact(planes.input_plane()).enumerate() {
+            for oh in 0..planes.h.output {
+                for ow in 0..planes.w.output {
+                    let winner = reference::first_maximum(&planes, plane, oh, ow);
+                    dx[p * planes.input_plane() + winner] += dy[y.len()];
+                    y.push(plane[winner]);
+                }
+            }
+        }
+        for isa in Isa::available() {
+            prop_assert_eq!(&cpu::forward(&planes, isa, &x), &y);
+            prop_assert_eq!(&cpu::backward(&planes, isa, &x, &dy), &dx);
+        }
+    }
+}
+
+#[test]
+fn gradient_agrees_with_finite_differences() -> Result<()> {
+    let values = seeded_values("x", 2 * 3 * 6 * 5, 2.0);
+    let x = Tensor::from_vec(values, (2, 3, 6, 5), &Device::Cpu)?.to_dtype(DType::F64)?;
+    for config in [
+        MaxPool2dConfig::square(3, 1, 1),
+        MaxPool2dConfig::square(3, 2, 0).ceil(),
+    ] {
+        let worst = check_gradients(&[&x], 1e-6, |inputs| max_pool2d(&inputs[0], config))?;
+        assert!(worst < 1e-7, "{worst:.1e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn strided_input_gives_the_result_of_a_contiguous_one() -> Result<()> {
+    let x = Var::randn(0f32, 1.0, (2, 6, 5, 3), &Device::Cpu)?;
+    let turned = x.permute((0, 3, 1, 2))?;
+    let config = MaxPool2dConfig::square(3, 2, 1);
+    let y = max_pool2d(&turned, config)?;
+    let expected = max_pool2d(&turned.contiguous()?.detach(), config)?;
+    let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+    assert_eq!(flat(&y)?, flat(&expected)?);
+    assert_eq!(y.backward()?.get(&x).unwrap().dims(), [2, 6, 5, 3]);
+    Ok(())
+}
+
+#[test]
+fn bad_windows_are_errors_that_name_the_setting() -> Result<()> {
+    let x = Tensor::zeros((1, 1, 2, 2), DType::F32, &Device::Cpu)?;
+    for (config, expected) in [
+        (MaxPool2dConfig::square(3, 1, 2), "padding is (2, 2)"),
+        (MaxPool2dConfig::square(0, 1, 0), "kernel_size is (0, 0)"),
+        (MaxPool2dConfig::square(2, 0, 0), "stride is (0, 0)"),
+        (
+            MaxPool2dConfig::square(5, 1, 1),
+            "a window of (5, 5) does not fit",
+        ),
+    ] {
+        let text = max_pool2d(&x, config).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+    Ok(())
+}

@@ -1,1 +1,27 @@
+use candle_core::{Device, Result, Tensor};
 
+use super::*;
+
+#[test]
+fn gradient_at_exactly_zero_is_zero_and_nan_stays() -> Result<()> {
+    let x = candle_core::Var::new(&[0.0f64, -0.0, -1.0, f64::NAN, 3.0], &Device::Cpu)?;
+    let y = relu(&x)?;
+    let values = y.to_vec1::<f64>()?;
+    assert_eq!(values[..3], [0.0, 0.0, 0.0]);
+    assert!(values[3].is_nan());
+    let gradients = y.backward()?;
+    assert_eq!(
+        gradients.get(&x).unwrap().to_vec1::<f64>()?,
+        [0.0, 0.0, 0.0, 1.0, 1.0]
+    );
+    Ok(())
+}
+
+#[test]
+fn whole_numbers_are_refused() -> Result<()> {
+    let text = relu(&Tensor::new(&[1u32], &Device::Cpu)?)
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("U32"), "{text}");
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! The lesson's GoogLeNet for 32×32 pictures: no batch norm, true 5×5, one head.
+
+use candle_cnn::{MaxPool2dConfig, Mode, dropout, global_avg_pool2d, max_pool2d};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rand::Rng;
+
+use crate::init::Init;
+use crate::layers::{Conv, Inception, Linear};
+use crate::summary::{Summary, summarise};
+use crate::table::{CIFAR_BLOCKS, Entry};
+
+/// Settings of [`CifarGoogLeNet`]; the default is the lesson's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CifarConfig {
+    /// Outputs of the head.
+    pub num_classes: usize,
+    /// Probability that a feature is dropped before the head in training.
+    pub dropout: f64,
+    /// Initialisation of the weights.
+    pub init: Init,
+}
+
+impl Default for CifarConfig {
+    fn default() -> Self {
+        Self {
+            num_classes: 10,
+            dropout: 0.4,
+            init: Init::Lesson,
+        }
+    }
+}
+
+/// One stage of the body, in order.
+#[derive(Clone, Debug)]
+pub(crate) enum Stage {
+    Block(Inception),
+    MaxPool,
+}
+
+/// Stem, nine Inception blocks with two max-pools between, global average
+/// pool, dropout, fully connected head: 5,864,762 parameters with 10 classes.
+#[derive(Clone, Debug)]
+pub struct CifarGoogLeNet {
+    pub(crate) stem: Conv,
+    pub(crate) body: Vec<Stage>,
+    pub(crate) fc: Linear,
+    dropout: f64,
+}
+
+/// Channels of the stem, `pre_layers`.
+const STEM_WIDTH: usize = 192;
+
+/// The pool after b3 and e4: halves height and width.
+pub(crate) const HALVING_POOL: MaxPool2dConfig = MaxPool2dConfig {
+    kernel_size: (3, 3),
+    stride: (2, 2),
+    padding: (1, 1),
+    ceil_mode: false,
+};
+
+impl CifarGoogLeNet {
+    /// A freshly initialised network; parameters are drawn in the state dict's order.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn new(config: &CifarConfig, device: &Device, rng: &mut impl Rng) -> Result<Self> {
+        let init = config.init;
+        let stem = Conv::new("pre_layers.0", (3, STEM_WIDTH), 3, init, device, rng)?;
+        let mut channels = STEM_WIDTH;
+        let mut body = Vec::with_capacity(CIFAR_BLOCKS.len());
+        for entry in &CIFAR_BLOCKS {
+            body.push(match entry {
+                Entry::MaxPool => Stage::MaxPool,
+                Entry::Block(name, widths) => {
+                    let block = Inception::new(name, channels, widths, init, device, rng)?;
+                    channels = widths.output();
+                    Stage::Block(block)
+                }
+            });
+        }
+        let fc = Linear::new("fc", (channels, config.num_classes), init, device, rng)?;
+        Ok(Self {
+            stem,
+            body,
+            fc,
+            dropout: config.dropout,
+        })
+    }
+
+    /// Logits (N, classes) of images (N, 3, H, W); the lesson's are 32×32,
+    /// normalised to −1 … 1.
+    ///
+    /// # Errors
+    /// Images of another rank or number of channels.
+    pub fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.forward_observed(images, mode, |_, _| Ok(()))
+    }
+
+    /// [`Self::forward`] that shows each stage's output to `observe`, under
+    /// the names `pre_layers`, `a3` … `b5`, `b3.maxpool`, `e4.maxpool`, `avgpool`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and what `observe` returns.
+    pub fn forward_observed(
+        &self,
+        images: &Tensor,
+        mode: Mode,
+        mut observe: impl FnMut(&str, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let mut x = self.stem.forward(images)?;
+        observe("pre_layers", &x)?;
+        let mut last_block = "";
+        for stage in &self.body {
+            match stage {
+                Stage::Block(block) => {
+                    x = block.forward(&x)?;
+                    last_block = block.name;
+                    observe(last_block, &x)?;
+                }
+                Stage::MaxPool => {
+                    x = max_pool2d(&x, HALVING_POOL)?;
+                    observe(&format!("{last_block}.maxpool"), &x)?;
+                }
+            }
+        }
+        let features = global_avg_pool2d(&x)?;
+        observe("avgpool", &features)?;
+        self.fc.forward(&dropout(&features, self.dropout, 0, mode)?)
+    }
+
+    /// Every parameter under its state-dict name, in the state dict's order.
+    pub fn named_parameters(&self) -> Vec<(String, Var)> {
+        let mut parameters = Vec::from(self.stem.parameters());
+        for stage in &self.body {
+            if let Stage::Block(block) = stage {
+                parameters.extend(block.convs().into_iter().flat_map(Conv::parameters));
+            }
+        }
+        parameters.extend(self.fc.parameters());
+        parameters
+    }
+
+    /// Number of trainable values.
+    pub fn parameter_count(&self) -> usize {
+        let parameters = self.named_parameters();
+        parameters.iter().map(|(_, p)| p.elem_count()).sum()
+    }
+
+    /// Layer by layer: output shape, parameters, multiply-accumulates, for one
+    /// picture of `height` × `width` pixels.
+    pub fn summary(&self, height: usize, width: usize) -> Summary {
+        summarise(self, height, width)
+    }
+
+    /// The same network with parameters of another float type, for checks in f64.
+    ///
+    /// # Errors
+    /// A type that Candle cannot convert to.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let convert = |v: &Var| Var::from_tensor(&v.to_dtype(dtype)?);
+        let conv = |c: &Conv| -> Result<Conv> {
+            Ok(Conv {
+                weight: convert(&c.weight)?,
+                bias: convert(&c.bias)?,
+                ..c.clone()
+            })
+        };
+        let stage = |stage: &Stage| -> Result<Stage> {
+            Ok(match stage {
+                Stage::MaxPool => Stage::MaxPool,
+                Stage::Block(b) => Stage::Block(Inception {
+                    name: b.name,
+                    branch1: conv(&b.branch1)?,
+                    branch2: [conv(&b.branch2[0])?, conv(&b.branch2[1])?],
+                    branch3: [conv(&b.branch3[0])?, conv(&b.branch3[1])?],
+                    branch4: conv(&b.branch4)?,
+                }),
+            })
+        };
+        Ok(Self {
+            stem: conv(&self.stem)?,
+            body: self.body.iter().map(stage).collect::<Result<_>>()?,
+            fc: Linear {
+                weight: convert(&self.fc.weight)?,
+                bias: convert(&self.fc.bias)?,
+                ..self.fc.clone()
+            },
+            dropout: self.dropout,
+        })
+    }
+}

@@ -1,0 +1,174 @@
+//! The layers that the network is made of.
+
+use candle_cnn::{Conv2dConfig, MaxPool2dConfig, conv2d_relu, linear, max_pool2d};
+use candle_core::{Device, Result, Tensor, Var};
+use rand::Rng;
+
+use crate::init::{Init, uniform_bias, zero_bias};
+use crate::table::BlockWidths;
+
+/// A convolution with bias, stride 1 and "same" padding, followed by ReLU.
+#[derive(Clone, Debug)]
+pub struct Conv {
+    /// State-dict prefix, such as `a3.branch2.2`.
+    pub name: String,
+    /// (C_out, C_in, kernel, kernel).
+    pub weight: Var,
+    /// (C_out).
+    pub bias: Var,
+    pub(crate) config: Conv2dConfig,
+}
+
+impl Conv {
+    pub(crate) fn new(
+        name: impl Into<String>,
+        (inputs, outputs): (usize, usize),
+        kernel: usize,
+        init: Init,
+        device: &Device,
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
+        let fan_in = inputs * kernel * kernel;
+        Ok(Self {
+            name: name.into(),
+            weight: init.weight(&[outputs, inputs, kernel, kernel], device, rng)?,
+            bias: uniform_bias(outputs, fan_in, device, rng)?,
+            config: Conv2dConfig::padded(kernel / 2),
+        })
+    }
+
+    /// (N, C_in, H, W) → (N, C_out, H, W).
+    ///
+    /// # Errors
+    /// Another number of channels than the weight's.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        conv2d_relu(x, &self.weight, Some(&self.bias), self.config)
+    }
+
+    pub(crate) fn parameters(&self) -> [(String, Var); 2] {
+        [
+            (format!("{}.weight", self.name), self.weight.clone()),
+            (format!("{}.bias", self.name), self.bias.clone()),
+        ]
+    }
+}
+
+/// Four branches side by side over the same input, concatenated by channel.
+#[derive(Clone, Debug)]
+pub struct Inception {
+    /// Its name in the table, such as `a3`.
+    pub name: &'static str,
+    /// 1×1.
+    pub branch1: Conv,
+    /// 1×1 reduction, 3×3.
+    pub branch2: [Conv; 2],
+    /// 1×1 reduction, 5×5.
+    pub branch3: [Conv; 2],
+    /// 1×1 after a 3×3 max-pool.
+    pub branch4: Conv,
+}
+
+impl Inception {
+    pub(crate) fn new(
+        name: &'static str,
+        inputs: usize,
+        widths: &BlockWidths,
+        init: Init,
+        device: &Device,
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
+        let w = widths;
+        let mut conv = |place: &str, channels, kernel| {
+            Conv::new(
+                format!("{name}.{place}"),
+                channels,
+                kernel,
+                init,
+                device,
+                rng,
+            )
+        };
+        Ok(Self {
+            name,
+            branch1: conv("branch1.0", (inputs, w.conv1x1), 1)?,
+            branch2: [
+                conv("branch2.0", (inputs, w.reduce3x3), 1)?,
+                conv("branch2.2", (w.reduce3x3, w.conv3x3), 3)?,
+            ],
+            branch3: [
+                conv("branch3.0", (inputs, w.reduce5x5), 1)?,
+                conv("branch3.2", (w.reduce5x5, w.conv5x5), 5)?,
+            ],
+            branch4: conv("branch4.1", (inputs, w.pool_proj), 1)?,
+        })
+    }
+
+    /// (N, C, H, W) → (N, C1 + C2 + C3 + C4, H, W).
+    ///
+    /// # Errors
+    /// Another number of channels than the block's.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let branch1 = self.branch1.forward(x)?;
+        let branch2 = self.branch2[1].forward(&self.branch2[0].forward(x)?)?;
+        let branch3 = self.branch3[1].forward(&self.branch3[0].forward(x)?)?;
+        let pooled = max_pool2d(x, MaxPool2dConfig::square(3, 1, 1))?;
+        let branch4 = self.branch4.forward(&pooled)?;
+        Tensor::cat(&[branch1, branch2, branch3, branch4], 1)
+    }
+
+    /// All convolutions in the state dict's order.
+    pub fn convs(&self) -> [&Conv; 6] {
+        let [reduce3x3, conv3x3] = &self.branch2;
+        let [reduce5x5, conv5x5] = &self.branch3;
+        [
+            &self.branch1,
+            reduce3x3,
+            conv3x3,
+            reduce5x5,
+            conv5x5,
+            &self.branch4,
+        ]
+    }
+}
+
+/// The classifier's fully connected layer.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// State-dict prefix, such as `fc`.
+    pub name: String,
+    /// (classes, features).
+    pub weight: Var,
+    /// (classes).
+    pub bias: Var,
+}
+
+impl Linear {
+    pub(crate) fn new(
+        name: impl Into<String>,
+        (inputs, outputs): (usize, usize),
+        init: Init,
+        device: &Device,
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
+        Ok(Self {
+            name: name.into(),
+            weight: init.weight(&[outputs, inputs], device, rng)?,
+            bias: zero_bias(outputs, device)?,
+        })
+    }
+
+    /// (N, features) → (N, classes).
+    ///
+    /// # Errors
+    /// Another number of features than the weight's.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight, Some(&self.bias))
+    }
+
+    pub(crate) fn parameters(&self) -> [(String, Var); 2] {
+        [
+            (format!("{}.weight", self.name), self.weight.clone()),
+            (format!("{}.bias", self.name), self.bias.clone()),
+        ]
+    }
+}

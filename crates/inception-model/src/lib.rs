@@ -1,0 +1,31 @@
+//! GoogLeNet (Szegedy et al., "Going Deeper with Convolutions", 2014) as data:
+//! a table of widths in the paper's order, from which blocks and network follow.
+//!
+//! [`CifarGoogLeNet`] is the lesson's variant for 32×32 pictures. Parameters
+//! carry the names of PyTorch's state dict everywhere.
+//!
+//! ```
+//! use candle_cnn::Mode;
+//! use candle_core::{DType, Device, Tensor};
+//! use inception_model::{CifarConfig, CifarGoogLeNet};
+//! use rand::SeedableRng;
+//!
+//! let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+//! let net = CifarGoogLeNet::new(&CifarConfig::default(), &Device::Cpu, &mut rng)?;
+//! assert_eq!(net.parameter_count(), 5_864_762);
+//! let images = Tensor::zeros((1, 3, 32, 32), DType::F32, &Device::Cpu)?;
+//! assert_eq!(net.forward(&images, Mode::Eval)?.dims(), [1, 10]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+mod cifar;
+mod init;
+mod layers;
+mod summary;
+mod table;
+
+pub use cifar::{CifarConfig, CifarGoogLeNet};
+pub use init::Init;
+pub use layers::{Conv, Inception, Linear};
+pub use summary::{Summary, SummaryRow};
+pub use table::{BlockWidths, CIFAR_BLOCKS, Entry};
