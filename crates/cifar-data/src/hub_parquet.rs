@@ -1,0 +1,329 @@
+//! The Hugging Face Hub's version: Parquet files of encoded pictures.
+//!
+//! Columns: `img`, a struct of `bytes` (binary: a PNG or JPEG file) and `path` (string, ignored),
+//! and `label` (int64). The published pictures are PNG, hence lossless. JPEG copies are read too;
+//! their pixels may differ by a few steps between decoders, and a result measured on them should
+//! say so: see [`HubImages::jpeg`] and [`TrainTest::source`].
+
+use std::fs::File;
+use std::io::Cursor;
+use std::path::Path;
+
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use parquet::basic::Type as PhysicalType;
+use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
+use parquet::data_type::{ByteArrayType, DataType, Int64Type};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
+use parquet::schema::types::SchemaDescriptor;
+use rayon::prelude::*;
+
+use crate::{CLASSES, DataError, IMAGE_BYTES, ImageSet, SIDE, TrainTest};
+
+/// The two layouts' training and test file, within the folder `plain_text`.
+pub const FILES: [(&str, &str); 2] = [
+    (
+        "train-00000-of-00001.parquet",
+        "test-00000-of-00001.parquet",
+    ),
+    ("train/0000.parquet", "test/0000.parquet"),
+];
+
+/// Most rows that are read from one file.
+pub const MAX_ROWS: usize = 1_000_000;
+
+/// Most bytes of one encoded picture; a PNG of 32×32 pixels has some 2,400.
+pub const MAX_ENCODED_BYTES: usize = 1 << 20;
+
+/// What a Parquet file holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HubImages {
+    /// The decoded pictures, in the order of the rows.
+    pub set: ImageSet,
+    /// How many of them were JPEG.
+    pub jpeg: usize,
+}
+
+/// Loads a training and a test file.
+///
+/// # Errors
+/// Those of [`read_file`].
+pub fn load(train: &Path, test: &Path) -> Result<TrainTest, DataError> {
+    let train_images = read_file(train)?;
+    let test_images = read_file(test)?;
+    let copy = match (train_images.jpeg, test_images.jpeg) {
+        (0, 0) => "",
+        _ => " (JPEG copy)",
+    };
+    Ok(TrainTest {
+        train: train_images.set,
+        test: test_images.set,
+        source: format!(
+            "CIFAR-10{copy}, Parquet files {} and {}",
+            train.display(),
+            test.display()
+        ),
+    })
+}
+
+/// Reads one file. Pictures are decoded on all threads of rayon's pool.
+///
+/// # Errors
+/// [`DataError::Read`] and [`DataError::Parquet`] for a file that cannot be read,
+/// [`DataError::ParquetColumn`] without the columns above, [`DataError::Empty`] and
+/// [`DataError::TooMany`] for the number of rows, and for a row, which they name:
+/// [`DataError::ParquetNull`], [`DataError::ParquetLabel`], [`DataError::Picture`],
+/// [`DataError::Decode`].
+pub fn read_file(path: &Path) -> Result<HubImages, DataError> {
+    let file = File::open(path).map_err(|source| DataError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    let parquet_error = |source| DataError::Parquet {
+        path: path.to_owned(),
+        source,
+    };
+    let reader = SerializedFileReader::new(file).map_err(parquet_error)?;
+    let schema = reader.metadata().file_metadata().schema_descr();
+    let img = find_column(schema, "img.bytes", PhysicalType::BYTE_ARRAY, path)?;
+    let label = find_column(schema, "label", PhysicalType::INT64, path)?;
+
+    let groups = reader.metadata().row_groups();
+    let rows: i128 = groups
+        .iter()
+        .map(|group| i128::from(group.num_rows()))
+        .sum();
+    if rows > MAX_ROWS as i128 || groups.iter().any(|group| group.num_rows() < 0) {
+        return Err(DataError::TooMany {
+            path: path.to_owned(),
+            found: u64::try_from(rows).unwrap_or(u64::MAX),
+            max: MAX_ROWS as u64,
+        });
+    }
+    let rows = rows as usize;
+    if rows == 0 {
+        return Err(DataError::Empty {
+            path: path.to_owned(),
+        });
+    }
+
+    let mut pixels = Vec::new();
+    let mut labels = Vec::new();
+    let mut jpeg = 0;
+    for group in 0..reader.num_row_groups() {
+        let group = reader.get_row_group(group).map_err(parquet_error)?;
+        let mut images = Column::<ByteArrayType>::open(&*group, img, "img.bytes", path)?;
+        let mut classes = Column::<Int64Type>::open(&*group, label, "label", path)?;
+        loop {
+            let row = labels.len();
+            let encoded = images.next_values(row)?;
+            let raw_labels = classes.next_values(row)?;
+            if encoded.len() != raw_labels.len() {
+                return Err(DataError::ParquetRows {
+                    path: path.to_owned(),
+                    column: "label",
+                    found: row + raw_labels.len(),
+                    expected: row + encoded.len(),
+                });
+            }
+            if encoded.is_empty() {
+                break;
+            }
+            for (i, found) in raw_labels.into_iter().enumerate() {
+                let label = u8::try_from(found)
+                    .ok()
+                    .filter(|&l| usize::from(l) < CLASSES);
+                labels.push(label.ok_or_else(|| DataError::ParquetLabel {
+                    path: path.to_owned(),
+                    row: row + i,
+                    found,
+                })?);
+            }
+            pixels.resize(labels.len() * IMAGE_BYTES, 0);
+            let formats = pixels[row * IMAGE_BYTES..]
+                .par_chunks_exact_mut(IMAGE_BYTES)
+                .zip(encoded)
+                .enumerate()
+                .map(|(i, (image, encoded))| decode_picture(encoded.data(), image, row + i, path))
+                .collect::<Result<Vec<_>, _>>()?;
+            jpeg += formats.iter().filter(|&&f| f == ImageFormat::Jpeg).count();
+        }
+    }
+    if labels.len() != rows {
+        return Err(DataError::ParquetRows {
+            path: path.to_owned(),
+            column: "label",
+            found: labels.len(),
+            expected: rows,
+        });
+    }
+    let set = ImageSet::new(pixels, labels)?;
+    Ok(HubImages { set, jpeg })
+}
+
+/// The index of the leaf column `name`.
+fn find_column(
+    schema: &SchemaDescriptor,
+    name: &'static str,
+    physical_type: PhysicalType,
+    path: &Path,
+) -> Result<usize, DataError> {
+    let (column, expected) = match physical_type {
+        PhysicalType::BYTE_ARRAY => ("img", "struct{bytes: binary, path: string}"),
+        _ => ("label", "int64"),
+    };
+    let error = |found| DataError::ParquetColumn {
+        path: path.to_owned(),
+        column,
+        expected,
+        found,
+    };
+    let columns = schema.columns();
+    let Some(index) = columns.iter().position(|c| c.path().string() == name) else {
+        let names: Vec<_> = columns
+            .iter()
+            .map(|c| format!("`{}` ({})", c.path().string(), c.physical_type()))
+            .collect();
+        return Err(error(match names.is_empty() {
+            true => "no column".to_owned(),
+            false => names.join(", "),
+        }));
+    };
+    let descriptor = &columns[index];
+    if descriptor.physical_type() != physical_type {
+        return Err(error(format!(
+            "`{name}` of type {}",
+            descriptor.physical_type()
+        )));
+    }
+    if descriptor.max_rep_level() != 0 {
+        return Err(error(format!("a list of `{name}`")));
+    }
+    Ok(index)
+}
+
+/// One column of a row group, read block by block.
+struct Column<'a, T: DataType> {
+    reader: ColumnReaderImpl<T>,
+    /// The definition level of a value that is not null.
+    full_level: i16,
+    name: &'static str,
+    path: &'a Path,
+}
+
+impl<'a, T: DataType> Column<'a, T> {
+    /// Rows per block: enough to decode in parallel, little memory.
+    const BLOCK: usize = 1024;
+
+    fn open(
+        group: &dyn RowGroupReader,
+        index: usize,
+        name: &'static str,
+        path: &'a Path,
+    ) -> Result<Self, DataError> {
+        let reader = group
+            .get_column_reader(index)
+            .map_err(|source| DataError::Parquet {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            // `find_column` has checked the type, without which this would panic.
+            reader: get_typed_column_reader(reader),
+            full_level: group
+                .metadata()
+                .column(index)
+                .column_descr()
+                .max_def_level(),
+            name,
+            path,
+        })
+    }
+
+    /// The next values, of which the first belongs to `row`; none at the end.
+    fn next_values(&mut self, row: usize) -> Result<Vec<T::T>, DataError> {
+        let mut values = Vec::with_capacity(Self::BLOCK);
+        let mut levels = Vec::new();
+        let (records, _, _) = self
+            .reader
+            .read_records(Self::BLOCK, Some(&mut levels), None, &mut values)
+            .map_err(|source| DataError::Parquet {
+                path: self.path.to_owned(),
+                source,
+            })?;
+        if let Some(null) = levels.iter().position(|&level| level != self.full_level) {
+            return Err(DataError::ParquetNull {
+                path: self.path.to_owned(),
+                row: row + null,
+                column: self.name,
+            });
+        }
+        if values.len() != records {
+            return Err(DataError::Parquet {
+                path: self.path.to_owned(),
+                source: ParquetError::General(format!(
+                    "{} values in {records} records of `{}`",
+                    values.len(),
+                    self.name
+                )),
+            });
+        }
+        Ok(values)
+    }
+}
+
+/// Decodes a picture into `chw`, [`IMAGE_BYTES`] long.
+fn decode_picture(
+    encoded: &[u8],
+    chw: &mut [u8],
+    row: usize,
+    path: &Path,
+) -> Result<ImageFormat, DataError> {
+    let not_expected = |found: String| DataError::Picture {
+        path: path.to_owned(),
+        row,
+        found,
+    };
+    let decode_error = |source| DataError::Decode {
+        path: path.to_owned(),
+        row,
+        source,
+    };
+    if encoded.len() > MAX_ENCODED_BYTES {
+        return Err(not_expected(format!("{} bytes long", encoded.len())));
+    }
+    let format = match image::guess_format(encoded) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg)) => format,
+        Ok(other) => return Err(not_expected(format!("a {other:?} file"))),
+        Err(_) => {
+            return Err(not_expected(format!(
+                "{} bytes of no known format",
+                encoded.len()
+            )));
+        }
+    };
+    let mut reader = ImageReader::with_format(Cursor::new(encoded), format);
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(4 * MAX_ENCODED_BYTES as u64);
+    reader.limits(limits);
+    let decoder = reader.into_decoder().map_err(decode_error)?;
+    // Checked before anything is allocated for the pixels.
+    let (width, height) = decoder.dimensions();
+    if (width, height) != (SIDE as u32, SIDE as u32) {
+        return Err(not_expected(format!("{width}×{height} pixels large")));
+    }
+    // Transparency or 16 bits would be lost without a word.
+    let color = decoder.color_type();
+    if !matches!(color, ColorType::Rgb8 | ColorType::L8) {
+        return Err(not_expected(format!("of colour type {color:?}")));
+    }
+    let rgb = DynamicImage::from_decoder(decoder)
+        .map_err(decode_error)?
+        .into_rgb8();
+    let (red, rest) = chw.split_at_mut(SIDE * SIDE);
+    let (green, blue) = rest.split_at_mut(SIDE * SIDE);
+    for (i, pixel) in rgb.pixels().enumerate() {
+        [red[i], green[i], blue[i]] = pixel.0;
+    }
+    Ok(format)
+}
