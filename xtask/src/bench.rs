@@ -1,0 +1,544 @@
+//! `cargo xtask bench train-step`: our training step beside PyTorch's.
+//!
+//! Every side is a process that lives for the whole run and steps on request (`run <steps>` on its
+//! standard input, one line of JSON back). In each round every side steps once, one after the
+//! other, so that a paired ratio compares two stretches of time that lie close together: on a
+//! machine that others use, times drift and only such ratios count.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::{env, fs};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+use trainer::Environment;
+
+/// What can be timed.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Time a training step of the lesson's GoogLeNet, alternating with PyTorch where it is at hand
+    TrainStep(TrainStep),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainStep {
+    /// Python that can import torch [default: python3, if it can; else only our side is timed]
+    #[arg(long, value_name = "PYTHON")]
+    pytorch: Option<PathBuf>,
+    /// Rounds that count; one more goes before them as warm-up
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Steps a side makes in a round
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Images in a step
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Threads of every side [default: all cores]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// The whole step, or only the forward pass without gradients
+    #[arg(long, value_enum, default_value_t = Mode::Train)]
+    mode: Mode,
+    /// Where the record goes; must not exist yet [default: results/<date>-train-step-<machine>]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Mode {
+    Train,
+    Inference,
+}
+
+/// Runs the benchmark, prints its table and writes its record.
+pub(crate) fn run(bench: &Bench) -> Result<()> {
+    match bench {
+        Bench::TrainStep(arguments) => train_step(arguments),
+    }
+}
+
+fn train_step(arguments: &TrainStep) -> Result<()> {
+    let threads = arguments
+        .threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
+    let environment = environment(threads as usize);
+    let out = new_directory(arguments.out.clone(), &environment)?;
+
+    let python = pytorch(arguments.pytorch.as_deref())?;
+    if python.is_none() {
+        eprintln!(
+            "No PyTorch: python3 cannot import torch, and no --pytorch is given. Only our side is \
+             timed; tools/pytorch/README.md says how to install the other."
+        );
+    }
+    let mut sides = vec![Side::start(OURS, our_side(arguments, threads))?];
+    for layout in python
+        .as_ref()
+        .map_or(&[][..], |_| &["nchw", "channels_last"])
+    {
+        let python = python.as_deref().unwrap_or(Path::new(""));
+        let side = pytorch_side(python, layout, arguments, threads);
+        sides.push(Side::start(&format!("PyTorch, {layout}"), side)?);
+    }
+    let rounds = alternate(&mut sides, arguments.rounds, arguments.steps)?;
+
+    let table = table(&rounds);
+    print!("\n{table}");
+    let out = write_record(&out, arguments, &environment, &rounds, &table)?;
+    println!("\nRecorded in {}", out.display());
+    Ok(())
+}
+
+const OURS: &str = "ours";
+
+/// A competitor: a process that steps when told to.
+struct Side {
+    name: String,
+    process: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+/// What a side says about the steps it was told to make.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+struct Answer {
+    seconds_per_step: f64,
+    images_per_second: f64,
+    /// The most memory the process has held so far; absent where the system does not tell.
+    peak_mib: Option<f64>,
+    threads: usize,
+    framework: String,
+}
+
+/// Every side's answer in one round.
+type Round = BTreeMap<String, Answer>;
+
+impl Side {
+    fn start(name: &str, mut command: Command) -> Result<Self> {
+        let mut process = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {name} ({command:?})"))?;
+        let orders = process.stdin.take().context("a piped stdin is there")?;
+        let answers = process.stdout.take().context("a piped stdout is there")?;
+        Ok(Self {
+            name: name.to_string(),
+            process,
+            orders,
+            answers: BufReader::new(answers),
+        })
+    }
+
+    fn run(&mut self, steps: u32) -> Result<Answer> {
+        let name = &self.name;
+        // A side that has died cannot be written to; what its end says is the better error.
+        let order = writeln!(self.orders, "run {steps}").and_then(|()| self.orders.flush());
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        if line.is_empty() {
+            let status = self.process.wait()?;
+            bail!("{name} ended without an answer ({status}); its message is above");
+        }
+        order.with_context(|| format!("cannot reach {name}"))?;
+        let answer: Answer = serde_json::from_str(&line)
+            .with_context(|| format!("{name} answered {:?}", line.trim_end()))?;
+        ensure!(
+            answer.seconds_per_step > 0.0,
+            "{name} answered a time of {} s",
+            answer.seconds_per_step
+        );
+        Ok(answer)
+    }
+}
+
+/// Rounds in which every side steps, after one that does not count. Each round starts with the
+/// next side, so that no side always runs in another's wake.
+fn alternate(sides: &mut [Side], rounds: u32, steps: u32) -> Result<Vec<Round>> {
+    let mut counted = Vec::new();
+    for number in 0..=rounds {
+        let mut round = Round::new();
+        for turn in 0..sides.len() {
+            let side = &mut sides[(turn + number as usize) % sides.len()];
+            round.insert(side.name.clone(), side.run(steps)?);
+        }
+        let times: Vec<String> = sides
+            .iter()
+            .map(|s| format!("{} {:.0} ms", s.name, 1e3 * round[&s.name].seconds_per_step))
+            .collect();
+        match number {
+            0 => eprintln!("warm-up: {}", times.join(", ")),
+            _ => {
+                eprintln!("round {number}/{rounds}: {}", times.join(", "));
+                counted.push(round);
+            }
+        }
+    }
+    Ok(counted)
+}
+
+fn our_side(arguments: &TrainStep, threads: u32) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command
+        .current_dir(repository())
+        .args(["run", "--quiet", "--package", "step-bench", "--"])
+        .args(common_arguments(arguments, threads))
+        // Candle sizes its own pools by this variable.
+        .env("RAYON_NUM_THREADS", threads.to_string());
+    command
+}
+
+fn pytorch_side(python: &Path, layout: &str, arguments: &TrainStep, threads: u32) -> Command {
+    let mut command = Command::new(python);
+    command
+        .arg(repository().join("tools/pytorch/bench_train_step.py"))
+        .args(["--layout", layout])
+        .args(common_arguments(arguments, threads));
+    command
+}
+
+fn common_arguments(arguments: &TrainStep, threads: u32) -> Vec<String> {
+    let pairs = [
+        ("--model", "lesson".to_string()),
+        ("--mode", arguments.mode.name().to_string()),
+        ("--batch", arguments.batch.to_string()),
+        ("--threads", threads.to_string()),
+    ];
+    pairs
+        .into_iter()
+        .flat_map(|(flag, value)| [flag.to_string(), value])
+        .collect()
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Inference => "inference",
+        }
+    }
+}
+
+/// The Python to use: the given one must be able to import torch, the default one may.
+fn pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
+    let python = given.unwrap_or(Path::new("python3"));
+    let attempt = Command::new(python).args(["-c", "import torch"]).output();
+    match (attempt, given) {
+        (Ok(output), _) if output.status.success() => Ok(Some(python.to_path_buf())),
+        (_, None) => Ok(None),
+        (Ok(output), Some(_)) => bail!(
+            "{} cannot import torch: {}",
+            python.display(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        ),
+        (Err(error), Some(_)) => {
+            Err(error).with_context(|| format!("cannot start {}", python.display()))
+        }
+    }
+}
+
+/// One line a side: medians, and how our time compares with it, pair by pair.
+fn table(rounds: &[Round]) -> String {
+    let mut text = format!(
+        "| side | ms/step | images/s | our time ÷ its (median of {}, least–most) | peak memory |\n\
+         | --- | ---: | ---: | ---: | ---: |\n",
+        rounds.len()
+    );
+    for name in side_names(rounds) {
+        let of = |value: fn(&Answer) -> f64| -> Vec<f64> {
+            rounds.iter().map(|round| value(&round[name])).collect()
+        };
+        let seconds = of(|a| a.seconds_per_step);
+        let ratio = match name {
+            OURS => "".to_string(),
+            _ => {
+                let ratios: Vec<f64> = rounds
+                    .iter()
+                    .map(|r| r[OURS].seconds_per_step / r[name].seconds_per_step)
+                    .collect();
+                let (least, most) = (minimum(&ratios), maximum(&ratios));
+                format!("{:.2} ({least:.2}–{most:.2})", median(&ratios))
+            }
+        };
+        let peak = match rounds.last().and_then(|round| round[name].peak_mib) {
+            Some(mib) => format!("{mib:.0} MiB"),
+            None => "unknown".to_string(),
+        };
+        let framework = rounds.first().map_or("", |round| &round[name].framework);
+        text += &format!(
+            "| {name} ({framework}) | {:.0} | {:.1} | {ratio} | {peak} |\n",
+            1e3 * median(&seconds),
+            median(&of(|a| a.images_per_second)),
+        );
+    }
+    text
+}
+
+/// Ours first, then the others by name.
+fn side_names(rounds: &[Round]) -> Vec<&str> {
+    let mut names: Vec<&str> = rounds
+        .first()
+        .into_iter()
+        .flat_map(|round| round.keys().map(String::as_str))
+        .collect();
+    names.sort_by_key(|name| *name != OURS);
+    names
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() % 2 {
+        1 => sorted[middle],
+        _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
+    }
+}
+
+fn minimum(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::INFINITY, f64::min)
+}
+
+fn maximum(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::NEG_INFINITY, f64::max)
+}
+
+fn write_record(
+    out: &Path,
+    arguments: &TrainStep,
+    environment: &Environment,
+    rounds: &[Round],
+    table: &str,
+) -> Result<PathBuf> {
+    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let readme = format!(
+        "# {} step of the lesson's GoogLeNet, batch {}, f32, {} threads\n\n\
+         `{}`, commit {}{}, {}\n\n\
+         {table}\n\
+         All sides alternate in one run, {} steps a round, after a warm-up round. Ratios are of times in the\n\
+         same round: below 1 we are faster. Each number behind the table is in `rounds.json`, the machine in\n\
+         `environment.json`.\n",
+        match arguments.mode {
+            Mode::Train => "Training",
+            Mode::Inference => "Inference",
+        },
+        arguments.batch,
+        environment.threads,
+        environment.command.join(" "),
+        environment.git_commit.as_deref().unwrap_or("unknown"),
+        if environment.git_dirty == Some(true) {
+            " with changes"
+        } else {
+            ""
+        },
+        environment
+            .cpu_model
+            .as_deref()
+            .unwrap_or("unknown processor"),
+        arguments.steps,
+    );
+    let files = [
+        ("README.md", readme),
+        ("rounds.json", serde_json::to_string_pretty(rounds)? + "\n"),
+        (
+            "environment.json",
+            serde_json::to_string_pretty(environment)? + "\n",
+        ),
+    ];
+    for (name, text) in files {
+        let path = out.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(out.to_path_buf())
+}
+
+fn environment(threads: usize) -> Environment {
+    let package = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+    let mut environment = Environment::capture(package, "cpu", threads, 0);
+    // Records are committed: a path on somebody's machine says nothing there.
+    environment.command = recorded_command(env::args().skip(1));
+    environment
+}
+
+fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
+    let mut command = vec!["cargo".to_string(), "xtask".to_string()];
+    for argument in arguments {
+        let after_flag = command.last().is_some_and(|last| last == "--pytorch");
+        command.push(match argument.split_once('=') {
+            _ if after_flag => "PYTHON".to_string(),
+            Some(("--pytorch", _)) => "--pytorch=PYTHON".to_string(),
+            _ => argument,
+        });
+    }
+    command
+}
+
+/// The folder of the record, checked before the minutes of measuring: nothing is overwritten.
+fn new_directory(given: Option<PathBuf>, environment: &Environment) -> Result<PathBuf> {
+    if let Some(out) = given {
+        ensure!(
+            !out.exists(),
+            "{} exists already; name a new folder",
+            out.display()
+        );
+        return Ok(out);
+    }
+    let date = environment.time.to_string();
+    let date = date.split('T').next().unwrap_or_default();
+    let model = environment.cpu_model.as_deref().unwrap_or("unknown cpu");
+    let machine = slug(&format!("{model} {} threads", environment.threads));
+    let results = repository().join("results");
+    let name = format!("{date}-train-step-{machine}");
+    let repeated = (2..).map(|n| format!("{name}-{n}"));
+    let mut candidates = std::iter::once(name.clone())
+        .chain(repeated)
+        .map(|n| results.join(n));
+    candidates
+        .find(|path| !path.exists())
+        .context("no free folder name")
+}
+
+/// `Intel(R) Xeon(R) Processor @ 2.50GHz` → `intel-xeon-processor-2-50ghz`
+fn slug(text: &str) -> String {
+    let text = text.replace("(R)", "").replace("(TM)", "").to_lowercase();
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric());
+    words
+        .filter(|word| !word.is_empty())
+        .collect::<Vec<_>>()
+        .join("-")
+}
+
+fn repository() -> &'static Path {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(seconds_per_step: f64) -> Answer {
+        Answer {
+            seconds_per_step,
+            images_per_second: 32.0 / seconds_per_step,
+            peak_mib: Some(1000.4),
+            threads: 2,
+            framework: "F 1".to_string(),
+        }
+    }
+
+    #[test]
+    fn ratios_are_taken_within_rounds_before_their_median() {
+        // The machine slows down tenfold in the middle round; the ratio of medians would be 1.
+        let rounds: Vec<Round> = [(1.0, 2.0), (10.0, 5.0), (2.0, 8.0)]
+            .map(|(ours, theirs)| {
+                BTreeMap::from([
+                    ("other".into(), answer(theirs)),
+                    (OURS.into(), answer(ours)),
+                ])
+            })
+            .into();
+        let table = table(&rounds);
+        let lines: Vec<&str> = table.lines().skip(2).collect();
+        assert_eq!(
+            lines,
+            [
+                "| ours (F 1) | 2000 | 16.0 |  | 1000 MiB |",
+                "| other (F 1) | 5000 | 6.4 | 0.50 (0.25–2.00) | 1000 MiB |",
+            ]
+        );
+    }
+
+    #[test]
+    fn the_median_of_an_even_number_lies_between_the_middle_two() {
+        assert_eq!(median(&[4.0, 1.0, 3.0, 100.0]), 3.5);
+        assert_eq!(median(&[9.0, 1.0, 3.0]), 3.0);
+    }
+
+    #[test]
+    fn the_record_names_no_path_of_the_python() {
+        let command =
+            |words: &[&str]| recorded_command(words.iter().map(|w| w.to_string())).join(" ");
+        assert_eq!(
+            command(&[
+                "bench",
+                "train-step",
+                "--pytorch",
+                "/home/a/python",
+                "--rounds",
+                "5"
+            ]),
+            "cargo xtask bench train-step --pytorch PYTHON --rounds 5"
+        );
+        assert_eq!(
+            command(&["--pytorch=/home/a/python"]),
+            "cargo xtask --pytorch=PYTHON"
+        );
+    }
+
+    #[test]
+    fn a_machine_becomes_a_folder_name() {
+        let name = slug("Intel(R) Xeon(R) Processor @ 2.50GHz 2 threads");
+        assert_eq!(name, "intel-xeon-processor-2-50ghz-2-threads");
+    }
+
+    #[test]
+    fn a_given_folder_that_exists_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = new_directory(Some(folder.path().into()), &environment(1)).unwrap_err();
+        assert!(error.to_string().contains("exists already"), "{error}");
+    }
+
+    #[test]
+    fn a_python_that_does_not_start_is_an_error_that_names_it() {
+        let error = pytorch(Some(Path::new("no-such-python"))).unwrap_err();
+        assert!(format!("{error:#}").contains("no-such-python"), "{error:#}");
+    }
+
+    #[cfg(unix)]
+    mod with_processes {
+        use super::*;
+
+        /// A side in shell: `{n}` in its answer counts the orders it got.
+        fn shell(script: &str) -> Command {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            command
+        }
+
+        const COUNTING: &str = r#"n=0; while read word steps; do n=$((n+1)); echo "{\"seconds_per_step\": $n, \"images_per_second\": $steps, \"peak_mib\": null, \"threads\": 1, \"framework\": \"sh\"}"; done"#;
+
+        #[test]
+        fn the_first_round_is_warm_up_and_every_side_runs_in_each() {
+            let mut sides = ["ours", "other"].map(|n| Side::start(n, shell(COUNTING)).unwrap());
+            let rounds = alternate(&mut sides, 2, 5).unwrap();
+            let seconds: Vec<[f64; 2]> = rounds
+                .iter()
+                .map(|r| ["ours", "other"].map(|n| r[n].seconds_per_step))
+                .collect();
+            assert_eq!(seconds, [[2.0, 2.0], [3.0, 3.0]]);
+            assert_eq!(rounds[0]["ours"].images_per_second, 5.0);
+        }
+
+        #[test]
+        fn a_side_that_dies_is_an_error_with_its_name_and_status() {
+            let mut side = Side::start("other", shell("exit 3")).unwrap();
+            let error = format!("{:#}", side.run(1).unwrap_err());
+            assert!(
+                error.contains("other ended") && error.contains('3'),
+                "{error}"
+            );
+        }
+
+        #[test]
+        fn an_answer_that_is_no_json_is_an_error_that_shows_it() {
+            let mut side = Side::start("other", shell("read line; echo hello")).unwrap();
+            let error = format!("{:#}", side.run(1).unwrap_err());
+            assert!(error.contains("hello"), "{error}");
+        }
+    }
+}
