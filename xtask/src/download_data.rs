@@ -1,0 +1,214 @@
+//! `cargo xtask download-data`: CIFAR-10 from one of its publishers, verified.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Result;
+use cifar_data::download::{DownloadError, Event, Origin, Request, Source, fetch};
+use clap::{Args, ValueEnum};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+/// Fetch CIFAR-10 into a data folder and verify it (sizes and SHA-256)
+///
+/// Complete files are not fetched again, an interrupted download is continued, and a file gets its final name only
+/// when it is right. A copy in the Hugging Face cache (HF_HUB_CACHE, HF_HOME) is used before the network; HF_ENDPOINT
+/// names a mirror of the Hub, HF_TOKEN is sent to it if set (CIFAR-10 needs none), HF_HUB_OFFLINE=1 forbids requests.
+#[derive(Args)]
+pub(crate) struct DownloadData {
+    /// Who to fetch from
+    #[arg(long, value_enum, default_value_t = From::Hub)]
+    source: From,
+    /// The data folder; the experiments take the same flag with the same default
+    #[arg(long, value_name = "DIR", default_value = "data")]
+    data_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum From {
+    /// Hugging Face Hub: DIR/plain_text/*.parquet, 144 MB
+    Hub,
+    /// The authors' server, often slow: DIR/cifar-10-batches-bin/*.bin, 170 MB to fetch, 354 MB on disk
+    Toronto,
+}
+
+/// Fetches, telling what happens on standard error; the files are listed on standard output.
+pub(crate) fn run(arguments: DownloadData) -> Result<ExitCode> {
+    let source = match arguments.source {
+        From::Hub => Source::Hub,
+        From::Toronto => Source::Toronto,
+    };
+    let request = Request::from_env(source, &arguments.data_dir);
+    for signal in [SIGINT, SIGTERM] {
+        // The first one stops at the next bytes, a second one at once.
+        flag::register_conditional_shutdown(
+            signal,
+            128 + signal,
+            Arc::clone(&request.interrupt.0),
+        )?;
+        flag::register(signal, Arc::clone(&request.interrupt.0))?;
+    }
+
+    let mut display = Display::new();
+    let result = fetch(&request, &mut |event| display.show(&event));
+    display.bar.finish_and_clear();
+    let report = match result {
+        Err(error @ DownloadError::Interrupted { .. }) => {
+            eprintln!("{error}");
+            return Ok(ExitCode::from(130));
+        }
+        other => other?,
+    };
+    for file in &report.files {
+        let origin = match file.origin {
+            Origin::AlreadyComplete => "was complete".to_owned(),
+            Origin::HubCache => "copied from the Hugging Face cache".to_owned(),
+            Origin::Network { received } => format!("{received} bytes fetched"),
+            Origin::Archive => "unpacked".to_owned(),
+        };
+        println!(
+            "{}: {} bytes, SHA-256 verified, {origin}",
+            file.path.display(),
+            file.bytes
+        );
+    }
+    println!("CIFAR-10 is complete in {}", arguments.data_dir.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A bar in a terminal; elsewhere a line for each tenth.
+struct Display {
+    bar: ProgressBar,
+    tenths: u64,
+}
+
+impl Display {
+    fn new() -> Display {
+        let bar = ProgressBar::new(0);
+        let template = "{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        Display { bar, tenths: 0 }
+    }
+
+    fn show(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Checking { path, bytes } => self.say(&format!(
+                "checking {} ({})",
+                path.display(),
+                HumanBytes(*bytes)
+            )),
+            Event::AlreadyComplete { path, .. } => self.say(&format!(
+                "{} is complete: not fetched again",
+                path.display()
+            )),
+            Event::WillReplace { path, problem } => self.say(&format!(
+                "{} is wrong: {problem}; it is replaced as soon as the right file is complete",
+                path.display()
+            )),
+            Event::WaitingForOtherProcess { path } => {
+                self.say(&format!(
+                    "another process is fetching {}: waiting for it",
+                    path.display()
+                ));
+            }
+            Event::CopyingFromHubCache { cached, path } => {
+                self.say(&format!(
+                    "copying {} from the Hugging Face cache",
+                    cached.display()
+                ));
+                self.begin(path, 0);
+            }
+            Event::HubCacheIsWrong { cached, problem } => {
+                self.say(&format!(
+                    "not using {} from the Hugging Face cache: {problem}",
+                    cached.display()
+                ));
+            }
+            Event::Fetching {
+                url, from, bytes, ..
+            } => {
+                let kept = if *from > 0 {
+                    format!(", {} of them from an earlier run", HumanBytes(*from))
+                } else {
+                    String::new()
+                };
+                self.say(&format!("fetching {url} ({}{kept})", HumanBytes(*bytes)));
+            }
+            Event::Transferring { path, from, .. } => self.begin(path, *from),
+            Event::Progress { done, bytes } => self.advance(*done, *bytes),
+            Event::Retrying {
+                problem,
+                failures,
+                attempts,
+                delay,
+            } => {
+                let delay = delay.as_secs_f64();
+                self.say(&format!(
+                    "{}; attempt {} of {attempts} in {delay:.1} s",
+                    chain(problem),
+                    failures + 1
+                ));
+            }
+            Event::StartingOver { path, why } => {
+                self.say(&format!("starting {} over: {why}", path.display()))
+            }
+            Event::Unpacking { archive } => {
+                self.say(&format!("unpacking {}", archive.display()));
+                self.begin(archive, 0);
+            }
+            Event::Complete { path, .. } => {
+                self.say(&format!("{} is complete and verified", path.display()))
+            }
+            Event::RemovedStalePart { path } => {
+                self.say(&format!(
+                    "removed {}, an unfinished download of another version",
+                    path.display()
+                ));
+            }
+            _ => {}
+        }
+    }
+
+    /// Prints a line above the bar.
+    fn say(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
+    }
+
+    fn begin(&mut self, path: &Path, from: u64) {
+        self.bar.set_message(
+            path.file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+        );
+        // The rate counts what comes now, not what was there.
+        self.bar.set_position(from);
+        self.bar.reset_eta();
+    }
+
+    fn advance(&mut self, done: u64, bytes: u64) {
+        self.bar.set_length(bytes);
+        self.bar.set_position(done);
+        let tenths = done * 10 / bytes.max(1);
+        if self.bar.is_hidden() && tenths != self.tenths {
+            eprintln!(
+                "{}: {} of {} ({} %)",
+                self.bar.message(),
+                HumanBytes(done),
+                HumanBytes(bytes),
+                tenths * 10
+            );
+        }
+        self.tenths = tenths;
+    }
+}
+
+/// An error with its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |error| error.source())
+        .fold(error.to_string(), |text, error| format!("{text}: {error}"))
+}

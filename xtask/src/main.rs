@@ -1,0 +1,29 @@
+//! `cargo xtask <command>`: the project's own commands, one file each.
+
+mod bench;
+mod download_data;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// The project's own commands
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+enum Command {
+    DownloadData(download_data::DownloadData),
+    /// Time our code beside PyTorch's
+    #[command(subcommand)]
+    Bench(bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::DownloadData(arguments) => download_data::run(arguments),
+        Command::Bench(bench) => bench::run(&bench).map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,93 @@
+//! The command as a user meets it. Nothing here leaves this machine.
+
+use std::fs;
+use std::net::TcpListener;
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+
+/// The command with an environment of its own: no proxy, no token, an empty Hub cache below `home`.
+fn download_data(home: &tempfile::TempDir) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+    for name in [
+        "HF_TOKEN",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+    ] {
+        command.env_remove(name);
+    }
+    command
+        .env("HF_HOME", home.path().join("hf"))
+        .env("NO_PROXY", "127.0.0.1")
+        .current_dir(home.path());
+    command.arg("download-data");
+    command
+}
+
+#[test]
+fn without_a_server_it_fails_soon_names_the_other_source_and_leaves_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port(); // closed again at once
+    download_data(&home)
+        .env("HF_ENDPOINT", format!("http://127.0.0.1:{port}"))
+        .timeout(std::time::Duration::from_secs(30))
+        .assert()
+        .code(1)
+        .stdout("")
+        .stderr(
+            contains("error: ")
+                .and(contains("--source toronto"))
+                .and(contains("refused")),
+        );
+    assert_eq!(
+        fs::read_dir(home.path()).unwrap().count(),
+        0,
+        "no folder was created"
+    );
+}
+
+#[test]
+fn offline_it_says_which_variable_forbids_the_request() {
+    let home = tempfile::tempdir().unwrap();
+    for source in ["hub", "toronto"] {
+        download_data(&home)
+            .env("HF_HUB_OFFLINE", "1")
+            .args(["--source", source])
+            .assert()
+            .code(1)
+            .stderr(contains("HF_HUB_OFFLINE is set"));
+    }
+    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn help_explains_both_sources_and_the_variables() {
+    let home = tempfile::tempdir().unwrap();
+    download_data(&home)
+        .arg("--help")
+        .assert()
+        .success()
+        .stdout(
+            contains("--data-dir <DIR>")
+                .and(contains("[default: data]"))
+                .and(contains("toronto"))
+                .and(contains("HF_ENDPOINT")),
+        );
+}
+
+#[test]
+fn an_unknown_source_is_refused_with_the_known_ones() {
+    let home = tempfile::tempdir().unwrap();
+    download_data(&home)
+        .args(["--source", "moon"])
+        .assert()
+        .code(2)
+        .stderr(contains("hub, toronto"));
+}
