@@ -1,0 +1,381 @@
+//! Checkpoints: a run's state between two steps, on disk whole or not at all.
+//!
+//! ```text
+//! checkpoints/step-0000123/
+//!   model.safetensors       weights and buffers under PyTorch's names
+//!   optimizer.safetensors   momentum buffers
+//!   state.json              position, seed, schedule, sums of the epoch, metrics so far
+//!   SHA256SUMS              of the three, as `sha256sum --check` reads it; written last
+//! ```
+//! The folder is written under a temporary name, every file and the folder are synced, and only then
+//! is it renamed. A process or machine that dies midway leaves the previous checkpoint untouched.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::DataFingerprints;
+use crate::durable::{io_error, sha256_hex, sync_dir, temporary_sibling, write_synced};
+use crate::error::{Error, Result};
+use crate::evaluate::Evaluation;
+use crate::metrics::MetricsPosition;
+use crate::random::STREAM_SCHEME;
+use crate::schedule::ResolvedSchedule;
+
+/// Version of `state.json`.
+pub(crate) const FORMAT_VERSION: u32 = 1;
+
+const WEIGHTS: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const SUMS: &str = "SHA256SUMS";
+
+/// Where a run stands.
+///
+/// With the seed it is all that randomness depends on. The sums are exact: JSON holds an f64 as the
+/// shortest decimal that reads back to the same bits.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Position {
+    /// Steps made.
+    pub step: u64,
+    /// Epochs completed, their evaluation included.
+    pub epoch: u64,
+    /// Batches made of the epoch under way.
+    pub batch_in_epoch: u64,
+    /// Σ loss × images over those batches.
+    pub epoch_loss_sum: f64,
+    /// Images classified correctly in those batches.
+    pub epoch_correct: u64,
+    /// Images in those batches.
+    pub epoch_images: u64,
+    /// Time they took; the only field that differs between equal runs.
+    pub epoch_seconds: f64,
+}
+
+/// Contents of `state.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct State {
+    pub(crate) format_version: u32,
+    pub(crate) seed: u64,
+    pub(crate) stream_scheme: String,
+    pub(crate) position: Position,
+    pub(crate) schedule: ResolvedSchedule,
+    pub(crate) metrics: MetricsPosition,
+    pub(crate) data: DataFingerprints,
+    pub(crate) last_evaluation: BTreeMap<String, Evaluation>,
+}
+
+/// A checkpoint read from disk, its checksums verified.
+#[derive(Debug)]
+pub(crate) struct Checkpoint {
+    pub(crate) path: PathBuf,
+    pub(crate) state: State,
+    pub(crate) weights: Vec<u8>,
+    pub(crate) optimizer: Vec<u8>,
+}
+
+impl Checkpoint {
+    pub(crate) fn weights_path(&self) -> PathBuf {
+        self.path.join(WEIGHTS)
+    }
+
+    pub(crate) fn optimizer_path(&self) -> PathBuf {
+        self.path.join(OPTIMIZER)
+    }
+}
+
+/// Writes the checkpoint of `state.position.step` into `dir` and removes all but the newest `keep`.
+/// Returns its folder.
+pub(crate) fn save(
+    dir: &Path,
+    state: &State,
+    weights: &[u8],
+    optimizer: &[u8],
+    keep: usize,
+) -> Result<PathBuf> {
+    fs::create_dir_all(dir).map_err(io_error("create", dir))?;
+    let path = dir.join(format!("step-{:07}", state.position.step));
+    let temporary = temporary_sibling(&path);
+    remove_if_present(&temporary)?;
+    fs::create_dir(&temporary).map_err(io_error("create", &temporary))?;
+
+    let state = serde_json::to_vec_pretty(state).map_err(|source| Error::Encode {
+        what: STATE,
+        source,
+    })?;
+    let mut sums = String::new();
+    for (name, bytes) in [(WEIGHTS, weights), (OPTIMIZER, optimizer), (STATE, &state)] {
+        write_synced(&temporary.join(name), bytes)?;
+        sums += &format!("{}  {name}\n", sha256_hex(bytes));
+    }
+    write_synced(&temporary.join(SUMS), sums.as_bytes())?;
+    sync_dir(&temporary)?;
+
+    // The same step again: the run was stopped where it had just been saved, or between the last
+    // step of an epoch and its evaluation. The older one gives way only now.
+    let replaced = path.with_file_name(".replaced.tmp");
+    remove_if_present(&replaced)?;
+    if path.exists() {
+        fs::rename(&path, &replaced).map_err(io_error("move aside", &path))?;
+    }
+    fs::rename(&temporary, &path).map_err(io_error("rename to", &path))?;
+    sync_dir(dir)?;
+    remove_if_present(&replaced)?;
+
+    for (_, old) in list(dir)?.into_iter().skip(keep) {
+        remove_if_present(&old)?;
+    }
+    Ok(path)
+}
+
+/// The newest checkpoint in `dir` that is whole. Damaged ones are renamed to `damaged-…`, with a
+/// warning, and the one before is taken. None when there never was one.
+pub(crate) fn load_newest(dir: &Path) -> Result<Option<Checkpoint>> {
+    if !dir.is_dir() {
+        return Ok(None);
+    }
+    restore_replaced(dir)?;
+    let candidates = list(dir)?;
+    let mut newest_problem = None;
+    for (_, path) in &candidates {
+        match load(path) {
+            Ok(checkpoint) => return Ok(Some(checkpoint)),
+            Err(error @ Error::IncompatibleCheckpoint { .. }) => return Err(error),
+            Err(error) => {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let aside = path.with_file_name(format!("damaged-{name}"));
+                tracing::warn!("{error}; moved to {}", aside.display());
+                remove_if_present(&aside)?;
+                fs::rename(path, &aside).map_err(io_error("move aside", path))?;
+                newest_problem.get_or_insert(error.to_string());
+            }
+        }
+    }
+    match newest_problem {
+        None => Ok(None),
+        Some(newest) => Err(Error::NoUsableCheckpoint {
+            dir: dir.to_path_buf(),
+            count: candidates.len(),
+            newest,
+        }),
+    }
+}
+
+/// The newest checkpoint's folder, unverified.
+pub(crate) fn newest_path(dir: &Path) -> Option<PathBuf> {
+    let newest = list(dir).ok()?.into_iter().next()?;
+    Some(newest.1)
+}
+
+/// Reads a checkpoint and verifies every byte.
+fn load(path: &Path) -> Result<Checkpoint> {
+    let damaged = |reason: String| Error::DamagedCheckpoint {
+        path: path.to_path_buf(),
+        reason,
+    };
+    let sums = fs::read_to_string(path.join(SUMS))
+        .map_err(|error| damaged(format!("{SUMS} cannot be read ({error})")))?;
+    let verified = |name: &str| {
+        let expected = sums
+            .lines()
+            .filter_map(|line| line.split_once("  "))
+            .find_map(|(sum, file)| (file == name).then_some(sum))
+            .ok_or_else(|| damaged(format!("{SUMS} has no entry for {name}")))?;
+        let bytes = fs::read(path.join(name))
+            .map_err(|error| damaged(format!("{name} cannot be read ({error})")))?;
+        match sha256_hex(&bytes) {
+            found if found == expected => Ok(bytes),
+            found => Err(damaged(format!(
+                "{name} has SHA-256 {found:.12}…, recorded {expected:.12}…"
+            ))),
+        }
+    };
+    let state: State = serde_json::from_slice(&verified(STATE)?)
+        .map_err(|error| damaged(format!("{STATE} cannot be read ({error})")))?;
+    if state.format_version != FORMAT_VERSION || state.stream_scheme != STREAM_SCHEME {
+        return Err(Error::IncompatibleCheckpoint {
+            path: path.to_path_buf(),
+            reason: format!(
+                "it has format {} with random streams {:?}, this program {FORMAT_VERSION} with \
+                 {STREAM_SCHEME:?}",
+                state.format_version, state.stream_scheme
+            ),
+        });
+    }
+    Ok(Checkpoint {
+        path: path.to_path_buf(),
+        weights: verified(WEIGHTS)?,
+        optimizer: verified(OPTIMIZER)?,
+        state,
+    })
+}
+
+/// Checkpoints under their final name, newest first.
+fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
+        let entry = entry.map_err(io_error("list", dir))?;
+        let name = entry.file_name();
+        let step = name.to_str().and_then(|name| name.strip_prefix("step-"));
+        if let Some(step) = step.and_then(|step| step.parse().ok()) {
+            found.push((step, entry.path()));
+        }
+    }
+    found.sort_by(|a, b| b.cmp(a));
+    Ok(found)
+}
+
+/// Undoes a replacement that was killed between its two renames: the older checkpoint of that step
+/// is whole and lies aside.
+fn restore_replaced(dir: &Path) -> Result<()> {
+    let replaced = dir.join(".replaced.tmp");
+    if !replaced.is_dir() {
+        return Ok(());
+    }
+    if let Ok(checkpoint) = load(&replaced) {
+        let path = dir.join(format!("step-{:07}", checkpoint.state.position.step));
+        if !path.exists() {
+            return fs::rename(&replaced, &path).map_err(io_error("restore", &path));
+        }
+    }
+    remove_if_present(&replaced)
+}
+
+fn remove_if_present(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        result => result.map_err(io_error("remove", dir)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::SetFingerprint;
+
+    fn state(step: u64) -> State {
+        let set = SetFingerprint {
+            images: 4,
+            sha256: "ab".into(),
+        };
+        State {
+            format_version: FORMAT_VERSION,
+            seed: 1,
+            stream_scheme: STREAM_SCHEME.into(),
+            position: Position {
+                step,
+                epoch_loss_sum: 0.1 + 0.2,
+                ..Default::default()
+            },
+            schedule: ResolvedSchedule::Constant,
+            metrics: MetricsPosition::default(),
+            data: DataFingerprints {
+                train: set.clone(),
+                validation: None,
+                test: set,
+            },
+            last_evaluation: BTreeMap::new(),
+        }
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_newest_checkpoint_is_loaded_with_exact_state_and_older_ones_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [5, 10, 20] {
+            save(dir.path(), &state(step), &[step as u8], b"momentum", 2).unwrap();
+        }
+        assert_eq!(names(dir.path()), ["step-0000010", "step-0000020"]);
+        let newest = load_newest(dir.path()).unwrap().unwrap();
+        assert_eq!(newest.state, state(20));
+        assert_eq!(
+            (&newest.weights[..], &newest.optimizer[..]),
+            (&[20][..], &b"momentum"[..])
+        );
+    }
+
+    #[test]
+    fn any_altered_truncated_or_missing_file_falls_back_to_the_checkpoint_before() {
+        for file in [WEIGHTS, OPTIMIZER, STATE, SUMS] {
+            for damage in ["altered", "truncated", "missing"] {
+                let dir = tempfile::tempdir().unwrap();
+                save(dir.path(), &state(1), b"first", b"m", 2).unwrap();
+                let newest = save(dir.path(), &state(2), b"second", b"m", 2).unwrap();
+                let path = newest.join(file);
+                let mut bytes = fs::read(&path).unwrap();
+                match damage {
+                    "altered" => bytes[0] ^= 1,
+                    "truncated" => bytes.truncate(bytes.len() / 2),
+                    _ => fs::remove_file(&path).unwrap(),
+                }
+                if damage != "missing" {
+                    fs::write(&path, bytes).unwrap();
+                }
+                let loaded = load_newest(dir.path()).unwrap().unwrap();
+                assert_eq!(loaded.state.position.step, 1, "{damage} {file}");
+                assert_eq!(names(dir.path()), ["damaged-step-0000002", "step-0000001"]);
+            }
+        }
+    }
+
+    #[test]
+    fn when_all_checkpoints_are_damaged_the_error_counts_them_and_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [1, 2] {
+            let path = save(dir.path(), &state(step), b"w", b"m", 2).unwrap();
+            fs::write(path.join(WEIGHTS), b"other").unwrap();
+        }
+        let error = load_newest(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("none of the 2 checkpoints"), "{error}");
+        assert!(error.contains(WEIGHTS), "{error}");
+    }
+
+    #[test]
+    fn half_written_checkpoints_are_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &state(1), b"w", b"m", 2).unwrap();
+        fs::create_dir(dir.path().join(".step-0000002.tmp")).unwrap();
+        let loaded = load_newest(dir.path()).unwrap().unwrap();
+        assert_eq!(loaded.state.position.step, 1);
+    }
+
+    #[test]
+    fn a_replacement_killed_between_its_renames_keeps_the_older_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = save(dir.path(), &state(1), b"w", b"m", 2).unwrap();
+        fs::rename(&path, dir.path().join(".replaced.tmp")).unwrap();
+        let loaded = load_newest(dir.path()).unwrap().unwrap();
+        assert_eq!(loaded.path, path);
+    }
+
+    #[test]
+    fn the_same_step_can_be_saved_again() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &state(1), b"old", b"m", 2).unwrap();
+        save(dir.path(), &state(1), b"new", b"m", 2).unwrap();
+        let loaded = load_newest(dir.path()).unwrap().unwrap();
+        assert_eq!(loaded.weights, b"new");
+        assert_eq!(names(dir.path()), ["step-0000001"]);
+    }
+
+    #[test]
+    fn checkpoints_of_other_random_streams_are_not_silently_continued() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = State {
+            stream_scheme: "v0".into(),
+            ..state(1)
+        };
+        save(dir.path(), &other, b"w", b"m", 2).unwrap();
+        assert!(load_newest(dir.path()).is_err());
+    }
+}

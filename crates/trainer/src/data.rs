@@ -1,0 +1,121 @@
+//! The sets a run works on.
+
+use std::sync::Arc;
+
+use candle_core::Device;
+use cifar_data::{Batches, ImageSet, Normalization};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The sets a run works on. The validation set, where there is one, was split from the training
+/// set; decisions are made on it, never on the test set.
+#[derive(Debug, Clone)]
+pub struct DataSets {
+    /// Trained on.
+    pub train: Arc<ImageSet>,
+    /// Evaluated, to decide on.
+    pub validation: Option<Arc<ImageSet>>,
+    /// Evaluated, to report.
+    pub test: Arc<ImageSet>,
+    /// How pixels become the network's inputs.
+    pub normalization: Normalization,
+}
+
+impl DataSets {
+    /// What identifies the sets' content.
+    pub fn fingerprints(&self) -> DataFingerprints {
+        let of = |set: &Arc<ImageSet>| SetFingerprint {
+            images: set.len() as u64,
+            sha256: set.fingerprint(),
+        };
+        DataFingerprints {
+            train: of(&self.train),
+            validation: self.validation.as_ref().map(of),
+            test: of(&self.test),
+        }
+    }
+
+    /// The sets to evaluate, validation first.
+    pub(crate) fn evaluated(&self) -> Vec<(&'static str, Arc<ImageSet>)> {
+        let validation = self
+            .validation
+            .iter()
+            .map(|set| ("validation", set.clone()));
+        validation.chain([("test", self.test.clone())]).collect()
+    }
+
+    pub(crate) fn check_not_empty(&self) -> Result<()> {
+        let train = ("train", self.train.clone());
+        for (set, images) in self.evaluated().into_iter().chain([train]) {
+            if images.len() == 0 {
+                return Err(Error::EmptySet { set });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Batches of `set` in `order`, beginning with batch number `first`.
+pub(crate) fn batches(
+    name: &'static str,
+    set: &Arc<ImageSet>,
+    order: Vec<u32>,
+    batch_size: usize,
+    normalization: Normalization,
+    device: &Device,
+    first: u64,
+) -> Result<Batches> {
+    Batches::new(set.clone(), order, batch_size, normalization, device)
+        .map(|batches| batches.starting_at(first as usize))
+        .map_err(|source| Error::Data { set: name, source })
+}
+
+/// Size and content hash of each set; recorded by a run and checked when it is resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFingerprints {
+    /// The training set, after limits and the split.
+    pub train: SetFingerprint,
+    /// The validation set.
+    pub validation: Option<SetFingerprint>,
+    /// The test set.
+    pub test: SetFingerprint,
+}
+
+/// Size and content hash of a set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetFingerprint {
+    /// Number of images.
+    pub images: u64,
+    /// Hash of pixels and labels.
+    pub sha256: String,
+}
+
+impl DataFingerprints {
+    /// Compares what a run recorded with what is there now.
+    pub(crate) fn check(&self, found: &Self) -> Result<()> {
+        let pairs = [
+            ("train", Some(&self.train), Some(&found.train)),
+            (
+                "validation",
+                self.validation.as_ref(),
+                found.validation.as_ref(),
+            ),
+            ("test", Some(&self.test), Some(&found.test)),
+        ];
+        for (set, recorded, found) in pairs {
+            if recorded != found {
+                let describe = |fingerprint: Option<&SetFingerprint>| match fingerprint {
+                    None => "none".to_string(),
+                    Some(f) => format!("{:.12}… of {} images", f.sha256, f.images),
+                };
+                return Err(Error::DataChanged {
+                    set,
+                    found: describe(found),
+                    recorded: describe(recorded),
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! Where a run ran: what is needed to judge its speed and to repeat it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// Machine, programs and settings that do not decide the numbers but explain them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Environment {
+    /// When this was recorded, RFC 3339.
+    pub time: String,
+    /// The command line.
+    pub command: Vec<String>,
+    /// Versions of the experiment and of the packages that compute.
+    pub packages: BTreeMap<String, String>,
+    /// The compiler.
+    pub rustc: String,
+    /// Commit of the repository that holds the current folder, if there is one.
+    pub git_commit: Option<String>,
+    /// Whether tracked files differed from that commit.
+    pub git_dirty: Option<bool>,
+    /// Operating system and architecture.
+    pub os: String,
+    /// Kernel release, where the system tells.
+    pub kernel: Option<String>,
+    /// Processor, where the system tells.
+    pub cpu_model: Option<String>,
+    /// Vector instructions the processor offers.
+    pub cpu_features: Vec<String>,
+    /// Cores this process may use.
+    pub cores: usize,
+    /// Threads that compute.
+    pub threads: usize,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// The run's seed.
+    pub seed: u64,
+}
+
+impl Environment {
+    /// Looks around. `experiment` is the binary's name and version.
+    pub fn capture(experiment: (&str, &str), device: &str, threads: usize, seed: u64) -> Self {
+        let mut packages: BTreeMap<String, String> = env!("TRAINER_PACKAGES")
+            .split_whitespace()
+            .filter_map(|entry| entry.split_once('='))
+            .map(|(name, version)| (name.into(), version.into()))
+            .collect();
+        packages.insert(experiment.0.into(), experiment.1.into());
+        Self {
+            time: Timestamp::now().to_string(),
+            command: std::env::args().collect(),
+            packages,
+            rustc: env!("TRAINER_RUSTC").into(),
+            git_commit: git(&["rev-parse", "HEAD"]),
+            git_dirty: git(&["status", "--porcelain", "--untracked-files=no"])
+                .map(|changes| !changes.is_empty()),
+            os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
+                .ok()
+                .map(|release| release.trim().into()),
+            cpu_model: cpu_model(),
+            cpu_features: cpu_features(),
+            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+            threads,
+            device: device.into(),
+            seed,
+        }
+    }
+}
+
+/// Output of git in the current folder; None without git or outside a repository.
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_string())
+}
+
+fn cpu_model() -> Option<String> {
+    let info = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().into())
+}
+
+#[cfg(target_arch = "x86_64")]
+fn cpu_features() -> Vec<String> {
+    let features = [
+        ("avx2", is_x86_feature_detected!("avx2")),
+        ("fma", is_x86_feature_detected!("fma")),
+        ("avx512f", is_x86_feature_detected!("avx512f")),
+    ];
+    let present = features.into_iter().filter(|(_, present)| *present);
+    present.map(|(name, _)| name.to_string()).collect()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn cpu_features() -> Vec<String> {
+    Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_names_compiler_and_computing_packages() {
+        let environment = Environment::capture(("some-experiment", "1.2.3"), "cpu", 2, 7);
+        assert!(
+            environment.rustc.starts_with("rustc "),
+            "{}",
+            environment.rustc
+        );
+        assert_eq!(environment.packages["some-experiment"], "1.2.3");
+        for name in ["candle-core", "rayon", "safetensors"] {
+            let version = &environment.packages[name];
+            assert!(
+                version.starts_with(|c: char| c.is_ascii_digit()),
+                "{name} {version}"
+            );
+        }
+        assert!(environment.cores >= 1);
+    }
+}

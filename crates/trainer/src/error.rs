@@ -1,0 +1,179 @@
+//! Everything that can go wrong in a run.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::config::ConfigError;
+use crate::sgd::SgdStateError;
+use crate::weights::WeightsError;
+
+/// Result with the trainer's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that can go wrong in a run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file system refused.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A setting is out of range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A set has no images.
+    #[error("the {set} set is empty; it must have at least one image")]
+    EmptySet {
+        /// `train`, `validation` or `test`.
+        set: &'static str,
+    },
+    /// The loss became infinite or not a number.
+    #[error(
+        "the loss is {loss} at step {step} (epoch {epoch}): training has diverged and was stopped \
+         before this step moved a weight; {}. A smaller learning rate or another seed may help",
+        last_checkpoint.as_ref().map_or_else(
+            || "no checkpoint had been saved yet".to_string(),
+            |path| format!("the last good checkpoint is {}", path.display())
+        )
+    )]
+    NonFiniteLoss {
+        /// 1-based.
+        epoch: u64,
+        /// 1-based.
+        step: u64,
+        /// The value.
+        loss: f32,
+        /// The newest checkpoint of the run.
+        last_checkpoint: Option<PathBuf>,
+    },
+    /// A weight is infinite or not a number although the loss was finite.
+    #[error(
+        "{name} has a value that is not finite after step {step} (epoch {epoch}): training has \
+         diverged; no checkpoint was written over the previous ones"
+    )]
+    NonFiniteWeights {
+        /// The parameter or buffer.
+        name: String,
+        /// 1-based.
+        epoch: u64,
+        /// 1-based.
+        step: u64,
+    },
+    /// The folder to resume is no run.
+    #[error(
+        "{} is not a run directory: {reason}. A run directory is runs/<experiment>/<time> and \
+         holds config.json",
+        dir.display()
+    )]
+    NotARun {
+        /// The folder.
+        dir: PathBuf,
+        /// What is missing or wrong.
+        reason: String,
+    },
+    /// The folder is a run of another experiment.
+    #[error("{} is a run of {found}, not of {expected}: resume it with {found}", dir.display())]
+    OtherExperiment {
+        /// The folder.
+        dir: PathBuf,
+        /// Experiment recorded there.
+        found: String,
+        /// Experiment that was asked to resume.
+        expected: String,
+    },
+    /// Another process works on the run.
+    #[error("{} is in use by another process", dir.display())]
+    InUse {
+        /// The run.
+        dir: PathBuf,
+    },
+    /// The data are not those the run began with.
+    #[error(
+        "the {set} data are not those the run began with (fingerprint {found}, recorded \
+         {recorded}): the resumed run would not equal an uninterrupted one"
+    )]
+    DataChanged {
+        /// `train`, `validation` or `test`.
+        set: &'static str,
+        /// Fingerprint of the data given now.
+        found: String,
+        /// Fingerprint in the run.
+        recorded: String,
+    },
+    /// A checkpoint is incomplete or altered.
+    #[error("the checkpoint {} cannot be used: {reason}", path.display())]
+    DamagedCheckpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A checkpoint does not belong to this configuration.
+    #[error("the checkpoint {} does not fit the run: {reason}", path.display())]
+    IncompatibleCheckpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What differs.
+        reason: String,
+    },
+    /// There are checkpoints, but none is whole.
+    #[error("none of the {count} checkpoints in {} can be used; the newest: {newest}", dir.display())]
+    NoUsableCheckpoint {
+        /// The folder of checkpoints.
+        dir: PathBuf,
+        /// How many there are.
+        count: usize,
+        /// What is wrong with the newest.
+        newest: String,
+    },
+    /// A metrics file is shorter than the checkpoint says.
+    #[error(
+        "{} has {found} bytes, but the checkpoint covers {recorded}: lines were lost",
+        path.display()
+    )]
+    MetricsLost {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found: u64,
+        /// The length recorded by the checkpoint.
+        recorded: u64,
+    },
+    /// Weights do not fit the model.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// Optimiser state does not fit the model.
+    #[error(transparent)]
+    OptimizerState(#[from] SgdStateError),
+    /// The data cannot be read.
+    #[error("cannot prepare the {set} data")]
+    Data {
+        /// `train`, `validation` or `test`.
+        set: &'static str,
+        /// Why.
+        source: cifar_data::DataError,
+    },
+    /// A tensor operation failed.
+    #[error("{during} failed at step {step}")]
+    Tensor {
+        /// Which part of the work.
+        during: &'static str,
+        /// 1-based.
+        step: u64,
+        /// Candle's error.
+        source: candle_core::Error,
+    },
+    /// A value cannot be written as JSON.
+    #[error("cannot encode {what}")]
+    Encode {
+        /// Which file.
+        what: &'static str,
+        /// Why.
+        source: serde_json::Error,
+    },
+}

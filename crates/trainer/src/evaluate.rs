@@ -1,0 +1,107 @@
+//! Loss and accuracy over a whole set.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
+use candle_core::{DType, Device, Tensor};
+use cifar_data::{ImageSet, Normalization};
+use serde::{Deserialize, Serialize};
+
+use crate::data::batches;
+use crate::error::{Error, Result};
+use crate::model::Model;
+
+/// What a network makes of a set.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Mean cross entropy over the images, without label smoothing.
+    pub loss: f64,
+    /// Images whose largest logit was the right one.
+    pub correct: u64,
+    /// Images of the set.
+    pub images: u64,
+}
+
+impl Evaluation {
+    /// Fraction of images classified correctly, 0 to 1.
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.images as f64
+    }
+}
+
+/// Evaluates `model` on all images of `set`, in order and without dropout. After each batch
+/// `progress` hears how many images are done and may break off, which gives None.
+///
+/// # Errors
+/// [`Error::Data`], [`Error::Tensor`].
+pub fn evaluate(
+    model: &dyn Model,
+    set: (&'static str, &Arc<ImageSet>),
+    batch_size: usize,
+    normalization: Normalization,
+    device: &Device,
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<Option<Evaluation>> {
+    let (name, images) = set;
+    let order = (0..images.len() as u32).collect();
+    let (mut loss_sum, mut correct, mut done) = (0.0, 0, 0);
+    for batch in batches(name, images, order, batch_size, normalization, device, 0)? {
+        let batch = batch.map_err(|source| Error::Data { set: name, source })?;
+        let evaluated = || {
+            let logits = model.forward(&batch.images, Mode::Eval)?;
+            let loss = cross_entropy(&logits, &batch.labels, CrossEntropyConfig::default())?;
+            Ok((scalar(&loss)?, count_correct(&logits, &batch.labels)?))
+        };
+        let (loss, batch_correct) = evaluated().map_err(|source| Error::Tensor {
+            during: "the evaluation",
+            step: done / batch_size as u64 + 1,
+            source,
+        })?;
+        loss_sum += f64::from(loss) * batch.len as f64;
+        correct += batch_correct;
+        done += batch.len as u64;
+        if progress(done).is_break() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(Evaluation {
+        loss: loss_sum / done as f64,
+        correct,
+        images: done,
+    }))
+}
+
+/// The value of a scalar tensor. Waits for the device.
+pub(crate) fn scalar(tensor: &Tensor) -> candle_core::Result<f32> {
+    tensor.to_dtype(DType::F32)?.to_scalar()
+}
+
+/// Rows of `logits` `(N, C)` whose first maximum stands at the label. Waits for the device.
+pub(crate) fn count_correct(logits: &Tensor, labels: &Tensor) -> candle_core::Result<u64> {
+    let rows = logits.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    let labels = labels.to_vec1::<u32>()?;
+    let right = rows.iter().zip(&labels).filter(|(row, label)| {
+        let mut best = 0;
+        for (class, &logit) in row.iter().enumerate() {
+            if logit > row[best] {
+                best = class;
+            }
+        }
+        best == **label as usize
+    });
+    Ok(right.count() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_of_equal_logits_is_the_answer() {
+        let logits =
+            Tensor::new(&[[0f32, 2., 2.], [1., 0., 3.], [5., 5., 5.]], &Device::Cpu).unwrap();
+        let labels = Tensor::new(&[1u32, 0, 0], &Device::Cpu).unwrap();
+        assert_eq!(count_correct(&logits, &labels).unwrap(), 2);
+    }
+}

@@ -1,0 +1,44 @@
+//! Training on Candle that can be stopped anywhere and goes on with the same bits.
+//!
+//! The trainer takes any [`Model`], two or three sets of images and a [`TrainingConfig`], and works in
+//! a [`RunDirectory`]: [`Training::new`] continues from the newest checkpoint there or starts, and
+//! [`Training::run`] makes the steps, evaluates, and writes metrics and checkpoints. It prints
+//! nothing; an [`Observer`] hears of the progress.
+//!
+//! - [`Sgd`] has the semantics of `torch.optim.SGD`.
+//! - All randomness is a pure function of seed and position, see [`random`].
+//! - Weights are stored under PyTorch's names, see [`weights`].
+
+mod checkpoint;
+mod config;
+mod data;
+mod durable;
+mod environment;
+mod error;
+mod evaluate;
+mod metrics;
+mod model;
+mod observer;
+pub mod random;
+mod run_directory;
+mod schedule;
+mod sgd;
+#[cfg(test)]
+mod tiny_model;
+mod training;
+pub mod weights;
+
+pub use checkpoint::Position;
+pub use config::{ConfigError, TrainingConfig};
+pub use data::{DataFingerprints, DataSets, SetFingerprint};
+pub use durable::sha256_hex;
+pub use environment::Environment;
+pub use error::{Error, Result};
+pub use evaluate::{Evaluation, evaluate};
+pub use metrics::{Metric, MetricsPosition};
+pub use model::{AuxiliaryOutput, Model, TrainOutput};
+pub use observer::{EpochReport, Observer, Silent, StartReport, StepReport};
+pub use run_directory::RunDirectory;
+pub use schedule::{ResolvedSchedule, Schedule, Span};
+pub use sgd::{Sgd, SgdConfig, SgdStateError};
+pub use training::{Outcome, Summary, Training};

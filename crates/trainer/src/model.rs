@@ -1,0 +1,60 @@
+//! What the trainer asks of a network.
+
+use std::collections::BTreeMap;
+
+use candle_cnn::Mode;
+use candle_core::{Result, Tensor, Var};
+
+/// A network that can be trained, evaluated and saved.
+///
+/// The trainer knows nothing else about it: not its layers, not the size of its images. Names are
+/// PyTorch's state-dict keys, because they become the keys of every checkpoint.
+pub trait Model {
+    /// Logits `(N, classes)` of images `(N, channels, height, width)`.
+    fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor>;
+
+    /// The forward pass of a training step. Networks with auxiliary heads override it; for all
+    /// others it is [`Model::forward`] in [`Mode::Train`].
+    fn forward_train(&self, images: &Tensor, dropout_seed: u64) -> Result<TrainOutput> {
+        let logits = self.forward(images, Mode::Train { dropout_seed })?;
+        Ok(TrainOutput {
+            logits,
+            auxiliary: Vec::new(),
+        })
+    }
+
+    /// Every parameter in the order of the state dict, trainable or not.
+    fn named_parameters(&self) -> Vec<(String, Var)>;
+
+    /// State that is saved with the weights and has no gradient: batch-norm statistics.
+    fn named_buffers(&self) -> Vec<(String, Var)> {
+        Vec::new()
+    }
+
+    /// Whether the optimiser may move this parameter. A model that freezes layers answers `false`
+    /// for their names (and detaches them, so that no gradient is computed).
+    fn is_trainable(&self, _parameter: &str) -> bool {
+        true
+    }
+
+    /// Written into the metadata of `model.safetensors`: `architecture`, `classes`, …
+    fn metadata(&self) -> BTreeMap<String, String>;
+}
+
+/// What a forward pass yields in training.
+#[derive(Debug, Clone)]
+pub struct TrainOutput {
+    /// `(N, classes)`; the training accuracy is counted on these.
+    pub logits: Tensor,
+    /// Further classifiers; each adds `weight × cross entropy` to the loss that is minimised.
+    pub auxiliary: Vec<AuxiliaryOutput>,
+}
+
+/// The answer of an auxiliary classifier.
+#[derive(Debug, Clone)]
+pub struct AuxiliaryOutput {
+    /// `(N, classes)`
+    pub logits: Tensor,
+    /// Factor of this head's loss; 0.3 in the GoogLeNet paper.
+    pub weight: f64,
+}

@@ -1,0 +1,238 @@
+//! The folder that holds everything about one run.
+//!
+//! ```text
+//! runs/<experiment>/2026-03-01T12-30-05Z/
+//!   config.json         what was run: settings and data, fully resolved, written before the first step
+//!   environment.json    where: versions, commit, processor, threads (one more for each resumption)
+//!   metrics.jsonl       every step and evaluation; the same bytes for the same seed
+//!   metrics.csv         one line an epoch, times included
+//!   checkpoints/        step-0000123/, the newest few
+//!   model.safetensors   the final weights            } written when the run
+//!   finished.json       final accuracy, their hash   } is complete
+//! ```
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::data::{DataFingerprints, DataSets};
+use crate::durable::{io_error, read, sync_parent, write_atomically};
+use crate::environment::Environment;
+use crate::error::{Error, Result};
+use crate::training::Summary;
+
+/// Version of the layout above; raised when a run of an older version cannot be resumed.
+const FORMAT_VERSION: u32 = 1;
+
+/// A run directory that this process, and no other, works on.
+#[derive(Debug)]
+pub struct RunDirectory {
+    dir: PathBuf,
+    experiment: String,
+    data: DataFingerprints,
+    config: serde_json::Value,
+    /// Locked until dropped; a killed process loses its lock.
+    _lock: File,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ConfigFile {
+    format_version: u32,
+    experiment: String,
+    /// RFC 3339.
+    started: String,
+    data: DataFingerprints,
+    config: serde_json::Value,
+}
+
+impl RunDirectory {
+    /// Makes `<out>/<experiment>/<time>/` and writes `config.json` and `environment.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a folder or file cannot be made.
+    pub fn create(
+        out: &Path,
+        experiment: &str,
+        config: &impl Serialize,
+        data: &DataSets,
+        environment: &Environment,
+    ) -> Result<Self> {
+        let parent = out.join(experiment);
+        fs::create_dir_all(&parent).map_err(io_error("create", &parent))?;
+        let started = Timestamp::now();
+        let dir = create_unused(&parent, &folder_name(started))?;
+        let lock = lock(&dir)?;
+        let file = ConfigFile {
+            format_version: FORMAT_VERSION,
+            experiment: experiment.into(),
+            started: started.to_string(),
+            data: data.fingerprints(),
+            config: to_value(config)?,
+        };
+        write_json(&dir.join("environment.json"), environment)?;
+        write_json(&dir.join("config.json"), &file)?;
+        sync_parent(&dir)?;
+        Ok(Self {
+            dir,
+            experiment: file.experiment,
+            data: file.data,
+            config: file.config,
+            _lock: lock,
+        })
+    }
+
+    /// Opens a run of `experiment` to resume it.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`], [`Error::OtherExperiment`], [`Error::InUse`], [`Error::Io`].
+    pub fn open(dir: &Path, experiment: &str) -> Result<Self> {
+        let not_a_run = |reason: String| Error::NotARun {
+            dir: dir.to_path_buf(),
+            reason,
+        };
+        if !dir.is_dir() {
+            return Err(not_a_run("there is no such folder".into()));
+        }
+        let path = dir.join("config.json");
+        if !path.is_file() {
+            return Err(not_a_run("it has no config.json".into()));
+        }
+        let file: ConfigFile = serde_json::from_slice(&read(&path)?)
+            .map_err(|error| not_a_run(format!("its config.json cannot be read ({error})")))?;
+        if file.experiment != experiment {
+            return Err(Error::OtherExperiment {
+                dir: dir.to_path_buf(),
+                found: file.experiment,
+                expected: experiment.into(),
+            });
+        }
+        if file.format_version != FORMAT_VERSION {
+            return Err(not_a_run(format!(
+                "its format is version {}, this program knows version {FORMAT_VERSION}",
+                file.format_version
+            )));
+        }
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            experiment: file.experiment,
+            data: file.data,
+            config: file.config,
+            _lock: lock(dir)?,
+        })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The experiment's name.
+    pub fn experiment(&self) -> &str {
+        &self.experiment
+    }
+
+    /// The configuration that the run began with.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`] when it is not one of this experiment's.
+    pub fn config<C: DeserializeOwned>(&self) -> Result<C> {
+        C::deserialize(&self.config).map_err(|error| Error::NotARun {
+            dir: self.dir.clone(),
+            reason: format!("its config.json does not fit this experiment ({error})"),
+        })
+    }
+
+    /// Records where the run is resumed, in `environment-<time>.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn record_resumption(&self, environment: &Environment) -> Result<()> {
+        let name = format!("environment-{}.json", folder_name(Timestamp::now()));
+        write_json(&self.dir.join(name), environment)
+    }
+
+    /// What the run ended with, if it is finished.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`] when the file cannot be read.
+    pub fn finished(&self) -> Result<Option<Summary>> {
+        let path = self.dir.join("finished.json");
+        if !path.exists() {
+            return Ok(None);
+        }
+        let summary = serde_json::from_slice(&read(&path)?).map_err(|error| Error::NotARun {
+            dir: self.dir.clone(),
+            reason: format!("its finished.json cannot be read ({error})"),
+        })?;
+        Ok(Some(summary))
+    }
+
+    pub(crate) fn write_finished(&self, summary: &Summary) -> Result<()> {
+        write_json(&self.dir.join("finished.json"), summary)
+    }
+
+    pub(crate) fn checkpoints(&self) -> PathBuf {
+        self.dir.join("checkpoints")
+    }
+
+    pub(crate) fn check_data(&self, data: &DataSets) -> Result<()> {
+        self.data.check(&data.fingerprints())
+    }
+}
+
+/// A time as a folder's name: to the second, in UTC, without the colons that Windows refuses.
+fn folder_name(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H-%M-%SZ").to_string()
+}
+
+/// Makes `parent/name`, or `parent/name-2`, … when taken.
+fn create_unused(parent: &Path, name: &str) -> Result<PathBuf> {
+    let mut dir = parent.join(name);
+    for suffix in 2.. {
+        match fs::create_dir(&dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                dir = parent.join(format!("{name}-{suffix}"));
+            }
+            result => {
+                result.map_err(io_error("create", &dir))?;
+                break;
+            }
+        }
+    }
+    Ok(dir)
+}
+
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join("run.lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .map_err(io_error("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse {
+            dir: dir.to_path_buf(),
+        }),
+        Err(TryLockError::Error(source)) => Err(io_error("lock", &path)(source)),
+    }
+}
+
+fn to_value(config: &impl Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(config).map_err(|source| Error::Encode {
+        what: "config.json",
+        source,
+    })
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|source| Error::Encode {
+        what: "a file of the run directory",
+        source,
+    })?;
+    bytes.push(b'\n');
+    write_atomically(path, &bytes)
+}

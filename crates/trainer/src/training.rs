@@ -1,0 +1,554 @@
+//! The loop: steps, epochs, evaluations, checkpoints.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use candle_cnn::{CrossEntropyConfig, cross_entropy};
+use candle_core::{DType, Device, Tensor};
+use cifar_data::{Batch, Batches, shuffled_order};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, Checkpoint, Position, State};
+use crate::config::TrainingConfig;
+use crate::data::{DataSets, batches};
+use crate::durable::{read, sha256_hex, write_atomically};
+use crate::error::{Error, Result};
+use crate::evaluate::{Evaluation, count_correct, evaluate, scalar};
+use crate::metrics::{CsvRow, Metric, MetricsFiles};
+use crate::model::{Model, TrainOutput};
+use crate::observer::{EpochReport, Observer, StartReport, StepReport};
+use crate::random::{self, STREAM_SCHEME};
+use crate::run_directory::RunDirectory;
+use crate::schedule::ResolvedSchedule;
+use crate::sgd::Sgd;
+use crate::weights;
+
+/// A run in progress.
+///
+/// Its whole state between two steps is the model's weights, the optimiser's buffers and a
+/// [`Position`]; a checkpoint holds these three, so that going on from one gives the same bits as
+/// never having stopped.
+pub struct Training<'a> {
+    model: &'a dyn Model,
+    data: DataSets,
+    device: Device,
+    config: TrainingConfig,
+    optimizer: Sgd,
+    schedule: ResolvedSchedule,
+    run: RunDirectory,
+    metrics: MetricsFiles,
+    position: Position,
+    last_evaluation: BTreeMap<String, Evaluation>,
+}
+
+/// How [`Training::run`] ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// All steps are made.
+    Finished(Summary),
+    /// `stop` asked for it.
+    Stopped {
+        /// Steps made.
+        step: u64,
+        /// Where to go on from.
+        checkpoint: PathBuf,
+    },
+}
+
+/// What a finished run ended with; the contents of `finished.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Steps made.
+    pub steps: u64,
+    /// Epochs completed, a last partial one included.
+    pub epochs: u64,
+    /// The last evaluation of each set.
+    pub evaluations: BTreeMap<String, Evaluation>,
+    /// Hash of `model.safetensors`.
+    pub weights_sha256: String,
+}
+
+impl<'a> Training<'a> {
+    /// Prepares to train `model` in `run`: from the newest checkpoint there, which then overwrites
+    /// the model's weights, or from the beginning when there is none.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::EmptySet`], [`Error::DataChanged`], and what loading a
+    /// checkpoint can say.
+    pub fn new(
+        model: &'a dyn Model,
+        data: DataSets,
+        device: &Device,
+        config: TrainingConfig,
+        run: RunDirectory,
+    ) -> Result<Self> {
+        config.validate()?;
+        data.check_not_empty()?;
+        run.check_data(&data)?;
+        let trainable = model.named_parameters();
+        let trainable = trainable
+            .into_iter()
+            .filter(|(name, _)| model.is_trainable(name));
+        let images = data.train.len();
+        let schedule = config.schedule.resolve(
+            config.total_steps(images),
+            config.steps_per_epoch(images),
+            config.batch_size,
+        )?;
+        let checkpoint = checkpoint::load_newest(&run.checkpoints())?;
+        let covered = checkpoint.as_ref().map(|c| c.state.metrics);
+        let mut training = Self {
+            model,
+            device: device.clone(),
+            optimizer: Sgd::new(trainable.collect(), config.optimizer)?,
+            schedule,
+            metrics: MetricsFiles::open(run.path(), covered.unwrap_or_default())?,
+            position: Position::default(),
+            last_evaluation: BTreeMap::new(),
+            data,
+            config,
+            run,
+        };
+        if let Some(checkpoint) = checkpoint {
+            training.load_checkpoint(&checkpoint)?;
+        }
+        Ok(training)
+    }
+
+    /// Trains until all steps are made or `stop`, asked before each step and within evaluations,
+    /// answers true. Either way a checkpoint is saved at the end.
+    ///
+    /// # Errors
+    /// [`Error::NonFiniteLoss`] when training diverges; [`Error::Io`], [`Error::Data`] and
+    /// [`Error::Tensor`] when something else fails. Checkpoints saved before stay usable.
+    pub fn run(&mut self, observer: &mut dyn Observer, stop: &dyn Fn() -> bool) -> Result<Outcome> {
+        observer.started(&StartReport {
+            steps_done: self.position.step,
+            total_steps: self.total_steps(),
+            steps_per_epoch: self.steps_per_epoch(),
+            epochs: self.config.epochs,
+        });
+        while !self.is_finished() {
+            let flow = match self.train_epoch(observer, stop)? {
+                ControlFlow::Continue(()) => self.end_epoch(observer, stop)?,
+                stopped => stopped,
+            };
+            let checkpoint = self.save_checkpoint(observer)?;
+            if flow.is_break() {
+                let step = self.position.step;
+                return Ok(Outcome::Stopped { step, checkpoint });
+            }
+        }
+        self.finish().map(Outcome::Finished)
+    }
+
+    /// Where the run stands.
+    pub fn position(&self) -> &Position {
+        &self.position
+    }
+
+    /// The run's folder.
+    pub fn run_directory(&self) -> &RunDirectory {
+        &self.run
+    }
+
+    /// The steps of the current epoch that are still to be made.
+    fn train_epoch(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<ControlFlow<()>> {
+        if self.epoch_is_over() {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let mut batches = self.remaining_batches()?;
+        while !self.epoch_is_over() {
+            if stop() {
+                return Ok(ControlFlow::Break(()));
+            }
+            let begin = Instant::now();
+            let Some(batch) = batches.next() else { break };
+            let batch = batch.map_err(|source| Error::Data {
+                set: "train",
+                source,
+            })?;
+            let step = self.train_step(&batch)?;
+            self.record_step(&step, begin.elapsed(), observer)?;
+            if self.checkpoint_is_due() {
+                self.save_checkpoint(observer)?;
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// One step: forward, loss, backward, update.
+    fn train_step(&mut self, batch: &Batch) -> Result<Step> {
+        let step = self.position.step;
+        let failed = |during| {
+            move |source| Error::Tensor {
+                during,
+                step: step + 1,
+                source,
+            }
+        };
+        let dropout_seed = random::dropout_seed(self.config.seed, step);
+        let output = self
+            .model
+            .forward_train(&batch.images, dropout_seed)
+            .map_err(failed("the forward pass"))?;
+        let loss = self
+            .loss(&output, &batch.labels)
+            .map_err(failed("the loss"))?;
+
+        // These two reads are the step's only waits for the device. They come before the update, so
+        // that a loss that is not finite never reaches a weight.
+        let value = scalar(&loss).map_err(failed("the loss"))?;
+        let correct = count_correct(&output.logits, &batch.labels).map_err(failed("the loss"))?;
+        if !value.is_finite() {
+            return Err(Error::NonFiniteLoss {
+                epoch: self.position.epoch + 1,
+                step: step + 1,
+                loss: value,
+                last_checkpoint: checkpoint::newest_path(&self.run.checkpoints()),
+            });
+        }
+
+        let gradients = loss.backward().map_err(failed("the backward pass"))?;
+        let lr = self.learning_rate(step);
+        self.optimizer
+            .step(&gradients, lr)
+            .map_err(failed("the update"))?;
+        Ok(Step {
+            loss: value,
+            correct,
+            images: batch.len as u64,
+            lr,
+        })
+    }
+
+    /// Cross entropy of the logits, plus that of each auxiliary head times its weight.
+    fn loss(&self, output: &TrainOutput, labels: &Tensor) -> candle_core::Result<Tensor> {
+        let config = CrossEntropyConfig {
+            label_smoothing: self.config.label_smoothing,
+        };
+        let mut loss = cross_entropy(&output.logits, labels, config)?;
+        for head in &output.auxiliary {
+            let auxiliary = cross_entropy(&head.logits, labels, config)?;
+            loss = (loss + (auxiliary * head.weight)?)?;
+        }
+        Ok(loss)
+    }
+
+    fn record_step(
+        &mut self,
+        step: &Step,
+        time: Duration,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let total_steps = self.total_steps();
+        let position = &mut self.position;
+        position.step += 1;
+        position.batch_in_epoch += 1;
+        position.epoch_loss_sum += f64::from(step.loss) * step.images as f64;
+        position.epoch_correct += step.correct;
+        position.epoch_images += step.images;
+        position.epoch_seconds += time.as_secs_f64();
+        let report = StepReport {
+            epoch: position.epoch + 1,
+            step: position.step,
+            total_steps,
+            loss: step.loss,
+            lr: step.lr,
+            images: step.images,
+            epoch_loss: position.epoch_loss_sum / position.epoch_images as f64,
+            epoch_accuracy: position.epoch_correct as f64 / position.epoch_images as f64,
+            time,
+        };
+        self.metrics.write(&Metric::Step {
+            step: report.step,
+            epoch: report.epoch,
+            loss: step.loss,
+            correct: step.correct,
+            images: step.images,
+            lr: step.lr,
+        })?;
+        observer.step_done(&report);
+        Ok(())
+    }
+
+    /// Evaluates, writes the epoch's metrics and moves on to the next epoch. Broken off, it leaves
+    /// everything as it was, and is done again when the run is resumed.
+    fn end_epoch(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<ControlFlow<()>> {
+        let begin = Instant::now();
+        let mut evaluations = BTreeMap::new();
+        if self.evaluation_is_due() {
+            for (name, set) in self.data.evaluated() {
+                let images = set.len() as u64;
+                let mut progress = |done| {
+                    observer.evaluation_progress(name, done, images);
+                    match stop() {
+                        true => ControlFlow::Break(()),
+                        false => ControlFlow::Continue(()),
+                    }
+                };
+                let evaluation = evaluate(
+                    self.model,
+                    (name, &set),
+                    self.config.evaluation_batch_size,
+                    self.data.normalization,
+                    &self.device,
+                    &mut progress,
+                )?;
+                match evaluation {
+                    Some(evaluation) => evaluations.insert(name.to_string(), evaluation),
+                    None => return Ok(ControlFlow::Break(())),
+                };
+            }
+        }
+        let position = &self.position;
+        let report = EpochReport {
+            epoch: position.epoch + 1,
+            epochs: self.config.epochs,
+            step: position.step,
+            lr: self.learning_rate(position.step.saturating_sub(1)),
+            train_loss: position.epoch_loss_sum / position.epoch_images as f64,
+            train_accuracy: position.epoch_correct as f64 / position.epoch_images as f64,
+            images: position.epoch_images,
+            evaluations,
+            train_time: Duration::try_from_secs_f64(position.epoch_seconds).unwrap_or_default(),
+            evaluation_time: begin.elapsed(),
+        };
+        self.record_epoch(&report)?;
+        observer.epoch_done(&report);
+        if !report.evaluations.is_empty() {
+            self.last_evaluation = report.evaluations;
+        }
+        self.position = Position {
+            step: self.position.step,
+            epoch: self.position.epoch + 1,
+            ..Position::default()
+        };
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn record_epoch(&mut self, report: &EpochReport) -> Result<()> {
+        for (set, evaluation) in &report.evaluations {
+            self.metrics.write(&Metric::Evaluation {
+                step: report.step,
+                epoch: report.epoch,
+                set: set.clone(),
+                loss: evaluation.loss,
+                accuracy: evaluation.accuracy(),
+                correct: evaluation.correct,
+                images: evaluation.images,
+            })?;
+        }
+        self.metrics.write(&Metric::Epoch {
+            step: report.step,
+            epoch: report.epoch,
+            train_loss: report.train_loss,
+            train_accuracy: report.train_accuracy,
+            images: report.images,
+        })?;
+        let evaluated = |set: &str| report.evaluations.get(set);
+        self.metrics.write_row(&CsvRow {
+            epoch: report.epoch,
+            step: report.step,
+            lr: report.lr,
+            train_loss: report.train_loss,
+            train_accuracy: report.train_accuracy,
+            validation_loss: evaluated("validation").map(|e| e.loss),
+            validation_accuracy: evaluated("validation").map(Evaluation::accuracy),
+            test_loss: evaluated("test").map(|e| e.loss),
+            test_accuracy: evaluated("test").map(Evaluation::accuracy),
+            train_seconds: report.train_time.as_secs_f64(),
+            images_per_second: report.images_per_second(),
+            evaluation_seconds: report.evaluation_time.as_secs_f64(),
+        })
+    }
+
+    /// The batches of the current epoch that are still to come, in the epoch's own order.
+    fn remaining_batches(&self) -> Result<Batches> {
+        let Position {
+            epoch,
+            batch_in_epoch,
+            ..
+        } = self.position;
+        let images = self.data.train.len();
+        let order = match self.config.shuffle {
+            true => {
+                let mut rng = random::stream(self.config.seed, random::SHUFFLE, epoch);
+                shuffled_order(images, &mut rng)
+            }
+            false => (0..images as u32).collect(),
+        };
+        batches(
+            "train",
+            &self.data.train,
+            order,
+            self.config.batch_size,
+            self.data.normalization,
+            &self.device,
+            batch_in_epoch,
+        )
+    }
+
+    fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
+        let tensors: Vec<(String, Tensor)> = weights::state_dict(self.model)
+            .into_iter()
+            .map(|(name, var)| (name, var.as_detached_tensor()))
+            .collect();
+        self.check_finite(&tensors)?;
+        let mut metadata = self.model.metadata();
+        metadata.insert("step".into(), self.position.step.to_string());
+        let during_save = |source| Error::Tensor {
+            during: "saving the optimiser",
+            step: self.position.step,
+            source,
+        };
+        let optimizer = self.optimizer.state().map_err(during_save)?;
+        let optimizer_metadata = BTreeMap::from([("optimizer".to_string(), "sgd".to_string())]);
+        let state = State {
+            format_version: checkpoint::FORMAT_VERSION,
+            seed: self.config.seed,
+            stream_scheme: STREAM_SCHEME.into(),
+            position: self.position.clone(),
+            schedule: self.schedule,
+            metrics: self.metrics.sync()?,
+            data: self.data.fingerprints(),
+            last_evaluation: self.last_evaluation.clone(),
+        };
+        let path = checkpoint::save(
+            &self.run.checkpoints(),
+            &state,
+            &weights::encode(&tensors, &metadata)?,
+            &weights::encode(&optimizer, &optimizer_metadata)?,
+            self.config.keep_checkpoints,
+        )?;
+        observer.checkpoint_saved(&path, self.position.step);
+        Ok(path)
+    }
+
+    fn load_checkpoint(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let Checkpoint { path, state, .. } = checkpoint;
+        let incompatible = |reason: String| Error::IncompatibleCheckpoint {
+            path: path.clone(),
+            reason,
+        };
+        if state.seed != self.config.seed {
+            let reason = format!("its seed is {}, the run's {}", state.seed, self.config.seed);
+            return Err(incompatible(reason));
+        }
+        if state.schedule != self.schedule {
+            let reason = format!(
+                "its schedule is {:?}, the run's {:?}",
+                state.schedule, self.schedule
+            );
+            return Err(incompatible(reason));
+        }
+        state.data.check(&self.data.fingerprints())?;
+        weights::load_from_bytes(self.model, &checkpoint.weights, &checkpoint.weights_path())?;
+        let optimizer = weights::decode(&checkpoint.optimizer, &checkpoint.optimizer_path())?;
+        self.optimizer.load_state(optimizer)?;
+        self.position = state.position.clone();
+        self.last_evaluation = state.last_evaluation.clone();
+        Ok(())
+    }
+
+    /// A finite loss can still leave weights that are not; they must not replace good ones on disk.
+    fn check_finite(&self, tensors: &[(String, Tensor)]) -> Result<()> {
+        for (name, tensor) in tensors
+            .iter()
+            .filter(|(_, tensor)| tensor.dtype().is_float())
+        {
+            let finite = || {
+                let values = tensor
+                    .to_dtype(DType::F32)?
+                    .flatten_all()?
+                    .to_vec1::<f32>()?;
+                Ok(values.iter().all(|value| value.is_finite()))
+            };
+            let during_check = |source| Error::Tensor {
+                during: "reading the weights",
+                step: self.position.step,
+                source,
+            };
+            if !finite().map_err(during_check)? {
+                return Err(Error::NonFiniteWeights {
+                    name: name.clone(),
+                    epoch: self.position.epoch + 1,
+                    step: self.position.step,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the last checkpoint's weights at the root of the run and writes `finished.json`.
+    fn finish(&self) -> Result<Summary> {
+        let newest = checkpoint::newest_path(&self.run.checkpoints());
+        let source = newest.unwrap_or_else(|| self.run.checkpoints());
+        let weights = read(&source.join("model.safetensors"))?;
+        write_atomically(&self.run.path().join("model.safetensors"), &weights)?;
+        let summary = Summary {
+            steps: self.position.step,
+            epochs: self.position.epoch,
+            evaluations: self.last_evaluation.clone(),
+            weights_sha256: sha256_hex(&weights),
+        };
+        self.run.write_finished(&summary)?;
+        Ok(summary)
+    }
+
+    fn learning_rate(&self, step: u64) -> f64 {
+        self.config.optimizer.lr * self.schedule.factor(step)
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        self.config.steps_per_epoch(self.data.train.len())
+    }
+
+    fn total_steps(&self) -> u64 {
+        self.config.total_steps(self.data.train.len())
+    }
+
+    /// All steps are made and the last epoch is reported.
+    fn is_finished(&self) -> bool {
+        self.position.step >= self.total_steps() && self.position.batch_in_epoch == 0
+    }
+
+    /// No step of this epoch is left; its evaluation may be.
+    fn epoch_is_over(&self) -> bool {
+        self.position.batch_in_epoch >= self.steps_per_epoch()
+            || self.position.step >= self.total_steps()
+    }
+
+    fn evaluation_is_due(&self) -> bool {
+        let every = self.config.evaluate_every_epochs;
+        let last = self.position.step >= self.total_steps();
+        last || (every > 0 && (self.position.epoch + 1).is_multiple_of(every))
+    }
+
+    /// The end of an epoch saves its own checkpoint, after the evaluation.
+    fn checkpoint_is_due(&self) -> bool {
+        let every = self.config.checkpoint_every_steps;
+        every > 0 && self.position.step.is_multiple_of(every) && !self.epoch_is_over()
+    }
+}
+
+/// The numbers of one step.
+struct Step {
+    loss: f32,
+    correct: u64,
+    images: u64,
+    lr: f64,
+}
+
+#[cfg(test)]
+mod tests;

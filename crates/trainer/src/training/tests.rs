@@ -1,0 +1,457 @@
+use std::cell::Cell;
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use cifar_data::{Normalization, Split, shapes};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::*;
+use crate::environment::Environment;
+use crate::observer::Silent;
+use crate::sgd::SgdConfig;
+use crate::tiny_model::TinyModel;
+
+const EXPERIMENT: &str = "tiny";
+
+/// 2 epochs of 4 steps (the last batch partial), a validation set, checkpoints every 3 steps.
+fn config() -> TrainingConfig {
+    TrainingConfig {
+        epochs: 2,
+        batch_size: 4,
+        evaluation_batch_size: 5,
+        seed: 11,
+        optimizer: SgdConfig {
+            lr: 0.05,
+            momentum: 0.9,
+            weight_decay: 1e-3,
+            ..Default::default()
+        },
+        checkpoint_every_steps: 3,
+        ..Default::default()
+    }
+}
+
+const TOTAL_STEPS: u64 = 8;
+
+fn data() -> DataSets {
+    DataSets {
+        train: Arc::new(shapes::generate(1, Split::Train, 14)),
+        validation: Some(Arc::new(shapes::generate(2, Split::Train, 7))),
+        test: Arc::new(shapes::generate(1, Split::Test, 11)),
+        normalization: Normalization::HALF,
+    }
+}
+
+/// Looked up once: it starts git, and a child that another test's thread has just forked would hold
+/// this one's lock for an instant.
+static ENVIRONMENT: LazyLock<Environment> =
+    LazyLock::new(|| Environment::capture((EXPERIMENT, "0"), "cpu", 1, 0));
+
+fn create(out: &Path, config: &TrainingConfig) -> RunDirectory {
+    let environment = &*ENVIRONMENT;
+    RunDirectory::create(out, EXPERIMENT, config, &data(), environment).unwrap()
+}
+
+/// Runs a new process' worth of training: a fresh model, all state from the folder.
+fn go_on(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
+    let model = TinyModel::new(config().seed);
+    let config = run.config().unwrap();
+    let outcome = Training::new(&model, data(), &Device::Cpu, config, run)
+        .and_then(|mut training| training.run(&mut Silent, stop));
+    (model, outcome)
+}
+
+fn resume(dir: &Path, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
+    go_on(RunDirectory::open(dir, EXPERIMENT).unwrap(), stop)
+}
+
+/// What two equal runs must have in common: every byte that the seed decides.
+#[derive(Debug, PartialEq)]
+struct Traces {
+    weights: String,
+    model_file: String,
+    metrics: String,
+    summary: Summary,
+}
+
+fn traces(dir: &Path, model: &TinyModel, outcome: Result<Outcome>) -> Traces {
+    let Ok(Outcome::Finished(summary)) = outcome else {
+        panic!("not finished: {outcome:?}");
+    };
+    let model_file = fs::read(dir.join("model.safetensors")).unwrap();
+    let model_file = sha256_hex(&model_file);
+    assert_eq!(summary.weights_sha256, model_file);
+    Traces {
+        weights: sha256_hex(format!("{:?}", model.bits()).as_bytes()),
+        model_file,
+        metrics: fs::read_to_string(dir.join("metrics.jsonl")).unwrap(),
+        summary,
+    }
+}
+
+fn uninterrupted(config: &TrainingConfig) -> (TempDir, Traces) {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), config);
+    let dir = run.path().to_path_buf();
+    let (model, outcome) = go_on(run, &|| false);
+    let traces = traces(&dir, &model, outcome);
+    (out, traces)
+}
+
+/// True from the `n`-th time on that it is asked.
+fn after(n: u64) -> impl Fn() -> bool {
+    let asked = Cell::new(0);
+    move || {
+        asked.set(asked.get() + 1);
+        asked.get() > n
+    }
+}
+
+#[test]
+fn a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits() {
+    let (_out, expected) = uninterrupted(&config());
+    let mut stops = Vec::new();
+    // `stop` is asked before each step and after each batch of an evaluation, so this walks through
+    // every place where a run can stop, evaluations included.
+    for n in 0.. {
+        let out = tempfile::tempdir().unwrap();
+        let run = create(out.path(), &config());
+        let dir = run.path().to_path_buf();
+        let (_, outcome) = go_on(run, &after(n));
+        match outcome.unwrap() {
+            Outcome::Stopped { step, .. } => stops.push(step),
+            Outcome::Finished(_) => break,
+        }
+        let (model, outcome) = resume(&dir, &|| false);
+        assert_eq!(
+            traces(&dir, &model, outcome),
+            expected,
+            "stopped at ask {n}"
+        );
+    }
+    let mut steps = stops.clone();
+    steps.dedup();
+    assert_eq!(steps, (0..=TOTAL_STEPS).collect::<Vec<_>>());
+    assert!(stops.len() > steps.len(), "no stop fell into an evaluation");
+}
+
+#[test]
+fn a_run_stopped_after_every_single_step_ends_with_the_same_bits() {
+    let (_out, expected) = uninterrupted(&config());
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    // One step, or one whole evaluation, a session.
+    let (mut model, mut outcome) = go_on(run, &after(1));
+    let mut sessions = 1;
+    while matches!(outcome, Ok(Outcome::Stopped { .. })) {
+        // An evaluation is one piece of work: its five batches and one step more.
+        let evaluates = sessions % 4 == 0;
+        (model, outcome) = resume(&dir, &after(if evaluates { 6 } else { 1 }));
+        sessions += 1;
+        assert!(sessions < 30, "no progress");
+    }
+    assert!(sessions >= 8);
+    assert_eq!(traces(&dir, &model, outcome), expected);
+}
+
+/// A killed process leaves metric lines after its last checkpoint; a machine that dies can leave
+/// the file cut anywhere after it.
+#[test]
+fn a_killed_run_resumes_from_its_last_checkpoint_without_duplicate_lines() {
+    let (_out, expected) = uninterrupted(&config());
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let killed = std::panic::catch_unwind(|| go_on(run, &panics_after(12)));
+    assert!(killed.is_err());
+    let lines = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    assert!(lines.contains("\"step\":7"), "{lines}");
+    let mut cut = lines.into_bytes();
+    cut.truncate(cut.len() - 7);
+    fs::write(dir.join("metrics.jsonl"), cut).unwrap();
+    let (model, outcome) = resume(&dir, &|| false);
+    assert_eq!(traces(&dir, &model, outcome), expected);
+}
+
+fn panics_after(n: u64) -> impl Fn() -> bool + std::panic::UnwindSafe {
+    let asked = std::panic::AssertUnwindSafe(after(n));
+    move || match (*asked)() {
+        true => panic!("killed"),
+        false => false,
+    }
+}
+
+#[test]
+fn a_run_killed_before_its_first_checkpoint_starts_again() {
+    let (_out, expected) = uninterrupted(&config());
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    assert!(std::panic::catch_unwind(|| go_on(run, &panics_after(2))).is_err());
+    assert!(!dir.join("checkpoints").exists());
+    let (model, outcome) = resume(&dir, &|| false);
+    assert_eq!(traces(&dir, &model, outcome), expected);
+}
+
+#[test]
+fn a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before() {
+    let (_out, expected) = uninterrupted(&config());
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let (_, outcome) = go_on(run, &after(4));
+    let Ok(Outcome::Stopped { checkpoint, .. }) = outcome else {
+        panic!("{outcome:?}");
+    };
+    fs::write(checkpoint.join("optimizer.safetensors"), b"cut").unwrap();
+    let (model, outcome) = resume(&dir, &|| false);
+    assert_eq!(traces(&dir, &model, outcome), expected);
+}
+
+#[test]
+fn a_run_killed_between_its_last_checkpoint_and_finished_json_finishes() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let (model, outcome) = go_on(run, &|| false);
+    let expected = traces(&dir, &model, outcome);
+    fs::remove_file(dir.join("finished.json")).unwrap();
+    fs::remove_file(dir.join("model.safetensors")).unwrap();
+    let (model, outcome) = resume(&dir, &|| false);
+    assert_eq!(traces(&dir, &model, outcome), expected);
+    let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
+    assert_eq!(run.finished().unwrap(), Some(expected.summary));
+}
+
+#[test]
+fn max_steps_ends_inside_an_epoch_with_an_evaluation() {
+    let config = TrainingConfig {
+        max_steps: Some(6),
+        ..config()
+    };
+    let (_out, traces) = uninterrupted(&config);
+    assert_eq!((traces.summary.steps, traces.summary.epochs), (6, 2));
+    let events: Vec<Metric> = traces
+        .metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let Some(Metric::Epoch { step, images, .. }) = events.last() else {
+        panic!("{events:?}");
+    };
+    assert_eq!((*step, *images), (6, 8));
+    let test = traces.summary.evaluations["test"];
+    assert_eq!(test.images, 11);
+}
+
+#[test]
+fn the_seed_changes_the_run_and_the_same_seed_repeats_it() {
+    let (_a, first) = uninterrupted(&config());
+    let (_b, again) = uninterrupted(&config());
+    let (_c, other) = uninterrupted(&TrainingConfig {
+        seed: 12,
+        ..config()
+    });
+    assert_eq!(first, again);
+    // The model of both has the same initial weights; order and dropout differ.
+    assert_ne!(first.metrics, other.metrics);
+}
+
+#[test]
+fn without_shuffling_every_epoch_has_the_order_of_the_set() {
+    let in_order = TrainingConfig {
+        shuffle: false,
+        ..config()
+    };
+    let (_a, ordered) = uninterrupted(&in_order);
+    let (_b, shuffled) = uninterrupted(&config());
+    assert_ne!(ordered.metrics, shuffled.metrics);
+    // Dropout and weights at step 1 are those of the shuffled run, so only the images differ.
+    let model = TinyModel::new(config().seed);
+    let first: Vec<u32> = (0..4).collect();
+    let mut batches =
+        Batches::new(data().train, first, 4, Normalization::HALF, &Device::Cpu).unwrap();
+    let batch = batches.next().unwrap().unwrap();
+    let output = model
+        .forward_train(&batch.images, random::dropout_seed(config().seed, 0))
+        .unwrap();
+    let loss = cross_entropy(&output.logits, &batch.labels, Default::default()).unwrap();
+    let expected = serde_json::to_string(&loss.to_scalar::<f32>().unwrap()).unwrap();
+    let line = ordered.metrics.lines().next().unwrap();
+    assert!(line.contains(&format!("\"loss\":{expected},")), "{line}");
+}
+
+#[test]
+fn training_lowers_the_loss() {
+    let long = TrainingConfig {
+        epochs: 30,
+        ..config()
+    };
+    let (_out, traces) = uninterrupted(&long);
+    let losses: Vec<f64> = traces
+        .metrics
+        .lines()
+        .filter_map(|line| match serde_json::from_str(line).unwrap() {
+            Metric::Epoch { train_loss, .. } => Some(train_loss),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(losses.len(), 30);
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    let (first, last) = (mean(&losses[..5]), mean(&losses[25..]));
+    assert!(last < 0.7 * first, "from {first} to {last}");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_its_step_and_spoils_no_checkpoint() {
+    let wild = TrainingConfig {
+        checkpoint_every_steps: 1,
+        optimizer: SgdConfig {
+            lr: 1e30,
+            ..config().optimizer
+        },
+        ..config()
+    };
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &wild);
+    let dir = run.path().to_path_buf();
+    let (_, outcome) = go_on(run, &|| false);
+    let (step, kind) = match outcome.unwrap_err() {
+        Error::NonFiniteLoss { step, epoch: 1, .. } => (step, "loss"),
+        Error::NonFiniteWeights { step, epoch: 1, .. } => (step, "weights"),
+        other => panic!("{other}"),
+    };
+    assert!(step > 1, "{kind} at step {step}");
+    let kept = checkpoint::load_newest(&dir.join("checkpoints"))
+        .unwrap()
+        .unwrap();
+    assert_eq!(kept.state.position.step, step - 1);
+    let model = TinyModel::new(1);
+    weights::load_from_bytes(&model, &kept.weights, Path::new("kept")).unwrap();
+    let finite = |bits: &u32| f32::from_bits(*bits).is_finite();
+    assert!(model.bits().iter().flatten().all(finite));
+}
+
+#[test]
+fn an_infinite_loss_stops_before_the_update() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let mut model = TinyModel::new(1);
+    model.gain = f64::INFINITY;
+    let before: Vec<_> = model.bits()[..4].to_vec();
+    let mut training = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
+    let error = training
+        .run(&mut Silent, &|| false)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("at step 1 (epoch 1)"), "{error}");
+    assert!(
+        error.contains("no checkpoint had been saved yet"),
+        "{error}"
+    );
+    assert_eq!(model.bits()[..4], before);
+}
+
+#[test]
+fn other_data_are_refused_with_the_set_that_changed() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let model = TinyModel::new(1);
+    let changed = DataSets {
+        test: Arc::new(shapes::generate(9, Split::Test, 11)),
+        ..data()
+    };
+    let error = Training::new(&model, changed, &Device::Cpu, config(), run)
+        .err()
+        .unwrap();
+    assert!(
+        matches!(error, Error::DataChanged { set: "test", .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_is_no_run_of_this_experiment_is_refused_with_the_reason() {
+    let out = tempfile::tempdir().unwrap();
+    let open = |dir: &Path| RunDirectory::open(dir, EXPERIMENT).unwrap_err().to_string();
+    assert!(open(&out.path().join("absent")).contains("no such folder"));
+    assert!(open(out.path()).contains("no config.json"));
+    fs::write(out.path().join("config.json"), "{").unwrap();
+    assert!(open(out.path()).contains("cannot be read"));
+    fs::remove_file(out.path().join("config.json")).unwrap();
+
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    assert!(open(&dir).contains("in use by another process"));
+    drop(run);
+    let error = RunDirectory::open(&dir, "other").unwrap_err().to_string();
+    assert!(error.contains("a run of tiny, not of other"), "{error}");
+}
+
+#[test]
+fn the_configuration_is_on_disk_before_the_first_step() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let text = fs::read_to_string(run.path().join("config.json")).unwrap();
+    let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(file["experiment"], json!("tiny"));
+    assert_eq!(file["config"]["optimizer"]["lr"], json!(0.05));
+    assert_eq!(file["data"]["train"]["images"], json!(14));
+    assert!(run.path().join("environment.json").is_file());
+    assert_eq!(run.config::<TrainingConfig>().unwrap(), config());
+}
+
+#[test]
+fn two_runs_of_the_same_second_have_two_folders() {
+    let out = tempfile::tempdir().unwrap();
+    let runs: Vec<RunDirectory> = (0..3).map(|_| create(out.path(), &config())).collect();
+    let mut paths: Vec<_> = runs.iter().map(|run| run.path().to_path_buf()).collect();
+    paths.dedup();
+    assert_eq!(paths.len(), 3);
+}
+
+#[test]
+fn frozen_parameters_stay_as_they_are() {
+    struct Frozen(TinyModel);
+    impl Model for Frozen {
+        fn forward(&self, images: &Tensor, mode: candle_cnn::Mode) -> candle_core::Result<Tensor> {
+            self.0.forward(images, mode)
+        }
+        fn named_parameters(&self) -> Vec<(String, candle_core::Var)> {
+            self.0.named_parameters()
+        }
+        fn is_trainable(&self, parameter: &str) -> bool {
+            parameter.starts_with("fc2.")
+        }
+        fn metadata(&self) -> BTreeMap<String, String> {
+            self.0.metadata()
+        }
+    }
+    let model = Frozen(TinyModel::new(3));
+    let before = model.0.bits();
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let mut training = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
+    training.run(&mut Silent, &|| false).unwrap();
+    let after = model.0.bits();
+    assert_eq!(before[..2], after[..2]);
+    assert_ne!(before[2], after[2]);
+    assert_ne!(before[3], after[3]);
+}
+
+#[test]
+fn metrics_csv_has_one_line_an_epoch_under_one_header() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    go_on(run, &after(6)).1.unwrap();
+    resume(&dir, &|| false).1.unwrap();
+    let text = fs::read_to_string(dir.join("metrics.csv")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(lines[0].starts_with("epoch,step,lr,train_loss,"), "{text}");
+    assert!(lines[2].starts_with("2,8,0.05,"), "{text}");
+}

@@ -1,0 +1,362 @@
+//! Weights in safetensors files, under PyTorch's state-dict names.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor, Var};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::json;
+
+use crate::model::Model;
+
+/// Parameters, then buffers: the keys and order of PyTorch's `state_dict()`.
+pub fn state_dict(model: &dyn Model) -> Vec<(String, Var)> {
+    let mut all = model.named_parameters();
+    all.extend(model.named_buffers());
+    all
+}
+
+/// Fills every parameter and buffer of `model` from a safetensors file. Strict: the file must hold
+/// exactly the model's tensors, each of its type and shape, or nothing is changed.
+///
+/// # Errors
+/// [`WeightsError`]; one error lists everything missing, unexpected and misshapen.
+pub fn load(model: &dyn Model, path: &Path) -> Result<(), WeightsError> {
+    let bytes = std::fs::read(path).map_err(|source| WeightsError::Read {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    load_from_bytes(model, &bytes, path)
+}
+
+/// [`load`] from bytes already in memory; `path` only names them in errors.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_from_bytes(model: &dyn Model, bytes: &[u8], path: &Path) -> Result<(), WeightsError> {
+    let mut found = decode(bytes, path)?;
+    let mut mismatch = Mismatch::default();
+    let mut assignments = Vec::new();
+    for (name, var) in state_dict(model) {
+        match found.remove(&name) {
+            None => mismatch.missing.push(name),
+            Some(tensor) if tensor.shape() != var.shape() || tensor.dtype() != var.dtype() => {
+                mismatch.misshapen.push(Misshapen {
+                    name,
+                    found: describe(&tensor),
+                    expected: describe(&var),
+                });
+            }
+            Some(tensor) => assignments.push((var, tensor)),
+        }
+    }
+    mismatch.unexpected = found.into_keys().collect();
+    if !mismatch.is_empty() {
+        return Err(WeightsError::Mismatch {
+            path: path.to_path_buf(),
+            mismatch,
+        });
+    }
+    for (var, tensor) in assignments {
+        tensor
+            .to_device(var.device())
+            .and_then(|tensor| var.set(&tensor))
+            .map_err(|source| WeightsError::Tensor { source })?;
+    }
+    Ok(())
+}
+
+/// The bytes of a safetensors file that `safetensors.torch.load_file` and `load_state_dict` take.
+/// Equal tensors and metadata give equal bytes, so that two runs can be compared by hash.
+///
+/// # Errors
+/// A tensor of a type that is not saved, or Candle's error when a device cannot be read.
+pub fn encode(
+    tensors: &[(String, Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, WeightsError> {
+    // The header is written here and not by `safetensors::serialize`, which takes the metadata as a
+    // HashMap and writes its keys in another order each time.
+    let mut metadata = metadata.clone();
+    // Readers of the transformers family ask for this key before they take a file as PyTorch's.
+    metadata.insert("format".into(), "pt".into());
+    let mut header = BTreeMap::from([("__metadata__".to_string(), json!(metadata))]);
+    let mut data: Vec<u8> = Vec::new();
+    let mut order: Vec<&(String, Tensor)> = tensors.iter().collect();
+    // Widest type first keeps every tensor aligned to its elements.
+    order.sort_by_key(|(name, tensor)| (Reverse(tensor.dtype().size_in_bytes()), name));
+    for (name, tensor) in order {
+        let begin = data.len();
+        let dtype = append_bytes(tensor, &mut data)?;
+        let entry = json!({
+            "dtype": dtype,
+            "shape": tensor.dims(),
+            "data_offsets": [begin, data.len()],
+        });
+        header.insert(name.clone(), entry);
+    }
+    let mut header = json!(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header);
+    file.append(&mut data);
+    Ok(file)
+}
+
+/// The tensors of a safetensors file, on the CPU; `path` only names them in errors.
+///
+/// # Errors
+/// Bytes that are no safetensors file, or a tensor of a type that Candle lacks.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, WeightsError> {
+    let file = SafeTensors::deserialize(bytes).map_err(|source| WeightsError::Parse {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.tensors() {
+        let tensor = from_view(&view).map_err(|reason| WeightsError::UnsupportedTensor {
+            path: path.to_path_buf(),
+            name: name.clone(),
+            reason,
+        })?;
+        tensors.insert(name, tensor);
+    }
+    Ok(tensors)
+}
+
+/// A file of weights that cannot be read, or does not fit the model.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// The file cannot be read.
+    #[error("cannot read the weights {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not safetensors.
+    #[error("{} is not a safetensors file", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: safetensors::SafeTensorError,
+    },
+    /// A tensor of a type that cannot be used.
+    #[error("{}: {name} cannot be used: {reason}", path.display())]
+    UnsupportedTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// The file holds other tensors than the model.
+    #[error("the weights {} do not fit the model:{mismatch}", path.display())]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// All differences.
+        mismatch: Mismatch,
+    },
+    /// Candle failed.
+    #[error("cannot copy the weights")]
+    Tensor {
+        /// Candle's error.
+        source: candle_core::Error,
+    },
+}
+
+/// All differences between a file of weights and a model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Mismatch {
+    /// In the model, not in the file.
+    pub missing: Vec<String>,
+    /// In the file, not in the model.
+    pub unexpected: Vec<String>,
+    /// In both, of another type or shape.
+    pub misshapen: Vec<Misshapen>,
+}
+
+/// A tensor of another type or shape than the model's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Misshapen {
+    /// State-dict key.
+    pub name: String,
+    /// Type and shape in the file.
+    pub found: String,
+    /// Type and shape in the model.
+    pub expected: String,
+}
+
+impl Mismatch {
+    fn is_empty(&self) -> bool {
+        self.missing.is_empty() && self.unexpected.is_empty() && self.misshapen.is_empty()
+    }
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for name in &self.missing {
+            write!(f, "\n  missing: {name}")?;
+        }
+        for name in &self.unexpected {
+            write!(f, "\n  unexpected: {name}")?;
+        }
+        for Misshapen {
+            name,
+            found,
+            expected,
+        } in &self.misshapen
+        {
+            write!(
+                f,
+                "\n  misshapen: {name} is {found}, the model has {expected}"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn describe(tensor: &Tensor) -> String {
+    format!("{} {:?}", tensor.dtype().as_str(), tensor.dims())
+}
+
+/// Appends a tensor's values; returns safetensors' name of their type.
+fn append_bytes(tensor: &Tensor, out: &mut Vec<u8>) -> Result<&'static str, WeightsError> {
+    let mut append = || {
+        let flat = tensor.flatten_all()?;
+        Ok(match tensor.dtype() {
+            DType::F32 => {
+                out.extend(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()));
+                "F32"
+            }
+            DType::F64 => {
+                out.extend(flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()));
+                "F64"
+            }
+            DType::I64 => {
+                out.extend(flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()));
+                "I64"
+            }
+            other => candle_core::bail!("tensors of type {other:?} are not saved"),
+        })
+    };
+    append().map_err(|source| WeightsError::Tensor { source })
+}
+
+fn from_view(view: &TensorView<'_>) -> Result<Tensor, String> {
+    let dtype = match view.dtype() {
+        Dtype::F32 => DType::F32,
+        Dtype::F64 => DType::F64,
+        Dtype::I64 => DType::I64,
+        other => {
+            return Err(format!(
+                "its type is {other:?}; F32, F64 and I64 are supported"
+            ));
+        }
+    };
+    Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)
+        .map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::durable::sha256_hex;
+    use crate::tiny_model::TinyModel;
+
+    fn encoded(tensors: &[(String, Tensor)]) -> Vec<u8> {
+        encode(tensors, &BTreeMap::new()).unwrap()
+    }
+
+    fn tensors(model: &TinyModel) -> Vec<(String, Tensor)> {
+        state_dict(model)
+            .into_iter()
+            .map(|(name, var)| (name, var.as_detached_tensor()))
+            .collect()
+    }
+
+    #[test]
+    fn saved_weights_load_with_the_same_bits_and_metadata_of_pytorch() {
+        let (saved, loaded) = (TinyModel::new(1), TinyModel::new(2));
+        let bytes = encoded(&tensors(&saved));
+        assert_ne!(saved.bits(), loaded.bits());
+        load_from_bytes(&loaded, &bytes, Path::new("w")).unwrap();
+        assert_eq!(saved.bits(), loaded.bits());
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn equal_weights_and_metadata_give_equal_bytes() {
+        let metadata: BTreeMap<String, String> = (0..9)
+            .map(|i| (format!("key{i}"), "value".to_string()))
+            .collect();
+        let file = || encode(&tensors(&TinyModel::new(1)), &metadata).unwrap();
+        assert_eq!(sha256_hex(&file()), sha256_hex(&file()));
+    }
+
+    #[test]
+    fn f64_and_i64_tensors_are_kept_and_empty_and_scalar_shapes_too() {
+        let cpu = &Device::Cpu;
+        let saved = [
+            (
+                "f32".to_string(),
+                Tensor::new(&[[1.5f32, -0.0]], cpu).unwrap(),
+            ),
+            ("scalar".into(), Tensor::new(7i64, cpu).unwrap()),
+            ("f64".into(), Tensor::new(&[0.1f64], cpu).unwrap()),
+            (
+                "empty".into(),
+                Tensor::zeros((0, 3), DType::F32, cpu).unwrap(),
+            ),
+        ];
+        let loaded = decode(&encoded(&saved), Path::new("w")).unwrap();
+        assert_eq!(loaded.len(), saved.len());
+        for (name, tensor) in &saved {
+            assert_eq!(loaded[name].dims(), tensor.dims());
+            assert_eq!(loaded[name].to_string(), tensor.to_string());
+        }
+    }
+
+    #[test]
+    fn one_error_lists_everything_missing_unexpected_and_misshapen_and_changes_nothing() {
+        let model = TinyModel::new(1);
+        let before = model.bits();
+        let mut file = tensors(&TinyModel::new(2));
+        file[0].0 = "extra.weight".into();
+        file[1].1 = file[1].1.unsqueeze(0).unwrap();
+        let error = load_from_bytes(&model, &encoded(&file), Path::new("init.safetensors"))
+            .unwrap_err()
+            .to_string();
+        for part in [
+            "init.safetensors",
+            "missing: fc1.weight",
+            "unexpected: extra.weight",
+            "misshapen: fc1.bias is f32 [1, 12], the model has f32 [12]",
+        ] {
+            assert!(error.contains(part), "{part} not in {error}");
+        }
+        assert_eq!(model.bits(), before);
+    }
+
+    #[test]
+    fn a_truncated_file_is_an_error_that_names_the_file() {
+        let model = TinyModel::new(1);
+        let bytes = encoded(&tensors(&model));
+        let error = load_from_bytes(
+            &model,
+            &bytes[..bytes.len() - 1],
+            Path::new("cut.safetensors"),
+        )
+        .unwrap_err();
+        assert!(error.to_string().contains("cut.safetensors"), "{error}");
+    }
+}
