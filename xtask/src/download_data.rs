@@ -194,7 +194,7 @@ impl Display {
         self.bar.set_length(bytes);
         self.bar.set_position(done);
         let tenths = done * 10 / bytes.max(1);
-        if self.bar.is_hidden() && tenths != self.tenths {
+        if self.bar.is_hidden() && tenths != self.tenths && tenths > 0 {
             eprintln!(
                 "{}: {} of {} ({} %)",
                 self.bar.message(),
