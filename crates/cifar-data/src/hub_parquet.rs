@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
@@ -75,20 +76,36 @@ pub fn load(train: &Path, test: &Path) -> Result<TrainTest, DataError> {
 /// [`DataError::ParquetNull`], [`DataError::ParquetLabel`], [`DataError::Picture`],
 /// [`DataError::Decode`].
 pub fn read_file(path: &Path) -> Result<HubImages, DataError> {
-    let file = File::open(path).map_err(|source| DataError::Read {
+    let read_error = |source| DataError::Read {
         path: path.to_owned(),
         source,
-    })?;
+    };
+    let file = File::open(path).map_err(read_error)?;
+    let file_bytes = file.metadata().map_err(read_error)?.len();
     let parquet_error = |source| DataError::Parquet {
         path: path.to_owned(),
         source,
     };
-    let reader = SerializedFileReader::new(file).map_err(parquet_error)?;
+    let reader = guarded(|| SerializedFileReader::new(file)).map_err(parquet_error)?;
     let schema = reader.metadata().file_metadata().schema_descr();
     let img = find_column(schema, "img.bytes", PhysicalType::BYTE_ARRAY, path)?;
     let label = find_column(schema, "label", PhysicalType::INT64, path)?;
 
     let groups = reader.metadata().row_groups();
+    for chunk in groups.iter().flat_map(|g| [g.column(img), g.column(label)]) {
+        let start = chunk
+            .dictionary_page_offset()
+            .unwrap_or(chunk.data_page_offset());
+        let end = start.checked_add(chunk.compressed_size());
+        let in_file = end.is_some_and(|end| u64::try_from(end).is_ok_and(|end| end <= file_bytes));
+        if start < 0 || chunk.compressed_size() < 0 || !in_file {
+            return Err(parquet_error(ParquetError::General(format!(
+                "column `{}` is said to be at byte {start}, {} bytes long, in a file of {file_bytes}",
+                chunk.column_path().string(),
+                chunk.compressed_size()
+            ))));
+        }
+    }
     let rows: i128 = groups
         .iter()
         .map(|group| i128::from(group.num_rows()))
@@ -111,7 +128,7 @@ pub fn read_file(path: &Path) -> Result<HubImages, DataError> {
     let mut labels = Vec::new();
     let mut jpeg = 0;
     for group in 0..reader.num_row_groups() {
-        let group = reader.get_row_group(group).map_err(parquet_error)?;
+        let group = guarded(|| reader.get_row_group(group)).map_err(parquet_error)?;
         let mut images = Column::<ByteArrayType>::open(&*group, img, "img.bytes", path)?;
         let mut classes = Column::<Int64Type>::open(&*group, label, "label", path)?;
         loop {
@@ -221,9 +238,8 @@ impl<'a, T: DataType> Column<'a, T> {
         name: &'static str,
         path: &'a Path,
     ) -> Result<Self, DataError> {
-        let reader = group
-            .get_column_reader(index)
-            .map_err(|source| DataError::Parquet {
+        let reader =
+            guarded(|| group.get_column_reader(index)).map_err(|source| DataError::Parquet {
                 path: path.to_owned(),
                 source,
             })?;
@@ -244,13 +260,14 @@ impl<'a, T: DataType> Column<'a, T> {
     fn next_values(&mut self, row: usize) -> Result<Vec<T::T>, DataError> {
         let mut values = Vec::with_capacity(Self::BLOCK);
         let mut levels = Vec::new();
-        let (records, _, _) = self
-            .reader
-            .read_records(Self::BLOCK, Some(&mut levels), None, &mut values)
-            .map_err(|source| DataError::Parquet {
-                path: self.path.to_owned(),
-                source,
-            })?;
+        let (records, _, _) = guarded(|| {
+            let reader = &mut self.reader;
+            reader.read_records(Self::BLOCK, Some(&mut levels), None, &mut values)
+        })
+        .map_err(|source| DataError::Parquet {
+            path: self.path.to_owned(),
+            source,
+        })?;
         if let Some(null) = levels.iter().position(|&level| level != self.full_level) {
             return Err(DataError::ParquetNull {
                 path: self.path.to_owned(),
@@ -270,6 +287,20 @@ impl<'a, T: DataType> Column<'a, T> {
         }
         Ok(values)
     }
+}
+
+/// Calls the Parquet library, which panics on some damaged files (as of 60.1: a page that names a
+/// dictionary that is not there, for one), and makes that an error. What `call` was working on is
+/// given up afterwards, so it does not matter in which state it was left.
+fn guarded<V>(call: impl FnOnce() -> Result<V, ParquetError>) -> Result<V, ParquetError> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let reason = (panic.downcast_ref::<&str>().copied())
+            .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+            .unwrap_or("no reason given");
+        Err(ParquetError::General(format!(
+            "the file is damaged, the reader gave up: {reason}"
+        )))
+    })
 }
 
 /// Decodes a picture into `chw`, [`IMAGE_BYTES`] long.

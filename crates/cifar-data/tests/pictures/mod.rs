@@ -1,5 +1,7 @@
 //! Pictures and files for the tests.
 
+#![allow(dead_code)] // each test binary uses a part of it
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,14 +12,14 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
 /// Columns as the Hub's files have them.
-pub const HUB_SCHEMA: &str = "message schema {
+pub(crate) const HUB_SCHEMA: &str = "message schema {
     optional group img { optional binary bytes; optional binary path (UTF8); }
     optional int64 label;
 }";
 
 /// A picture that looks different under every flip, rotation and transposition: four quadrants of
 /// different colours, a mark like the letter F in white, and the four corners marked by hand.
-pub fn asymmetric() -> RgbImage {
+pub(crate) fn asymmetric() -> RgbImage {
     let mut picture = RgbImage::from_fn(32, 32, |x, y| {
         image::Rgb(match (x < 16, y < 16) {
             (true, true) => [200, 10, 20],
@@ -41,7 +43,7 @@ pub fn asymmetric() -> RgbImage {
 }
 
 /// The picture's bytes, channel by channel.
-pub fn chw(picture: &RgbImage) -> Vec<u8> {
+pub(crate) fn chw(picture: &RgbImage) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(IMAGE_BYTES);
     for channel in 0..3 {
         for y in 0..SIDE as u32 {
@@ -54,26 +56,30 @@ pub fn chw(picture: &RgbImage) -> Vec<u8> {
 }
 
 /// A set of `pictures` with labels 0, 1, 2 …
-pub fn set_of(pictures: &[RgbImage]) -> ImageSet {
+pub(crate) fn set_of(pictures: &[RgbImage]) -> ImageSet {
     let pixels = pictures.iter().flat_map(chw).collect();
     ImageSet::new(pixels, (0..pictures.len() as u8).collect()).unwrap()
 }
 
 /// The picture as a file in memory.
-pub fn encoded(picture: &image::DynamicImage, format: ImageFormat) -> Vec<u8> {
+pub(crate) fn encoded(picture: &image::DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut file = std::io::Cursor::new(Vec::new());
     picture.write_to(&mut file, format).unwrap();
     file.into_inner()
 }
 
 /// The picture as a PNG file in memory.
-pub fn png(picture: &RgbImage) -> Vec<u8> {
+pub(crate) fn png(picture: &RgbImage) -> Vec<u8> {
     encoded(&picture.clone().into(), ImageFormat::Png)
 }
 
 /// Writes rows of (picture file, label) as the Hub does, `None` being null, into row groups of
 /// `group_rows` rows.
-pub fn write_hub_parquet(path: &Path, rows: &[(Option<Vec<u8>>, Option<i64>)], group_rows: usize) {
+pub(crate) fn write_hub_parquet(
+    path: &Path,
+    rows: &[(Option<Vec<u8>>, Option<i64>)],
+    group_rows: usize,
+) {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).unwrap();
     }
