@@ -76,13 +76,11 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
         );
     }
     let mut sides = vec![Side::start(OURS, our_side(arguments, threads))?];
-    for layout in python
-        .as_ref()
-        .map_or(&[][..], |_| &["nchw", "channels_last"])
-    {
-        let python = python.as_deref().unwrap_or(Path::new(""));
-        let side = pytorch_side(python, layout, arguments, threads);
-        sides.push(Side::start(&format!("PyTorch, {layout}"), side)?);
+    if let Some(python) = &python {
+        for layout in ["nchw", "channels_last"] {
+            let side = pytorch_side(python, layout, arguments, threads);
+            sides.push(Side::start(&format!("PyTorch, {layout}"), side)?);
+        }
     }
     let rounds = alternate(&mut sides, arguments.rounds, arguments.steps)?;
 
@@ -367,10 +365,12 @@ fn environment(threads: usize) -> Environment {
 fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
     let mut command = vec!["cargo".to_string(), "xtask".to_string()];
     for argument in arguments {
-        let after_flag = command.last().is_some_and(|last| last == "--pytorch");
+        let flag = command.last().map(String::as_str);
         command.push(match argument.split_once('=') {
-            _ if after_flag => "PYTHON".to_string(),
+            _ if flag == Some("--pytorch") => "PYTHON".to_string(),
+            _ if flag == Some("--out") => "DIR".to_string(),
             Some(("--pytorch", _)) => "--pytorch=PYTHON".to_string(),
+            Some(("--out", _)) => "--out=DIR".to_string(),
             _ => argument,
         });
     }
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn the_record_names_no_path_of_the_python() {
+    fn the_record_names_no_path_of_its_machine() {
         let command =
             |words: &[&str]| recorded_command(words.iter().map(|w| w.to_string())).join(" ");
         assert_eq!(
@@ -475,8 +475,8 @@ mod tests {
             "cargo xtask bench train-step --pytorch PYTHON --rounds 5"
         );
         assert_eq!(
-            command(&["--pytorch=/home/a/python"]),
-            "cargo xtask --pytorch=PYTHON"
+            command(&["--pytorch=/home/a/python", "--out", "/home/a/b"]),
+            "cargo xtask --pytorch=PYTHON --out DIR"
         );
     }
 
