@@ -141,7 +141,10 @@ impl Bench {
     fn step(&mut self) -> Result<()> {
         match self.work {
             Work::Train => self.training_step(),
-            Work::Inference => Ok(drop(self.model.forward(&self.images, Mode::Eval)?)),
+            Work::Inference => {
+                self.model.forward(&self.images, Mode::Eval)?;
+                Ok(())
+            }
         }
     }
 
