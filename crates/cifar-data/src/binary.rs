@@ -169,9 +169,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn an_endless_device_is_read_to_the_limit_only() {
-        // /dev/zero is all label 0: the read must end by itself. 3 GB would be slow, so the
-        // limit is shown on an empty device and the bound on a sparse file.
+    fn an_empty_device_and_an_oversized_file_are_errors() {
         assert!(matches!(
             read_file(Path::new("/dev/null")),
             Err(DataError::Empty { .. })
