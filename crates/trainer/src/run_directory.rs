@@ -18,6 +18,7 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint;
 use crate::data::{DataFingerprints, DataSets};
 use crate::durable::{io_error, read, sync_parent, write_atomically};
 use crate::environment::Environment;
@@ -168,6 +169,11 @@ impl RunDirectory {
             reason: format!("its finished.json cannot be read ({error})"),
         })?;
         Ok(Some(summary))
+    }
+
+    /// Whether there is a checkpoint to go on from; without one a run begins again.
+    pub fn has_checkpoint(&self) -> bool {
+        checkpoint::newest_path(&self.checkpoints()).is_some()
     }
 
     pub(crate) fn write_finished(&self, summary: &Summary) -> Result<()> {

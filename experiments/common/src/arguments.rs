@@ -1,0 +1,220 @@
+//! Groups of command-line arguments, to be flattened into an experiment's own.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, Command};
+use trainer::{Schedule, SgdConfig, TrainingConfig};
+
+use crate::compute::DeviceChoice;
+use crate::data::Dataset;
+
+/// What to train on.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Data")]
+pub struct DataArguments {
+    /// What to train on
+    #[arg(long, value_enum, value_name = "SET")]
+    pub dataset: Option<Dataset>,
+    /// Folder that holds CIFAR-10: cifar-10-batches-bin/ or the Hub's plain_text/ parquet files.
+    /// Where it holds neither, CIFAR-10 is fetched into it
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Train on the first N images only
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub train_limit: Option<u64>,
+    /// Test on the first N images only
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub test_limit: Option<u64>,
+    /// Set N training images aside, evenly from all classes, and evaluate on them too
+    #[arg(long, value_name = "N")]
+    pub validation: Option<u64>,
+}
+
+/// How to train.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Training")]
+pub struct TrainingArguments {
+    /// Passes over the training images
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub epochs: Option<u64>,
+    /// End after N steps, even inside an epoch [default: none]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub max_steps: Option<u64>,
+    /// Images a step
+    #[arg(long, value_name = "IMAGES", value_parser = at_least_one)]
+    pub batch_size: Option<u64>,
+    /// Learning rate
+    #[arg(long, value_name = "RATE", value_parser = not_negative)]
+    pub lr: Option<f64>,
+    /// Share of the last step's velocity that is kept, 0 to 1
+    #[arg(long, value_name = "SHARE", value_parser = below_one)]
+    pub momentum: Option<f64>,
+    /// L2 penalty on the weights
+    #[arg(long, value_name = "FACTOR", value_parser = not_negative)]
+    pub weight_decay: Option<f64>,
+    /// Keep the order of the training images, the same in each epoch
+    #[arg(long)]
+    pub no_shuffle: bool,
+    /// Source of all randomness: initial weights, order, dropout, validation split
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Evaluate after every N epochs, and after the last; 0: after the last only
+    #[arg(long, value_name = "EPOCHS")]
+    pub eval_every: Option<u64>,
+}
+
+/// Where to put a run, and how to go on with one.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Run")]
+pub struct RunArguments {
+    /// Folder for runs; this one becomes DIR/<experiment>/<time>
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Save a checkpoint every N steps, besides the one after each epoch; 0: none besides
+    #[arg(long, value_name = "STEPS")]
+    pub checkpoint_every: Option<u64>,
+    /// Continue a run that was stopped: the folder it works in. Every setting comes from the run;
+    /// only --data-dir may be given, for data that have moved
+    #[arg(long, value_name = "RUN")]
+    pub resume: Option<PathBuf>,
+}
+
+/// What to compute on.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Machine")]
+pub struct ComputeArguments {
+    /// auto, cpu, or cuda with the number of the GPU; auto takes a GPU where there is one
+    #[arg(long, value_name = "auto|cpu|cuda[:N]")]
+    pub device: Option<DeviceChoice>,
+    /// Threads that compute [default: all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub threads: Option<u64>,
+}
+
+/// What [`TrainingArguments`] that are not given become. An experiment has one set of them, or one
+/// for each preset.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainingDefaults {
+    /// Passes over the training images.
+    pub epochs: u64,
+    /// Images a step.
+    pub batch_size: u64,
+    /// The optimiser.
+    pub optimizer: SgdConfig,
+    /// How the learning rate changes.
+    pub schedule: Schedule,
+    /// Epochs from one evaluation to the next.
+    pub evaluate_every_epochs: u64,
+    /// Steps from one checkpoint to the next.
+    pub checkpoint_every_steps: u64,
+}
+
+/// Images a batch of evaluation: a forward pass needs no more memory than a training step with
+/// fewer images, and larger batches are no faster on a CPU.
+const EVALUATION_BATCH_SIZE: usize = 64;
+
+impl TrainingArguments {
+    /// The trainer's configuration.
+    pub fn resolve(&self, run: &RunArguments, defaults: &TrainingDefaults) -> TrainingConfig {
+        TrainingConfig {
+            epochs: self.epochs.unwrap_or(defaults.epochs),
+            max_steps: self.max_steps,
+            batch_size: self.batch_size.unwrap_or(defaults.batch_size) as usize,
+            evaluation_batch_size: EVALUATION_BATCH_SIZE,
+            seed: self.seed.unwrap_or(0),
+            shuffle: !self.no_shuffle,
+            optimizer: SgdConfig {
+                lr: self.lr.unwrap_or(defaults.optimizer.lr),
+                momentum: self.momentum.unwrap_or(defaults.optimizer.momentum),
+                weight_decay: self.weight_decay.unwrap_or(defaults.optimizer.weight_decay),
+                ..defaults.optimizer
+            },
+            schedule: defaults.schedule,
+            label_smoothing: 0.0,
+            evaluate_every_epochs: self.eval_every.unwrap_or(defaults.evaluate_every_epochs),
+            checkpoint_every_steps: run
+                .checkpoint_every
+                .unwrap_or(defaults.checkpoint_every_steps),
+            keep_checkpoints: 2,
+        }
+    }
+}
+
+impl TrainingDefaults {
+    /// Flag and value of each, for [`describe_defaults`].
+    pub fn described(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("epochs", self.epochs.to_string()),
+            ("batch_size", self.batch_size.to_string()),
+            ("lr", self.optimizer.lr.to_string()),
+            ("momentum", self.optimizer.momentum.to_string()),
+            ("weight_decay", self.optimizer.weight_decay.to_string()),
+            ("seed", "0".into()),
+            ("eval_every", self.evaluate_every_epochs.to_string()),
+            ("checkpoint_every", self.checkpoint_every_steps.to_string()),
+        ]
+    }
+}
+
+/// Adds `[default: …]` to the help of arguments that the parser knows no default of.
+pub fn describe_defaults(command: Command, defaults: &[(&'static str, String)]) -> Command {
+    defaults.iter().fold(command, |command, (id, value)| {
+        command.mut_arg(id, |argument| {
+            let help = argument.get_help().map(ToString::to_string);
+            argument.help(format!("{} [default: {value}]", help.unwrap_or_default()))
+        })
+    })
+}
+
+/// The flags on the command line, as `--lr`.
+pub fn flags_given(command: &Command, matches: &ArgMatches) -> Vec<String> {
+    command
+        .get_arguments()
+        .filter(|argument| {
+            let id = argument.get_id().as_str();
+            matches.try_contains_id(id).is_ok()
+                && matches.value_source(id) == Some(ValueSource::CommandLine)
+        })
+        .filter_map(|argument| argument.get_long().map(|long| format!("--{long}")))
+        .collect()
+}
+
+/// Refuses every given flag that is not `allowed` beside `--{flag}`.
+///
+/// # Errors
+/// Names the flags and the reason.
+pub fn refuse_all_but(flag: &str, allowed: &[&str], given: &[String], reason: &str) -> Result<()> {
+    let refused: Vec<&str> = given
+        .iter()
+        .map(String::as_str)
+        .filter(|given| *given != flag && !allowed.contains(given))
+        .collect();
+    if !refused.is_empty() {
+        bail!("{flag} cannot be combined with {}: {reason}", refused.join(", "));
+    }
+    Ok(())
+}
+
+fn at_least_one(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("it must be a whole number of at least 1".into()),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("it must be a number of at least 0".into()),
+    }
+}
+
+fn below_one(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => Err("it must be a number of at least 0 and below 1".into()),
+    }
+}

@@ -1,0 +1,231 @@
+//! From data arguments to the sets of a run.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use cifar_data::download::{Event, Request, Source, fetch};
+use cifar_data::{ImageSet, Normalization, TrainTest, find_layout, load, shapes, stratified_split};
+use clap::ValueEnum;
+use indicatif::HumanBytes;
+use serde::{Deserialize, Serialize};
+use trainer::{DataSets, random};
+
+use crate::arguments::DataArguments;
+use crate::progress::{Transfer, print, say};
+
+/// The value of `--dataset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dataset {
+    /// 60,000 photographs of ten classes, fetched when missing
+    #[default]
+    Cifar10,
+    /// Coloured shapes of ten classes, drawn by the program: no file, no network
+    Shapes,
+}
+
+/// What a run is trained and tested on, resolved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataConfig {
+    /// Which pictures.
+    pub dataset: Dataset,
+    /// Where CIFAR-10 is; shapes have no place.
+    pub data_dir: Option<PathBuf>,
+    /// How many training images there are before validation images are set aside; None: all.
+    pub train_limit: Option<u64>,
+    /// How many test images; None: all.
+    pub test_limit: Option<u64>,
+    /// How many training images are set aside.
+    pub validation: u64,
+}
+
+/// Seed of the pictures of `--dataset shapes`: a set like CIFAR-10, the same in every run, whatever
+/// `--seed` is.
+const SHAPES_SEED: u64 = 0;
+/// Training pictures of `--dataset shapes` unless limited.
+const SHAPES_TRAIN: u64 = 10_000;
+/// Test pictures of `--dataset shapes` unless limited.
+const SHAPES_TEST: u64 = 2_000;
+
+impl DataArguments {
+    /// Fills in what was not given.
+    ///
+    /// # Errors
+    /// A folder for pictures that are drawn.
+    pub fn resolve(&self, default: Dataset) -> Result<DataConfig> {
+        let dataset = self.dataset.unwrap_or(default);
+        if dataset == Dataset::Shapes && self.data_dir.is_some() {
+            bail!(
+                "--dataset shapes cannot be combined with --data-dir: these pictures are drawn by \
+                 the program and read from no folder"
+            );
+        }
+        let config = match dataset {
+            Dataset::Cifar10 => DataConfig {
+                dataset,
+                data_dir: Some(self.data_dir.clone().unwrap_or_else(|| "data".into())),
+                train_limit: self.train_limit,
+                test_limit: self.test_limit,
+                validation: self.validation.unwrap_or(0),
+            },
+            Dataset::Shapes => DataConfig {
+                dataset,
+                data_dir: None,
+                train_limit: Some(self.train_limit.unwrap_or(SHAPES_TRAIN)),
+                test_limit: Some(self.test_limit.unwrap_or(SHAPES_TEST)),
+                validation: self.validation.unwrap_or(0),
+            },
+        };
+        match config.train_limit {
+            Some(limit) if config.validation >= limit => Err(too_much_validation(
+                config.validation,
+                limit,
+            )),
+            _ => Ok(config),
+        }
+    }
+}
+
+fn too_much_validation(validation: u64, train: u64) -> anyhow::Error {
+    anyhow::anyhow!(
+        "--validation {validation} would leave nothing to train on: there are {train} training \
+         images"
+    )
+}
+
+impl DataConfig {
+    /// Reads or draws the pictures, fetching them first where they are missing, and splits them.
+    ///
+    /// # Errors
+    /// Data that cannot be read, fetched or split as asked.
+    pub fn load(&self, seed: u64) -> Result<DataSets> {
+        let TrainTest {
+            train,
+            test,
+            source,
+        } = match &self.data_dir {
+            Some(dir) => load_or_fetch(dir)?,
+            None => {
+                let (train, test) = (self.train_limit, self.test_limit);
+                let size = |limit: Option<u64>, default| limit.unwrap_or(default) as usize;
+                shapes::train_test(
+                    SHAPES_SEED,
+                    size(train, SHAPES_TRAIN),
+                    size(test, SHAPES_TEST),
+                )
+            }
+        };
+        let train = limited(train, self.train_limit, "--train-limit")?;
+        let test = limited(test, self.test_limit, "--test-limit")?;
+        if self.validation >= train.len() as u64 {
+            return Err(too_much_validation(self.validation, train.len() as u64));
+        }
+        let mut rng = random::stream(seed, random::VALIDATION, 0);
+        let (train, validation) = stratified_split(&train, self.validation as usize, &mut rng)?;
+        let counts = match validation.len() {
+            0 => format!("{} to train, {} to test", train.len(), test.len()),
+            n => format!("{} to train, {n} to validate, {} to test", train.len(), test.len()),
+        };
+        print(&format!("Data: {source} ({counts})"));
+        Ok(DataSets {
+            train: Arc::new(train),
+            validation: (!validation.is_empty()).then(|| Arc::new(validation)),
+            test: Arc::new(test),
+            normalization: Normalization::HALF,
+        })
+    }
+}
+
+fn limited(set: ImageSet, limit: Option<u64>, flag: &str) -> Result<ImageSet> {
+    match limit {
+        Some(limit) if limit > set.len() as u64 => {
+            bail!("{flag} {limit} is more than the {} images there are", set.len())
+        }
+        Some(limit) => Ok(set.take_first(limit as usize)),
+        None => Ok(set),
+    }
+}
+
+fn load_or_fetch(dir: &Path) -> Result<TrainTest> {
+    if find_layout(dir).is_none() {
+        say(&format!(
+            "No CIFAR-10 in {}: fetching it from the Hugging Face Hub (144 MB), as `cargo xtask \
+             download-data` does",
+            dir.display()
+        ));
+        download(dir).with_context(|| {
+            format!(
+                "there is no CIFAR-10 in {} and it could not be fetched. Three ways on:\n  \
+                 cargo xtask download-data     where there is a network\n  \
+                 --data-dir DIR                a folder that holds CIFAR-10\n  \
+                 --dataset shapes              pictures drawn by the program\nThe reason",
+                dir.display()
+            )
+        })?;
+    }
+    Ok(load(dir)?)
+}
+
+fn download(dir: &Path) -> Result<()> {
+    let request = Request::from_env(Source::Hub, dir);
+    let mut transfer = Transfer::default();
+    fetch(&request, &mut |event| match event {
+        Event::Fetching { url, bytes, .. } => {
+            say(&format!("fetching {url} ({})", HumanBytes(bytes)));
+        }
+        Event::CopyingFromHubCache { cached, .. } => {
+            say(&format!("copying {}", cached.display()));
+        }
+        Event::Progress { done, bytes } => transfer.advance(done, bytes),
+        Event::Retrying { problem, delay, .. } => {
+            say(&format!("{problem}; trying again in {:.1} s", delay.as_secs_f64()));
+        }
+        Event::WaitingForOtherProcess { path } => {
+            say(&format!("another process is fetching {}", path.display()));
+        }
+        Event::Complete { path, .. } => {
+            say(&format!("{} is complete and verified", path.display()));
+        }
+        _ => {}
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shapes(train: u64, validation: u64) -> DataArguments {
+        DataArguments {
+            dataset: Some(Dataset::Shapes),
+            train_limit: Some(train),
+            test_limit: Some(20),
+            validation: Some(validation),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn limits_and_validation_decide_the_sizes_of_the_sets() {
+        let config = shapes(100, 30).resolve(Dataset::Cifar10).unwrap();
+        let data = config.load(1).unwrap();
+        let validation = data.validation.unwrap();
+        assert_eq!((data.train.len(), validation.len(), data.test.len()), (70, 30, 20));
+    }
+
+    #[test]
+    fn the_seed_changes_the_split_but_not_the_pictures() {
+        let config = shapes(100, 30).resolve(Dataset::Cifar10).unwrap();
+        let [a, b, c] = [1, 1, 2].map(|seed| config.load(seed).unwrap().fingerprints());
+        assert_eq!(a, b);
+        assert_ne!(a.validation, c.validation);
+        assert_eq!(a.test, c.test);
+    }
+
+    #[test]
+    fn validation_of_all_training_images_is_refused() {
+        let error = shapes(30, 30).resolve(Dataset::Cifar10).unwrap_err();
+        assert!(error.to_string().contains("--validation 30"), "{error}");
+    }
+}

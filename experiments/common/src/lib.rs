@@ -1,0 +1,24 @@
+//! What the experiments share: arguments, data, device, logging, progress, signals.
+//!
+//! An experiment works in three stages: its raw arguments (every one optional, so that what was
+//! given can be told from what was not) are resolved into a configuration that can be printed and
+//! saved, and the configuration is run.
+
+mod arguments;
+mod compute;
+mod data;
+mod logging;
+mod progress;
+mod session;
+mod signals;
+
+pub use arguments::{
+    ComputeArguments, DataArguments, RunArguments, TrainingArguments, TrainingDefaults,
+    describe_defaults, flags_given, refuse_all_but,
+};
+pub use compute::{ComputeConfig, DeviceChoice};
+pub use data::{DataConfig, Dataset};
+pub use logging::start_logging;
+pub use progress::{Progress, print};
+pub use session::{print_finished, train};
+pub use signals::{Signal, StopSignals};

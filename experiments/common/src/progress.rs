@@ -1,0 +1,167 @@
+//! A bar with the time left in a terminal, a line now and then elsewhere.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use trainer::{EpochReport, Observer, StartReport, StepReport};
+
+/// All bars of the process, so that other output can make them step aside.
+pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
+/// Where there is no terminal, a line appears this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Prints a result: a line on standard output. A reader that has gone away does not end a run.
+pub fn print(line: &str) {
+    BARS.suspend(|| {
+        let mut out = io::stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    });
+}
+
+/// Tells what happens: a line on standard error.
+pub(crate) fn say(line: &str) {
+    BARS.suspend(|| {
+        let _ = writeln!(io::stderr(), "{line}");
+    });
+}
+
+/// Shows a training run: the epochs' results on standard output, the way there on standard error.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    epochs: u64,
+    pace: Pace,
+    last_line: Option<Instant>,
+}
+
+/// Steps made by this process and the time they took, for the time left.
+#[derive(Debug, Default)]
+struct Pace {
+    steps: u64,
+    images: u64,
+    time: Duration,
+}
+
+impl Progress {
+    /// A bar if standard error is a terminal, else lines.
+    pub fn new() -> Self {
+        Self {
+            bar: io::stderr().is_terminal().then(|| bar(STEP_TEMPLATE)),
+            epochs: 0,
+            pace: Pace::default(),
+            last_line: None,
+        }
+    }
+
+    /// Removes the bar.
+    pub fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn line_is_due(&mut self) -> bool {
+        let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY);
+        if due {
+            self.last_line = Some(Instant::now());
+        }
+        due
+    }
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Observer for Progress {
+    fn started(&mut self, start: &StartReport) {
+        self.epochs = start.epochs;
+        if let Some(bar) = &self.bar {
+            bar.set_length(start.total_steps);
+            bar.set_position(start.steps_done);
+            bar.reset_eta();
+        }
+        if start.steps_done > 0 {
+            say(&format!("continuing after step {} of {}", start.steps_done, start.total_steps));
+        }
+    }
+
+    fn step_done(&mut self, report: &StepReport) {
+        self.pace.steps += 1;
+        self.pace.images += report.images;
+        self.pace.time += report.time;
+        let seconds = self.pace.time.as_secs_f64().max(f64::MIN_POSITIVE);
+        let text = format!(
+            "epoch {}/{} · loss {:.4} · train accuracy {:.1}% · {:.1} images/s",
+            report.epoch,
+            self.epochs,
+            report.loss,
+            100.0 * report.epoch_accuracy,
+            self.pace.images as f64 / seconds,
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_position(report.step);
+            bar.set_message(text);
+        } else if self.line_is_due() {
+            let left = (report.total_steps - report.step) as f64 * seconds / self.pace.steps as f64;
+            let left = HumanDuration(Duration::try_from_secs_f64(left).unwrap_or_default());
+            say(&format!("step {}/{} · {text} · {left} left", report.step, report.total_steps));
+        }
+    }
+
+    fn evaluation_progress(&mut self, set: &str, images_done: u64, images: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("evaluating on the {set} set: {images_done} of {images}"));
+        } else if self.line_is_due() {
+            say(&format!("evaluating on the {set} set: {images_done} of {images}"));
+        }
+    }
+
+    fn epoch_done(&mut self, report: &EpochReport) {
+        print(&report.to_string());
+    }
+}
+
+/// Shows a download.
+#[derive(Debug, Default)]
+pub(crate) struct Transfer {
+    bar: Option<ProgressBar>,
+    tenths: u64,
+}
+
+impl Transfer {
+    /// `done` of `bytes` are here.
+    pub(crate) fn advance(&mut self, done: u64, bytes: u64) {
+        if io::stderr().is_terminal() {
+            let bar = self.bar.get_or_insert_with(|| bar(BYTE_TEMPLATE));
+            bar.set_length(bytes);
+            bar.set_position(done);
+            if done == bytes {
+                bar.finish_and_clear();
+                self.bar = None;
+            }
+            return;
+        }
+        let tenths = done * 10 / bytes.max(1);
+        if tenths != self.tenths {
+            say(&format!("{} of {}", HumanBytes(done), HumanBytes(bytes)));
+        }
+        self.tenths = tenths;
+    }
+}
+
+const STEP_TEMPLATE: &str = "{bar:24} {pos}/{len} steps · {eta} left · {msg}";
+const BYTE_TEMPLATE: &str = "{bar:24} {bytes}/{total_bytes} · {bytes_per_sec} · {eta} left";
+
+fn bar(template: &str) -> ProgressBar {
+    let bar = BARS.add(ProgressBar::new(0));
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
+    }
+    bar
+}
