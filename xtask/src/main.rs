@@ -1,6 +1,7 @@
 //! `cargo xtask <command>`: the project's own commands, one file each.
 
 mod bench;
+mod cuda_check;
 mod download_data;
 
 use std::process::ExitCode;
@@ -12,6 +13,7 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
 enum Command {
     DownloadData(download_data::DownloadData),
+    CudaCheck(cuda_check::CudaCheck),
     /// Time our code beside PyTorch's
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -20,6 +22,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::DownloadData(arguments) => download_data::run(arguments),
+        Command::CudaCheck(check) => cuda_check::run(&check).map(|()| ExitCode::SUCCESS),
         Command::Bench(bench) => bench::run(&bench).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
