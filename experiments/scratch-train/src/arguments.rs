@@ -1,0 +1,254 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
+use experiment_common::{
+    ComputeArguments, DataArguments, Dataset, RunArguments, TrainingArguments, describe_defaults,
+    flags_given, refuse_all_but,
+};
+
+use crate::config::{Config, InitFile, LESSON, ModelConfig, Preset, QUICK};
+
+/// Train GoogLeNet on CIFAR-10 from scratch, as the lesson does
+///
+/// Without arguments: the lesson, 7 epochs over the 50,000 training images. CIFAR-10 is fetched if it
+/// is not there. A run can be stopped with Ctrl-C at any time and resumed with --resume.
+#[derive(Debug, Parser)]
+#[command(name = "scratch-train", version, max_term_width = 100)]
+struct Arguments {
+    /// The whole thing in minutes: the same network on drawn shapes, with settings that learn fast
+    #[arg(long)]
+    quick: bool,
+    /// Print the network layer by layer and exit
+    #[arg(long)]
+    summary: bool,
+    #[command(flatten)]
+    data: DataArguments,
+    #[command(flatten)]
+    training: TrainingArguments,
+    #[command(flatten)]
+    model: ModelArguments,
+    #[command(flatten)]
+    run: RunArguments,
+    #[command(flatten)]
+    compute: ComputeArguments,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+struct ModelArguments {
+    /// Probability that a feature is dropped before the last layer, in training
+    #[arg(long, value_name = "PROBABILITY", value_parser = probability)]
+    dropout: Option<f64>,
+    /// Begin with these weights instead of random ones. The file must hold exactly the network's
+    /// tensors, under PyTorch's names
+    #[arg(long, value_name = "FILE.safetensors")]
+    init: Option<PathBuf>,
+}
+
+/// What the arguments ask for.
+#[derive(Debug)]
+pub(crate) enum Action {
+    Start { config: Box<Config>, out: PathBuf },
+    Resume { dir: PathBuf, data_dir: Option<PathBuf> },
+    Summary { dropout: f64 },
+}
+
+/// Reads the command line. Help and malformed arguments end the process here, as clap does it.
+pub(crate) fn parse() -> Result<Action> {
+    let matches = command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    resolve(arguments, &matches)
+}
+
+fn command() -> clap::Command {
+    let mut defaults = LESSON.training.described();
+    defaults.extend([
+        ("dataset", "cifar10".to_string()),
+        ("data_dir", "data".to_string()),
+        ("train_limit", "all; shapes: 10000".to_string()),
+        ("test_limit", "all; shapes: 2000".to_string()),
+        ("validation", "0".to_string()),
+        ("dropout", LESSON.dropout.to_string()),
+        ("out", "runs".to_string()),
+        ("device", "auto".to_string()),
+    ]);
+    describe_defaults(Arguments::command(), &defaults)
+}
+
+fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
+    let given = flags_given(&command(), matches);
+    if let Some(dir) = arguments.run.resume {
+        let reason = "a resumed run takes every setting from its config.json, so that it ends as if \
+                      it had never stopped";
+        refuse_all_but("--resume", &["--data-dir"], &given, reason)?;
+        let data_dir = arguments.data.data_dir;
+        return Ok(Action::Resume { dir, data_dir });
+    }
+    if arguments.summary {
+        let reason = "it prints the network and trains nothing";
+        refuse_all_but("--summary", &["--dropout"], &given, reason)?;
+        let dropout = arguments.model.dropout.unwrap_or(LESSON.dropout);
+        return Ok(Action::Summary { dropout });
+    }
+    let (preset, data) = match arguments.quick {
+        true => (QUICK, quick_data(arguments.data)?),
+        false => (LESSON, arguments.data),
+    };
+    let config = Config {
+        model: model(arguments.model, &preset),
+        data: data.resolve(Dataset::Cifar10)?,
+        training: arguments.training.resolve(&arguments.run, &preset.training),
+        compute: arguments.compute.resolve()?,
+    };
+    config.training.validate()?;
+    Ok(Action::Start {
+        config: Box::new(config),
+        out: arguments.run.out.unwrap_or_else(|| "runs".into()),
+    })
+}
+
+fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
+    ModelConfig {
+        dropout: arguments.dropout.unwrap_or(preset.dropout),
+        init: preset.init,
+        init_file: arguments.init.map(|path| InitFile {
+            path,
+            sha256: String::new(),
+        }),
+    }
+}
+
+/// `--quick` is about drawn shapes; other pictures would make nonsense of its settings.
+fn quick_data(given: DataArguments) -> Result<DataArguments> {
+    if given.data_dir.is_some() {
+        bail!("--quick cannot be combined with --data-dir: it trains on pictures drawn by the program");
+    }
+    if given.dataset == Some(Dataset::Cifar10) {
+        bail!(
+            "--quick cannot be combined with --dataset cifar10: its settings suit the drawn shapes. \
+             For a short run on CIFAR-10 use --train-limit N --epochs N"
+        );
+    }
+    let (train, test) = QUICK.shapes.unzip();
+    Ok(DataArguments {
+        dataset: Some(Dataset::Shapes),
+        train_limit: given.train_limit.or(train),
+        test_limit: given.test_limit.or(test),
+        ..given
+    })
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => Err("it must be a number of at least 0 and below 1".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn action(line: &[&str]) -> Result<Action> {
+        let line = ["scratch-train"].iter().chain(line);
+        let matches = command().try_get_matches_from(line)?;
+        resolve(Arguments::from_arg_matches(&matches)?, &matches)
+    }
+
+    fn config(line: &[&str]) -> Config {
+        match action(line).unwrap() {
+            Action::Start { config, .. } => *config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn without_arguments_the_settings_are_the_lessons() {
+        let config = config(&[]);
+        assert_eq!(config.training.epochs, 7);
+        assert_eq!(config.training.batch_size, 32);
+        assert_eq!(config.training.optimizer.lr, 1e-4);
+        assert_eq!(config.training.optimizer.momentum, 0.9);
+        assert_eq!(config.training.optimizer.weight_decay, 0.0);
+        assert!(config.training.shuffle);
+        assert_eq!(config.model.dropout, 0.4);
+        assert_eq!(config.data.dataset, Dataset::Cifar10);
+        assert_eq!((config.data.train_limit, config.data.validation), (None, 0));
+    }
+
+    #[test]
+    fn every_flag_reaches_the_configuration() {
+        let line = "--dataset shapes --train-limit 50 --test-limit 20 --validation 5 --epochs 3 \
+                    --max-steps 9 --batch-size 4 --lr 0.5 --momentum 0.1 --weight-decay 0.2 \
+                    --dropout 0 --seed 8 --no-shuffle --eval-every 2 --checkpoint-every 6 \
+                    --threads 1 --device cpu";
+        let config = config(&line.split_whitespace().collect::<Vec<_>>());
+        let training = &config.training;
+        assert_eq!((training.epochs, training.max_steps), (3, Some(9)));
+        assert_eq!((training.batch_size, training.seed), (4, 8));
+        let optimizer = &training.optimizer;
+        assert_eq!((optimizer.lr, optimizer.momentum, optimizer.weight_decay), (0.5, 0.1, 0.2));
+        assert!(!training.shuffle);
+        assert_eq!((training.evaluate_every_epochs, training.checkpoint_every_steps), (2, 6));
+        assert_eq!(config.model.dropout, 0.0);
+        let data = &config.data;
+        assert_eq!((data.train_limit, data.test_limit, data.validation), (Some(50), Some(20), 5));
+        assert_eq!((config.compute.threads, config.compute.device.as_str()), (1, "cpu"));
+    }
+
+    #[test]
+    fn quick_trains_on_shapes_and_takes_other_settings() {
+        let config = config(&["--quick", "--epochs", "1"]);
+        assert_eq!(config.data.dataset, Dataset::Shapes);
+        assert_eq!(config.training.epochs, 1);
+        assert_eq!(config.training.optimizer.lr, QUICK.training.optimizer.lr);
+    }
+
+    #[test]
+    fn the_help_gives_a_default_for_each_flag_that_takes_a_value() {
+        for argument in command().get_arguments() {
+            let id = argument.get_id().as_str();
+            let takes_value = argument.get_action().takes_values();
+            if !takes_value || ["init", "resume"].contains(&id) {
+                continue;
+            }
+            let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("[default: "), "{id}: {help}");
+        }
+    }
+
+    #[test]
+    fn combinations_without_sense_are_refused_with_the_reason() {
+        let cases = [
+            ("--resume r --lr 1", "--resume cannot be combined with --lr"),
+            ("--resume r --quick", "takes every setting from its config.json"),
+            ("--summary --resume r", "--resume cannot be combined with --summary"),
+            ("--summary --epochs 2", "--summary cannot be combined with --epochs"),
+            ("--quick --data-dir d", "drawn by the program"),
+            ("--quick --dataset cifar10", "--train-limit N --epochs N"),
+            ("--dataset shapes --data-dir d", "read from no folder"),
+            ("--train-limit 10 --validation 10", "nothing to train on"),
+        ];
+        for (line, expected) in cases {
+            let error = action(&line.split(' ').collect::<Vec<_>>()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_flag() {
+        let cases = [
+            "--batch-size 0", "--epochs 0", "--max-steps 0", "--train-limit 0", "--threads 0",
+            "--lr -1", "--lr nan", "--momentum 1", "--weight-decay inf", "--dropout 1",
+            "--device tpu", "--dataset mnist", "--validation -1",
+        ];
+        for line in cases {
+            let (flag, value) = line.split_once(' ').unwrap();
+            let error = action(&[&format!("{flag}={value}")]).unwrap_err().to_string();
+            assert!(error.contains(flag), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! The network as the trainer sees it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use candle_cnn::Mode;
+use candle_core::{Device, Tensor, Var};
+use inception_model::{CifarConfig, CifarGoogLeNet};
+use rand_chacha::ChaCha8Rng;
+use trainer::{Model, random, sha256_hex, weights};
+
+use crate::config::Config;
+
+/// Height and width of the pictures.
+const SIDE: usize = 32;
+
+pub(crate) struct Network(CifarGoogLeNet);
+
+impl Network {
+    /// The network with the initial weights of the run's seed.
+    pub(crate) fn new(config: &Config, device: &Device) -> Result<Self> {
+        let settings = CifarConfig {
+            num_classes: CLASSES,
+            dropout: config.model.dropout,
+            init: config.model.init.into(),
+        };
+        let mut rng: ChaCha8Rng = random::stream(config.training.seed, random::INIT, 0);
+        let network = CifarGoogLeNet::new(&settings, device, &mut rng);
+        Ok(Self(network.context("cannot make the network")?))
+    }
+
+    /// Replaces the initial weights by those of `--init`, where there are any.
+    pub(crate) fn load_init(&self, config: &Config) -> Result<()> {
+        let Some(file) = &config.model.init_file else {
+            return Ok(());
+        };
+        let shown = file.path.display();
+        let bytes = std::fs::read(&file.path).with_context(|| format!("cannot read {shown}"))?;
+        ensure!(
+            sha256_hex(&bytes) == file.sha256,
+            "{shown} is no longer the file that the run began with (SHA-256 {})",
+            file.sha256
+        );
+        weights::load_from_bytes(self, &bytes, &file.path).context("cannot use --init")
+    }
+
+    /// The table of layers.
+    pub(crate) fn summary(dropout: f64) -> Result<String> {
+        let settings = CifarConfig {
+            dropout,
+            ..Default::default()
+        };
+        let mut rng = random::stream(0, random::INIT, 0);
+        let network = CifarGoogLeNet::new(&settings, &Device::Cpu, &mut rng)?;
+        Ok(network.summary(SIDE, SIDE).to_string())
+    }
+}
+
+/// Both sets have ten.
+const CLASSES: usize = cifar_data::CLASSES;
+
+impl Model for Network {
+    fn forward(&self, images: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+        self.0.forward(images, mode)
+    }
+
+    fn named_parameters(&self) -> Vec<(String, Var)> {
+        self.0.named_parameters()
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([
+            ("architecture".into(), "googlenet-cifar".into()),
+            ("classes".into(), CLASSES.to_string()),
+        ])
+    }
+}
