@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::Conv2dGeometry;
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer};
+use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Transpose};
 
 /// Which gradients somebody needs.
 #[derive(Clone, Copy, Debug)]
@@ -46,13 +46,6 @@ const PIXELS_PER_TASK: usize = 1024;
 /// Pixels per block of the weight gradient: 256 pixels × 48 channels × 4
 /// bytes = 48 KiB of output gradient, read again for every input channel tile.
 const PIXELS_PER_OUTER_BLOCK: usize = 256;
-
-/// Planes that a transposition walks at once. Planes of 32×32 floats lie
-/// 4,096 bytes apart and so fall into one set of an L1 cache of 8 to 12 ways.
-const CHANNEL_BLOCK: usize = 8;
-
-/// Pixels that a transposition walks at once: one cache line of f32.
-const PIXEL_BLOCK: usize = 16;
 
 /// Adjacent output channels that one tile computes.
 #[derive(Clone, Copy)]
@@ -168,36 +161,33 @@ impl Window {
     }
 
     /// Lays one image's planes out as pixels of channels.
-    fn fill<T: Element>(&self, planes: &[T], buffer: &mut [T]) {
+    fn fill<T: Element>(&self, kernels: &Kernels<T>, planes: &[T], buffer: &mut [T]) {
+        let pixels = self.output_pixels_of_source();
         if self.is_dense() {
-            return transpose(
-                planes,
-                self.channels,
-                self.output_pixels_of_source(),
-                buffer,
-            );
+            let sizes = (self.channels, pixels);
+            return transpose(kernels, planes, pixels, sizes, buffer, self.channels);
         }
         buffer.fill(T::ZERO);
-        let pixels = self.output_pixels_of_source();
-        let (height, width) = self.source;
+        // Rows and columns of the source that fall inside the buffer.
+        let inside = |buffer: usize, origin: usize, spread: usize, source: usize| {
+            source.min(buffer.saturating_sub(origin).div_ceil(spread))
+        };
+        let height = inside(self.buffer.0, self.origin.0, self.spread.0, self.source.0);
+        let width = inside(self.buffer.1, self.origin.1, self.spread.1, self.source.1);
+        if width == 0 {
+            return;
+        }
         for h in 0..height {
             let row = self.origin.0 + h * self.spread.0;
-            if row >= self.buffer.0 {
-                break;
-            }
-            // Columns that fall inside the buffer.
-            let inside = (self.buffer.1.saturating_sub(self.origin.1)).div_ceil(self.spread.1);
-            let width = width.min(inside);
-            for c0 in (0..self.channels).step_by(CHANNEL_BLOCK) {
-                let c1 = self.channels.min(c0 + CHANNEL_BLOCK);
-                for w in 0..width {
-                    let column = self.origin.1 + w * self.spread.1;
-                    let to = (row * self.buffer.1 + column) * self.channels;
-                    for c in c0..c1 {
-                        buffer[to + c] = planes[c * pixels + h * self.source.1 + w];
-                    }
-                }
-            }
+            let to = (row * self.buffer.1 + self.origin.1) * self.channels;
+            transpose(
+                kernels,
+                &planes[h * self.source.1..],
+                pixels,
+                (self.channels, width),
+                &mut buffer[to..],
+                self.spread.1 * self.channels,
+            );
         }
     }
 
@@ -216,19 +206,31 @@ impl Window {
     }
 }
 
-/// `to[pixel][channel] = from[channel][pixel]`, in blocks that stay in L1.
-fn transpose<T: Copy>(from: &[T], channels: usize, pixels: usize, to: &mut [T]) {
-    for p0 in (0..pixels).step_by(PIXEL_BLOCK) {
-        let p1 = pixels.min(p0 + PIXEL_BLOCK);
-        for c0 in (0..channels).step_by(CHANNEL_BLOCK) {
-            let c1 = channels.min(c0 + CHANNEL_BLOCK);
-            for p in p0..p1 {
-                for c in c0..c1 {
-                    to[p * channels + c] = from[c * pixels + p];
-                }
-            }
-        }
+/// `to[c · to_stride + r] = from[r · from_stride + c]` for r < rows, c < columns.
+fn transpose<T: Element>(
+    kernels: &Kernels<T>,
+    from: &[T],
+    from_stride: usize,
+    (rows, columns): (usize, usize),
+    to: &mut [T],
+    to_stride: usize,
+) {
+    if rows == 0 || columns == 0 {
+        return;
     }
+    assert!(from.len() >= (rows - 1) * from_stride + columns);
+    assert!(to.len() >= (columns - 1) * to_stride + rows);
+    let args = Transpose {
+        from: from.as_ptr(),
+        from_stride,
+        rows,
+        columns,
+        to: to.as_mut_ptr(),
+        to_stride,
+    };
+    // SAFETY: the last element of each matrix lies inside its slice, as just
+    // asserted, and the slices do not overlap; the kernels are available.
+    unsafe { (kernels.transpose)(&args) }
 }
 
 /// Weights in the order that the gather tiles read: `[panel][tap][channel][lane]`.
@@ -340,7 +342,14 @@ impl<T> Default for Scratch<T> {
 impl<T: Element> Scratch<T> {
     /// Lays out the images and lists the rows of all their output pixels,
     /// repeating the last one up to a multiple of `height`.
-    fn prepare(&mut self, window: &Window, planes: &[T], images: usize, height: usize) {
+    fn prepare(
+        &mut self,
+        kernels: &Kernels<T>,
+        window: &Window,
+        planes: &[T],
+        images: usize,
+        height: usize,
+    ) {
         let buffer_len = window.buffer_len();
         self.image.resize(images * buffer_len, T::ZERO);
         self.rows.clear();
@@ -349,7 +358,7 @@ impl<T: Element> Scratch<T> {
             .chunks_exact(source_len)
             .zip(self.image.chunks_exact_mut(buffer_len))
         {
-            window.fill(planes, buffer);
+            window.fill(kernels, planes, buffer);
         }
         for image in self.image.chunks_exact(buffer_len) {
             window.push_rows(image.as_ptr(), &mut self.rows);
@@ -386,22 +395,7 @@ impl<T: Element> Scratch<T> {
         let pixels = window.output_pixels();
         for (image, planes) in planes.chunks_exact_mut(c_out * pixels).enumerate() {
             let out = &self.out[image * pixels * weight.width..];
-            transpose_back(out, weight.width, c_out, pixels, planes);
-        }
-    }
-}
-
-/// `to[channel][pixel] = from[pixel][channel]`, where `from` has `width` columns.
-fn transpose_back<T: Copy>(from: &[T], width: usize, channels: usize, pixels: usize, to: &mut [T]) {
-    for p0 in (0..pixels).step_by(PIXEL_BLOCK) {
-        let p1 = pixels.min(p0 + PIXEL_BLOCK);
-        for c0 in (0..channels).step_by(CHANNEL_BLOCK) {
-            let c1 = channels.min(c0 + CHANNEL_BLOCK);
-            for c in c0..c1 {
-                for p in p0..p1 {
-                    to[c * pixels + p] = from[p * width + c];
-                }
-            }
+            transpose(kernels, out, weight.width, (pixels, c_out), planes, pixels);
         }
     }
 }
@@ -453,7 +447,7 @@ pub(super) fn forward<T: Element>(
     y.par_chunks_mut(images * g.c_out * pixels)
         .zip(x.par_chunks(images * x_len))
         .for_each_init(Scratch::default, |scratch, (y, x)| {
-            scratch.prepare(&window, x, x.len() / x_len, kernels.height);
+            scratch.prepare(kernels, &window, x, x.len() / x_len, kernels.height);
             scratch.convolve(
                 kernels,
                 &window,
@@ -538,7 +532,7 @@ pub(super) fn backward<T: Element>(
                     && !dx.is_empty()
                 {
                     let dx = &mut dx[(start - first) * x_len..(end - first) * x_len];
-                    scratch.prepare(&pass.window, dy, end - start, kernels.height);
+                    scratch.prepare(kernels, &pass.window, dy, end - start, kernels.height);
                     scratch.convolve(
                         kernels,
                         &pass.window,
@@ -638,7 +632,7 @@ impl<T: Element> Part<T> {
     ) {
         let window = Window::forward(g);
         let tap_offsets = window.tap_offsets(g);
-        scratch.prepare(&window, x, images, 1);
+        scratch.prepare(kernels, &window, x, images, 1);
         let rows = &scratch.rows;
         let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
         let panels = panels(g.c_out, kernels.lanes);
@@ -647,7 +641,7 @@ impl<T: Element> Part<T> {
         for panel in &panels {
             pack_panel(
                 g,
-                kernels.lanes,
+                kernels,
                 *panel,
                 dy,
                 &mut self.packed_dy[panel.start * pixels..],
@@ -733,9 +727,15 @@ impl<T: Element> Part<T> {
 }
 
 /// One panel of the output gradient as `[pixel][lane]`, zero beyond the channels.
-fn pack_panel<T: Element>(g: &Conv2dGeometry, lanes: usize, panel: Panel, dy: &[T], to: &mut [T]) {
+fn pack_panel<T: Element>(
+    g: &Conv2dGeometry,
+    kernels: &Kernels<T>,
+    panel: Panel,
+    dy: &[T],
+    to: &mut [T],
+) {
     let pixels = g.output.0 * g.output.1;
-    let width = panel.vectors * lanes;
+    let width = panel.vectors * kernels.lanes;
     let used = width.min(g.c_out - panel.start);
     for (image, dy) in dy.chunks_exact(g.c_out * pixels).enumerate() {
         let to = &mut to[image * pixels * width..][..pixels * width];
@@ -743,16 +743,6 @@ fn pack_panel<T: Element>(g: &Conv2dGeometry, lanes: usize, panel: Panel, dy: &[
         if used < width {
             to.fill(T::ZERO);
         }
-        for p0 in (0..pixels).step_by(PIXEL_BLOCK) {
-            let p1 = pixels.min(p0 + PIXEL_BLOCK);
-            for k0 in (0..used).step_by(CHANNEL_BLOCK) {
-                let k1 = used.min(k0 + CHANNEL_BLOCK);
-                for p in p0..p1 {
-                    for k in k0..k1 {
-                        to[p * width + k] = planes[k * pixels + p];
-                    }
-                }
-            }
-        }
+        transpose(kernels, planes, pixels, (used, pixels), to, width);
     }
 }

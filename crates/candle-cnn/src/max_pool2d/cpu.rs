@@ -10,8 +10,8 @@
 use rayon::prelude::*;
 
 use crate::element::Element;
-use crate::simd::Isa;
-use crate::window::Planes;
+use crate::simd::{Isa, multiversion};
+use crate::window::{Axis, Planes};
 
 /// Planes that one task handles.
 const PLANES_PER_TASK: usize = 16;
@@ -23,7 +23,7 @@ pub(super) fn forward<T: Element>(planes: &Planes, isa: Isa, x: &[T]) -> Vec<T> 
     }
     y.par_chunks_mut(PLANES_PER_TASK * planes.output_plane())
         .zip(x.par_chunks(PLANES_PER_TASK * planes.input_plane()))
-        .for_each(|(y, x)| run(isa, || forward_planes(planes, x, y)));
+        .for_each(|(y, x)| forward_task(isa, planes, x, y));
     y
 }
 
@@ -35,41 +35,16 @@ pub(super) fn backward<T: Element>(planes: &Planes, isa: Isa, x: &[T], dy: &[T])
     dx.par_chunks_mut(PLANES_PER_TASK * planes.input_plane())
         .zip(x.par_chunks(PLANES_PER_TASK * planes.input_plane()))
         .zip(dy.par_chunks(PLANES_PER_TASK * planes.output_plane()))
-        .for_each(|((dx, x), dy)| run(isa, || backward_planes(planes, x, dy, dx)));
+        .for_each(|((dx, x), dy)| backward_task(isa, planes, x, dy, dx));
     dx
 }
 
-/// Runs `f` compiled for the instruction set.
-#[inline(always)]
-fn run(isa: Isa, f: impl FnOnce()) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-        fn avx512(f: impl FnOnce()) {
-            f()
-        }
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2(f: impl FnOnce()) {
-            f()
-        }
-        match isa {
-            // SAFETY: an `Isa` other than Portable exists only where the
-            // processor has it; the wider AVX-512 subset is checked here.
-            Isa::Avx512
-                if is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl") =>
-            unsafe { avx512(f) },
-            // SAFETY: every processor with AVX-512 has AVX2 and FMA.
-            Isa::Avx512 | Isa::Avx2 => unsafe { avx2(f) },
-            Isa::Portable => f(),
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = isa;
-        f()
-    }
+multiversion! {
+    fn forward_task<T: Element>(planes: &Planes, x: &[T], y: &mut [T]) = forward_planes
+}
+
+multiversion! {
+    fn backward_task<T: Element>(planes: &Planes, x: &[T], dy: &[T], dx: &mut [T]) = backward_planes
 }
 
 #[inline(always)]
@@ -96,15 +71,51 @@ fn backward_planes<T: Element>(planes: &Planes, x: &[T], dy: &[T], dx: &mut [T])
     {
         for (oh, dy) in dy.chunks_exact(planes.w.output).enumerate() {
             best_of_row(planes, x, oh, &mut best, &mut taps);
-            let kernel_width = planes.w.kernel as u32;
-            for (ow, (&tap, &dy)) in taps.iter().zip(dy).enumerate() {
-                // Taps are at most kernel height × width, and win inside the input only.
-                let ih = oh * planes.h.stride + (tap / kernel_width) as usize - planes.h.padding;
-                let iw = ow * planes.w.stride + (tap % kernel_width) as usize - planes.w.padding;
-                dx[ih * planes.w.input + iw] += dy;
+            share_row(planes, oh, dy, &taps, dx);
+        }
+    }
+}
+
+/// Adds each window's gradient in output row `oh` to its winner.
+///
+/// Tap by tap, so that it vectorises; from the right, so that each pixel adds
+/// up its windows in the order of the windows, like the plain loop.
+#[inline(always)]
+fn share_row<T: Element>(planes: &Planes, oh: usize, dy: &[T], taps: &[u32], dx: &mut [T]) {
+    let Planes { h, w, .. } = *planes;
+    for ih in h.range(oh) {
+        let r = ih + h.padding - oh * h.stride;
+        let row = &mut dx[ih * w.input..][..w.input];
+        for s in (0..w.kernel).rev() {
+            let windows = windows_of_tap(&w, s);
+            if windows.is_empty() {
+                continue;
+            }
+            let tap_index = (r * w.kernel + s) as u32;
+            let to = &mut row[windows.start * w.stride + s - w.padding..];
+            let from = dy[windows.clone()].iter().zip(&taps[windows]);
+            if w.stride == 1 {
+                for (to, (&dy, &tap)) in to.iter_mut().zip(from) {
+                    *to += if tap == tap_index { dy } else { T::ZERO };
+                }
+            } else {
+                for (to, (&dy, &tap)) in to.iter_mut().step_by(w.stride).zip(from) {
+                    *to += if tap == tap_index { dy } else { T::ZERO };
+                }
             }
         }
     }
+}
+
+/// The windows of a row whose tap `s` lies inside the input.
+#[inline(always)]
+fn windows_of_tap(w: &Axis, s: usize) -> std::ops::Range<usize> {
+    let start = w.padding.saturating_sub(s).div_ceil(w.stride).min(w.output);
+    let end = (w.input + w.padding)
+        .saturating_sub(s)
+        .div_ceil(w.stride)
+        .clamp(start, w.output);
+    start..end
 }
 
 /// Best value and winning tap of each window in output row `oh`.
@@ -128,21 +139,16 @@ fn best_of_row<T: Element>(
         let r = ih + h.padding - oh * h.stride;
         let row = &plane[ih * w.input..][..w.input];
         for s in 0..w.kernel {
-            // The windows whose tap s lies inside the row.
-            let start = w.padding.saturating_sub(s).div_ceil(w.stride).min(w.output);
-            let end = (w.input + w.padding)
-                .saturating_sub(s)
-                .div_ceil(w.stride)
-                .clamp(start, w.output);
+            let windows = windows_of_tap(&w, s);
             let tap_index = (r * w.kernel + s) as u32;
-            let (best, taps) = (&mut best[start..end], &mut taps[start..end]);
-            if start == end {
+            if windows.is_empty() {
                 continue;
             }
-            let from = &row[start * w.stride + s - w.padding..];
+            let from = &row[windows.start * w.stride + s - w.padding..];
+            let (best, taps) = (&mut best[windows.clone()], &mut taps[windows]);
             if w.stride == 1 {
                 for ((best, tap), &value) in best.iter_mut().zip(taps).zip(from) {
-                    let wins = value > *best || value.is_nan();
+                    let wins = (value > *best) | value.is_nan();
                     *best = if wins { value } else { *best };
                     *tap = if wins { tap_index } else { *tap };
                 }
@@ -150,7 +156,7 @@ fn best_of_row<T: Element>(
                 for ((best, tap), &value) in
                     best.iter_mut().zip(taps).zip(from.iter().step_by(w.stride))
                 {
-                    let wins = value > *best || value.is_nan();
+                    let wins = (value > *best) | value.is_nan();
                     *best = if wins { value } else { *best };
                     *tap = if wins { tap_index } else { *tap };
                 }

@@ -6,17 +6,19 @@
 //! build flag is needed.
 
 mod tiles;
+mod transpose;
 mod vectors;
 
 use std::sync::OnceLock;
 
 pub(crate) use tiles::{Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer};
+pub(crate) use transpose::Transpose;
 
 /// An instruction set that the CPU kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Isa {
-    /// 512-bit vectors (x86-64 with AVX-512F).
+    /// 512-bit vectors (x86-64 with AVX-512 F, BW, DQ and VL).
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// 256-bit vectors (x86-64 with AVX2 and FMA).
@@ -33,7 +35,13 @@ impl Isa {
         let mut available = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") {
+            // The four parts that every processor with AVX-512 but the first
+            // (Knights Landing) has: see `multiversion`.
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
                 available.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -69,3 +77,39 @@ impl Isa {
         }
     }
 }
+
+/// Defines a function that runs plain Rust compiled for an instruction set, so
+/// that the compiler may vectorise its loops with it. The code itself must be
+/// `#[inline(always)]`; closures would not inherit the instruction set.
+macro_rules! multiversion {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident<$t:ident: $bound:path>($($arg:ident: $ty:ty),* $(,)?) = $body:path) => {
+        $(#[$doc])*
+        $vis fn $name<$t: $bound>(isa: $crate::simd::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512<$t: $bound>($($arg: $ty),*) {
+                    $body($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2<$t: $bound>($($arg: $ty),*) {
+                    $body($($arg),*)
+                }
+                match isa {
+                    // SAFETY: this variant exists only where the processor
+                    // has these features (`Isa::available`).
+                    $crate::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                    $crate::simd::Isa::Portable => $body($($arg),*),
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                let _ = isa;
+                $body($($arg),*)
+            }
+        }
+    };
+}
+pub(crate) use multiversion;

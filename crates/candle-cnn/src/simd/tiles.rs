@@ -15,6 +15,7 @@
 #![allow(unsafe_code)]
 
 use super::Isa;
+use super::transpose::{self, Transpose};
 use super::vectors::*;
 
 /// Widest panel, in vectors.
@@ -59,6 +60,7 @@ pub(crate) struct Outer<T> {
 
 pub(crate) type GatherFn<T> = unsafe fn(&Gather<T>);
 pub(crate) type OuterFn<T> = unsafe fn(&Outer<T>);
+pub(crate) type TransposeFn<T> = unsafe fn(&Transpose<T>);
 
 /// The tiles of one instruction set and element type.
 pub(crate) struct Kernels<T: 'static> {
@@ -69,6 +71,7 @@ pub(crate) struct Kernels<T: 'static> {
     pub(crate) gather: [GatherFn<T>; MAX_VECTORS],
     /// Indexed as [`OUTER_HEIGHTS`], then by vectors − 1.
     pub(crate) outer: [[OuterFn<T>; MAX_VECTORS]; OUTER_HEIGHTS.len()],
+    pub(crate) transpose: TransposeFn<T>,
 }
 
 /// The element types that have tiles.
@@ -145,7 +148,7 @@ unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Ou
 }
 
 macro_rules! kernels {
-    ($module:ident, $simd:ty, $elem:ty, $height:literal $(, $feature:literal)?) => {
+    ($module:ident, $simd:ty, $elem:ty, $height:literal, $transpose:path $(, $feature:literal)?) => {
         mod $module {
             use super::*;
 
@@ -171,21 +174,22 @@ macro_rules! kernels {
                     [outer::<2, 1>, outer::<2, 2>, outer::<2, 3>],
                     [outer::<1, 1>, outer::<1, 2>, outer::<1, 3>],
                 ],
+                transpose: $transpose,
             };
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512_f32, Avx512F32, f32, 8, "avx512f");
+kernels!(avx512_f32, Avx512F32, f32, 8, transpose::avx_f32, "avx512f");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512_f64, Avx512F64, f64, 8, "avx512f");
+kernels!(avx512_f64, Avx512F64, f64, 8, transpose::plain, "avx512f");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2_f32, Avx2F32, f32, 4, "avx2,fma");
+kernels!(avx2_f32, Avx2F32, f32, 4, transpose::avx_f32, "avx2,fma");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2_f64, Avx2F64, f64, 4, "avx2,fma");
-kernels!(portable_f32, Portable<f32>, f32, 4);
-kernels!(portable_f64, Portable<f64>, f64, 4);
+kernels!(avx2_f64, Avx2F64, f64, 4, transpose::plain, "avx2,fma");
+kernels!(portable_f32, Portable<f32>, f32, 4, transpose::plain);
+kernels!(portable_f64, Portable<f64>, f64, 4, transpose::plain);
 
 impl KernelTable for f32 {
     fn kernels(isa: Isa) -> &'static Kernels<f32> {
