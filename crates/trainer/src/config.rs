@@ -117,7 +117,8 @@ mod tests {
 
     #[test]
     fn zero_counts_are_refused_by_name() {
-        let cases: [(&str, fn(&mut TrainingConfig)); 4] = [
+        type Change = fn(&mut TrainingConfig);
+        let cases: [(&str, Change); 4] = [
             ("epochs", |c| c.epochs = 0),
             ("max_steps", |c| c.max_steps = Some(0)),
             ("batch_size", |c| c.batch_size = 0),

@@ -48,7 +48,7 @@ impl DataSets {
     pub(crate) fn check_not_empty(&self) -> Result<()> {
         let train = ("train", self.train.clone());
         for (set, images) in self.evaluated().into_iter().chain([train]) {
-            if images.len() == 0 {
+            if images.is_empty() {
                 return Err(Error::EmptySet { set });
             }
         }
@@ -68,7 +68,7 @@ pub(crate) fn batches(
 ) -> Result<Batches> {
     Batches::new(set.clone(), order, batch_size, normalization, device)
         .map(|batches| batches.starting_at(first as usize))
-        .map_err(|source| Error::Data { set: name, source })
+        .map_err(Error::data(name))
 }
 
 /// Size and content hash of each set; recorded by a run and checked when it is resumed.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use jiff::Timestamp;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub struct Environment {
     /// When this was recorded, RFC 3339.
     pub time: String,
-    /// The command line.
+    /// The command line; the program without its folder.
     pub command: Vec<String>,
     /// Versions of the experiment and of the packages that compute.
     pub packages: BTreeMap<String, String>,
@@ -51,7 +52,7 @@ impl Environment {
         packages.insert(experiment.0.into(), experiment.1.into());
         Self {
             time: Timestamp::now().to_string(),
-            command: std::env::args().collect(),
+            command: command(),
             packages,
             rustc: env!("TRAINER_RUSTC").into(),
             git_commit: git(&["rev-parse", "HEAD"]),
@@ -69,6 +70,17 @@ impl Environment {
             seed,
         }
     }
+}
+
+fn command() -> Vec<String> {
+    let mut command: Vec<String> = std::env::args().collect();
+    if let Some(program) = command.first_mut() {
+        let name = Path::new(&*program)
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
+        *program = name.unwrap_or_default();
+    }
+    command
 }
 
 /// Output of git in the current folder; None without git or outside a repository.

@@ -156,7 +156,7 @@ pub enum Error {
         /// `train`, `validation` or `test`.
         set: &'static str,
         /// Why.
-        source: cifar_data::DataError,
+        source: Box<cifar_data::DataError>,
     },
     /// A tensor operation failed.
     #[error("{during} failed at step {step}")]
@@ -176,4 +176,14 @@ pub enum Error {
         /// Why.
         source: serde_json::Error,
     },
+}
+
+impl Error {
+    /// Wraps what the data crate says about a set.
+    pub(crate) fn data(set: &'static str) -> impl Fn(cifar_data::DataError) -> Self {
+        move |source| Self::Data {
+            set,
+            source: Box::new(source),
+        }
+    }
 }

@@ -47,7 +47,7 @@ pub fn evaluate(
     let order = (0..images.len() as u32).collect();
     let (mut loss_sum, mut correct, mut done) = (0.0, 0, 0);
     for batch in batches(name, images, order, batch_size, normalization, device, 0)? {
-        let batch = batch.map_err(|source| Error::Data { set: name, source })?;
+        let batch = batch.map_err(Error::data(name))?;
         let evaluated = || {
             let logits = model.forward(&batch.images, Mode::Eval)?;
             let loss = cross_entropy(&logits, &batch.labels, CrossEntropyConfig::default())?;

@@ -170,10 +170,7 @@ impl<'a> Training<'a> {
             }
             let begin = Instant::now();
             let Some(batch) = batches.next() else { break };
-            let batch = batch.map_err(|source| Error::Data {
-                set: "train",
-                source,
-            })?;
+            let batch = batch.map_err(Error::data("train"))?;
             let step = self.train_step(&batch)?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {

@@ -58,7 +58,7 @@ pub fn load_from_bytes(model: &dyn Model, bytes: &[u8], path: &Path) -> Result<(
     if !mismatch.is_empty() {
         return Err(WeightsError::Mismatch {
             path: path.to_path_buf(),
-            mismatch,
+            mismatch: Box::new(mismatch),
         });
     }
     for (var, tensor) in assignments {
@@ -163,7 +163,7 @@ pub enum WeightsError {
         /// The file.
         path: PathBuf,
         /// All differences.
-        mismatch: Mismatch,
+        mismatch: Box<Mismatch>,
     },
     /// Candle failed.
     #[error("cannot copy the weights")]

@@ -192,7 +192,10 @@ pub fn refuse_all_but(flag: &str, allowed: &[&str], given: &[String], reason: &s
         .filter(|given| *given != flag && !allowed.contains(given))
         .collect();
     if !refused.is_empty() {
-        bail!("{flag} cannot be combined with {}: {reason}", refused.join(", "));
+        bail!(
+            "{flag} cannot be combined with {}: {reason}",
+            refused.join(", ")
+        );
     }
     Ok(())
 }

@@ -78,10 +78,9 @@ impl DataArguments {
             },
         };
         match config.train_limit {
-            Some(limit) if config.validation >= limit => Err(too_much_validation(
-                config.validation,
-                limit,
-            )),
+            Some(limit) if config.validation >= limit => {
+                Err(too_much_validation(config.validation, limit))
+            }
             _ => Ok(config),
         }
     }
@@ -125,9 +124,13 @@ impl DataConfig {
         let (train, validation) = stratified_split(&train, self.validation as usize, &mut rng)?;
         let counts = match validation.len() {
             0 => format!("{} to train, {} to test", train.len(), test.len()),
-            n => format!("{} to train, {n} to validate, {} to test", train.len(), test.len()),
+            n => format!(
+                "{} to train, {n} to validate, {} to test",
+                train.len(),
+                test.len()
+            ),
         };
-        print(&format!("Data: {source} ({counts})"));
+        print(&format!("Data: {source}: {counts}"));
         Ok(DataSets {
             train: Arc::new(train),
             validation: (!validation.is_empty()).then(|| Arc::new(validation)),
@@ -140,7 +143,10 @@ impl DataConfig {
 fn limited(set: ImageSet, limit: Option<u64>, flag: &str) -> Result<ImageSet> {
     match limit {
         Some(limit) if limit > set.len() as u64 => {
-            bail!("{flag} {limit} is more than the {} images there are", set.len())
+            bail!(
+                "{flag} {limit} is more than the {} images there are",
+                set.len()
+            )
         }
         Some(limit) => Ok(set.take_first(limit as usize)),
         None => Ok(set),
@@ -179,7 +185,10 @@ fn download(dir: &Path) -> Result<()> {
         }
         Event::Progress { done, bytes } => transfer.advance(done, bytes),
         Event::Retrying { problem, delay, .. } => {
-            say(&format!("{problem}; trying again in {:.1} s", delay.as_secs_f64()));
+            say(&format!(
+                "{problem}; trying again in {:.1} s",
+                delay.as_secs_f64()
+            ));
         }
         Event::WaitingForOtherProcess { path } => {
             say(&format!("another process is fetching {}", path.display()));
@@ -211,7 +220,10 @@ mod tests {
         let config = shapes(100, 30).resolve(Dataset::Cifar10).unwrap();
         let data = config.load(1).unwrap();
         let validation = data.validation.unwrap();
-        assert_eq!((data.train.len(), validation.len(), data.test.len()), (70, 30, 20));
+        assert_eq!(
+            (data.train.len(), validation.len(), data.test.len()),
+            (70, 30, 20)
+        );
     }
 
     #[test]

@@ -64,7 +64,9 @@ impl Progress {
     }
 
     fn line_is_due(&mut self) -> bool {
-        let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY);
+        let due = self
+            .last_line
+            .is_none_or(|last| last.elapsed() >= LINE_EVERY);
         if due {
             self.last_line = Some(Instant::now());
         }
@@ -87,7 +89,10 @@ impl Observer for Progress {
             bar.reset_eta();
         }
         if start.steps_done > 0 {
-            say(&format!("continuing after step {} of {}", start.steps_done, start.total_steps));
+            say(&format!(
+                "continuing after step {} of {}",
+                start.steps_done, start.total_steps
+            ));
         }
     }
 
@@ -110,15 +115,22 @@ impl Observer for Progress {
         } else if self.line_is_due() {
             let left = (report.total_steps - report.step) as f64 * seconds / self.pace.steps as f64;
             let left = HumanDuration(Duration::try_from_secs_f64(left).unwrap_or_default());
-            say(&format!("step {}/{} · {text} · {left} left", report.step, report.total_steps));
+            say(&format!(
+                "step {}/{} · {text} · {left} left",
+                report.step, report.total_steps
+            ));
         }
     }
 
     fn evaluation_progress(&mut self, set: &str, images_done: u64, images: u64) {
         if let Some(bar) = &self.bar {
-            bar.set_message(format!("evaluating on the {set} set: {images_done} of {images}"));
+            bar.set_message(format!(
+                "evaluating on the {set} set: {images_done} of {images}"
+            ));
         } else if self.line_is_due() {
-            say(&format!("evaluating on the {set} set: {images_done} of {images}"));
+            say(&format!(
+                "evaluating on the {set} set: {images_done} of {images}"
+            ));
         }
     }
 

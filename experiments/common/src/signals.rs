@@ -37,7 +37,11 @@ impl StopSignals {
         match self.received.load(Ordering::Relaxed) as i32 {
             0 => None,
             number => Some(Signal {
-                name: if number == SIGINT { "SIGINT" } else { "SIGTERM" },
+                name: if number == SIGINT {
+                    "SIGINT"
+                } else {
+                    "SIGTERM"
+                },
                 exit_code: exit_code(number) as u8,
             }),
         }

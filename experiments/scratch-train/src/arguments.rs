@@ -51,9 +51,17 @@ struct ModelArguments {
 /// What the arguments ask for.
 #[derive(Debug)]
 pub(crate) enum Action {
-    Start { config: Box<Config>, out: PathBuf },
-    Resume { dir: PathBuf, data_dir: Option<PathBuf> },
-    Summary { dropout: f64 },
+    Start {
+        config: Box<Config>,
+        out: PathBuf,
+    },
+    Resume {
+        dir: PathBuf,
+        data_dir: Option<PathBuf>,
+    },
+    Summary {
+        dropout: f64,
+    },
 }
 
 /// Reads the command line. Help and malformed arguments end the process here, as clap does it.
@@ -124,7 +132,9 @@ fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
 /// `--quick` is about drawn shapes; other pictures would make nonsense of its settings.
 fn quick_data(given: DataArguments) -> Result<DataArguments> {
     if given.data_dir.is_some() {
-        bail!("--quick cannot be combined with --data-dir: it trains on pictures drawn by the program");
+        bail!(
+            "--quick cannot be combined with --data-dir: it trains on pictures drawn by the program"
+        );
     }
     if given.dataset == Some(Dataset::Cifar10) {
         bail!(
@@ -190,13 +200,28 @@ mod tests {
         assert_eq!((training.epochs, training.max_steps), (3, Some(9)));
         assert_eq!((training.batch_size, training.seed), (4, 8));
         let optimizer = &training.optimizer;
-        assert_eq!((optimizer.lr, optimizer.momentum, optimizer.weight_decay), (0.5, 0.1, 0.2));
+        assert_eq!(
+            (optimizer.lr, optimizer.momentum, optimizer.weight_decay),
+            (0.5, 0.1, 0.2)
+        );
         assert!(!training.shuffle);
-        assert_eq!((training.evaluate_every_epochs, training.checkpoint_every_steps), (2, 6));
+        assert_eq!(
+            (
+                training.evaluate_every_epochs,
+                training.checkpoint_every_steps
+            ),
+            (2, 6)
+        );
         assert_eq!(config.model.dropout, 0.0);
         let data = &config.data;
-        assert_eq!((data.train_limit, data.test_limit, data.validation), (Some(50), Some(20), 5));
-        assert_eq!((config.compute.threads, config.compute.device.as_str()), (1, "cpu"));
+        assert_eq!(
+            (data.train_limit, data.test_limit, data.validation),
+            (Some(50), Some(20), 5)
+        );
+        assert_eq!(
+            (config.compute.threads, config.compute.device.as_str()),
+            (1, "cpu")
+        );
     }
 
     #[test]
@@ -215,7 +240,10 @@ mod tests {
             if !takes_value || ["init", "resume"].contains(&id) {
                 continue;
             }
-            let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+            let help = argument
+                .get_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
             assert!(help.contains("[default: "), "{id}: {help}");
         }
     }
@@ -224,16 +252,27 @@ mod tests {
     fn combinations_without_sense_are_refused_with_the_reason() {
         let cases = [
             ("--resume r --lr 1", "--resume cannot be combined with --lr"),
-            ("--resume r --quick", "takes every setting from its config.json"),
-            ("--summary --resume r", "--resume cannot be combined with --summary"),
-            ("--summary --epochs 2", "--summary cannot be combined with --epochs"),
+            (
+                "--resume r --quick",
+                "takes every setting from its config.json",
+            ),
+            (
+                "--summary --resume r",
+                "--resume cannot be combined with --summary",
+            ),
+            (
+                "--summary --epochs 2",
+                "--summary cannot be combined with --epochs",
+            ),
             ("--quick --data-dir d", "drawn by the program"),
             ("--quick --dataset cifar10", "--train-limit N --epochs N"),
             ("--dataset shapes --data-dir d", "read from no folder"),
             ("--train-limit 10 --validation 10", "nothing to train on"),
         ];
         for (line, expected) in cases {
-            let error = action(&line.split(' ').collect::<Vec<_>>()).unwrap_err().to_string();
+            let error = action(&line.split(' ').collect::<Vec<_>>())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(expected), "{line}: {error}");
         }
     }
@@ -241,13 +280,25 @@ mod tests {
     #[test]
     fn values_out_of_range_are_refused_by_flag() {
         let cases = [
-            "--batch-size 0", "--epochs 0", "--max-steps 0", "--train-limit 0", "--threads 0",
-            "--lr -1", "--lr nan", "--momentum 1", "--weight-decay inf", "--dropout 1",
-            "--device tpu", "--dataset mnist", "--validation -1",
+            "--batch-size 0",
+            "--epochs 0",
+            "--max-steps 0",
+            "--train-limit 0",
+            "--threads 0",
+            "--lr -1",
+            "--lr nan",
+            "--momentum 1",
+            "--weight-decay inf",
+            "--dropout 1",
+            "--device tpu",
+            "--dataset mnist",
+            "--validation -1",
         ];
         for line in cases {
             let (flag, value) = line.split_once(' ').unwrap();
-            let error = action(&[&format!("{flag}={value}")]).unwrap_err().to_string();
+            let error = action(&[&format!("{flag}={value}")])
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(flag), "{line}: {error}");
         }
     }

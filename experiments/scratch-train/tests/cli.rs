@@ -1,0 +1,309 @@
+//! The program as its users meet it. The network is the real one, so the runs are a few steps of two
+//! or three pictures.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+/// A run of two epochs of four steps, the last of each partial, with a checkpoint every three steps.
+/// The learning rate is small because the lesson's initialisation diverges on so small batches.
+const SMALL_RUN: &str = "--dataset shapes --train-limit 7 --test-limit 3 --validation 0 --epochs 2 \
+                         --batch-size 2 --lr 1e-7 --checkpoint-every 3 --seed 5 --threads 2";
+
+fn program(arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_scratch-train"));
+    command.args(arguments.split_whitespace());
+    // No test may reach the network.
+    command.env("HF_HUB_OFFLINE", "1");
+    command.env("HF_HUB_CACHE", "no-such-cache");
+    command.env_remove("RUST_LOG");
+    command
+}
+
+fn small_run(out: &Path) -> Command {
+    let mut command = program(SMALL_RUN);
+    command.arg("--out").arg(out);
+    command
+}
+
+fn resume(run: &Path) -> Command {
+    let mut command = program("");
+    command.arg("--resume").arg(run);
+    command
+}
+
+fn output(mut command: Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+fn text(output: &Output) -> String {
+    let both = [&output.stdout[..], &output.stderr[..]].concat();
+    String::from_utf8_lossy(&both).into_owned()
+}
+
+/// The only run below `out`.
+fn run_directory(out: &Path) -> Option<PathBuf> {
+    let mut runs = fs::read_dir(out.join("scratch-train")).ok()?;
+    runs.next().map(|entry| entry.unwrap().path())
+}
+
+/// What the seed decides: hash of the final weights, and metrics.
+fn traces(run: &Path) -> (String, String) {
+    let weights = fs::read(run.join("model.safetensors")).unwrap();
+    let hash: String = Sha256::digest(weights)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    (hash, metrics)
+}
+
+fn uninterrupted() -> (TempDir, (String, String)) {
+    let out = tempfile::tempdir().unwrap();
+    let finished = output(small_run(out.path()));
+    assert!(finished.status.success(), "{}", text(&finished));
+    let traces = traces(&run_directory(out.path()).unwrap());
+    (out, traces)
+}
+
+/// Waits until the run has made `steps` steps; false if the program ended before.
+fn wait_for_steps(child: &mut Child, out: &Path, steps: usize) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(300);
+    while Instant::now() < deadline {
+        let metrics = run_directory(out).map(|run| run.join("metrics.jsonl"));
+        let metrics = metrics.and_then(|path| fs::read_to_string(path).ok());
+        let made = metrics.map_or(0, |text| text.matches("\"event\":\"step\"").count());
+        if made >= steps {
+            return true;
+        }
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        sleep(Duration::from_millis(5));
+    }
+    panic!("the run made no {steps} steps within five minutes");
+}
+
+fn start(mut command: Command) -> Child {
+    let quiet = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    quiet.spawn().unwrap()
+}
+
+#[test]
+fn a_run_killed_again_and_again_ends_with_the_weights_and_metrics_of_one_never_stopped() {
+    let (_out, expected) = uninterrupted();
+    let out = tempfile::tempdir().unwrap();
+    // Where kills fall differs from one run of this test to the next; the outcome may not.
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let mut child = start(small_run(out.path()));
+    for (kill, steps) in [1, 4, 7].into_iter().enumerate() {
+        let running = wait_for_steps(&mut child, out.path(), steps);
+        assert!(running, "{}", text(&child.wait_with_output().unwrap()));
+        let jitter = clock.subsec_nanos() as u64 / 1000 * (kill as u64 + 1) % 400;
+        sleep(Duration::from_millis(jitter));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        child = start(resume(&run_directory(out.path()).unwrap()));
+    }
+    let finished = child.wait_with_output().unwrap();
+    assert!(finished.status.success(), "{}", text(&finished));
+    assert_eq!(traces(&run_directory(out.path()).unwrap()), expected);
+}
+
+#[cfg(unix)]
+#[test]
+fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
+    let (_out, expected) = uninterrupted();
+    let out = tempfile::tempdir().unwrap();
+    let mut child = start(small_run(out.path()));
+    for (signal, steps, code) in [("INT", 2, 130), ("TERM", 5, 143)] {
+        assert!(wait_for_steps(&mut child, out.path(), steps));
+        let kill = Command::new("kill")
+            .args(["-s", signal, &child.id().to_string()])
+            .status();
+        assert!(kill.unwrap().success());
+        let stopped = child.wait_with_output().unwrap();
+        let said = text(&stopped);
+        assert_eq!(stopped.status.code(), Some(code), "{said}");
+        let run = run_directory(out.path()).unwrap();
+        let hint = format!("cargo run -p scratch-train -- --resume {}", run.display());
+        assert!(said.contains(&hint), "{said}");
+        assert!(said.contains(&format!("Stopped by SIG{signal}")), "{said}");
+        child = start(resume(&run));
+    }
+    let finished = child.wait_with_output().unwrap();
+    assert!(finished.status.success(), "{}", text(&finished));
+    let run = run_directory(out.path()).unwrap();
+    assert_eq!(traces(&run), expected);
+
+    let again = output(resume(&run));
+    assert!(again.status.success());
+    assert!(
+        text(&again).contains("finished already"),
+        "{}",
+        text(&again)
+    );
+
+    let mut other = program("--lr 1");
+    other.arg("--resume").arg(&run);
+    assert_refused(other, "takes every setting from its config.json");
+}
+
+#[test]
+fn a_finished_run_reports_epochs_and_leaves_weights_under_pytorchs_names() {
+    let (out, (hash, metrics)) = uninterrupted();
+    let run = run_directory(out.path()).unwrap();
+    let bytes = fs::read(run.join("model.safetensors")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = header.metadata().clone().unwrap();
+    assert_eq!(metadata["architecture"], "googlenet-cifar");
+    assert_eq!(metadata["step"], "8");
+    let weights = SafeTensors::deserialize(&bytes).unwrap();
+    for (name, shape) in [
+        ("pre_layers.0.weight", &[192, 3, 3, 3][..]),
+        ("a3.branch2.2.bias", &[128]),
+        ("fc.weight", &[10, 1024]),
+    ] {
+        assert_eq!(weights.tensor(name).unwrap().shape(), shape);
+    }
+    assert_eq!(metrics.matches("\"event\":\"evaluation\"").count(), 2);
+    let finished = fs::read_to_string(run.join("finished.json")).unwrap();
+    assert!(finished.contains(&hash), "{finished}");
+}
+
+#[test]
+fn a_run_begins_with_the_weights_of_init_and_refuses_others_listing_every_difference() {
+    let (out, _) = uninterrupted();
+    let weights = run_directory(out.path()).unwrap().join("model.safetensors");
+    // No learning: what comes out is what went in.
+    let line = "--dataset shapes --train-limit 2 --test-limit 1 --max-steps 1 --batch-size 2 --lr 0 \
+                --eval-every 0";
+    let with_init = |file: &Path, out: &Path| {
+        let mut command = program(line);
+        command.arg("--init").arg(file).arg("--out").arg(out);
+        command
+    };
+    let second = tempfile::tempdir().unwrap();
+    let finished = output(with_init(&weights, second.path()));
+    assert!(finished.status.success(), "{}", text(&finished));
+    let copied = run_directory(second.path())
+        .unwrap()
+        .join("model.safetensors");
+    let tensors = |path: &Path| -> BTreeMap<String, Vec<u8>> {
+        let bytes = fs::read(path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = file.tensors().into_iter();
+        tensors
+            .map(|(name, view)| (name, view.data().to_vec()))
+            .collect()
+    };
+    assert_eq!(tensors(&weights), tensors(&copied));
+
+    let bytes = fs::read(&weights).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut changed: BTreeMap<String, TensorView<'_>> = file.tensors().into_iter().collect();
+    let bias = changed.remove("fc.bias").unwrap();
+    changed.insert("head.bias".into(), bias);
+    let flat = changed["fc.weight"].clone();
+    let flat = TensorView::new(flat.dtype(), vec![10_240], flat.data()).unwrap();
+    changed.insert("fc.weight".into(), flat);
+    let other = second.path().join("other.safetensors");
+    safetensors::serialize_to_file(changed, None, &other).unwrap();
+    let refused = with_init(&other, second.path());
+    let said = assert_refused(refused, "missing: fc.bias");
+    assert!(said.contains("unexpected: head.bias"), "{said}");
+    assert!(said.contains("misshapen: fc.weight is f32 [10240], the model has f32 [10, 1024]"));
+
+    fs::write(&other, &bytes[..1000]).unwrap();
+    assert_refused(with_init(&other, second.path()), "other.safetensors");
+    assert_refused(
+        with_init(Path::new("absent"), second.path()),
+        "cannot read --init absent",
+    );
+}
+
+#[test]
+fn the_summary_shows_the_network_and_trains_nothing() {
+    let shown = output(program("--summary"));
+    assert!(shown.status.success());
+    assert!(text(&shown).contains("5,864,762"), "{}", text(&shown));
+}
+
+#[test]
+fn bad_input_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a-file");
+    fs::write(&file, "").unwrap();
+    let [empty, file] = [dir.path().join("empty"), file].map(|path| path.display().to_string());
+    fs::create_dir(&empty).unwrap();
+    let cases = [
+        ("--batch-size 0".to_string(), "--batch-size"),
+        ("--epochs 0".into(), "at least 1"),
+        ("--momentum 1.5".into(), "--momentum"),
+        ("--nonsense".into(), "--nonsense"),
+        ("--quick --data-dir data".into(), "drawn by the program"),
+        (
+            "--dataset shapes --train-limit 9 --validation 9".into(),
+            "nothing to train on",
+        ),
+        (format!("--data-dir {empty}"), "cargo xtask download-data"),
+        (format!("--data-dir {empty}"), "--dataset shapes"),
+        (format!("--resume {empty}"), "no config.json"),
+        (format!("--resume {file}"), "not a run directory"),
+        (
+            format!("--dataset shapes --train-limit 2 --test-limit 1 --out {file}"),
+            "a-file",
+        ),
+    ];
+    for (line, expected) in cases {
+        assert_refused(program(&line), expected);
+    }
+    if cfg!(not(feature = "cuda")) {
+        assert_refused(program("--device cuda"), "--features cuda");
+    }
+}
+
+#[test]
+fn a_run_on_other_data_is_not_resumed() {
+    let out = tempfile::tempdir().unwrap();
+    let mut child = start(small_run(out.path()));
+    assert!(wait_for_steps(&mut child, out.path(), 1));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let run = run_directory(out.path()).unwrap();
+    let config = fs::read_to_string(run.join("config.json")).unwrap();
+    let changed = config.replace("\"test_limit\": 3", "\"test_limit\": 4");
+    assert_ne!(config, changed);
+    fs::write(run.join("config.json"), changed).unwrap();
+    assert_refused(
+        resume(&run),
+        "the test data are not those the run began with",
+    );
+    let elsewhere = config.replace("\"scratch-train\"", "\"finetune-full\"");
+    fs::write(run.join("config.json"), elsewhere).unwrap();
+    assert_refused(resume(&run), "a run of finetune-full, not of scratch-train");
+}
+
+fn assert_refused(command: Command, expected: &str) -> String {
+    let shown = format!("{command:?}");
+    let output = output(command);
+    let said = text(&output);
+    assert!(!output.status.success(), "{shown}: {said}");
+    assert!(
+        said.contains(expected),
+        "{shown} does not say {expected:?}: {said}"
+    );
+    assert!(!said.contains("panicked"), "{shown}: {said}");
+    said
+}
