@@ -50,6 +50,19 @@ struct ConfigFile {
 }
 
 impl RunDirectory {
+    /// Makes `<out>/<experiment>/` and finds out whether files can be written there: to be asked
+    /// before work that takes time, such as a download.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when they cannot.
+    pub fn prepare(out: &Path, experiment: &str) -> Result<()> {
+        let parent = out.join(experiment);
+        fs::create_dir_all(&parent).map_err(io_error("create", &parent))?;
+        let probe = parent.join(format!(".probe-{}", std::process::id()));
+        fs::write(&probe, "").map_err(io_error("write", &probe))?;
+        fs::remove_file(&probe).map_err(io_error("remove", &probe))
+    }
+
     /// Makes `<out>/<experiment>/<time>/` and writes `config.json` and `environment.json`.
     ///
     /// # Errors

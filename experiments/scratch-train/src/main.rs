@@ -4,7 +4,7 @@ mod arguments;
 mod config;
 mod network;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
@@ -44,17 +44,19 @@ fn run() -> Result<ExitCode> {
 }
 
 fn start(config: Config, out: &Path) -> Result<ExitCode> {
+    let cannot_start = || format!("cannot start a run in --out {}", out.display());
+    RunDirectory::prepare(out, EXPERIMENT).with_context(cannot_start)?;
     let device = config.compute.start()?;
     let data = config.data.load(config.training.seed)?;
     let network = Network::new(&config, &device)?;
     network.load_init(&config)?;
     let run = RunDirectory::create(out, EXPERIMENT, &config, &data, &environment(&config))
-        .with_context(|| format!("cannot start a run in --out {}", out.display()))?;
+        .with_context(cannot_start)?;
     train(&network, data, &device, config.training, run)
 }
 
 /// Everything comes from the run's config.json, so that it ends as if it had never stopped.
-fn resume(dir: &Path, data_dir: Option<std::path::PathBuf>) -> Result<ExitCode> {
+fn resume(dir: &Path, data_dir: Option<PathBuf>) -> Result<ExitCode> {
     let run = RunDirectory::open(dir, EXPERIMENT).context("cannot resume")?;
     if let Some(summary) = run.finished()? {
         print(&format!("{} is finished already", dir.display()));
