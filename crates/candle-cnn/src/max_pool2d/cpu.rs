@@ -1,17 +1,19 @@
-//! The fast path: one output row at a time, vectorised along the row.
+//! The fast path: a run of windows at a time, in registers.
 //!
-//! For each tap (r, s) in row-major order, the row of candidates replaces the
-//! row of best values where it is greater (or NaN), and the tap's index is
-//! noted: plain loops without branches that the compiler turns into compares
-//! and blends, compiled once per instruction set. Winners are found again in
-//! the backward pass: nine compares cost less than keeping them in memory.
-#![allow(unsafe_code)]
+//! Each plane is copied into a border of −∞, so that every tap of every window
+//! can be read. For `LANES` neighbouring windows the taps then pass by in
+//! row-major order; a candidate replaces the best value where it is greater
+//! (or NaN), and its tap is noted: compares and blends without branches, which
+//! the compiler turns into vector instructions of the instruction set that
+//! `multiversion` compiles for. The border never wins, since −∞ is greater
+//! than nothing. Winners are found again in the backward pass: nine compares
+//! cost less than keeping them in memory.
 
 use rayon::prelude::*;
 
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
-use crate::window::{Axis, Planes};
+use crate::window::Planes;
 
 /// Planes that one task handles.
 const PLANES_PER_TASK: usize = 16;
@@ -49,116 +51,163 @@ multiversion! {
 
 #[inline(always)]
 fn forward_planes<T: Element>(planes: &Planes, x: &[T], y: &mut [T]) {
-    let mut taps = vec![0u32; planes.w.output];
-    for (x, y) in x
-        .chunks_exact(planes.input_plane())
-        .zip(y.chunks_exact_mut(planes.output_plane()))
-    {
-        for (oh, best) in y.chunks_exact_mut(planes.w.output).enumerate() {
-            best_of_row(planes, x, oh, best, &mut taps);
-        }
+    // A run of 16 fills an AVX-512 register; narrow images would waste half.
+    if planes.w.output > 8 {
+        forward_runs::<T, 16>(planes, x, y);
+    } else {
+        forward_runs::<T, 8>(planes, x, y);
     }
 }
 
 #[inline(always)]
 fn backward_planes<T: Element>(planes: &Planes, x: &[T], dy: &[T], dx: &mut [T]) {
-    let mut best = vec![T::ZERO; planes.w.output];
-    let mut taps = vec![0u32; planes.w.output];
+    if planes.w.output > 8 {
+        backward_runs::<T, 16>(planes, x, dy, dx);
+    } else {
+        backward_runs::<T, 8>(planes, x, dy, dx);
+    }
+}
+
+#[inline(always)]
+fn forward_runs<T: Element, const LANES: usize>(planes: &Planes, x: &[T], y: &mut [T]) {
+    let mut border = Border::new::<LANES>(planes, T::NEG_INFINITY);
+    for (x, y) in x
+        .chunks_exact(planes.input_plane())
+        .zip(y.chunks_exact_mut(planes.output_plane()))
+    {
+        border.fill(planes, x);
+        for (oh, y) in y.chunks_exact_mut(planes.w.output).enumerate() {
+            for (run, y) in y.chunks_mut(LANES).enumerate() {
+                let (best, _) = border.winners::<LANES>(planes, oh, run * LANES);
+                y.copy_from_slice(&best[..y.len()]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn backward_runs<T: Element, const LANES: usize>(planes: &Planes, x: &[T], dy: &[T], dx: &mut [T]) {
+    let mut border = Border::new::<LANES>(planes, T::NEG_INFINITY);
+    let mut gradient = Border::new::<LANES>(planes, T::ZERO);
     for ((x, dy), dx) in x
         .chunks_exact(planes.input_plane())
         .zip(dy.chunks_exact(planes.output_plane()))
         .zip(dx.chunks_exact_mut(planes.input_plane()))
     {
+        border.fill(planes, x);
+        gradient.values.fill(T::ZERO);
         for (oh, dy) in dy.chunks_exact(planes.w.output).enumerate() {
-            best_of_row(planes, x, oh, &mut best, &mut taps);
-            share_row(planes, oh, dy, &taps, dx);
-        }
-    }
-}
-
-/// Adds each window's gradient in output row `oh` to its winner.
-///
-/// Tap by tap, so that it vectorises; from the right, so that each pixel adds
-/// up its windows in the order of the windows, like the plain loop.
-#[inline(always)]
-fn share_row<T: Element>(planes: &Planes, oh: usize, dy: &[T], taps: &[u32], dx: &mut [T]) {
-    let Planes { h, w, .. } = *planes;
-    for ih in h.range(oh) {
-        let r = ih + h.padding - oh * h.stride;
-        let row = &mut dx[ih * w.input..][..w.input];
-        for s in (0..w.kernel).rev() {
-            let windows = windows_of_tap(&w, s);
-            if windows.is_empty() {
-                continue;
-            }
-            let tap_index = (r * w.kernel + s) as u32;
-            let to = &mut row[windows.start * w.stride + s - w.padding..];
-            let from = dy[windows.clone()].iter().zip(&taps[windows]);
-            if w.stride == 1 {
-                for (to, (&dy, &tap)) in to.iter_mut().zip(from) {
-                    *to += if tap == tap_index { dy } else { T::ZERO };
-                }
-            } else {
-                for (to, (&dy, &tap)) in to.iter_mut().step_by(w.stride).zip(from) {
-                    *to += if tap == tap_index { dy } else { T::ZERO };
-                }
+            for (run, dy) in dy.chunks(LANES).enumerate() {
+                let (_, taps) = border.winners::<LANES>(planes, oh, run * LANES);
+                let mut padded = [T::ZERO; LANES];
+                padded[..dy.len()].copy_from_slice(dy);
+                gradient.share(planes, oh, run * LANES, &taps, &padded);
             }
         }
+        gradient.interior(planes, dx);
     }
 }
 
-/// The windows of a row whose tap `s` lies inside the input.
-#[inline(always)]
-fn windows_of_tap(w: &Axis, s: usize) -> std::ops::Range<usize> {
-    let start = w.padding.saturating_sub(s).div_ceil(w.stride).min(w.output);
-    let end = (w.input + w.padding)
-        .saturating_sub(s)
-        .div_ceil(w.stride)
-        .clamp(start, w.output);
-    start..end
+/// A plane with room around it for every tap of every run of windows.
+struct Border<T> {
+    width: usize,
+    values: Vec<T>,
 }
 
-/// Best value and winning tap of each window in output row `oh`.
-#[inline(always)]
-fn best_of_row<T: Element>(
-    planes: &Planes,
-    plane: &[T],
-    oh: usize,
-    best: &mut [T],
-    taps: &mut [u32],
-) {
-    let Planes { h, w, .. } = *planes;
-    let rows = h.range(oh);
-    // Until something greater than −∞ comes, the first pixel inside wins.
-    let first_row = (rows.start + h.padding - oh * h.stride) * w.kernel;
-    for (ow, (best, tap)) in best.iter_mut().zip(taps.iter_mut()).enumerate() {
-        *best = T::NEG_INFINITY;
-        *tap = (first_row + w.padding.saturating_sub(ow * w.stride)) as u32;
+impl<T: Element> Border<T> {
+    fn new<const LANES: usize>(planes: &Planes, value: T) -> Self {
+        let (h, w) = (&planes.h, &planes.w);
+        let windows = w.output.div_ceil(LANES) * LANES;
+        let width = ((windows - 1) * w.stride + w.kernel).max(w.input + w.padding);
+        let height = ((h.output - 1) * h.stride + h.kernel).max(h.input + h.padding);
+        Self {
+            width,
+            values: vec![value; width * height],
+        }
     }
-    for ih in rows {
-        let r = ih + h.padding - oh * h.stride;
-        let row = &plane[ih * w.input..][..w.input];
-        for s in 0..w.kernel {
-            let windows = windows_of_tap(&w, s);
-            let tap_index = (r * w.kernel + s) as u32;
-            if windows.is_empty() {
-                continue;
-            }
-            let from = &row[windows.start * w.stride + s - w.padding..];
-            let (best, taps) = (&mut best[windows.clone()], &mut taps[windows]);
-            if w.stride == 1 {
-                for ((best, tap), &value) in best.iter_mut().zip(taps).zip(from) {
-                    let wins = (value > *best) | value.is_nan();
-                    *best = if wins { value } else { *best };
-                    *tap = if wins { tap_index } else { *tap };
+
+    /// Copies a plane to its place; the border stays.
+    #[inline(always)]
+    fn fill(&mut self, planes: &Planes, plane: &[T]) {
+        let (h, w) = (&planes.h, &planes.w);
+        for (ih, row) in plane.chunks_exact(w.input).enumerate() {
+            let to = (ih + h.padding) * self.width + w.padding;
+            self.values[to..to + w.input].copy_from_slice(row);
+        }
+    }
+
+    /// Copies the plane out of the border.
+    #[inline(always)]
+    fn interior(&self, planes: &Planes, plane: &mut [T]) {
+        let (h, w) = (&planes.h, &planes.w);
+        for (ih, row) in plane.chunks_exact_mut(w.input).enumerate() {
+            let from = (ih + h.padding) * self.width + w.padding;
+            row.copy_from_slice(&self.values[from..from + w.input]);
+        }
+    }
+
+    /// Best value and winning tap of the windows from `ow` on in output row `oh`.
+    #[inline(always)]
+    fn winners<const LANES: usize>(
+        &self,
+        planes: &Planes,
+        oh: usize,
+        ow: usize,
+    ) -> ([T; LANES], [u32; LANES]) {
+        let (h, w) = (&planes.h, &planes.w);
+        let mut best = [T::NEG_INFINITY; LANES];
+        // Until something greater than −∞ comes, the first pixel inside wins.
+        let first_row = h.padding.saturating_sub(oh * h.stride) * w.kernel;
+        let mut taps: [u32; LANES] = std::array::from_fn(|i| {
+            (first_row + w.padding.saturating_sub((ow + i) * w.stride)) as u32
+        });
+        for r in 0..h.kernel {
+            for s in 0..w.kernel {
+                let tap = (r * w.kernel + s) as u32;
+                let at = (oh * h.stride + r) * self.width + ow * w.stride + s;
+                let values: [T; LANES] = if w.stride == 1 {
+                    let run = &self.values[at..at + LANES];
+                    std::array::from_fn(|i| run[i])
+                } else {
+                    let run = &self.values[at..=at + (LANES - 1) * w.stride];
+                    std::array::from_fn(|i| run[i * w.stride])
+                };
+                for i in 0..LANES {
+                    let wins = (values[i] > best[i]) | values[i].is_nan();
+                    best[i] = if wins { values[i] } else { best[i] };
+                    taps[i] = if wins { tap } else { taps[i] };
                 }
-            } else {
-                for ((best, tap), &value) in
-                    best.iter_mut().zip(taps).zip(from.iter().step_by(w.stride))
-                {
-                    let wins = (value > *best) | value.is_nan();
-                    *best = if wins { value } else { *best };
-                    *tap = if wins { tap_index } else { *tap };
+            }
+        }
+        (best, taps)
+    }
+
+    /// Adds each window's gradient to its winner. From the right, so that a
+    /// pixel adds up its windows in their order, like the plain loop.
+    #[inline(always)]
+    fn share<const LANES: usize>(
+        &mut self,
+        planes: &Planes,
+        oh: usize,
+        ow: usize,
+        taps: &[u32; LANES],
+        dy: &[T; LANES],
+    ) {
+        let (h, w) = (&planes.h, &planes.w);
+        for r in 0..h.kernel {
+            for s in (0..w.kernel).rev() {
+                let tap = (r * w.kernel + s) as u32;
+                let at = (oh * h.stride + r) * self.width + ow * w.stride + s;
+                if w.stride == 1 {
+                    let run = &mut self.values[at..at + LANES];
+                    for i in 0..LANES {
+                        run[i] += if taps[i] == tap { dy[i] } else { T::ZERO };
+                    }
+                } else {
+                    let run = &mut self.values[at..=at + (LANES - 1) * w.stride];
+                    for i in 0..LANES {
+                        run[i * w.stride] += if taps[i] == tap { dy[i] } else { T::ZERO };
+                    }
                 }
             }
         }

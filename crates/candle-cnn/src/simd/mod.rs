@@ -84,6 +84,7 @@ impl Isa {
 macro_rules! multiversion {
     ($(#[$doc:meta])* $vis:vis fn $name:ident<$t:ident: $bound:path>($($arg:ident: $ty:ty),* $(,)?) = $body:path) => {
         $(#[$doc])*
+        #[allow(unsafe_code)]
         $vis fn $name<$t: $bound>(isa: $crate::simd::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
