@@ -8,6 +8,7 @@ mod arguments;
 mod compute;
 mod data;
 mod logging;
+mod memory;
 mod progress;
 mod session;
 mod signals;
@@ -19,6 +20,7 @@ pub use arguments::{
 pub use compute::{ComputeConfig, DeviceChoice};
 pub use data::{DataConfig, Dataset};
 pub use logging::start_logging;
+pub use memory::keep_freed_pages;
 pub use progress::{Progress, print};
 pub use session::{print_finished, train};
 pub use signals::{Signal, StopSignals};

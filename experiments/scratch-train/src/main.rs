@@ -8,16 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use experiment_common::{print, print_finished, start_logging, train};
+use experiment_common::{keep_freed_pages, print, print_finished, start_logging, train};
 use trainer::{Environment, RunDirectory};
 
 use crate::arguments::{Action, parse};
 use crate::config::Config;
 use crate::network::Network;
 
-/// Every step allocates and frees some hundreds of megabytes. The system's allocator returns large
-/// blocks to the kernel, and the fresh pages that replace them cost more time than the arithmetic;
-/// mimalloc keeps them.
+/// Every step allocates and frees some hundreds of megabytes; [`keep_freed_pages`] says why it
+/// matters where they go.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -25,6 +24,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const EXPERIMENT: &str = env!("CARGO_PKG_NAME");
 
 fn main() -> ExitCode {
+    keep_freed_pages();
     start_logging();
     run().unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

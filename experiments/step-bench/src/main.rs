@@ -58,6 +58,7 @@ struct Answer {
 }
 
 fn main() {
+    experiment_common::keep_freed_pages();
     if let Err(error) = run(&Arguments::parse()) {
         eprintln!("step-bench: {error:#}");
         std::process::exit(1);
