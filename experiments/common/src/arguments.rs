@@ -69,7 +69,7 @@ pub struct TrainingArguments {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Run")]
 pub struct RunArguments {
-    /// Folder for runs; this one becomes DIR/<experiment>/<time>
+    /// Folder for runs; this one becomes DIR/EXPERIMENT/TIME
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Save a checkpoint every N steps, besides the one after each epoch; 0: none besides
