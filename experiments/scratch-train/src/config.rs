@@ -107,9 +107,9 @@ pub(crate) const LESSON: Preset = Preset {
 pub(crate) const QUICK: Preset = Preset {
     training: TrainingDefaults {
         epochs: 3,
-        batch_size: 16,
+        batch_size: 8,
         optimizer: SgdConfig {
-            lr: 0.01,
+            lr: 0.002,
             momentum: 0.9,
             ..LESSON.training.optimizer
         },
