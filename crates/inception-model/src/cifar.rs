@@ -33,7 +33,7 @@ impl Default for CifarConfig {
 /// One stage of the body, in order.
 #[derive(Clone, Debug)]
 pub(crate) enum Stage {
-    Block(Inception),
+    Block(Box<Inception>),
     MaxPool,
 }
 
@@ -74,7 +74,7 @@ impl CifarGoogLeNet {
                 Entry::Block(name, widths) => {
                     let block = Inception::new(name, channels, widths, init, device, rng)?;
                     channels = widths.output();
-                    Stage::Block(block)
+                    Stage::Block(Box::new(block))
                 }
             });
         }
@@ -168,13 +168,13 @@ impl CifarGoogLeNet {
         let stage = |stage: &Stage| -> Result<Stage> {
             Ok(match stage {
                 Stage::MaxPool => Stage::MaxPool,
-                Stage::Block(b) => Stage::Block(Inception {
+                Stage::Block(b) => Stage::Block(Box::new(Inception {
                     name: b.name,
                     branch1: conv(&b.branch1)?,
                     branch2: [conv(&b.branch2[0])?, conv(&b.branch2[1])?],
                     branch3: [conv(&b.branch3[0])?, conv(&b.branch3[1])?],
                     branch4: conv(&b.branch4)?,
-                }),
+                })),
             })
         };
         Ok(Self {

@@ -286,6 +286,7 @@ impl<T: Element> PackedWeight<T> {
 }
 
 /// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.
+#[allow(clippy::too_many_arguments)]
 fn gather<T: Element>(
     kernels: &Kernels<T>,
     rows: &[*const T],
@@ -363,7 +364,7 @@ impl<T: Element> Scratch<T> {
         for image in self.image.chunks_exact(buffer_len) {
             window.push_rows(image.as_ptr(), &mut self.rows);
         }
-        while self.rows.len() % height != 0 {
+        while !self.rows.len().is_multiple_of(height) {
             self.rows.extend(self.rows.last().copied());
         }
     }

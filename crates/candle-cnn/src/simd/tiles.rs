@@ -13,6 +13,8 @@
 //! general registers; per channel that is 24 multiply-adds on 11 loads. With
 //! 16 registers (AVX2) 4 rows × 3 vectors are 12 + 3 + 1 = 16.
 #![allow(unsafe_code)]
+// Loops over registers by constant bounds: what the compiler unrolls surely.
+#![allow(clippy::needless_range_loop)]
 
 use super::Isa;
 use super::transpose::{self, Transpose};

@@ -56,6 +56,7 @@ unsafe fn blocked<T>(args: &Transpose<T>, f: impl Fn(Transpose<T>)) {
             f(Transpose {
                 // SAFETY: (r, c) lies inside both matrices.
                 from: unsafe { args.from.add(r * args.from_stride + c) },
+                // SAFETY: as above.
                 to: unsafe { args.to.add(c * args.to_stride + r) },
                 rows: BLOCK.min(args.rows - r),
                 columns: BLOCK.min(args.columns - c),
@@ -89,7 +90,7 @@ unsafe fn eight_by_eight(block: &Transpose<f32>) {
         let rows: [__m256; 8] = std::array::from_fn(row);
         let pairs: [__m256; 8] = std::array::from_fn(|i| {
             let (a, b) = (rows[i & !1], rows[i | 1]);
-            if i % 2 == 0 {
+            if i.is_multiple_of(2) {
                 _mm256_unpacklo_ps(a, b)
             } else {
                 _mm256_unpackhi_ps(a, b)
@@ -98,7 +99,7 @@ unsafe fn eight_by_eight(block: &Transpose<f32>) {
         // Quad q of rows 0-3 (first = 0) or 4-7 (first = 4).
         let quad = |first: usize, q: usize| {
             let (a, b) = (pairs[first + q / 2], pairs[first + 2 + q / 2]);
-            if q % 2 == 0 {
+            if q.is_multiple_of(2) {
                 _mm256_shuffle_ps::<0b01_00_01_00>(a, b)
             } else {
                 _mm256_shuffle_ps::<0b11_10_11_10>(a, b)
