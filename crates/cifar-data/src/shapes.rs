@@ -3,7 +3,7 @@
 //! A 32×32 picture shows one shape in one colour on a ground of another, with noise. Position,
 //! size, rotation and both colours are random, and figure and ground swap their colours as often
 //! as not. So every class has the same mean picture and the same colours, and only form tells them
-//! apart: the tests measure 12 % for the nearest mean picture and 29 % for a linear classifier of
+//! apart: the tests measure 17 % for the nearest mean picture and 33 % for a linear classifier of
 //! the pixels, where chance is 10 %.
 //!
 //! Pictures are the same bits on every machine: whole numbers, and `f64` arithmetic of +, −, ×, ÷
@@ -74,8 +74,8 @@ struct Placement {
 
 impl Placement {
     fn random(draws: &mut Draws) -> Self {
-        let radius = draws.between(9.0, 13.0);
-        let centre = [draws.between(12.5, 19.5), draws.between(12.5, 19.5)];
+        let radius = draws.between(11.0, 13.5);
+        let centre = [draws.between(13.5, 18.5), draws.between(13.5, 18.5)];
         // A rotation by at most 12.6°, from the tangent of half the angle: no sine is called,
         // whose last bit differs between machines.
         let t = draws.between(-0.11, 0.11);
@@ -130,7 +130,7 @@ fn draw(seed: u64, split: Split, index: usize, image: &mut [u8]) {
     /// Points per pixel and axis at which the shape is sampled, for smooth edges.
     const SAMPLES: usize = 3;
     /// Noise is the sum of two uniform numbers of −NOISE to NOISE.
-    const NOISE: i32 = 10;
+    const NOISE: i32 = 8;
 
     let mut draws = Draws::new(seed, split, index);
     let class = index % CLASSES;
@@ -163,7 +163,7 @@ fn draw(seed: u64, split: Split, index: usize, image: &mut [u8]) {
 /// shape. Swapping them is as likely as not.
 fn two_colours(draws: &mut Draws) -> [[i32; 3]; 2] {
     /// Least difference of the sums of the three channels, of at most 765.
-    const CONTRAST: i32 = 210;
+    const CONTRAST: i32 = 300;
     loop {
         let [a, b] = [(); 2].map(|()| [(); 3].map(|()| draws.byte()));
         if (a.iter().sum::<i32>() - b.iter().sum::<i32>()).abs() >= CONTRAST {
@@ -218,8 +218,8 @@ mod tests {
 
     /// A change here changes what every recorded run on shapes was measured on.
     const FROZEN: [&str; 2] = [
-        "79f5c2ca28f38483d725eca1ef24822a9664a25f488e42b18afee316b66385ea",
-        "6dd618c64429f4646a99b60e0f44f9f9c1aa569a6e89439db5a8851e6c8db14f",
+        "96f699ada6a34967a3d5ba0b3172176928b6b065ab3bfeb131877f257c1094d7",
+        "370fee983905da351ef4c6c8726e9b8b6134934885f01e7610dbcbcd56fbd93b",
     ];
 
     #[test]
@@ -306,7 +306,7 @@ mod tests {
             on_train > 0.2,
             "it has learned something by heart: {on_train}"
         );
-        assert!(best < 0.35, "{best}");
+        assert!(best < 0.40, "{best}");
     }
 
     #[test]
@@ -328,7 +328,7 @@ mod tests {
         }
         let accuracy = linear_accuracy(&means, &features(&test), &test);
         println!("nearest class mean: test {accuracy:.3}");
-        assert!(accuracy < 0.2, "{accuracy}");
+        assert!(accuracy < 0.25, "{accuracy}");
     }
 
     #[test]
