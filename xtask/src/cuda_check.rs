@@ -26,7 +26,14 @@ pub(crate) fn run(_: &CudaCheck) -> Result<()> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .current_dir(root)
-        .args(["clippy", "--package", "scratch-train", "--all-targets", "--features", "cuda"])
+        .args([
+            "clippy",
+            "--package",
+            "scratch-train",
+            "--all-targets",
+            "--features",
+            "cuda",
+        ])
         .args(["--", "-D", "warnings"])
         .env("PATH", path)
         .env("NVCC", stand_in.join("nvcc"))
