@@ -43,7 +43,7 @@ pub(crate) struct TrainStep {
     /// The whole step, or only the forward pass without gradients
     #[arg(long, value_enum, default_value_t = Mode::Train)]
     mode: Mode,
-    /// Where the record goes; must not exist yet [default: results/<date>-train-step-<machine>]
+    /// Where the record goes; must not exist yet [default: `results/DATE-train-step-MACHINE`]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
