@@ -106,8 +106,8 @@ pub(crate) const LESSON: Preset = Preset {
 /// one begins with activations of even scale, which also bears a larger learning rate.
 pub(crate) const QUICK: Preset = Preset {
     training: TrainingDefaults {
-        epochs: 3,
-        batch_size: 8,
+        epochs: 1,
+        batch_size: 4,
         optimizer: SgdConfig {
             lr: 0.002,
             momentum: 0.9,
@@ -120,7 +120,7 @@ pub(crate) const QUICK: Preset = Preset {
         evaluate_every_epochs: 1,
         checkpoint_every_steps: 50,
     },
-    dropout: 0.4,
+    dropout: 0.0,
     init: Initialization::FanIn,
-    shapes: Some((1_200, 300)),
+    shapes: Some((1_480, 200)),
 };
