@@ -25,23 +25,38 @@ pub enum Init {
     /// scale of *activations*, so that the loss begins near ln 10 and larger
     /// learning rates are stable.
     FanIn,
+    /// Normal, then shifted so that each filter sums to zero, with a standard
+    /// deviation of γ/√fan_in, γ = √2 / √(1 − 1/π) ≈ 1.71 (Brock et al., 2021,
+    /// "Characterizing signal propagation…", who keep it throughout training;
+    /// here it is the start alone).
+    ///
+    /// Behind a ReLU every activation has a positive mean, which ordinary
+    /// filters pass on: after some layers without batch norm all pictures look
+    /// alike. Filters of sum zero see only the differences between pictures,
+    /// so that learning begins sooner.
+    Centred,
 }
 
 impl Init {
     /// A weight of shape (C_out, C_in, …).
     pub(crate) fn weight(self, dims: &[usize], device: &Device, rng: &mut impl Rng) -> Result<Var> {
         let area: usize = dims[2..].iter().product();
-        let fan = match self {
-            Self::Lesson => dims[0] * area,
-            Self::FanIn => dims[1] * area,
+        let fan_in = dims[1] * area;
+        let variance = match self {
+            Self::Lesson => 2.0 / (dims[0] * area) as f64,
+            Self::FanIn => 2.0 / fan_in as f64,
+            Self::Centred => 2.0 / (1.0 - std::f64::consts::FRAC_1_PI) / fan_in as f64,
         };
-        let std = (2.0 / fan as f64).sqrt();
-        let values: Vec<f32> = (0..dims.iter().product())
-            .map(|_| {
-                let normal: f64 = StandardNormal.sample(rng);
-                (normal * std) as f32
-            })
-            .collect();
+        let std = variance.sqrt();
+        let mut values = Vec::with_capacity(dims.iter().product());
+        for _ in 0..dims[0] {
+            let mut filter: Vec<f64> = (0..fan_in).map(|_| StandardNormal.sample(rng)).collect();
+            if self == Self::Centred {
+                let mean = filter.iter().sum::<f64>() / fan_in as f64;
+                filter.iter_mut().for_each(|w| *w -= mean);
+            }
+            values.extend(filter.into_iter().map(|w| (w * std) as f32));
+        }
         Var::from_tensor(&Tensor::from_vec(values, dims, device)?)
     }
 }

@@ -36,6 +36,8 @@ pub(crate) enum Initialization {
     Lesson,
     /// Kaiming normal over the inputs.
     FanIn,
+    /// Normal filters of sum zero: [`Init::Centred`].
+    Centred,
 }
 
 impl From<Initialization> for Init {
@@ -43,6 +45,7 @@ impl From<Initialization> for Init {
         match init {
             Initialization::Lesson => Self::Lesson,
             Initialization::FanIn => Self::FanIn,
+            Initialization::Centred => Self::Centred,
         }
     }
 }
@@ -121,6 +124,6 @@ pub(crate) const QUICK: Preset = Preset {
         checkpoint_every_steps: 50,
     },
     dropout: 0.0,
-    init: Initialization::FanIn,
+    init: Initialization::Centred,
     shapes: Some((1_480, 200)),
 };
