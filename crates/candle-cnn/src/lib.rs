@@ -46,6 +46,7 @@ mod max_pool2d;
 mod mode;
 mod relu;
 mod simd;
+mod static_graph;
 mod window;
 
 pub use avg_pool2d::{AvgPool2dConfig, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d};
@@ -61,3 +62,4 @@ pub use max_pool2d::{MaxPool2dConfig, max_pool2d};
 pub use mode::Mode;
 pub use relu::relu;
 pub use simd::Isa;
+pub use static_graph::{Node, StaticGraph, StaticGraphBuilder};

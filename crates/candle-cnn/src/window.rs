@@ -15,6 +15,34 @@ pub(crate) struct Axis {
 }
 
 impl Axis {
+    /// Counts the windows; `None` where not even one fits. The settings are
+    /// those that [`Planes::new`] lets pass.
+    pub(crate) fn new(
+        input: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+        ceil_mode: bool,
+    ) -> Option<Self> {
+        let room = (input + 2 * padding).checked_sub(kernel)?;
+        let steps = if ceil_mode {
+            room.div_ceil(stride)
+        } else {
+            room / stride
+        };
+        // With ceil_mode, a last window that would start in the right
+        // padding is left out, as in PyTorch.
+        let starts_outside = ceil_mode && steps * stride >= input + padding;
+        let output = if starts_outside { steps } else { steps + 1 };
+        Some(Self {
+            input,
+            output,
+            kernel,
+            stride,
+            padding,
+        })
+    }
+
     /// Input positions of window `o` that lie inside the input.
     pub(crate) fn range(&self, o: usize) -> std::ops::Range<usize> {
         let start = o * self.stride;
@@ -57,25 +85,8 @@ impl Planes {
             let expected = "at most half of the kernel size";
             return Err(OpError::setting(op, "padding", padding, expected));
         }
-        let axis = |input: usize, kernel: usize, stride: usize, padding: usize| {
-            let room = (input + 2 * padding).checked_sub(kernel)?;
-            let steps = if ceil_mode {
-                room.div_ceil(stride)
-            } else {
-                room / stride
-            };
-            // With ceil_mode, a last window that would start in the right
-            // padding is left out, as in PyTorch.
-            let starts_outside = ceil_mode && steps * stride >= input + padding;
-            let output = if starts_outside { steps } else { steps + 1 };
-            Some(Axis {
-                input,
-                output,
-                kernel,
-                stride,
-                padding,
-            })
-        };
+        let axis =
+            |input, kernel, stride, padding| Axis::new(input, kernel, stride, padding, ceil_mode);
         match (
             axis(height, kernel.0, stride.0, padding.0),
             axis(width, kernel.1, stride.1, padding.1),

@@ -1,6 +1,10 @@
 //! The lesson's GoogLeNet for 32×32 pictures: no batch norm, true 5×5, one head.
 
-use candle_cnn::{MaxPool2dConfig, Mode, dropout, global_avg_pool2d, max_pool2d};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_cnn::{
+    MaxPool2dConfig, Mode, StaticGraph, StaticGraphBuilder, dropout, global_avg_pool2d, max_pool2d,
+};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
@@ -45,7 +49,12 @@ pub struct CifarGoogLeNet {
     pub(crate) body: Vec<Stage>,
     pub(crate) fc: Linear,
     dropout: f64,
+    /// What [`Self::forward`] runs, for images of the size that came last.
+    graph: Arc<Mutex<Option<SizedGraph>>>,
 }
+
+/// The body of the network for images of one height and width.
+type SizedGraph = ((usize, usize), StaticGraph);
 
 /// Channels of the stem, `pre_layers`.
 const STEM_WIDTH: usize = 192;
@@ -84,19 +93,31 @@ impl CifarGoogLeNet {
             body,
             fc,
             dropout: config.dropout,
+            graph: Arc::default(),
         })
     }
 
     /// Logits (N, classes) of images (N, 3, H, W); the lesson's are 32×32,
-    /// normalised to −1 … 1.
+    /// normalised to −1 … 1. On a CPU all but the head runs as one
+    /// [`StaticGraph`].
     ///
     /// # Errors
-    /// Images of another rank or number of channels.
+    /// Images of another rank or number of channels, or too small for the pools.
     pub fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.forward_observed(images, mode, |_, _| Ok(()))
+        let (_, _, height, width) = images.dims4()?;
+        if !images.device().is_cpu() {
+            return self.forward_observed(images, mode, |_, _| Ok(()));
+        }
+        let graph = self.graph((height, width))?;
+        let convs: Vec<&Conv> = self.convs().collect();
+        let parameters: Vec<_> = convs
+            .iter()
+            .map(|conv| (conv.weight.as_tensor(), conv.bias.as_tensor()))
+            .collect();
+        self.head(&graph.forward(images, &parameters)?, mode)
     }
 
-    /// [`Self::forward`] that shows each stage's output to `observe`, under
+    /// [`Self::forward`], operation by operation: shows each stage's output to `observe`, under
     /// the names `pre_layers`, `a3` … `b5`, `b3.maxpool`, `e4.maxpool`, `avgpool`.
     ///
     /// # Errors
@@ -125,19 +146,48 @@ impl CifarGoogLeNet {
         }
         let features = global_avg_pool2d(&x)?;
         observe("avgpool", &features)?;
-        self.fc.forward(&dropout(&features, self.dropout, 0, mode)?)
+        self.head(&features, mode)
+    }
+
+    fn head(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.fc.forward(&dropout(features, self.dropout, 0, mode)?)
+    }
+
+    /// The body for images of `size`, made when the size changes.
+    fn graph(&self, size: (usize, usize)) -> Result<StaticGraph> {
+        let mut kept = self.graph.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((kept_size, graph)) = &*kept
+            && *kept_size == size
+        {
+            return Ok(graph.clone());
+        }
+        let mut builder = StaticGraphBuilder::new(3, size);
+        let images = builder.input();
+        let mut x = self.stem.describe(&mut builder, images)?;
+        for stage in &self.body {
+            x = match stage {
+                Stage::Block(block) => block.describe(&mut builder, x)?,
+                Stage::MaxPool => builder.max_pool2d(x, HALVING_POOL)?,
+            };
+        }
+        let graph = builder.global_avg_pool2d(x)?;
+        *kept = Some((size, graph.clone()));
+        Ok(graph)
+    }
+
+    /// All convolutions in the state dict's order.
+    fn convs(&self) -> impl Iterator<Item = &Conv> {
+        let blocks = self.body.iter().filter_map(|stage| match stage {
+            Stage::Block(block) => Some(block.convs()),
+            Stage::MaxPool => None,
+        });
+        std::iter::once(&self.stem).chain(blocks.flatten())
     }
 
     /// Every parameter under its state-dict name, in the state dict's order.
     pub fn named_parameters(&self) -> Vec<(String, Var)> {
-        let mut parameters = Vec::from(self.stem.parameters());
-        for stage in &self.body {
-            if let Stage::Block(block) = stage {
-                parameters.extend(block.convs().into_iter().flat_map(Conv::parameters));
-            }
-        }
-        parameters.extend(self.fc.parameters());
-        parameters
+        let convs = self.convs().flat_map(Conv::parameters);
+        convs.chain(self.fc.parameters()).collect()
     }
 
     /// Number of trainable values.
@@ -186,6 +236,7 @@ impl CifarGoogLeNet {
                 ..self.fc.clone()
             },
             dropout: self.dropout,
+            graph: Arc::default(),
         })
     }
 }

@@ -1,6 +1,8 @@
 //! The layers that the network is made of.
 
-use candle_cnn::{Conv2dConfig, MaxPool2dConfig, conv2d_relu, linear, max_pool2d};
+use candle_cnn::{
+    Conv2dConfig, MaxPool2dConfig, Node, StaticGraphBuilder, conv2d_relu, linear, max_pool2d,
+};
 use candle_core::{Device, Result, Tensor, Var};
 use rand::Rng;
 
@@ -45,12 +47,23 @@ impl Conv {
         conv2d_relu(x, &self.weight, Some(&self.bias), self.config)
     }
 
+    /// [`Self::forward`] as part of a graph.
+    pub(crate) fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
+        let (c_out, _, kernel, _) = self.weight.dims4()?;
+        graph.conv2d_relu(x, c_out, kernel, self.config.padding.0)
+    }
+
     pub(crate) fn parameters(&self) -> [(String, Var); 2] {
         [
             (format!("{}.weight", self.name), self.weight.clone()),
             (format!("{}.bias", self.name), self.bias.clone()),
         ]
     }
+}
+
+/// The pool before branch 4: keeps height and width.
+fn branch4_pool() -> MaxPool2dConfig {
+    MaxPool2dConfig::square(3, 1, 1)
 }
 
 /// Four branches side by side over the same input, concatenated by channel.
@@ -111,9 +124,21 @@ impl Inception {
         let branch1 = self.branch1.forward(x)?;
         let branch2 = self.branch2[1].forward(&self.branch2[0].forward(x)?)?;
         let branch3 = self.branch3[1].forward(&self.branch3[0].forward(x)?)?;
-        let pooled = max_pool2d(x, MaxPool2dConfig::square(3, 1, 1))?;
+        let pooled = max_pool2d(x, branch4_pool())?;
         let branch4 = self.branch4.forward(&pooled)?;
         Tensor::cat(&[branch1, branch2, branch3, branch4], 1)
+    }
+
+    /// [`Self::forward`] as part of a graph: the convolutions in the order of [`Self::convs`].
+    pub(crate) fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
+        let branch1 = self.branch1.describe(graph, x)?;
+        let reduced = self.branch2[0].describe(graph, x)?;
+        let branch2 = self.branch2[1].describe(graph, reduced)?;
+        let reduced = self.branch3[0].describe(graph, x)?;
+        let branch3 = self.branch3[1].describe(graph, reduced)?;
+        let pooled = graph.max_pool2d(x, branch4_pool())?;
+        let branch4 = self.branch4.describe(graph, pooled)?;
+        graph.concat(&[branch1, branch2, branch3, branch4])
     }
 
     /// All convolutions in the state dict's order.

@@ -41,21 +41,21 @@ pub(super) struct Gradients<T> {
 /// Pixels that one task handles at a time: enough to use each loaded weight
 /// panel many times, few enough that images and results stay in the L2 cache
 /// (1,024 pixels × 192 channels × 4 bytes = 768 KiB).
-const PIXELS_PER_TASK: usize = 1024;
+pub(crate) const PIXELS_PER_TASK: usize = 1024;
 
 /// Pixels per block of the weight gradient: 256 pixels × 48 channels × 4
 /// bytes = 48 KiB of output gradient, read again for every input channel tile.
-const PIXELS_PER_OUTER_BLOCK: usize = 256;
+pub(crate) const PIXELS_PER_OUTER_BLOCK: usize = 256;
 
 /// Adjacent output channels that one tile computes.
 #[derive(Clone, Copy)]
-struct Panel {
-    start: usize,
-    vectors: usize,
+pub(crate) struct Panel {
+    pub(crate) start: usize,
+    pub(crate) vectors: usize,
 }
 
 /// Cuts `channels` into panels of two and three vectors where it can.
-fn panels(channels: usize, lanes: usize) -> Vec<Panel> {
+pub(crate) fn panels(channels: usize, lanes: usize) -> Vec<Panel> {
     let mut left = channels.div_ceil(lanes);
     let mut start = 0;
     let mut panels = Vec::new();
@@ -234,17 +234,17 @@ fn transpose<T: Element>(
 }
 
 /// Weights in the order that the gather tiles read: `[panel][tap][channel][lane]`.
-struct PackedWeight<T> {
-    panels: Vec<Panel>,
-    offsets: Vec<usize>,
-    data: Vec<T>,
+pub(crate) struct PackedWeight<T> {
+    pub(crate) panels: Vec<Panel>,
+    pub(crate) offsets: Vec<usize>,
+    pub(crate) data: Vec<T>,
     /// `Σ vectors × lanes`: output channels rounded up to whole vectors.
-    width: usize,
+    pub(crate) width: usize,
 }
 
 impl<T: Element> PackedWeight<T> {
     /// `at(output channel, tap, input channel)` indexes the original weight.
-    fn new(
+    pub(crate) fn new(
         data: &[T],
         (c_out, taps, c_in): (usize, usize, usize),
         lanes: usize,
@@ -309,6 +309,7 @@ fn gather<T: Element>(
                 channels,
                 panel: weight.data[offset..].as_ptr(),
                 init: init[panel.start..].as_ptr(),
+                init_stride: 0,
                 relu,
                 out: out[tile * height * weight.width + panel.start..].as_mut_ptr(),
                 out_stride: weight.width,

@@ -13,7 +13,9 @@ use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::simd::Isa;
 
-pub(crate) use cpu::keep_positive;
+pub(crate) use cpu::{
+    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, keep_positive, panels,
+};
 pub use reference::{conv2d_backward_reference, conv2d_reference};
 
 const OP: &str = "conv2d";

@@ -4,7 +4,7 @@
 //! `vectors × LANES` adjacent output channels; a *tap* is one kernel position.
 //!
 //! * [`Kernels::gather`] (forward, input gradient):
-//!   `out[i][j] = init[j] + Σ_tap Σ_c rows[i][offset[tap] + c] · panel[tap][c][j]`
+//!   `out[i][j] = init[i][j] + Σ_tap Σ_c rows[i][offset[tap] + c] · panel[tap][c][j]`
 //! * [`Kernels::outer`] (weight gradient):
 //!   `dw[i][j] += Σ_p x[rows[p] + i] · dy[p][j]`
 //!
@@ -37,8 +37,10 @@ pub(crate) struct Gather<T> {
     pub(crate) channels: usize,
     /// `[taps][channels][vectors × LANES]`.
     pub(crate) panel: *const T,
-    /// `vectors × LANES` start values (the bias).
+    /// `vectors × LANES` start values of each row: the bias, or what is there already.
     pub(crate) init: *const T,
+    /// Elements between the start values of two rows: 0 where all have the same.
+    pub(crate) init_stride: usize,
     pub(crate) relu: bool,
     /// First row of the output tile.
     pub(crate) out: *mut T,
@@ -89,9 +91,9 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
     // SAFETY: forwarded from the caller.
     unsafe {
         let width = VECTORS * S::LANES;
-        let init: [S::Vector; VECTORS] =
-            std::array::from_fn(|j| S::load(args.init.add(j * S::LANES)));
-        let mut sums = [init; ROWS];
+        let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
+            std::array::from_fn(|j| S::load(args.init.add(i * args.init_stride + j * S::LANES)))
+        });
         let mut panel = args.panel;
         for tap in 0..args.taps {
             let offset = *args.tap_offsets.add(tap);

@@ -1,0 +1,517 @@
+//! A fixed network of convolutions and poolings that runs as one operation.
+//!
+//! [`crate::conv2d_relu`] and its like are nodes of Candle's graph: each lays
+//! its input out anew, allocates its result, and has its gradient added to
+//! zeros. A [`StaticGraph`] knows the whole network beforehand. Its maps stay
+//! in the layout of the register tiles (pixels of channels, with the padding
+//! in place), branches write straight into their concatenation, gradients are
+//! added up where they belong, and buffers are kept from step to step. To
+//! Candle it is one operation on the images and the parameters, with gradients
+//! through the ordinary `backward()`.
+
+mod arena;
+mod pool;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+
+use self::arena::Arenas;
+use self::run::{Backward, Forward};
+use crate::element::{dispatch, float_dtype, slice, with_slice};
+use crate::error::OpError;
+use crate::max_pool2d::MaxPool2dConfig;
+use crate::simd::Isa;
+use crate::window::Axis;
+
+const OP: &str = "static_graph";
+
+/// Channels of a pixel are stored in a multiple of this: the widest vector of
+/// f32, so that a vector written for one branch ends where the next begins.
+const ALIGNMENT: usize = 16;
+
+/// What a node of the graph yields: a map (N, C, H, W).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node(usize);
+
+/// Describes a network, operation by operation; see [`StaticGraph`].
+#[derive(Clone, Debug)]
+pub struct StaticGraphBuilder {
+    nodes: Vec<Map>,
+    operations: Vec<Operation>,
+}
+
+/// The value of a node. A branch of a concatenation lies inside of the whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Map {
+    channels: usize,
+    /// Height and width.
+    size: (usize, usize),
+    /// Where it lies, if not in a buffer of its own: the node and its first channel there.
+    within: Option<(usize, usize)>,
+    /// Pixels around the image that a convolution reads as zeros.
+    halo: usize,
+    /// The same of the gradient.
+    gradient_halo: usize,
+    is_read: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    Convolution(Convolution),
+    MaxPool(MaxPool),
+}
+
+/// A convolution of stride 1 with bias, followed by ReLU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Convolution {
+    input: usize,
+    output: usize,
+    c_in: usize,
+    c_out: usize,
+    kernel: usize,
+    padding: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MaxPool {
+    input: usize,
+    output: usize,
+    h: Axis,
+    w: Axis,
+}
+
+impl StaticGraphBuilder {
+    /// A graph whose input are images of `channels` channels and `size` (height, width).
+    pub fn new(channels: usize, size: (usize, usize)) -> Self {
+        Self {
+            nodes: vec![Map::new(channels, size)],
+            operations: Vec::new(),
+        }
+    }
+
+    /// The images.
+    pub fn input(&self) -> Node {
+        Node(0)
+    }
+
+    /// A convolution of stride 1 with a square kernel and bias, followed by
+    /// ReLU: [`crate::conv2d_relu`].
+    ///
+    /// # Errors
+    /// A kernel that does not fit the padded input, or a padding that it cannot reach.
+    pub fn conv2d_relu(
+        &mut self,
+        input: Node,
+        c_out: usize,
+        kernel: usize,
+        padding: usize,
+    ) -> Result<Node> {
+        let map = self.readable(input)?;
+        if kernel == 0 || padding >= kernel {
+            let expected = "a kernel of at least 1 and a padding below it";
+            return Err(OpError::setting(
+                OP,
+                "(kernel, padding)",
+                (kernel, padding),
+                expected,
+            ));
+        }
+        let fits = |size: usize| (size + 2 * padding).checked_sub(kernel).map(|s| s + 1);
+        let (Some(height), Some(width)) = (fits(map.size.0), fits(map.size.1)) else {
+            return Err(OpError::Window {
+                op: OP,
+                window: (kernel, kernel),
+                input: map.size,
+                padding: (padding, padding),
+            }
+            .into());
+        };
+        let output = self.nodes.len();
+        self.nodes.push(Map {
+            gradient_halo: kernel - 1 - padding,
+            ..Map::new(c_out, (height, width))
+        });
+        let from = &mut self.nodes[input.0];
+        from.halo = from.halo.max(padding);
+        from.is_read = true;
+        self.operations.push(Operation::Convolution(Convolution {
+            input: input.0,
+            output,
+            c_in: map.channels,
+            c_out,
+            kernel,
+            padding,
+        }));
+        Ok(Node(output))
+    }
+
+    /// Max-pooling: [`crate::max_pool2d`].
+    ///
+    /// # Errors
+    /// A window that does not fit the padded input.
+    pub fn max_pool2d(&mut self, input: Node, config: MaxPool2dConfig) -> Result<Node> {
+        let map = self.readable(input)?;
+        let (kernel, stride, padding) = (config.kernel_size, config.stride, config.padding);
+        for (name, pair) in [("kernel_size", kernel), ("stride", stride)] {
+            if pair.0 == 0 || pair.1 == 0 {
+                return Err(OpError::setting(OP, name, pair, "at least 1"));
+            }
+        }
+        if padding.0 > kernel.0 / 2 || padding.1 > kernel.1 / 2 {
+            let expected = "at most half of the kernel size";
+            return Err(OpError::setting(OP, "padding", padding, expected));
+        }
+        let axis = |size, kernel, stride, padding| {
+            Axis::new(size, kernel, stride, padding, config.ceil_mode)
+        };
+        let (Some(h), Some(w)) = (
+            axis(map.size.0, kernel.0, stride.0, padding.0),
+            axis(map.size.1, kernel.1, stride.1, padding.1),
+        ) else {
+            return Err(OpError::Window {
+                op: OP,
+                window: kernel,
+                input: map.size,
+                padding,
+            }
+            .into());
+        };
+        let output = self.nodes.len();
+        self.nodes
+            .push(Map::new(map.channels, (h.output, w.output)));
+        self.nodes[input.0].is_read = true;
+        self.operations.push(Operation::MaxPool(MaxPool {
+            input: input.0,
+            output,
+            h,
+            w,
+        }));
+        Ok(Node(output))
+    }
+
+    /// The map of a node that has a buffer of its own.
+    fn readable(&self, node: Node) -> Result<Map> {
+        let map = self.nodes[node.0];
+        if map.within.is_some() {
+            let expected = "not part of a concatenation: only the whole can be read";
+            return Err(OpError::setting(OP, "node", node.0, expected));
+        }
+        Ok(map)
+    }
+
+    /// Joins convolutions' results by channel. They are written in place, so
+    /// that nothing but the whole may be read.
+    ///
+    /// # Errors
+    /// Parts of different sizes; a part that is read elsewhere, is part of
+    /// another whole, or was made by a pooling; all but the last must have a
+    /// multiple of 16 channels.
+    pub fn concat(&mut self, parts: &[Node]) -> Result<Node> {
+        let whole = self.nodes.len();
+        let size = parts.first().map_or((0, 0), |part| self.nodes[part.0].size);
+        let mut channels = 0usize;
+        let mut gradient_halo = 0;
+        for part in parts {
+            let map = self.nodes[part.0];
+            let is_convolution = self.operations.iter().any(
+                |operation| matches!(operation, Operation::Convolution(c) if c.output == part.0),
+            );
+            if map.size != size
+                || map.is_read
+                || map.within.is_some()
+                || !is_convolution
+                || !channels.is_multiple_of(ALIGNMENT)
+            {
+                let expected = "unread convolutions of one size, of 16·n channels but for the last";
+                return Err(OpError::setting(
+                    OP,
+                    "concat",
+                    (map.channels, map.size),
+                    expected,
+                ));
+            }
+            self.nodes[part.0].within = Some((whole, channels));
+            channels += map.channels;
+            gradient_halo = gradient_halo.max(map.gradient_halo);
+        }
+        self.nodes.push(Map {
+            gradient_halo,
+            ..Map::new(channels, size)
+        });
+        Ok(Node(whole))
+    }
+
+    /// Ends the graph with the mean of each channel of `output`:
+    /// [`crate::global_avg_pool2d`].
+    ///
+    /// # Errors
+    /// A node besides `output` that nobody reads.
+    pub fn global_avg_pool2d(mut self, output: Node) -> Result<StaticGraph> {
+        self.readable(output)?;
+        self.nodes[output.0].is_read = true;
+        for (index, map) in self.nodes.iter().enumerate() {
+            if !map.is_read && map.within.is_none() {
+                return Err(OpError::setting(OP, "node", index, "to be read by another"));
+            }
+        }
+        Ok(StaticGraph {
+            inner: Arc::new(Inner {
+                nodes: self.nodes,
+                operations: self.operations,
+                output: output.0,
+                arenas: Arenas::default(),
+            }),
+        })
+    }
+}
+
+impl Map {
+    fn new(channels: usize, size: (usize, usize)) -> Self {
+        Self {
+            channels,
+            size,
+            within: None,
+            halo: 0,
+            gradient_halo: 0,
+            is_read: false,
+        }
+    }
+}
+
+/// A network of convolutions with ReLU, max-poolings and concatenations that
+/// ends in a global average pool, run as one operation on the CPU.
+///
+/// ```
+/// use candle_cnn::{MaxPool2dConfig, StaticGraphBuilder};
+/// use candle_core::{DType, Device, Tensor, Var};
+///
+/// let mut builder = StaticGraphBuilder::new(3, (8, 8));
+/// let stem = builder.conv2d_relu(builder.input(), 16, 3, 1)?;
+/// let pooled = builder.max_pool2d(stem, MaxPool2dConfig::square(2, 2, 0))?;
+/// let graph = builder.global_avg_pool2d(pooled)?;
+///
+/// let images = Tensor::ones((2, 3, 8, 8), DType::F32, &Device::Cpu)?;
+/// let weight = Var::randn(0f32, 0.1, (16, 3, 3, 3), &Device::Cpu)?;
+/// let bias = Var::zeros(16, DType::F32, &Device::Cpu)?;
+/// let features = graph.forward(&images, &[(&weight, &bias)])?;
+/// assert_eq!(features.dims(), [2, 16]);
+/// let gradients = features.sum_all()?.backward()?;
+/// assert_eq!(gradients.get(&weight).unwrap().dims(), [16, 3, 3, 3]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct StaticGraph {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    nodes: Vec<Map>,
+    operations: Vec<Operation>,
+    output: usize,
+    arenas: Arenas,
+}
+
+impl StaticGraph {
+    /// (N, C, H, W) → (N, C'). `parameters` are weight (C_out, C_in, k, k) and
+    /// bias (C_out) of each convolution, in the order in which they were described.
+    ///
+    /// f32 and f64. A gradient that nobody needs is not computed: neither those
+    /// of the images and of frozen parameters nor any before the first trainable one.
+    ///
+    /// # Errors
+    /// Another number of parameters or other shapes than described, and what
+    /// [`crate::conv2d`] refuses.
+    pub fn forward(&self, images: &Tensor, parameters: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
+        let inner = &self.inner;
+        let input = &inner.nodes[0];
+        let expected = [input.channels, input.size.0, input.size.1];
+        if images.rank() != 4 || images.dims()[1..] != expected {
+            return Err(OpError::Shapes {
+                op: OP,
+                left_name: "images",
+                left: images.dims().to_vec(),
+                right_name: "the graph's input",
+                right: expected.to_vec(),
+                rule: "(N, C, H, W) with the C, H and W that the graph was made for",
+            }
+            .into());
+        }
+        let convolutions = inner.convolutions();
+        if convolutions.len() != parameters.len() {
+            return Err(OpError::Shapes {
+                op: OP,
+                left_name: "number of parameters",
+                left: vec![parameters.len()],
+                right_name: "number of convolutions",
+                right: vec![convolutions.len()],
+                rule: "each convolution has a weight and a bias",
+            }
+            .into());
+        }
+        let mut flat = Vec::with_capacity(2 * parameters.len());
+        for (c, (weight, bias)) in convolutions.iter().zip(parameters) {
+            let shape = [c.c_out, c.c_in, c.kernel, c.kernel];
+            for (name, tensor, shape) in
+                [("weight", weight, &shape[..]), ("bias", bias, &shape[..1])]
+            {
+                if tensor.dims() != shape {
+                    return Err(OpError::Shapes {
+                        op: OP,
+                        left_name: name,
+                        left: tensor.dims().to_vec(),
+                        right_name: "the graph's",
+                        right: shape.to_vec(),
+                        rule: "a parameter has the shape that the graph was made for",
+                    }
+                    .into());
+                }
+                flat.push(tensor.flatten_all()?);
+            }
+        }
+        let all: Vec<&Tensor> = std::iter::once(images)
+            .chain(parameters.iter().flat_map(|&(weight, bias)| [weight, bias]))
+            .collect();
+        let dtype = float_dtype(OP, &all)?;
+        let trainable = parameters
+            .iter()
+            .map(|(weight, bias)| weight.track_op() || bias.track_op())
+            .collect();
+        let images = images.contiguous()?;
+        let op = Run {
+            graph: Arc::clone(inner),
+            dtype,
+            needs_input: images.track_op(),
+            trainable,
+            kept: Mutex::new(None),
+        };
+        images.apply_op2(&Tensor::cat(&flat, 0)?, op)
+    }
+}
+
+impl Inner {
+    fn convolutions(&self) -> Vec<Convolution> {
+        let convolution = |operation: &Operation| match operation {
+            Operation::Convolution(c) => Some(*c),
+            Operation::MaxPool(_) => None,
+        };
+        self.operations.iter().filter_map(convolution).collect()
+    }
+}
+
+/// One pass through the graph as a node of Candle's.
+struct Run {
+    graph: Arc<Inner>,
+    dtype: DType,
+    needs_input: bool,
+    /// Whether each convolution's parameters need their gradient.
+    trainable: Vec<bool>,
+    /// The maps of the forward pass, where somebody needs a gradient.
+    kept: Mutex<Option<Kept>>,
+}
+
+enum Kept {
+    F32(run::Maps<f32>),
+    F64(run::Maps<f64>),
+}
+
+/// Wraps and unwraps the maps of an element type.
+trait Keep: Sized {
+    fn keep(maps: run::Maps<Self>) -> Kept;
+    fn take(kept: Kept) -> Option<run::Maps<Self>>;
+}
+
+macro_rules! keep {
+    ($t:ty, $variant:ident) => {
+        impl Keep for $t {
+            fn keep(maps: run::Maps<Self>) -> Kept {
+                Kept::$variant(maps)
+            }
+            fn take(kept: Kept) -> Option<run::Maps<Self>> {
+                match kept {
+                    Kept::$variant(maps) => Some(maps),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+keep!(f32, F32);
+keep!(f64, F64);
+
+impl Run {
+    fn needs_gradient(&self) -> bool {
+        self.needs_input || self.trainable.contains(&true)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Kept>> {
+        // The value is replaced whole, so that a panic elsewhere cannot have spoiled it.
+        self.kept
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl CustomOp2 for Run {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        images: &CpuStorage,
+        images_layout: &Layout,
+        parameters: &CpuStorage,
+        parameters_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let batch = images_layout.dims()[0];
+        dispatch!(OP, self.dtype, T => {
+            let pass = Forward::<T>::new(&self.graph, Isa::detect(), batch);
+            let (features, maps) = pass.run(
+                slice::<T>(OP, images, images_layout)?,
+                slice::<T>(OP, parameters, parameters_layout)?,
+                self.needs_gradient(),
+            );
+            *self.lock() = maps.map(Keep::keep);
+            let shape = Shape::from((batch, self.graph.nodes[self.graph.output].channels));
+            Ok((<T as candle_core::WithDType>::to_cpu_storage_owned(features), shape))
+        })
+    }
+
+    fn bwd(
+        &self,
+        images: &Tensor,
+        parameters: &Tensor,
+        _features: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let gradient = gradient.contiguous()?;
+        let kept = self.lock().take();
+        dispatch!(OP, self.dtype, T => {
+            let Some(maps) = kept.and_then(<T as Keep>::take) else {
+                let expected = "one backward pass for each forward pass";
+                return Err(OpError::setting(OP, "backward", "a second one", expected));
+            };
+            let pass = Backward::<T>::new(
+                &self.graph,
+                Isa::detect(),
+                images.dims()[0],
+                self.needs_input,
+                &self.trainable,
+            );
+            let (d_images, d_parameters) = with_slice::<T, _>(OP, parameters, |parameters| {
+                with_slice::<T, _>(OP, &gradient, |gradient| {
+                    Ok(pass.run(maps, parameters, gradient))
+                })
+            })?;
+            let d_images = d_images.map(|d| Tensor::from_vec(d, images.shape(), images.device()));
+            let d_parameters =
+                Tensor::from_vec(d_parameters, parameters.shape(), parameters.device())?;
+            Ok((d_images.transpose()?, parameters.track_op().then_some(d_parameters)))
+        })
+    }
+}

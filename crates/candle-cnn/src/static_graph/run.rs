@@ -1,0 +1,909 @@
+//! Both passes through a graph: operation by operation, a few images per task.
+//!
+//! A convolution reads its input where it lies, halo included: its register
+//! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
+//! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
+#![allow(unsafe_code)]
+
+use rayon::prelude::*;
+
+use super::arena::Layout;
+use super::pool::{self, Pool};
+use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
+use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, keep_positive, panels};
+use crate::element::Element;
+use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, multiversion};
+
+/// The buffers of the nodes that have one.
+pub(super) struct Maps<T>(Vec<Option<Vec<T>>>);
+
+impl Inner {
+    /// The buffer that a node lies in, and its first channel there.
+    fn place(&self, node: usize) -> (usize, usize) {
+        self.nodes[node].within.unwrap_or((node, 0))
+    }
+
+    fn layout(&self, buffer: usize) -> Layout {
+        let map = &self.nodes[buffer];
+        Layout {
+            size: map.size,
+            halo: map.halo,
+            width: map.channels.next_multiple_of(ALIGNMENT),
+        }
+    }
+
+    fn gradient_layout(&self, buffer: usize) -> Layout {
+        Layout {
+            halo: self.nodes[buffer].gradient_halo,
+            ..self.layout(buffer)
+        }
+    }
+
+    /// Where weight and bias of each convolution begin in the flat parameters, and their number.
+    fn parameter_offsets(&self) -> (Vec<(usize, usize)>, usize) {
+        let mut end = 0;
+        let mut offsets = Vec::new();
+        for c in self.convolutions() {
+            let weight = end;
+            let bias = weight + c.c_out * c.c_in * c.kernel * c.kernel;
+            offsets.push((weight, bias));
+            end = bias + c.c_out;
+        }
+        (offsets, end)
+    }
+}
+
+impl Operation {
+    fn input(&self) -> usize {
+        match self {
+            Self::Convolution(c) => c.input,
+            Self::MaxPool(p) => p.input,
+        }
+    }
+
+    fn output(&self) -> usize {
+        match self {
+            Self::Convolution(c) => c.output,
+            Self::MaxPool(p) => p.output,
+        }
+    }
+}
+
+/// Images per task: about [`PIXELS_PER_TASK`] pixels, but work for every thread.
+fn images_per_task(batch: usize, (height, width): (usize, usize)) -> usize {
+    let wanted = PIXELS_PER_TASK.div_ceil((height * width).max(1));
+    wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
+}
+
+/// The forward pass.
+pub(super) struct Forward<'a, T: 'static> {
+    graph: &'a Inner,
+    isa: Isa,
+    kernels: &'static Kernels<T>,
+    batch: usize,
+}
+
+impl<'a, T: Element> Forward<'a, T> {
+    pub(super) fn new(graph: &'a Inner, isa: Isa, batch: usize) -> Self {
+        Self {
+            graph,
+            isa,
+            kernels: T::kernels(isa),
+            batch,
+        }
+    }
+
+    /// Features (N, C) and, if `keep`, the maps that the backward pass needs.
+    pub(super) fn run(
+        &self,
+        images: &[T],
+        parameters: &[T],
+        keep: bool,
+    ) -> (Vec<T>, Option<Maps<T>>) {
+        let graph = self.graph;
+        let (offsets, _) = graph.parameter_offsets();
+        let mut offsets = offsets.into_iter();
+        let mut maps: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
+        maps[0] = Some(self.images(images));
+        for (index, operation) in graph.operations.iter().enumerate() {
+            let (buffer, channel) = graph.place(operation.output());
+            let mut y = maps[buffer].take().unwrap_or_else(|| self.take(buffer));
+            let x = maps[operation.input()].as_deref().unwrap_or_default();
+            match operation {
+                Operation::Convolution(c) => {
+                    let (weight, bias) = offsets.next().unwrap_or_default();
+                    self.convolve(
+                        c,
+                        x,
+                        &parameters[weight..bias],
+                        &parameters[bias..],
+                        &mut y,
+                        channel,
+                    );
+                }
+                Operation::MaxPool(p) => self.max_pool(p, x, &mut y),
+            }
+            maps[buffer] = Some(y);
+            if !keep {
+                self.release_read(index, &mut maps);
+            }
+        }
+        let features = self.global_average(maps[graph.output].as_deref().unwrap_or_default());
+        if keep {
+            return (features, Some(Maps(maps)));
+        }
+        for (node, map) in maps.into_iter().enumerate() {
+            give_back(graph, node, map);
+        }
+        (features, None)
+    }
+
+    fn take(&self, buffer: usize) -> Vec<T> {
+        let layout = self.graph.layout(buffer);
+        self.graph.arenas.of::<T>().take(layout, self.batch)
+    }
+
+    /// Gives the input of operation `index` back if no later one reads it.
+    fn release_read(&self, index: usize, maps: &mut [Option<Vec<T>>]) {
+        let node = self.graph.operations[index].input();
+        let later = &self.graph.operations[index + 1..];
+        if node != self.graph.output && later.iter().all(|o| o.input() != node) {
+            give_back(self.graph, node, maps[node].take());
+        }
+    }
+
+    /// Planes to pixels of channels.
+    fn images(&self, planes: &[T]) -> Vec<T> {
+        let map = &self.graph.nodes[0];
+        let layout = self.graph.layout(0);
+        let (height, width) = map.size;
+        let mut to = self.take(0);
+        let planes_len = map.channels * height * width;
+        if planes_len == 0 {
+            return to;
+        }
+        to.par_chunks_mut(layout.image())
+            .zip(planes.par_chunks(planes_len))
+            .for_each(|(to, planes)| {
+                for (c, plane) in planes.chunks_exact(height * width).enumerate() {
+                    for (h, line) in plane.chunks_exact(width).enumerate() {
+                        for (w, &value) in line.iter().enumerate() {
+                            to[layout.at(h, w) + c] = value;
+                        }
+                    }
+                }
+            });
+        to
+    }
+
+    fn convolve(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        weight: &[T],
+        bias: &[T],
+        y: &mut [T],
+        channel: usize,
+    ) {
+        let taps = c.kernel * c.kernel;
+        let lanes = self.kernels.lanes;
+        let packed = PackedWeight::new(weight, (c.c_out, taps, c.c_in), lanes, |k, tap, i| {
+            (k * c.c_in + i) * taps + tap
+        });
+        let mut start = vec![T::ZERO; packed.width];
+        start[..c.c_out].copy_from_slice(&bias[..c.c_out]);
+        let pass = GatherPass {
+            kernels: self.kernels,
+            x: self.graph.layout(c.input),
+            x_channel: 0,
+            channels: c.c_in,
+            kernel: c.kernel,
+            padding: c.padding,
+            weight: &packed,
+            start: Start::Values(&start),
+            relu: true,
+            y: self.graph.layout(self.graph.place(c.output).0),
+            y_channel: channel,
+        };
+        let images = images_per_task(self.batch, pass.y.size);
+        y[..self.batch * pass.y.image()]
+            .par_chunks_mut(images * pass.y.image())
+            .zip(x.par_chunks(images * pass.x.image()))
+            .for_each_init(Rows::default, |rows, (y, x)| pass.run(x, y, rows));
+    }
+
+    fn max_pool(&self, p: &MaxPool, x: &[T], y: &mut [T]) {
+        let pool = max_pool_of(self.graph, p);
+        y[..self.batch * pool.y.image()]
+            .par_chunks_mut(pool.y.image())
+            .zip(x.par_chunks(pool.x.image()))
+            .for_each(|(y, x)| pool::forward(self.isa, &pool, x, y));
+    }
+
+    fn global_average(&self, x: &[T]) -> Vec<T> {
+        let channels = self.graph.nodes[self.graph.output].channels;
+        let layout = self.graph.layout(self.graph.output);
+        let (height, width) = layout.size;
+        let scale = T::real(1.0 / (height * width) as f64);
+        let mut features = vec![T::ZERO; self.batch * channels];
+        if features.is_empty() {
+            return features;
+        }
+        features
+            .par_chunks_mut(channels)
+            .zip(x.par_chunks(layout.image()))
+            .for_each(|(sums, x)| {
+                for h in 0..height {
+                    for w in 0..width {
+                        let pixel = &x[layout.at(h, w)..][..channels];
+                        for (sum, &value) in sums.iter_mut().zip(pixel) {
+                            *sum += value;
+                        }
+                    }
+                }
+                for sum in sums {
+                    *sum = *sum * scale;
+                }
+            });
+        features
+    }
+}
+
+/// The backward pass.
+pub(super) struct Backward<'a, T: 'static> {
+    forward: Forward<'a, T>,
+    trainable: &'a [bool],
+    /// Whether the gradient of each buffer is needed.
+    needed: Vec<bool>,
+}
+
+impl<'a, T: Element> Backward<'a, T> {
+    pub(super) fn new(
+        graph: &'a Inner,
+        isa: Isa,
+        batch: usize,
+        needs_input: bool,
+        trainable: &'a [bool],
+    ) -> Self {
+        let mut needed = vec![false; graph.nodes.len()];
+        needed[0] = needs_input;
+        let mut parameters = trainable.iter();
+        for operation in &graph.operations {
+            let is_trainable = match operation {
+                Operation::Convolution(_) => parameters.next().copied().unwrap_or(false),
+                Operation::MaxPool(_) => false,
+            };
+            let output = graph.place(operation.output()).0;
+            needed[output] |= is_trainable || needed[operation.input()];
+        }
+        Self {
+            forward: Forward::new(graph, isa, batch),
+            trainable,
+            needed,
+        }
+    }
+
+    /// Gradients of the images, if they are needed, and of the flat parameters.
+    pub(super) fn run(
+        &self,
+        maps: Maps<T>,
+        parameters: &[T],
+        d_features: &[T],
+    ) -> (Option<Vec<T>>, Vec<T>) {
+        let graph = self.forward.graph;
+        let Maps(mut maps) = maps;
+        let mut gradients: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
+        let (offsets, len) = graph.parameter_offsets();
+        let mut d_parameters = vec![T::ZERO; len];
+        if self.needed[graph.output] {
+            gradients[graph.output] = Some(self.spread(d_features));
+        }
+        let mut convolution = offsets.len();
+        for (index, operation) in graph.operations.iter().enumerate().rev() {
+            let (buffer, channel) = graph.place(operation.output());
+            let is_trainable = match operation {
+                Operation::Convolution(_) => {
+                    convolution -= 1;
+                    self.trainable[convolution]
+                }
+                Operation::MaxPool(_) => false,
+            };
+            if (is_trainable || self.needed[operation.input()])
+                && let Some(mut dy) = gradients[buffer].take()
+            {
+                // What has been added up so far, or a buffer of anything.
+                let dx = self.needed[operation.input()].then(|| {
+                    let so_far = gradients[operation.input()].take();
+                    let is_first = so_far.is_none();
+                    (
+                        so_far.unwrap_or_else(|| self.take(operation.input())),
+                        is_first,
+                    )
+                });
+                let x = maps[operation.input()].as_deref().unwrap_or_default();
+                let dx = match operation {
+                    Operation::Convolution(c) => {
+                        let y = maps[buffer].as_deref().unwrap_or_default();
+                        let (weight, bias) = offsets[convolution];
+                        let end = bias + c.c_out;
+                        let d_parameters = &mut d_parameters[weight..end];
+                        let weight = &parameters[weight..bias];
+                        let d_parameters = is_trainable.then_some(d_parameters);
+                        self.convolution(c, x, y, weight, channel, &mut dy, dx, d_parameters)
+                    }
+                    Operation::MaxPool(p) => dx.map(|dx| self.max_pool(p, x, &dy, dx)),
+                };
+                gradients[operation.input()] = dx;
+                gradients[buffer] = Some(dy);
+            }
+            let earlier = &graph.operations[..index];
+            if earlier.iter().all(|o| graph.place(o.output()).0 != buffer) {
+                give_back(graph, buffer, maps[buffer].take());
+                give_back_gradient(graph, buffer, gradients[buffer].take());
+            }
+        }
+        give_back(graph, 0, maps[0].take());
+        let d_images = gradients[0].take().map(|gradient| {
+            let planes = self.planes(&gradient);
+            give_back_gradient(graph, 0, Some(gradient));
+            planes
+        });
+        (d_images, d_parameters)
+    }
+
+    fn take(&self, buffer: usize) -> Vec<T> {
+        let layout = self.forward.graph.gradient_layout(buffer);
+        self.forward
+            .graph
+            .arenas
+            .of::<T>()
+            .take(layout, self.forward.batch)
+    }
+
+    /// The gradient of the global average: to every pixel its share.
+    fn spread(&self, d_features: &[T]) -> Vec<T> {
+        let graph = self.forward.graph;
+        let channels = graph.nodes[graph.output].channels;
+        let layout = graph.gradient_layout(graph.output);
+        let (height, width) = layout.size;
+        let scale = T::real(1.0 / (height * width) as f64);
+        let mut gradient = self.take(graph.output);
+        if channels > 0 {
+            gradient
+                .par_chunks_mut(layout.image())
+                .zip(d_features.par_chunks(channels))
+                .for_each(|(gradient, d_features)| {
+                    for h in 0..height {
+                        for w in 0..width {
+                            let pixel = &mut gradient[layout.at(h, w)..][..channels];
+                            for (g, &d) in pixel.iter_mut().zip(d_features) {
+                                *g = d * scale;
+                            }
+                        }
+                    }
+                });
+        }
+        gradient
+    }
+
+    /// Pixels of channels to planes.
+    fn planes(&self, gradient: &[T]) -> Vec<T> {
+        let map = &self.forward.graph.nodes[0];
+        let layout = self.forward.graph.gradient_layout(0);
+        let (height, width) = map.size;
+        let plane = height * width;
+        let mut planes = vec![T::ZERO; self.forward.batch * map.channels * plane];
+        if planes.is_empty() {
+            return planes;
+        }
+        planes
+            .par_chunks_mut(map.channels * plane)
+            .zip(gradient.par_chunks(layout.image()))
+            .for_each(|(planes, gradient)| {
+                for (at, value) in planes.iter_mut().enumerate() {
+                    let (c, pixel) = (at / plane, at % plane);
+                    *value = gradient[layout.at(pixel / width, pixel % width) + c];
+                }
+            });
+        planes
+    }
+
+    fn max_pool(&self, p: &MaxPool, x: &[T], dy: &[T], dx: (Vec<T>, bool)) -> Vec<T> {
+        let pool = max_pool_of(self.forward.graph, p);
+        let (mut dx, is_first) = dx;
+        dx[..self.forward.batch * pool.dx.image()]
+            .par_chunks_mut(pool.dx.image())
+            .zip(x.par_chunks(pool.x.image()))
+            .zip(dy.par_chunks(pool.dy.image()))
+            .for_each(|((dx, x), dy)| {
+                if is_first {
+                    dx.fill(T::ZERO);
+                }
+                pool::backward(self.forward.isa, &pool, x, dy, dx);
+            });
+        dx
+    }
+
+    /// Masks `dy` by the ReLU, adds to `dx` and writes the parameters' gradients.
+    #[allow(clippy::too_many_arguments)]
+    fn convolution(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        y: &[T],
+        weight: &[T],
+        channel: usize,
+        dy: &mut [T],
+        dx: Option<(Vec<T>, bool)>,
+        d_parameters: Option<&mut [T]>,
+    ) -> Option<Vec<T>> {
+        let Forward {
+            graph,
+            isa,
+            kernels,
+            batch,
+        } = self.forward;
+        let taps = c.kernel * c.kernel;
+        let output = graph.place(c.output).0;
+        let (x_layout, dx_layout) = (graph.layout(c.input), graph.gradient_layout(c.input));
+        let dy_layout = graph.gradient_layout(output);
+        let mask = Mask {
+            y: graph.layout(output),
+            dy: dy_layout,
+            channel,
+            channels: c.c_out,
+        };
+        let (mut dx, is_first) = match dx {
+            Some((dx, is_first)) => (Some(dx), is_first),
+            None => (None, true),
+        };
+        let packed = dx.is_some().then(|| {
+            PackedWeight::new(
+                weight,
+                (c.c_in, taps, c.c_out),
+                kernels.lanes,
+                |i, tap, k| (k * c.c_in + i) * taps + (taps - 1 - tap),
+            )
+        });
+        let zeros = vec![T::ZERO; c.c_in.next_multiple_of(kernels.lanes)];
+        let input_pass = packed.as_ref().map(|packed| GatherPass {
+            kernels,
+            x: dy_layout,
+            x_channel: channel,
+            channels: c.c_out,
+            kernel: c.kernel,
+            padding: c.kernel - 1 - c.padding,
+            weight: packed,
+            start: if is_first {
+                Start::Values(&zeros)
+            } else {
+                Start::Present
+            },
+            relu: false,
+            y: dx_layout,
+            y_channel: 0,
+        });
+        let outer_pass = d_parameters.is_some().then(|| OuterPass {
+            kernels,
+            x: x_layout,
+            c_in: c.c_in,
+            kernel: c.kernel,
+            padding: c.padding,
+            dy: dy_layout,
+            dy_channel: channel,
+            c_out: c.c_out,
+        });
+
+        // One part per thread, each a run of whole images; their sums are
+        // added up in this order.
+        let threads = rayon::current_num_threads().clamp(1, batch.max(1));
+        let per_part = batch.div_ceil(threads).max(1);
+        let group = images_per_task(batch, mask.y.size);
+        let count = batch.div_ceil(per_part);
+        let mut dx_parts: Vec<Option<&mut [T]>> = match &mut dx {
+            Some(dx) => dx[..batch * dx_layout.image()]
+                .chunks_mut(per_part * dx_layout.image())
+                .map(Some)
+                .collect(),
+            None => Vec::new(),
+        };
+        dx_parts.resize_with(count, || None);
+        let sums: Vec<Sums<T>> = dy[..batch * dy_layout.image()]
+            .par_chunks_mut(per_part * dy_layout.image())
+            .zip(dx_parts)
+            .enumerate()
+            .map(|(part, (dy, mut dx))| {
+                let mut sums = Sums::new(outer_pass.as_ref(), c.c_out);
+                let mut rows = Rows::default();
+                for (index, dy) in dy.chunks_mut(group * dy_layout.image()).enumerate() {
+                    let first = part * per_part + index * group;
+                    let images = dy.len() / dy_layout.image();
+                    let x = &x[first * x_layout.image()..][..images * x_layout.image()];
+                    let y = &y[first * mask.y.image()..][..images * mask.y.image()];
+                    for (dy, y) in dy
+                        .chunks_exact_mut(dy_layout.image())
+                        .zip(y.chunks_exact(mask.y.image()))
+                    {
+                        mask_image(isa, &mask, y, dy, &mut sums.image_bias);
+                        sums.add_image_bias();
+                    }
+                    if let (Some(pass), Some(dx)) = (&input_pass, &mut dx) {
+                        let dx = &mut dx[index * group * dx_layout.image()..];
+                        pass.run(dy, &mut dx[..images * dx_layout.image()], &mut rows);
+                    }
+                    if let Some(pass) = &outer_pass {
+                        pass.run(x, dy, &mut sums.weight, &mut rows);
+                    }
+                }
+                sums
+            })
+            .collect();
+        if let (Some(d_parameters), Some(pass)) = (d_parameters, &outer_pass) {
+            let (d_weight, d_bias) = d_parameters.split_at_mut(c.c_out * c.c_in * taps);
+            pass.unpack(&sums, d_weight);
+            for part in &sums {
+                for (to, &from) in d_bias.iter_mut().zip(&part.bias) {
+                    *to += from;
+                }
+            }
+        }
+        dx
+    }
+}
+
+fn give_back<T: Element>(graph: &Inner, buffer: usize, map: Option<Vec<T>>) {
+    if let Some(map) = map {
+        graph.arenas.of().give_back(graph.layout(buffer), map);
+    }
+}
+
+fn give_back_gradient<T: Element>(graph: &Inner, buffer: usize, gradient: Option<Vec<T>>) {
+    if let Some(gradient) = gradient {
+        graph
+            .arenas
+            .of()
+            .give_back(graph.gradient_layout(buffer), gradient);
+    }
+}
+
+fn max_pool_of(graph: &Inner, p: &MaxPool) -> Pool {
+    Pool {
+        h: p.h,
+        w: p.w,
+        x: graph.layout(p.input),
+        dx: graph.gradient_layout(p.input),
+        y: graph.layout(p.output),
+        dy: graph.gradient_layout(p.output),
+    }
+}
+
+/// What a sum of products starts from.
+#[derive(Clone, Copy)]
+enum Start<'a, T> {
+    /// One value per channel.
+    Values(&'a [T]),
+    /// What is at its place already.
+    Present,
+}
+
+/// A convolution of stride 1 from one layout into another.
+struct GatherPass<'a, T: 'static> {
+    kernels: &'static Kernels<T>,
+    x: Layout,
+    x_channel: usize,
+    channels: usize,
+    kernel: usize,
+    padding: usize,
+    weight: &'a PackedWeight<T>,
+    start: Start<'a, T>,
+    relu: bool,
+    y: Layout,
+    y_channel: usize,
+}
+
+/// Tiles' height is at most this.
+const MAX_HEIGHT: usize = OUTER_HEIGHTS[0];
+/// Elements in a row of a tile are at most this.
+const MAX_WIDTH: usize = MAX_VECTORS * ALIGNMENT;
+
+/// Lists that a task keeps from one group of images to the next.
+struct Rows<T> {
+    pointers: Vec<*const T>,
+    /// Of each tile: where its first output pixel lies, and how many there are.
+    tiles: Vec<(usize, usize)>,
+    offsets: Vec<usize>,
+    packed: Vec<T>,
+}
+
+impl<T> Default for Rows<T> {
+    fn default() -> Self {
+        Self {
+            pointers: Vec::new(),
+            tiles: Vec::new(),
+            offsets: Vec::new(),
+            packed: Vec::new(),
+        }
+    }
+}
+
+fn tap_offsets(layout: &Layout, kernel: usize) -> Vec<usize> {
+    let taps = (0..kernel).flat_map(|r| (0..kernel).map(move |s| (r, s)));
+    taps.map(|(r, s)| r * layout.line() + s * layout.width)
+        .collect()
+}
+
+impl<T: Element> GatherPass<'_, T> {
+    fn run(&self, x: &[T], y: &mut [T], rows: &mut Rows<T>) {
+        let height = self.kernels.height;
+        let images = y.len() / self.y.image();
+        // Everything that a tile reads and writes is inside: the taps by the
+        // first assertion, the pixels by the second, the channels by the rest.
+        assert!(self.x.halo >= self.padding && height <= MAX_HEIGHT);
+        assert_eq!(
+            self.x.size.0 + 2 * self.padding + 1,
+            self.y.size.0 + self.kernel
+        );
+        assert_eq!(
+            self.x.size.1 + 2 * self.padding + 1,
+            self.y.size.1 + self.kernel
+        );
+        assert!(x.len() >= images * self.x.image());
+        assert!(self.x_channel + self.channels <= self.x.width);
+        assert!(self.y_channel + self.weight.width <= self.y.width);
+
+        rows.pointers.clear();
+        rows.tiles.clear();
+        for image in 0..images {
+            let first = image * self.x.image() + self.x.first(self.padding) + self.x_channel;
+            for h in 0..self.y.size.0 {
+                for w in (0..self.y.size.1).step_by(height) {
+                    let valid = height.min(self.y.size.1 - w);
+                    for i in 0..height {
+                        let w = w + i.min(valid - 1);
+                        let at = first + h * self.x.line() + w * self.x.width;
+                        rows.pointers.push(x[at..].as_ptr());
+                    }
+                    let to = image * self.y.image() + self.y.at(h, w) + self.y_channel;
+                    rows.tiles.push((to, valid));
+                }
+            }
+        }
+        let tap_offsets = tap_offsets(&self.x, self.kernel);
+        for (panel, &offset) in self.weight.panels.iter().zip(&self.weight.offsets) {
+            let width = panel.vectors * self.kernels.lanes;
+            let weight = &self.weight.data[offset..];
+            assert!(weight.len() >= tap_offsets.len() * self.channels * width);
+            let tile = self.kernels.gather[panel.vectors - 1];
+            for (pointers, &(to, valid)) in rows.pointers.chunks_exact(height).zip(&rows.tiles) {
+                let y = &mut y[to + panel.start..];
+                assert!(y.len() >= (valid - 1) * self.y.width + width);
+                let mut args = Gather {
+                    rows: pointers.as_ptr(),
+                    tap_offsets: tap_offsets.as_ptr(),
+                    taps: tap_offsets.len(),
+                    channels: self.channels,
+                    panel: weight.as_ptr(),
+                    init: y.as_ptr(),
+                    init_stride: self.y.width,
+                    relu: self.relu,
+                    out: y.as_mut_ptr(),
+                    out_stride: self.y.width,
+                };
+                if let Start::Values(values) = self.start {
+                    args.init = values[panel.start..panel.start + width].as_ptr();
+                    args.init_stride = 0;
+                }
+                if valid == height {
+                    // SAFETY: `pointers` are `height` rows inside of `x`, whose
+                    // taps and channels are as well; the panel holds taps ×
+                    // channels × width weights; `height` rows of `width` start
+                    // values and results lie inside of their slices: all of it
+                    // asserted above. The kernels are available.
+                    unsafe { tile(&args) };
+                    continue;
+                }
+                // The end of a line: by way of a tile of its own.
+                let mut own = [T::ZERO; MAX_HEIGHT * MAX_WIDTH];
+                if let Start::Present = self.start {
+                    for (own, y) in own
+                        .chunks_exact_mut(width)
+                        .zip(y.chunks(self.y.width))
+                        .take(valid)
+                    {
+                        own.copy_from_slice(&y[..width]);
+                    }
+                    args.init = own.as_ptr();
+                    args.init_stride = width;
+                }
+                args.out = own.as_mut_ptr();
+                args.out_stride = width;
+                // SAFETY: as above, with `height` rows of `width` results in `own`.
+                unsafe { tile(&args) };
+                for (own, y) in own
+                    .chunks_exact(width)
+                    .zip(y.chunks_mut(self.y.width))
+                    .take(valid)
+                {
+                    y[..width].copy_from_slice(&own[..width]);
+                }
+            }
+        }
+    }
+}
+
+/// The weight gradient of a convolution of stride 1.
+struct OuterPass<T: 'static> {
+    kernels: &'static Kernels<T>,
+    x: Layout,
+    c_in: usize,
+    kernel: usize,
+    padding: usize,
+    dy: Layout,
+    dy_channel: usize,
+    c_out: usize,
+}
+
+/// One thread's share of the parameters' gradients.
+struct Sums<T> {
+    /// `[tap][c_in][c_out rounded up to whole vectors]`.
+    weight: Vec<T>,
+    bias: Vec<T>,
+    image_bias: Vec<T>,
+}
+
+impl<T: Element> Sums<T> {
+    fn new(pass: Option<&OuterPass<T>>, c_out: usize) -> Self {
+        let len = pass.map_or(0, |p| p.kernel * p.kernel * p.c_in * p.width());
+        Self {
+            weight: vec![T::ZERO; len],
+            bias: vec![T::ZERO; c_out],
+            image_bias: vec![T::ZERO; c_out],
+        }
+    }
+
+    /// Image by image, so that long sums of small numbers round less.
+    fn add_image_bias(&mut self) {
+        for (sum, image) in self.bias.iter_mut().zip(&mut self.image_bias) {
+            *sum += std::mem::replace(image, T::ZERO);
+        }
+    }
+}
+
+impl<T: Element> OuterPass<T> {
+    fn width(&self) -> usize {
+        self.c_out.next_multiple_of(self.kernels.lanes)
+    }
+
+    /// Adds the products of some images to `sums`.
+    fn run(&self, x: &[T], dy: &[T], sums: &mut [T], rows: &mut Rows<T>) {
+        let images = dy.len() / self.dy.image();
+        let (lanes, width) = (self.kernels.lanes, self.width());
+        // Everything that a tile reads is inside, as in `GatherPass::run`.
+        assert!(self.x.halo >= self.padding && x.len() >= images * self.x.image());
+        assert_eq!(
+            self.x.size.0 + 2 * self.padding + 1,
+            self.dy.size.0 + self.kernel
+        );
+        assert_eq!(
+            self.x.size.1 + 2 * self.padding + 1,
+            self.dy.size.1 + self.kernel
+        );
+        assert!(self.c_in <= self.x.width && self.dy_channel + width <= self.dy.width);
+        assert_eq!(sums.len(), self.kernel * self.kernel * self.c_in * width);
+
+        rows.pointers.clear();
+        rows.offsets.clear();
+        for image in 0..images {
+            let first = image * self.x.image() + self.x.first(self.padding);
+            for h in 0..self.dy.size.0 {
+                for w in 0..self.dy.size.1 {
+                    let at = first + h * self.x.line() + w * self.x.width;
+                    rows.pointers.push(x[at..].as_ptr());
+                    rows.offsets
+                        .push(image * self.dy.image() + self.dy.at(h, w) + self.dy_channel);
+                }
+            }
+        }
+        let tap_offsets = tap_offsets(&self.x, self.kernel);
+        let panels = panels(self.c_out, lanes);
+        rows.packed
+            .resize(PIXELS_PER_OUTER_BLOCK * MAX_WIDTH, T::ZERO);
+        for (pointers, offsets) in rows
+            .pointers
+            .chunks(PIXELS_PER_OUTER_BLOCK)
+            .zip(rows.offsets.chunks(PIXELS_PER_OUTER_BLOCK))
+        {
+            for panel in &panels {
+                let panel_width = panel.vectors * lanes;
+                for (to, &from) in rows.packed.chunks_exact_mut(panel_width).zip(offsets) {
+                    to.copy_from_slice(&dy[from + panel.start..][..panel_width]);
+                }
+                for (tap, &tap_offset) in tap_offsets.iter().enumerate() {
+                    let mut c = 0;
+                    while c < self.c_in {
+                        let (index, height) = OUTER_HEIGHTS
+                            .into_iter()
+                            .enumerate()
+                            .find(|&(_, h)| h <= self.kernels.height && h <= self.c_in - c)
+                            .expect("the last height is 1");
+                        let to = &mut sums[(tap * self.c_in + c) * width + panel.start..];
+                        let args = Outer {
+                            rows: pointers.as_ptr(),
+                            offset: tap_offset + c,
+                            pixels: pointers.len(),
+                            dy: rows.packed.as_ptr(),
+                            dw: to.as_mut_ptr(),
+                            dw_stride: width,
+                        };
+                        // SAFETY: the pointers are pixels inside of `x`, whose
+                        // taps and `c_in` channels are as well, and c + height
+                        // <= c_in; `packed` holds a row of the panel for each;
+                        // rows c .. c + height of this tap in `sums` hold the
+                        // panel's columns, since panels partition `width`. The
+                        // kernels are available.
+                        unsafe { self.kernels.outer[index][panel.vectors - 1](&args) };
+                        c += height;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds the parts up, in order, in the weight's own layout (K, C, R, S).
+    fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
+        /// Output channels that a task takes side by side: a cache line.
+        const CHANNELS: usize = 16;
+        let taps = self.kernel * self.kernel;
+        let len = self.c_in * taps;
+        let width = self.width();
+        if len == 0 {
+            return;
+        }
+        weight
+            .par_chunks_mut(CHANNELS * len)
+            .enumerate()
+            .for_each(|(block, weight)| {
+                let channels = weight.len() / len;
+                for (part, sums) in parts.iter().enumerate() {
+                    for tap in 0..taps {
+                        for c in 0..self.c_in {
+                            let from = (tap * self.c_in + c) * width + block * CHANNELS;
+                            let from = &sums.weight[from..from + channels];
+                            for (k, &value) in from.iter().enumerate() {
+                                let to = &mut weight[k * len + c * taps + tap];
+                                *to = if part == 0 { value } else { *to + value };
+                            }
+                        }
+                    }
+                }
+            });
+    }
+}
+
+/// Where a ReLU's output and its gradient lie.
+struct Mask {
+    y: Layout,
+    dy: Layout,
+    channel: usize,
+    channels: usize,
+}
+
+multiversion! {
+    /// Sets the gradient to zero where the output is not positive, and adds it up by channel.
+    fn mask_image<T: Element>(mask: &Mask, y: &[T], dy: &mut [T], sums: &mut [T]) = mask_pixels
+}
+
+#[inline(always)]
+fn mask_pixels<T: Element>(mask: &Mask, y: &[T], dy: &mut [T], sums: &mut [T]) {
+    let (height, width) = mask.y.size;
+    for h in 0..height {
+        for w in 0..width {
+            let y = &y[mask.y.at(h, w) + mask.channel..][..mask.channels];
+            let dy = &mut dy[mask.dy.at(h, w) + mask.channel..][..mask.channels];
+            for ((dy, &y), sum) in dy.iter_mut().zip(y).zip(sums.iter_mut()) {
+                *dy = keep_positive(*dy, y);
+                *sum += *dy;
+            }
+        }
+    }
+}
