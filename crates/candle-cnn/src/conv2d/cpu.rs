@@ -669,6 +669,7 @@ impl<T: Element> Part<T> {
                             offset: tap_offset + c,
                             pixels: block,
                             dy: dy.as_ptr(),
+                            dy_stride: panel_width,
                             dw: self.weight[to..].as_mut_ptr(),
                             dw_stride: width,
                         };

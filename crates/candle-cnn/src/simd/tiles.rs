@@ -55,8 +55,10 @@ pub(crate) struct Outer<T> {
     /// Element offset of the tap and channel from the row pointers.
     pub(crate) offset: usize,
     pub(crate) pixels: usize,
-    /// `[pixels][vectors × LANES]`.
+    /// `vectors × LANES` elements per pixel.
     pub(crate) dy: *const T,
+    /// Elements from one pixel to the next.
+    pub(crate) dy_stride: usize,
     /// First row of the gradient tile; one row per input channel.
     pub(crate) dw: *mut T,
     pub(crate) dw_stride: usize,
@@ -126,7 +128,6 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
 unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Outer<S::Elem>) {
     // SAFETY: forwarded from the caller.
     unsafe {
-        let width = VECTORS * S::LANES;
         let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
             std::array::from_fn(|j| S::load(args.dw.add(i * args.dw_stride + j * S::LANES)))
         });
@@ -141,7 +142,7 @@ unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Ou
                     sums[i][j] = S::mul_add(x, gradients[j], sums[i][j]);
                 }
             }
-            dy = dy.add(width);
+            dy = dy.add(args.dy_stride);
         }
         for (i, row) in sums.iter().enumerate() {
             for (j, &sum) in row.iter().enumerate() {

@@ -14,6 +14,7 @@ mod pool;
 mod run;
 #[cfg(test)]
 mod tests;
+mod winograd;
 
 use std::sync::{Arc, Mutex};
 

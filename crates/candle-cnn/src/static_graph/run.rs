@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::arena::Layout;
 use super::pool::{self, Pool};
+use super::winograd::{self, WinogradOuterPass, WinogradPass};
 use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
 use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, keep_positive, panels};
 use crate::element::Element;
@@ -190,11 +191,15 @@ impl<'a, T: Element> Forward<'a, T> {
         let packed = PackedWeight::new(weight, (c.c_out, taps, c.c_in), lanes, |k, tap, i| {
             (k * c.c_in + i) * taps + tap
         });
-        let mut start = vec![T::ZERO; packed.width];
+        let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
         start[..c.c_out].copy_from_slice(&bias[..c.c_out]);
+        let (x_layout, y_layout) = (
+            self.graph.layout(c.input),
+            self.graph.layout(self.graph.place(c.output).0),
+        );
         let pass = GatherPass {
             kernels: self.kernels,
-            x: self.graph.layout(c.input),
+            x: x_layout,
             x_channel: 0,
             channels: c.c_in,
             kernel: c.kernel,
@@ -202,14 +207,21 @@ impl<'a, T: Element> Forward<'a, T> {
             weight: &packed,
             start: Start::Values(&start),
             relu: true,
-            y: self.graph.layout(self.graph.place(c.output).0),
+            y: y_layout,
             y_channel: channel,
         };
-        let images = images_per_task(self.batch, pass.y.size);
-        y[..self.batch * pass.y.image()]
-            .par_chunks_mut(images * pass.y.image())
-            .zip(x.par_chunks(images * pass.x.image()))
-            .for_each_init(Rows::default, |rows, (y, x)| pass.run(x, y, rows));
+        let transformed;
+        let pass = if winograd::pays::<T>(c.kernel, y_layout.size, self.batch) {
+            transformed = winograd::transform_weight(self.isa, &packed);
+            AnyPass::Winograd(pass.into_winograd(self.isa, &transformed))
+        } else {
+            AnyPass::Direct(pass)
+        };
+        let images = images_per_task(self.batch, y_layout.size);
+        y[..self.batch * y_layout.image()]
+            .par_chunks_mut(images * y_layout.image())
+            .zip(x.par_chunks(images * x_layout.image()))
+            .for_each_init(Scratch::default, |scratch, (y, x)| pass.run(x, y, scratch));
     }
 
     fn max_pool(&self, p: &MaxPool, x: &[T], y: &mut [T]) {
@@ -465,7 +477,11 @@ impl<'a, T: Element> Backward<'a, T> {
                 |i, tap, k| (k * c.c_in + i) * taps + (taps - 1 - tap),
             )
         });
-        let zeros = vec![T::ZERO; c.c_in.next_multiple_of(kernels.lanes)];
+        let zeros = vec![T::ZERO; c.c_in.next_multiple_of(ALIGNMENT)];
+        let transformed = packed
+            .as_ref()
+            .filter(|_| winograd::pays::<T>(c.kernel, dx_layout.size, batch))
+            .map(|packed| winograd::transform_weight(isa, packed));
         let input_pass = packed.as_ref().map(|packed| GatherPass {
             kernels,
             x: dy_layout,
@@ -483,15 +499,33 @@ impl<'a, T: Element> Backward<'a, T> {
             y: dx_layout,
             y_channel: 0,
         });
-        let outer_pass = d_parameters.is_some().then(|| OuterPass {
-            kernels,
-            x: x_layout,
-            c_in: c.c_in,
-            kernel: c.kernel,
-            padding: c.padding,
-            dy: dy_layout,
-            dy_channel: channel,
-            c_out: c.c_out,
+        let input_pass = input_pass.map(|pass| match &transformed {
+            Some(transformed) => AnyPass::Winograd(pass.into_winograd(isa, transformed)),
+            None => AnyPass::Direct(pass),
+        });
+        let outer_pass = d_parameters.is_some().then(|| {
+            if winograd::pays::<T>(c.kernel, dy_layout.size, batch) {
+                return AnyOuterPass::Winograd(WinogradOuterPass {
+                    kernels,
+                    isa,
+                    x: x_layout,
+                    c_in: c.c_in,
+                    padding: c.padding,
+                    dy: dy_layout,
+                    dy_channel: channel,
+                    c_out: c.c_out,
+                });
+            }
+            AnyOuterPass::Direct(OuterPass {
+                kernels,
+                x: x_layout,
+                c_in: c.c_in,
+                kernel: c.kernel,
+                padding: c.padding,
+                dy: dy_layout,
+                dy_channel: channel,
+                c_out: c.c_out,
+            })
         });
 
         // One part per thread, each a run of whole images; their sums are
@@ -514,7 +548,7 @@ impl<'a, T: Element> Backward<'a, T> {
             .enumerate()
             .map(|(part, (dy, mut dx))| {
                 let mut sums = Sums::new(outer_pass.as_ref(), c.c_out);
-                let mut rows = Rows::default();
+                let mut scratch = Scratch::default();
                 for (index, dy) in dy.chunks_mut(group * dy_layout.image()).enumerate() {
                     let first = part * per_part + index * group;
                     let images = dy.len() / dy_layout.image();
@@ -529,10 +563,10 @@ impl<'a, T: Element> Backward<'a, T> {
                     }
                     if let (Some(pass), Some(dx)) = (&input_pass, &mut dx) {
                         let dx = &mut dx[index * group * dx_layout.image()..];
-                        pass.run(dy, &mut dx[..images * dx_layout.image()], &mut rows);
+                        pass.run(dy, &mut dx[..images * dx_layout.image()], &mut scratch);
                     }
                     if let Some(pass) = &outer_pass {
-                        pass.run(x, dy, &mut sums.weight, &mut rows);
+                        pass.run(x, dy, &mut sums.weight, &mut scratch);
                     }
                 }
                 sums
@@ -548,6 +582,67 @@ impl<'a, T: Element> Backward<'a, T> {
             }
         }
         dx
+    }
+}
+
+/// The direct sum or Winograd's.
+enum AnyPass<'a, T: 'static> {
+    Direct(GatherPass<'a, T>),
+    Winograd(WinogradPass<'a, T>),
+}
+
+impl<T: Element> AnyPass<'_, T> {
+    fn run(&self, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) {
+        match self {
+            Self::Direct(pass) => pass.run(x, y, &mut scratch.rows),
+            Self::Winograd(pass) => pass.run(x, y, &mut scratch.winograd),
+        }
+    }
+}
+
+/// The same of the weight gradient.
+enum AnyOuterPass<T: 'static> {
+    Direct(OuterPass<T>),
+    Winograd(WinogradOuterPass<T>),
+}
+
+impl<T: Element> AnyOuterPass<T> {
+    fn sums_len(&self) -> usize {
+        match self {
+            Self::Direct(pass) => pass.kernel * pass.kernel * pass.c_in * pass.width(),
+            Self::Winograd(pass) => pass.sums_len(),
+        }
+    }
+
+    fn run(&self, x: &[T], dy: &[T], sums: &mut [T], scratch: &mut Scratch<T>) {
+        match self {
+            Self::Direct(pass) => pass.run(x, dy, sums, &mut scratch.rows),
+            Self::Winograd(pass) => pass.run(x, dy, sums, &mut scratch.winograd),
+        }
+    }
+
+    fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
+        match self {
+            Self::Direct(pass) => pass.unpack(parts, weight),
+            Self::Winograd(pass) => {
+                pass.unpack(|part| parts.get(part).map(|p| p.weight.as_slice()), weight);
+            }
+        }
+    }
+}
+
+/// What a task keeps from one group of images to the next.
+struct Scratch<T> {
+    rows: Rows<T>,
+    winograd: winograd::Scratch<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self {
+            rows: Rows::default(),
+            winograd: winograd::Scratch::default(),
+        }
     }
 }
 
@@ -579,7 +674,7 @@ fn max_pool_of(graph: &Inner, p: &MaxPool) -> Pool {
 
 /// What a sum of products starts from.
 #[derive(Clone, Copy)]
-enum Start<'a, T> {
+pub(super) enum Start<'a, T> {
     /// One value per channel.
     Values(&'a [T]),
     /// What is at its place already.
@@ -632,7 +727,24 @@ fn tap_offsets(layout: &Layout, kernel: usize) -> Vec<usize> {
         .collect()
 }
 
-impl<T: Element> GatherPass<'_, T> {
+impl<'a, T: Element> GatherPass<'a, T> {
+    /// The same convolution by way of transformed weights.
+    fn into_winograd(self, isa: Isa, weight: &'a PackedWeight<T>) -> WinogradPass<'a, T> {
+        WinogradPass {
+            kernels: self.kernels,
+            isa,
+            x: self.x,
+            x_channel: self.x_channel,
+            channels: self.channels,
+            padding: self.padding,
+            weight,
+            start: self.start,
+            relu: self.relu,
+            y: self.y,
+            y_channel: self.y_channel,
+        }
+    }
+
     fn run(&self, x: &[T], y: &mut [T], rows: &mut Rows<T>) {
         let height = self.kernels.height;
         let images = y.len() / self.y.image();
@@ -745,17 +857,16 @@ struct OuterPass<T: 'static> {
 
 /// One thread's share of the parameters' gradients.
 struct Sums<T> {
-    /// `[tap][c_in][c_out rounded up to whole vectors]`.
+    /// As the pass lays them out.
     weight: Vec<T>,
     bias: Vec<T>,
     image_bias: Vec<T>,
 }
 
 impl<T: Element> Sums<T> {
-    fn new(pass: Option<&OuterPass<T>>, c_out: usize) -> Self {
-        let len = pass.map_or(0, |p| p.kernel * p.kernel * p.c_in * p.width());
+    fn new(pass: Option<&AnyOuterPass<T>>, c_out: usize) -> Self {
         Self {
-            weight: vec![T::ZERO; len],
+            weight: vec![T::ZERO; pass.map_or(0, AnyOuterPass::sums_len)],
             bias: vec![T::ZERO; c_out],
             image_bias: vec![T::ZERO; c_out],
         }
@@ -832,6 +943,7 @@ impl<T: Element> OuterPass<T> {
                             offset: tap_offset + c,
                             pixels: pointers.len(),
                             dy: rows.packed.as_ptr(),
+                            dy_stride: panel_width,
                             dw: to.as_mut_ptr(),
                             dw_stride: width,
                         };

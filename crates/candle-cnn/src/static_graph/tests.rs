@@ -1,10 +1,14 @@
 use candle_core::{Device, Result, Tensor, Var};
 use test_support::{check_gradients, relative_error, seeded_values};
 
+use super::arena::Layout;
 use super::run::{Backward, Forward};
 use super::*;
 use crate::element::Element;
-use crate::{Conv2dConfig, conv2d_relu, global_avg_pool2d, max_pool2d};
+use crate::{
+    Conv2dConfig, Conv2dGeometry, conv2d_backward_reference, conv2d_reference, conv2d_relu,
+    global_avg_pool2d, max_pool2d,
+};
 
 /// A graph with everything in it: two Inception blocks with a pool between,
 /// kernels 1, 2, 3 and 5, unpadded and padded, widths that fill no vector.
@@ -172,6 +176,116 @@ fn both_passes_equal_those_of_ordinary_operations() {
             check::<f32>(batch, size, ceil_mode, 2e-5);
         }
     }
+}
+
+#[test]
+fn both_passes_equal_those_of_ordinary_operations_where_winograd_pays() {
+    // After the unpadded 2×2 stem 32×16 pixels, 32 tiles an image, and a
+    // quarter of them after the pool.
+    let batch = 4 * rayon::current_num_threads();
+    assert!(winograd::pays::<f32>(3, (32, 16), batch) && winograd::pays::<f32>(3, (16, 8), batch));
+    check::<f32>(batch, (33, 17), false, 2e-5);
+}
+
+/// `[image][channel][pixel]` to a layout whose images begin at channel `first`.
+fn lay_out(
+    layout: Layout,
+    planes: &[f32],
+    (images, channels, first): (usize, usize, usize),
+) -> Vec<f32> {
+    let mut to = vec![0.0; images * layout.image()];
+    for (at, &value) in planes.iter().enumerate() {
+        let (height, width) = layout.size;
+        let (plane, pixel) = (at / (height * width), at % (height * width));
+        let (image, channel) = (plane / channels, plane % channels);
+        let pixel = layout.at(pixel / width, pixel % width);
+        to[image * layout.image() + pixel + first + channel] = value;
+    }
+    to
+}
+
+#[test]
+fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
+    let (batch, c_in, c_out, size) = (2, 160, 80, (16, 24));
+    let numbers = |name: &str, count: usize| seeded_values(name, count, 2.0);
+    let pixels = size.0 * size.1;
+    let x = numbers("x", batch * c_in * pixels);
+    let weight = numbers("weight", c_out * c_in * 9);
+    let dy = numbers("dy", batch * c_out * pixels);
+    let shape = |dims: [usize; 4]| Tensor::zeros(&dims, DType::F32, &Device::Cpu);
+    let geometry = Conv2dGeometry::new(
+        &shape([batch, c_in, size.0, size.1])?,
+        &shape([c_out, c_in, 3, 3])?,
+        Conv2dConfig::padded(1),
+    )?;
+    let widen = |v: &[f32]| -> Vec<f64> { v.iter().map(|&v| f64::from(v)).collect() };
+    let expected_y = conv2d_reference(&geometry, &widen(&x), &widen(&weight), None);
+    let (_, expected_weight, _) =
+        conv2d_backward_reference(&geometry, &widen(&x), &widen(&weight), &widen(&dy));
+    let layout = |halo, width| Layout { size, halo, width };
+    // The output and its gradient lie in a wider map, from channel 32 on.
+    let (x_layout, y_layout) = (layout(2, c_in), layout(1, c_out + 48));
+    let x = lay_out(x_layout, &x, (batch, c_in, 0));
+    let dy = lay_out(y_layout, &dy, (batch, c_out, 32));
+    for isa in Isa::available() {
+        let kernels = <f32 as crate::simd::KernelTable>::kernels(isa);
+        let packed = crate::conv2d::PackedWeight::new(
+            &weight,
+            (c_out, 9, c_in),
+            kernels.lanes,
+            |k, tap, c| (k * c_in + c) * 9 + tap,
+        );
+        let mut scratch = winograd::Scratch::default();
+        let mut y = vec![0f32; batch * y_layout.image()];
+        winograd::WinogradPass {
+            kernels,
+            isa,
+            x: x_layout,
+            x_channel: 0,
+            channels: c_in,
+            padding: 1,
+            weight: &winograd::transform_weight(isa, &packed),
+            start: run::Start::Values(&vec![0.0; c_out]),
+            relu: false,
+            y: y_layout,
+            y_channel: 32,
+        }
+        .run(&x, &mut y, &mut scratch);
+        let expected: Vec<f32> = expected_y.iter().map(|&v| v as f32).collect();
+        let expected = lay_out(y_layout, &expected, (batch, c_out, 32));
+        let forward = l2_error(&y, &widen(&expected));
+
+        let pass = winograd::WinogradOuterPass {
+            kernels,
+            isa,
+            x: x_layout,
+            c_in,
+            padding: 1,
+            dy: y_layout,
+            dy_channel: 32,
+            c_out,
+        };
+        let mut sums = vec![0f32; pass.sums_len()];
+        pass.run(&x, &dy, &mut sums, &mut scratch);
+        let mut d_weight = vec![0f32; weight.len()];
+        pass.unpack(|part| (part == 0).then_some(sums.as_slice()), &mut d_weight);
+        let backward = l2_error(&d_weight, &expected_weight);
+        println!("{isa:?}: relative L2 error {forward:.1e}, weight gradient {backward:.1e}");
+        assert!(
+            forward <= 3e-5 && backward <= 3e-5,
+            "{isa:?} {forward:.1e} {backward:.1e}"
+        );
+    }
+    Ok(())
+}
+
+fn l2_error(actual: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(actual.len(), expected.len());
+    let pairs = actual.iter().map(|&a| f64::from(a)).zip(expected);
+    let (difference, norm) = pairs.fold((0.0, 0.0), |(difference, norm), (a, e)| {
+        (difference + (a - e) * (a - e), norm + e * e)
+    });
+    (difference / norm).sqrt()
 }
 
 #[test]
