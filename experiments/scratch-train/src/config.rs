@@ -125,5 +125,5 @@ pub(crate) const QUICK: Preset = Preset {
     },
     dropout: 0.0,
     init: Initialization::Centred,
-    shapes: Some((1_480, 200)),
+    shapes: Some((1_600, 200)),
 };

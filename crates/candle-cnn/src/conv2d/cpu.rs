@@ -265,13 +265,19 @@ impl<T: Element> PackedWeight<T> {
             rest = tail;
             offset += len;
         }
+        /// Output channels read side by side: each is a run of its own, and
+        /// the cache must hold a line of all of them.
+        const STREAMS: usize = 16;
         slices.into_par_iter().for_each(|(panel, to)| {
             let panel_width = panel.vectors * lanes;
             let used = panel_width.min(c_out - panel.start);
-            for k in 0..used {
-                for tap in 0..taps {
-                    for c in 0..c_in {
-                        to[(tap * c_in + c) * panel_width + k] = data[at(panel.start + k, tap, c)];
+            for block in (0..used).step_by(STREAMS) {
+                for c in 0..c_in {
+                    for tap in 0..taps {
+                        let to = &mut to[(tap * c_in + c) * panel_width..][..panel_width];
+                        for k in block..used.min(block + STREAMS) {
+                            to[k] = data[at(panel.start + k, tap, c)];
+                        }
                     }
                 }
             }

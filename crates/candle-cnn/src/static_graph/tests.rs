@@ -182,7 +182,7 @@ fn both_passes_equal_those_of_ordinary_operations() {
 fn both_passes_equal_those_of_ordinary_operations_where_winograd_pays() {
     // After the unpadded 2×2 stem 32×16 pixels, 32 tiles an image, and a
     // quarter of them after the pool.
-    let batch = 4 * rayon::current_num_threads();
+    let batch = 8 * rayon::current_num_threads();
     assert!(winograd::pays::<f32>(3, (32, 16), batch) && winograd::pays::<f32>(3, (16, 8), batch));
     check::<f32>(batch, (33, 17), false, 2e-5);
 }

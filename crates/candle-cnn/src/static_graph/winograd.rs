@@ -37,7 +37,7 @@ pub(super) const PRODUCTS: usize = PATCH * PATCH;
 /// them per thread that transforming the weights pays.
 pub(super) fn pays<T>(kernel: usize, (height, width): (usize, usize), batch: usize) -> bool {
     /// Tiles per thread.
-    const LEAST_TILES: usize = 32;
+    const LEAST_TILES: usize = 64;
     let tiles = batch.div_ceil(rayon::current_num_threads()) * (height / TILE) * (width / TILE);
     size_of::<T>() == size_of::<f32>()
         && kernel == 3
@@ -346,19 +346,18 @@ multiversion! {
 #[inline(always)]
 fn expand_body<T: Element>(from: &[T], to: &mut [T]) {
     let n = from.len() / 9;
-    for i in 0..n {
-        let mut half = [[T::ZERO; 3]; PATCH];
-        for column in 0..3 {
-            let values = from_kernel(std::array::from_fn(|row| from[(row * 3 + column) * n + i]));
-            for row in 0..PATCH {
-                half[row][column] = values[row];
-            }
+    let mut kernels = [[[T::ZERO; ALIGNMENT]; 3]; 3];
+    let mut products = [[[T::ZERO; ALIGNMENT]; PATCH]; PATCH];
+    for start in (0..n).step_by(ALIGNMENT) {
+        let count = ALIGNMENT.min(n - start);
+        for tap in 0..9 {
+            let from = &from[tap * n + start..][..count];
+            kernels[tap / 3][tap % 3][..count].copy_from_slice(from);
         }
-        for row in 0..PATCH {
-            let values = from_kernel(half[row]);
-            for column in 0..PATCH {
-                to[(row * PATCH + column) * n + i] = values[column];
-            }
+        both_ways(&kernels, &mut products, from_kernel);
+        for product in 0..PRODUCTS {
+            let values = &products[product / PATCH][product % PATCH];
+            to[product * n + start..][..count].copy_from_slice(&values[..count]);
         }
     }
 }
