@@ -6,7 +6,7 @@ use rand_distr::{Distribution, StandardNormal, Uniform};
 
 /// Initialisation of the convolution and head weights.
 ///
-/// Biases are PyTorch's defaults in both cases: U(±1/√fan_in) in the
+/// Biases are PyTorch's defaults in all cases: U(±1/√fan_in) in the
 /// convolutions, 0 in the head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Init {

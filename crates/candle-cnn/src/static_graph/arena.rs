@@ -1,13 +1,14 @@
 //! Buffers that are kept from step to step.
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
+
+use rayon::prelude::*;
 
 use crate::element::Element;
 
 /// What makes two buffers interchangeable: the zeros around their images lie in the same places.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     /// Height and width of the image.
     pub(super) size: (usize, usize),
@@ -62,13 +63,13 @@ impl Arenas {
     }
 }
 
-/// Free buffers, whose halos are zero.
+/// Free buffers, and the layout that each was last used with: the zeros of its halo are in place.
 #[derive(Debug)]
-pub(super) struct Arena<T>(HashMap<Layout, Vec<Vec<T>>>);
+pub(super) struct Arena<T>(Vec<(Layout, Vec<T>)>);
 
 impl<T> Default for Arena<T> {
     fn default() -> Self {
-        Self(HashMap::new())
+        Self(Vec::new())
     }
 }
 
@@ -76,16 +77,92 @@ impl<T: Element> Arena<T> {
     /// A buffer of at least `images` images. What lies inside of the halo is arbitrary.
     pub(super) fn take(&mut self, layout: Layout, images: usize) -> Vec<T> {
         let len = images * layout.image();
-        let free = self.0.entry(layout).or_default();
-        while let Some(buffer) = free.pop() {
-            if buffer.len() >= len {
-                return buffer;
-            }
+        // The same layout, or else the smallest that would not waste half of itself.
+        let same = |(of, buffer): &(Layout, Vec<T>)| *of == layout && buffer.len() >= len;
+        let fits = |buffer: &Vec<T>| (len..=2 * len).contains(&buffer.len());
+        let found = self.0.iter().position(same).or_else(|| {
+            let candidates = self.0.iter().enumerate();
+            let candidates = candidates.filter(|(_, (_, buffer))| fits(buffer));
+            let smallest = candidates.min_by_key(|(_, (_, buffer))| buffer.len());
+            smallest.map(|(index, _)| index)
+        });
+        let Some(found) = found else {
+            return vec![T::ZERO; len];
+        };
+        let (of, mut buffer) = self.0.swap_remove(found);
+        if of != layout {
+            clear_halos(layout, &mut buffer);
         }
-        vec![T::ZERO; len]
+        buffer
     }
 
     pub(super) fn give_back(&mut self, layout: Layout, buffer: Vec<T>) {
-        self.0.entry(layout).or_default().push(buffer);
+        self.0.push((layout, buffer));
+    }
+}
+
+/// Sets what lies around the images to zero.
+fn clear_halos<T: Element>(layout: Layout, buffer: &mut [T]) {
+    let (height, width) = layout.size;
+    if layout.halo == 0 || height * width * layout.width == 0 {
+        return;
+    }
+    buffer.par_chunks_mut(layout.image()).for_each(|image| {
+        // From the end of one line of pixels to the beginning of the next.
+        let mut end = 0;
+        for h in 0..height.min(image.len() / layout.line()) {
+            let start = layout.at(h, 0).min(image.len());
+            image[end.min(start)..start].fill(T::ZERO);
+            end = start + width * layout.width;
+        }
+        let len = image.len();
+        image[end.min(len)..].fill(T::ZERO);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_of_another_layout_comes_with_zeros_around_its_images() {
+        let layout = |height, width, halo| Layout {
+            size: (height, width),
+            halo,
+            width: 16,
+        };
+        let (from, to) = (layout(6, 5, 1), layout(4, 3, 2));
+        let mut arena = Arena::<f32>::default();
+        let mut dirty = arena.take(from, 3);
+        dirty.fill(1.0);
+        let (address, len) = (dirty.as_ptr(), dirty.len());
+        arena.give_back(from, dirty);
+        let buffer = arena.take(to, 3);
+        assert_eq!(
+            (buffer.as_ptr(), buffer.len()),
+            (address, len),
+            "it is used again"
+        );
+        for image in buffer.chunks_exact(to.image()).take(3) {
+            for (at, &value) in image.iter().enumerate() {
+                let (line, column) = (at / to.line(), at % to.line() / to.width);
+                let is_inside = (2..6).contains(&line) && (2..5).contains(&column);
+                assert_eq!(value, if is_inside { 1.0 } else { 0.0 }, "{line} {column}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_buffer_that_would_waste_half_of_itself_stays_where_it_is() {
+        let layout = |side| Layout {
+            size: (side, side),
+            halo: 0,
+            width: 16,
+        };
+        let mut arena = Arena::<f32>::default();
+        let large = arena.take(layout(8), 4);
+        arena.give_back(layout(8), large);
+        assert_eq!(arena.take(layout(4), 4).len(), 4 * 256);
+        assert_eq!(arena.0.len(), 1);
     }
 }
