@@ -19,13 +19,20 @@
 //! ```
 
 mod cifar;
+mod error;
 mod init;
 mod layers;
 mod summary;
 mod table;
+mod torchvision;
 
 pub use cifar::{CifarConfig, CifarGoogLeNet};
+pub use error::ModelError;
 pub use init::Init;
 pub use layers::{Conv, Inception, Linear};
 pub use summary::{Summary, SummaryRow};
-pub use table::{BlockWidths, CIFAR_BLOCKS, Entry};
+pub use table::{BLOCKS, BlockName, BlockWidths, Entry, STEM_WIDTH};
+pub use torchvision::{
+    BatchNorm, ConvNorm, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, GoogLeNetOutputs,
+    SMALLEST_IMAGE,
+};
