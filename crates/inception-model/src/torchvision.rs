@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 
 use candle_cnn::{
-    Conv2dConfig, MaxPool2dConfig, Mode, adaptive_avg_pool2d, batch_norm_eval, batch_norm_train,
-    conv2d, dropout, global_avg_pool2d, max_pool2d, relu, update_running,
+    Conv2dConfig, MaxPool2dConfig, Mode, adaptive_avg_pool2d, batch_norm_relu_eval,
+    batch_norm_relu_train, conv2d, dropout, global_avg_pool2d, max_pool2d, relu, update_running,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
@@ -713,15 +713,15 @@ impl BatchNorm {
         let mean = self.running_mean.as_detached_tensor();
         let var = self.running_var.as_detached_tensor();
         if !mode.is_train() {
-            return relu(&batch_norm_eval(x, weight, bias, &mean, &var, EPS)?);
+            return batch_norm_relu_eval(x, weight, bias, &mean, &var, EPS);
         }
-        let (y, batch) = batch_norm_train(x, weight, bias, EPS)?;
+        let (y, batch) = batch_norm_relu_train(x, weight, bias, EPS)?;
         let mean = update_running(&mean, &batch.mean, MOMENTUM)?;
         let var = update_running(&var, &batch.unbiased_variance, MOMENTUM)?;
         self.running_mean.set(&mean)?;
         self.running_var.set(&var)?;
         let counted = (self.num_batches_tracked.as_detached_tensor() + 1.0)?;
         self.num_batches_tracked.set(&counted)?;
-        relu(&y)
+        Ok(y)
     }
 }
