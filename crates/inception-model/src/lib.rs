@@ -1,8 +1,9 @@
 //! GoogLeNet (Szegedy et al., "Going Deeper with Convolutions", 2014) as data:
 //! a table of widths in the paper's order, from which blocks and network follow.
 //!
-//! [`CifarGoogLeNet`] is the lesson's variant for 32×32 pictures. Parameters
-//! carry the names of PyTorch's state dict everywhere.
+//! [`CifarGoogLeNet`] is the lesson's variant for 32×32 pictures, [`GoogLeNet`]
+//! torchvision's, with batch norm. Parameters carry the names of PyTorch's
+//! state dict everywhere.
 //!
 //! ```
 //! use candle_cnn::Mode;

@@ -349,9 +349,11 @@ impl GoogLeNet {
         with_aux: bool,
         mut observe: impl FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<Body> {
-        if let Ok((_, _, height, width)) = images.dims4()
-            && height.min(width) < SMALLEST_IMAGE
-        {
+        let &[_, 3, height, width] = images.dims() else {
+            let found = images.dims().to_vec();
+            return Err(ModelError::NotImages { found }.into());
+        };
+        if height.min(width) < SMALLEST_IMAGE {
             return Err(ModelError::ImageTooSmall {
                 network: "torchvision's GoogLeNet",
                 height,
