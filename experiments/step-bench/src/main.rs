@@ -108,8 +108,8 @@ fn parse_order(line: &str) -> Result<u32> {
 
 /// A network of either kind.
 enum Network {
-    Lesson(CifarGoogLeNet),
-    Torchvision(GoogLeNet),
+    Lesson(Box<CifarGoogLeNet>),
+    Torchvision(Box<GoogLeNet>),
 }
 
 impl Network {
@@ -117,11 +117,10 @@ impl Network {
         let device = &Device::Cpu;
         Ok(match arguments.model {
             Model::Lesson if arguments.frozen => bail!("--frozen needs --model torchvision"),
-            Model::Lesson => Self::Lesson(CifarGoogLeNet::new(
-                &CifarConfig::default(),
-                device,
-                random,
-            )?),
+            Model::Lesson => {
+                let network = CifarGoogLeNet::new(&CifarConfig::default(), device, random)?;
+                Self::Lesson(Box::new(network))
+            }
             Model::Torchvision => {
                 let config = GoogLeNetConfig {
                     num_classes: 10,
@@ -132,7 +131,7 @@ impl Network {
                 if arguments.frozen {
                     network.freeze_backbone(FrozenBatchNorm::Moving);
                 }
-                Self::Torchvision(network)
+                Self::Torchvision(Box::new(network))
             }
         })
     }
