@@ -44,8 +44,12 @@ def main():
 
 def training(arguments):
     model, images, labels = prepare(arguments)
+    if arguments.frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("fc.")
+    trainable = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     # A small step: the data are noise, and the weights must stay finite however long the benchmark runs.
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-5, momentum=0.9)
+    optimizer = torch.optim.SGD(trainable, lr=1e-5, momentum=0.0 if arguments.frozen else 0.9)
 
     def step():
         optimizer.zero_grad()
@@ -74,6 +78,12 @@ def prepare(arguments):
     return model, images, torch.randint(10, (arguments.batch,))
 
 
+def torchvision_googlenet():
+    from torchvision.models import googlenet
+
+    return googlenet(weights=None, num_classes=10, aux_logits=False, transform_input=True, init_weights=True)
+
+
 def peak_mib():
     """The most memory this process has held, or null where the system does not say."""
     try:
@@ -84,18 +94,22 @@ def peak_mib():
 
 
 MODES = {"train": training, "inference": inference}
-MODELS = {"lesson": LessonGoogLeNet}
+MODELS = {"lesson": LessonGoogLeNet, "torchvision": torchvision_googlenet}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="lesson")
+    parser.add_argument("--frozen", action="store_true", help="train the head alone, in training mode (torchvision)")
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument("--layout", choices=LAYOUTS, default="nchw")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.frozen and arguments.model != "torchvision":
+        parser.error("--frozen needs --model torchvision")
+    return arguments
 
 
 if __name__ == "__main__":

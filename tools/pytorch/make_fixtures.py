@@ -1,10 +1,11 @@
-"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity]`."""
+"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity] [googlenet_parity]`."""
 
 import sys
 
 import torch
 
 import fixture_file
+import googlenet_parity
 import lesson_parity
 import ops
 import sgd
@@ -13,7 +14,7 @@ import sgd
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
-scripts = {script.__name__: script for script in (ops, sgd, lesson_parity)}
+scripts = {script.__name__: script for script in (ops, sgd, lesson_parity, googlenet_parity)}
 for name in sys.argv[1:] or scripts:
     scripts[name].make()
 

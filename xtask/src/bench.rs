@@ -19,7 +19,7 @@ use trainer::Environment;
 /// What can be timed.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Bench {
-    /// Time a training step of the lesson's GoogLeNet, alternating with PyTorch where it is at hand
+    /// Time a training step of a GoogLeNet, alternating with PyTorch where it is at hand
     TrainStep(TrainStep),
 }
 
@@ -43,6 +43,12 @@ pub(crate) struct TrainStep {
     /// The whole step, or only the forward pass without gradients
     #[arg(long, value_enum, default_value_t = Mode::Train)]
     mode: Mode,
+    /// The network, on 32×32 pictures
+    #[arg(long, value_enum, default_value_t = Model::Lesson)]
+    model: Model,
+    /// Train the head alone, in training mode
+    #[arg(long)]
+    frozen: bool,
     /// Where the record goes; must not exist yet [default: `results/DATE-train-step-MACHINE`]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -52,6 +58,14 @@ pub(crate) struct TrainStep {
 enum Mode {
     Train,
     Inference,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Model {
+    /// The lesson's net for CIFAR
+    Lesson,
+    /// torchvision's, with ten classes
+    Torchvision,
 }
 
 /// Runs the benchmark, prints its table and writes its record.
@@ -65,8 +79,12 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
     let threads = arguments
         .threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
+    ensure!(
+        !arguments.frozen || arguments.model == Model::Torchvision,
+        "--frozen needs --model torchvision: the lesson freezes that network only"
+    );
     let environment = environment(threads as usize);
-    let out = new_directory(arguments.out.clone(), &environment)?;
+    let out = new_directory(arguments.out.clone(), &arguments.subject(), &environment)?;
 
     let python = pytorch(arguments.pytorch.as_deref())?;
     if python.is_none() {
@@ -201,15 +219,51 @@ fn pytorch_side(python: &Path, layout: &str, arguments: &TrainStep, threads: u32
 
 fn common_arguments(arguments: &TrainStep, threads: u32) -> Vec<String> {
     let pairs = [
-        ("--model", "lesson".to_string()),
+        ("--model", arguments.model.name().to_string()),
         ("--mode", arguments.mode.name().to_string()),
         ("--batch", arguments.batch.to_string()),
         ("--threads", threads.to_string()),
     ];
+    let frozen = arguments.frozen.then(|| "--frozen".to_string());
     pairs
         .into_iter()
         .flat_map(|(flag, value)| [flag.to_string(), value])
+        .chain(frozen)
         .collect()
+}
+
+impl TrainStep {
+    /// What is timed, as the record's folder names it.
+    fn subject(&self) -> String {
+        let mut subject = "train-step".to_string();
+        if self.model != Model::Lesson {
+            subject += &format!("-{}", self.model.name());
+        }
+        if self.frozen {
+            subject += "-frozen";
+        }
+        subject
+    }
+
+    /// The network in words.
+    fn network(&self) -> &'static str {
+        match (self.model, self.frozen) {
+            (Model::Lesson, _) => "the lesson's GoogLeNet",
+            (Model::Torchvision, false) => "torchvision's GoogLeNet on 32×32 pictures",
+            (Model::Torchvision, true) => {
+                "torchvision's GoogLeNet on 32×32 pictures, all but `fc` frozen"
+            }
+        }
+    }
+}
+
+impl Model {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Lesson => "lesson",
+            Self::Torchvision => "torchvision",
+        }
+    }
 }
 
 impl Mode {
@@ -314,7 +368,7 @@ fn write_record(
 ) -> Result<PathBuf> {
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     let readme = format!(
-        "# {} step of the lesson's GoogLeNet, batch {}, f32, {} threads\n\n\
+        "# {} step of {}, batch {}, f32, {} threads\n\n\
          `{}`, commit {}{}, {}\n\n\
          {table}\n\
          All sides alternate in one run, {} steps a round, after a warm-up round. Ratios are of times in the\n\
@@ -324,6 +378,7 @@ fn write_record(
             Mode::Train => "Training",
             Mode::Inference => "Inference",
         },
+        arguments.network(),
         arguments.batch,
         environment.threads,
         environment.command.join(" "),
@@ -378,7 +433,11 @@ fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 /// The folder of the record, checked before the minutes of measuring: nothing is overwritten.
-fn new_directory(given: Option<PathBuf>, environment: &Environment) -> Result<PathBuf> {
+fn new_directory(
+    given: Option<PathBuf>,
+    subject: &str,
+    environment: &Environment,
+) -> Result<PathBuf> {
     if let Some(out) = given {
         ensure!(
             !out.exists(),
@@ -392,7 +451,7 @@ fn new_directory(given: Option<PathBuf>, environment: &Environment) -> Result<Pa
     let model = environment.cpu_model.as_deref().unwrap_or("unknown cpu");
     let machine = slug(&format!("{model} {} threads", environment.threads));
     let results = repository().join("results");
-    let name = format!("{date}-train-step-{machine}");
+    let name = format!("{date}-{subject}-{machine}");
     let repeated = (2..).map(|n| format!("{name}-{n}"));
     let mut candidates = std::iter::once(name.clone())
         .chain(repeated)
@@ -489,7 +548,8 @@ mod tests {
     #[test]
     fn a_given_folder_that_exists_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let error = new_directory(Some(folder.path().into()), &environment(1)).unwrap_err();
+        let error =
+            new_directory(Some(folder.path().into()), "train-step", &environment(1)).unwrap_err();
         assert!(error.to_string().contains("exists already"), "{error}");
     }
 

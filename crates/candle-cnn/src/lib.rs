@@ -11,7 +11,7 @@
 //! | [`max_pool2d`] | `F.max_pool2d` | no padding, no ceil mode; backward refuses overlapping windows and averages ties |
 //! | [`avg_pool2d`], [`adaptive_avg_pool2d`], [`global_avg_pool2d`] | `F.avg_pool2d`, `F.adaptive_avg_pool2d` | no padding, no adaptive sizes |
 //! | [`relu`] | `F.relu` | gradient 1 at 0 |
-//! | [`batch_norm_train`], [`batch_norm_eval`] | `F.batch_norm` | composed of elementwise operations |
+//! | [`batch_norm_train`], [`batch_norm_eval`] (and [`batch_norm_relu_train`], [`batch_norm_relu_eval`]) | `F.batch_norm` | composed of elementwise operations |
 //! | [`cross_entropy`] | `F.cross_entropy` | no label smoothing |
 //! | [`linear`] | `F.linear` | the same, by its `matmul` |
 //! | [`dropout`] | `F.dropout` | no seed on the CPU |
@@ -50,7 +50,10 @@ mod static_graph;
 mod window;
 
 pub use avg_pool2d::{AvgPool2dConfig, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d};
-pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train, update_running};
+pub use batch_norm::{
+    BatchStatistics, batch_norm_eval, batch_norm_relu_eval, batch_norm_relu_train,
+    batch_norm_train, update_running,
+};
 pub use conv2d::{
     Conv2dConfig, Conv2dGeometry, conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu,
 };

@@ -24,12 +24,10 @@ impl Axis {
         padding: usize,
         ceil_mode: bool,
     ) -> Option<Self> {
-        let room = (input + 2 * padding).checked_sub(kernel)?;
-        let steps = if ceil_mode {
-            room.div_ceil(stride)
-        } else {
-            room / stride
-        };
+        // Rounding up also makes a window of an input that is smaller than
+        // the kernel by less than the stride, as in PyTorch.
+        let reach = if ceil_mode { stride - 1 } else { 0 };
+        let steps = (input + 2 * padding + reach).checked_sub(kernel)? / stride;
         // With ceil_mode, a last window that would start in the right
         // padding is left out, as in PyTorch.
         let starts_outside = ceil_mode && steps * stride >= input + padding;

@@ -9,9 +9,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
 use crate::init::Init;
-use crate::layers::{Conv, Inception, Linear};
+use crate::layers::{Conv, Inception, Linear, Stage};
 use crate::summary::{Summary, summarise};
-use crate::table::{CIFAR_BLOCKS, Entry};
+use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
 /// Settings of [`CifarGoogLeNet`]; the default is the lesson's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,13 +34,6 @@ impl Default for CifarConfig {
     }
 }
 
-/// One stage of the body, in order.
-#[derive(Clone, Debug)]
-pub(crate) enum Stage {
-    Block(Box<Inception>),
-    MaxPool,
-}
-
 /// Stem, nine Inception blocks with two max-pools between, global average
 /// pool, dropout, fully connected head: 5,864,762 parameters with 10 classes.
 #[derive(Clone, Debug)]
@@ -56,11 +49,8 @@ pub struct CifarGoogLeNet {
 /// The body of the network for images of one height and width.
 type SizedGraph = ((usize, usize), StaticGraph);
 
-/// Channels of the stem, `pre_layers`.
-const STEM_WIDTH: usize = 192;
-
 /// The pool after b3 and e4: halves height and width.
-pub(crate) const HALVING_POOL: MaxPool2dConfig = MaxPool2dConfig {
+const HALVING_POOL: MaxPool2dConfig = MaxPool2dConfig {
     kernel_size: (3, 3),
     stride: (2, 2),
     padding: (1, 1),
@@ -76,13 +66,18 @@ impl CifarGoogLeNet {
         let init = config.init;
         let stem = Conv::new("pre_layers.0", (3, STEM_WIDTH), 3, init, device, rng)?;
         let mut channels = STEM_WIDTH;
-        let mut body = Vec::with_capacity(CIFAR_BLOCKS.len());
-        for entry in &CIFAR_BLOCKS {
+        let mut body = Vec::with_capacity(BLOCKS.len());
+        let mut last_block = "";
+        for entry in &BLOCKS {
             body.push(match entry {
-                Entry::MaxPool => Stage::MaxPool,
+                Entry::MaxPool => Stage::MaxPool {
+                    name: format!("{last_block}.maxpool"),
+                    window: HALVING_POOL,
+                },
                 Entry::Block(name, widths) => {
-                    let block = Inception::new(name, channels, widths, init, device, rng)?;
+                    let block = Inception::new(name.lesson, channels, widths, init, device, rng)?;
                     channels = widths.output();
+                    last_block = name.lesson;
                     Stage::Block(Box::new(block))
                 }
             });
@@ -130,17 +125,15 @@ impl CifarGoogLeNet {
     ) -> Result<Tensor> {
         let mut x = self.stem.forward(images)?;
         observe("pre_layers", &x)?;
-        let mut last_block = "";
         for stage in &self.body {
             match stage {
                 Stage::Block(block) => {
                     x = block.forward(&x)?;
-                    last_block = block.name;
-                    observe(last_block, &x)?;
+                    observe(block.name, &x)?;
                 }
-                Stage::MaxPool => {
-                    x = max_pool2d(&x, HALVING_POOL)?;
-                    observe(&format!("{last_block}.maxpool"), &x)?;
+                Stage::MaxPool { name, window } => {
+                    x = max_pool2d(&x, *window)?;
+                    observe(name, &x)?;
                 }
             }
         }
@@ -167,7 +160,7 @@ impl CifarGoogLeNet {
         for stage in &self.body {
             x = match stage {
                 Stage::Block(block) => block.describe(&mut builder, x)?,
-                Stage::MaxPool => builder.max_pool2d(x, HALVING_POOL)?,
+                Stage::MaxPool { window, .. } => builder.max_pool2d(x, *window)?,
             };
         }
         let graph = builder.global_avg_pool2d(x)?;
@@ -179,7 +172,7 @@ impl CifarGoogLeNet {
     fn convs(&self) -> impl Iterator<Item = &Conv> {
         let blocks = self.body.iter().filter_map(|stage| match stage {
             Stage::Block(block) => Some(block.convs()),
-            Stage::MaxPool => None,
+            Stage::MaxPool { .. } => None,
         });
         std::iter::once(&self.stem).chain(blocks.flatten())
     }
@@ -217,14 +210,8 @@ impl CifarGoogLeNet {
         };
         let stage = |stage: &Stage| -> Result<Stage> {
             Ok(match stage {
-                Stage::MaxPool => Stage::MaxPool,
-                Stage::Block(b) => Stage::Block(Box::new(Inception {
-                    name: b.name,
-                    branch1: conv(&b.branch1)?,
-                    branch2: [conv(&b.branch2[0])?, conv(&b.branch2[1])?],
-                    branch3: [conv(&b.branch3[0])?, conv(&b.branch3[1])?],
-                    branch4: conv(&b.branch4)?,
-                })),
+                Stage::MaxPool { .. } => stage.clone(),
+                Stage::Block(block) => Stage::Block(Box::new(block.try_map(conv)?)),
             })
         };
         Ok(Self {

@@ -65,17 +65,33 @@ impl Init {
     }
 }
 
-/// PyTorch's default bias: U(±1/√fan_in).
-pub(crate) fn uniform_bias(
-    outputs: usize,
+/// PyTorch's default for biases, and for the weights of `nn.Linear`: U(±1/√fan_in).
+pub(crate) fn uniform(
+    dims: &[usize],
     fan_in: usize,
     device: &Device,
     rng: &mut impl Rng,
 ) -> Result<Var> {
     let bound = 1.0 / (fan_in as f64).sqrt();
     let uniform = Uniform::new_inclusive(-bound, bound).map_err(candle_core::Error::wrap)?;
-    let values: Vec<f32> = (0..outputs).map(|_| uniform.sample(rng) as f32).collect();
-    Var::from_tensor(&Tensor::from_vec(values, outputs, device)?)
+    let count = dims.iter().product();
+    let values: Vec<f32> = (0..count).map(|_| uniform.sample(rng) as f32).collect();
+    Var::from_tensor(&Tensor::from_vec(values, dims, device)?)
+}
+
+/// torchvision's `trunc_normal_(std=0.01, a=-2, b=2)`. The bounds are absolute,
+/// 200 standard deviations away: in effect a normal distribution.
+pub(crate) fn truncated_normal(dims: &[usize], device: &Device, rng: &mut impl Rng) -> Result<Var> {
+    const STD: f64 = 0.01;
+    const BOUND: f64 = 2.0;
+    let count: usize = dims.iter().product();
+    let values: Vec<f32> = (0..count)
+        .map(|_| {
+            let z: f64 = StandardNormal.sample(rng);
+            (z * STD).clamp(-BOUND, BOUND) as f32
+        })
+        .collect();
+    Var::from_tensor(&Tensor::from_vec(values, dims, device)?)
 }
 
 /// A bias of zeros.

@@ -6,7 +6,7 @@ use candle_cnn::{
 use candle_core::{Device, Result, Tensor, Var};
 use rand::Rng;
 
-use crate::init::{Init, uniform_bias, zero_bias};
+use crate::init::{Init, uniform, zero_bias};
 use crate::table::BlockWidths;
 
 /// A convolution with bias, stride 1 and "same" padding, followed by ReLU.
@@ -34,7 +34,7 @@ impl Conv {
         Ok(Self {
             name: name.into(),
             weight: init.weight(&[outputs, inputs, kernel, kernel], device, rng)?,
-            bias: uniform_bias(outputs, fan_in, device, rng)?,
+            bias: uniform(&[outputs], fan_in, device, rng)?,
             config: Conv2dConfig::padded(kernel / 2),
         })
     }
@@ -66,19 +66,101 @@ fn branch4_pool() -> MaxPool2dConfig {
     MaxPool2dConfig::square(3, 1, 1)
 }
 
-/// Four branches side by side over the same input, concatenated by channel.
+/// One stage of a network's body, in order.
 #[derive(Clone, Debug)]
-pub struct Inception {
-    /// Its name in the table, such as `a3`.
+pub(crate) enum Stage<C = Conv> {
+    Block(Box<Inception<C>>),
+    MaxPool {
+        name: String,
+        window: MaxPool2dConfig,
+    },
+}
+
+/// Four branches side by side over the same input, concatenated by channel.
+///
+/// `C` is the network's convolution with what belongs to it: [`Conv`] in the
+/// lesson's net, [`crate::ConvNorm`] in torchvision's.
+#[derive(Clone, Debug)]
+pub struct Inception<C = Conv> {
+    /// Its name in the table, such as `a3` or `inception3a`.
     pub name: &'static str,
     /// 1×1.
-    pub branch1: Conv,
+    pub branch1: C,
     /// 1×1 reduction, 3×3.
-    pub branch2: [Conv; 2],
-    /// 1×1 reduction, 5×5.
-    pub branch3: [Conv; 2],
+    pub branch2: [C; 2],
+    /// 1×1 reduction, 5×5 (torchvision: 3×3).
+    pub branch3: [C; 2],
     /// 1×1 after a 3×3 max-pool.
-    pub branch4: Conv,
+    pub branch4: C,
+}
+
+impl<C> Inception<C> {
+    /// Makes the six convolutions, in the state dict's order, from their place
+    /// in [`Inception::convs`], their input and output channels and their kernel.
+    pub(crate) fn build<E>(
+        name: &'static str,
+        inputs: usize,
+        widths: &BlockWidths,
+        branch3_kernel: usize,
+        mut conv: impl FnMut(usize, (usize, usize), usize) -> std::result::Result<C, E>,
+    ) -> std::result::Result<Self, E> {
+        let w = widths;
+        Ok(Self {
+            name,
+            branch1: conv(0, (inputs, w.conv1x1), 1)?,
+            branch2: [
+                conv(1, (inputs, w.reduce3x3), 1)?,
+                conv(2, (w.reduce3x3, w.conv3x3), 3)?,
+            ],
+            branch3: [
+                conv(3, (inputs, w.reduce5x5), 1)?,
+                conv(4, (w.reduce5x5, w.conv5x5), branch3_kernel)?,
+            ],
+            branch4: conv(5, (inputs, w.pool_proj), 1)?,
+        })
+    }
+
+    /// (N, C, H, W) → (N, C1 + C2 + C3 + C4, H, W), where `conv` runs one of
+    /// the convolutions.
+    pub(crate) fn forward_with(
+        &self,
+        x: &Tensor,
+        conv: impl Fn(&C, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let branch1 = conv(&self.branch1, x)?;
+        let branch2 = conv(&self.branch2[1], &conv(&self.branch2[0], x)?)?;
+        let branch3 = conv(&self.branch3[1], &conv(&self.branch3[0], x)?)?;
+        let pooled = max_pool2d(x, branch4_pool())?;
+        let branch4 = conv(&self.branch4, &pooled)?;
+        Tensor::cat(&[branch1, branch2, branch3, branch4], 1)
+    }
+
+    /// All convolutions in the state dict's order.
+    pub fn convs(&self) -> [&C; 6] {
+        let [reduce3x3, conv3x3] = &self.branch2;
+        let [reduce5x5, conv5x5] = &self.branch3;
+        [
+            &self.branch1,
+            reduce3x3,
+            conv3x3,
+            reduce5x5,
+            conv5x5,
+            &self.branch4,
+        ]
+    }
+
+    /// The block with each convolution replaced, in the state dict's order.
+    pub(crate) fn try_map<D>(&self, mut f: impl FnMut(&C) -> Result<D>) -> Result<Inception<D>> {
+        let [reduce3x3, conv3x3] = &self.branch2;
+        let [reduce5x5, conv5x5] = &self.branch3;
+        Ok(Inception {
+            name: self.name,
+            branch1: f(&self.branch1)?,
+            branch2: [f(reduce3x3)?, f(conv3x3)?],
+            branch3: [f(reduce5x5)?, f(conv5x5)?],
+            branch4: f(&self.branch4)?,
+        })
+    }
 }
 
 impl Inception {
@@ -90,29 +172,18 @@ impl Inception {
         device: &Device,
         rng: &mut impl Rng,
     ) -> Result<Self> {
-        let w = widths;
-        let mut conv = |place: &str, channels, kernel| {
-            Conv::new(
-                format!("{name}.{place}"),
-                channels,
-                kernel,
-                init,
-                device,
-                rng,
-            )
-        };
-        Ok(Self {
-            name,
-            branch1: conv("branch1.0", (inputs, w.conv1x1), 1)?,
-            branch2: [
-                conv("branch2.0", (inputs, w.reduce3x3), 1)?,
-                conv("branch2.2", (w.reduce3x3, w.conv3x3), 3)?,
-            ],
-            branch3: [
-                conv("branch3.0", (inputs, w.reduce5x5), 1)?,
-                conv("branch3.2", (w.reduce5x5, w.conv5x5), 5)?,
-            ],
-            branch4: conv("branch4.1", (inputs, w.pool_proj), 1)?,
+        // ReLUs and the pool have places of their own in the lesson's branches.
+        const PLACES: [&str; 6] = [
+            "branch1.0",
+            "branch2.0",
+            "branch2.2",
+            "branch3.0",
+            "branch3.2",
+            "branch4.1",
+        ];
+        Self::build(name, inputs, widths, 5, |place, channels, kernel| {
+            let name = format!("{name}.{}", PLACES[place]);
+            Conv::new(name, channels, kernel, init, device, rng)
         })
     }
 
@@ -121,12 +192,7 @@ impl Inception {
     /// # Errors
     /// Another number of channels than the block's.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let branch1 = self.branch1.forward(x)?;
-        let branch2 = self.branch2[1].forward(&self.branch2[0].forward(x)?)?;
-        let branch3 = self.branch3[1].forward(&self.branch3[0].forward(x)?)?;
-        let pooled = max_pool2d(x, branch4_pool())?;
-        let branch4 = self.branch4.forward(&pooled)?;
-        Tensor::cat(&[branch1, branch2, branch3, branch4], 1)
+        self.forward_with(x, Conv::forward)
     }
 
     /// [`Self::forward`] as part of a graph: the convolutions in the order of [`Self::convs`].
@@ -139,20 +205,6 @@ impl Inception {
         let pooled = graph.max_pool2d(x, branch4_pool())?;
         let branch4 = self.branch4.describe(graph, pooled)?;
         graph.concat(&[branch1, branch2, branch3, branch4])
-    }
-
-    /// All convolutions in the state dict's order.
-    pub fn convs(&self) -> [&Conv; 6] {
-        let [reduce3x3, conv3x3] = &self.branch2;
-        let [reduce5x5, conv5x5] = &self.branch3;
-        [
-            &self.branch1,
-            reduce3x3,
-            conv3x3,
-            reduce5x5,
-            conv5x5,
-            &self.branch4,
-        ]
     }
 }
 

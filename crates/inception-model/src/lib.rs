@@ -1,8 +1,9 @@
 //! GoogLeNet (Szegedy et al., "Going Deeper with Convolutions", 2014) as data:
 //! a table of widths in the paper's order, from which blocks and network follow.
 //!
-//! [`CifarGoogLeNet`] is the lesson's variant for 32×32 pictures. Parameters
-//! carry the names of PyTorch's state dict everywhere.
+//! [`CifarGoogLeNet`] is the lesson's variant for 32×32 pictures, [`GoogLeNet`]
+//! torchvision's, with batch norm. Parameters carry the names of PyTorch's
+//! state dict everywhere.
 //!
 //! ```
 //! use candle_cnn::Mode;
@@ -19,13 +20,20 @@
 //! ```
 
 mod cifar;
+mod error;
 mod init;
 mod layers;
 mod summary;
 mod table;
+mod torchvision;
 
 pub use cifar::{CifarConfig, CifarGoogLeNet};
+pub use error::ModelError;
 pub use init::Init;
 pub use layers::{Conv, Inception, Linear};
 pub use summary::{Summary, SummaryRow};
-pub use table::{BlockWidths, CIFAR_BLOCKS, Entry};
+pub use table::{BLOCKS, BlockName, BlockWidths, Entry, STEM_WIDTH};
+pub use torchvision::{
+    BatchNorm, ConvNorm, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, GoogLeNetOutputs,
+    SMALLEST_IMAGE,
+};

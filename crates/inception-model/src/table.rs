@@ -28,13 +28,22 @@ impl BlockWidths {
 /// One row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// An Inception block and its name.
-    Block(&'static str, BlockWidths),
-    /// A 3×3 max-pool of stride 2, padding 1, which halves the image.
+    /// An Inception block.
+    Block(BlockName, BlockWidths),
+    /// A max-pool that halves the image; each network has its own window.
     MaxPool,
 }
 
-const fn block(name: &'static str, widths: [usize; 6]) -> Entry {
+/// What the two networks call a block of the paper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockName {
+    /// The lesson's name, such as `a3`.
+    pub lesson: &'static str,
+    /// torchvision's, such as `inception3a`.
+    pub torchvision: &'static str,
+}
+
+const fn block(lesson: &'static str, torchvision: &'static str, widths: [usize; 6]) -> Entry {
     let [conv1x1, reduce3x3, conv3x3, reduce5x5, conv5x5, pool_proj] = widths;
     let widths = BlockWidths {
         conv1x1,
@@ -44,23 +53,30 @@ const fn block(name: &'static str, widths: [usize; 6]) -> Entry {
         conv5x5,
         pool_proj,
     };
+    let name = BlockName {
+        lesson,
+        torchvision,
+    };
     Entry::Block(name, widths)
 }
 
-/// The blocks and pools of the lesson's net, named a3 … b5 as in the lesson
-/// (the paper's 3a … 5b). Input widths follow from the row before.
+/// Channels that enter the first block, in both networks.
+pub const STEM_WIDTH: usize = 192;
+
+/// The paper's blocks 3a … 5b and the pools between them, of both networks.
+/// Input widths follow from the row before.
 #[rustfmt::skip]
-pub const CIFAR_BLOCKS: [Entry; 11] = [
-    //            1×1  3×3r  3×3  5×5r 5×5  pool
-    block("a3", [ 64,   96, 128,  16,  32,  32]),
-    block("b3", [128,  128, 192,  32,  96,  64]),
+pub const BLOCKS: [Entry; 11] = [
+    //                          1×1  3×3r  3×3  5×5r 5×5  pool
+    block("a3", "inception3a", [ 64,   96, 128,  16,  32,  32]),
+    block("b3", "inception3b", [128,  128, 192,  32,  96,  64]),
     Entry::MaxPool,
-    block("a4", [192,   96, 208,  16,  48,  64]),
-    block("b4", [160,  112, 224,  24,  64,  64]),
-    block("c4", [128,  128, 256,  24,  64,  64]),
-    block("d4", [112,  144, 288,  32,  64,  64]),
-    block("e4", [256,  160, 320,  32, 128, 128]),
+    block("a4", "inception4a", [192,   96, 208,  16,  48,  64]),
+    block("b4", "inception4b", [160,  112, 224,  24,  64,  64]),
+    block("c4", "inception4c", [128,  128, 256,  24,  64,  64]),
+    block("d4", "inception4d", [112,  144, 288,  32,  64,  64]),
+    block("e4", "inception4e", [256,  160, 320,  32, 128, 128]),
     Entry::MaxPool,
-    block("a5", [256,  160, 320,  32, 128, 128]),
-    block("b5", [384,  192, 384,  48, 128, 128]),
+    block("a5", "inception5a", [256,  160, 320,  32, 128, 128]),
+    block("b5", "inception5b", [384,  192, 384,  48, 128, 128]),
 ];

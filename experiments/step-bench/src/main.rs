@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
-use inception_model::{CifarConfig, CifarGoogLeNet};
+use inception_model::{CifarConfig, CifarGoogLeNet, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -26,6 +26,9 @@ struct Arguments {
     /// The network
     #[arg(long, value_enum, default_value_t = Model::Lesson)]
     model: Model,
+    /// Train the head alone, in training mode (torchvision's network)
+    #[arg(long)]
+    frozen: bool,
     /// The whole training step, or only the forward pass without gradients
     #[arg(long, value_enum, default_value_t = Work::Train)]
     mode: Work,
@@ -40,6 +43,8 @@ struct Arguments {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Model {
     Lesson,
+    /// With ten classes and transform_input, as in fine-tuning
+    Torchvision,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -101,10 +106,59 @@ fn parse_order(line: &str) -> Result<u32> {
     steps.with_context(|| format!("expected `run <steps>`, got {line:?}"))
 }
 
+/// A network of either kind.
+enum Network {
+    Lesson(Box<CifarGoogLeNet>),
+    Torchvision(Box<GoogLeNet>),
+}
+
+impl Network {
+    fn new(arguments: &Arguments, random: &mut ChaCha8Rng) -> Result<Self> {
+        let device = &Device::Cpu;
+        Ok(match arguments.model {
+            Model::Lesson if arguments.frozen => bail!("--frozen needs --model torchvision"),
+            Model::Lesson => {
+                let network = CifarGoogLeNet::new(&CifarConfig::default(), device, random)?;
+                Self::Lesson(Box::new(network))
+            }
+            Model::Torchvision => {
+                let config = GoogLeNetConfig {
+                    num_classes: 10,
+                    transform_input: true,
+                    ..GoogLeNetConfig::default()
+                };
+                let mut network = GoogLeNet::new(&config, device, random)?;
+                if arguments.frozen {
+                    network.freeze_backbone(FrozenBatchNorm::Moving);
+                }
+                Self::Torchvision(Box::new(network))
+            }
+        })
+    }
+
+    fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
+        Ok(match self {
+            Self::Lesson(network) => network.forward(images, mode)?,
+            Self::Torchvision(network) => network.forward(images, mode)?.logits,
+        })
+    }
+
+    fn trainable_parameters(&self) -> Vec<(String, Var)> {
+        match self {
+            Self::Lesson(network) => network.named_parameters(),
+            Self::Torchvision(network) => {
+                let mut parameters = network.named_parameters();
+                parameters.retain(|(name, _)| network.is_trainable(name));
+                parameters
+            }
+        }
+    }
+}
+
 /// The network, its optimiser and one batch of noise.
 struct Bench {
     work: Work,
-    model: CifarGoogLeNet,
+    model: Network,
     optimizer: Sgd,
     images: Tensor,
     labels: Tensor,
@@ -113,17 +167,17 @@ struct Bench {
 
 impl Bench {
     fn new(arguments: &Arguments) -> Result<Self> {
-        let Model::Lesson = arguments.model;
         let mut random = ChaCha8Rng::seed_from_u64(0);
-        let model = CifarGoogLeNet::new(&CifarConfig::default(), &Device::Cpu, &mut random)?;
+        let model = Network::new(arguments, &mut random)?;
         // A small step: the data are noise, and the weights must stay finite however long the
         // benchmark runs.
         let config = SgdConfig {
             lr: 1e-5,
-            momentum: 0.9,
+            // The lesson's second stage has none.
+            momentum: if arguments.frozen { 0.0 } else { 0.9 },
             ..SgdConfig::default()
         };
-        let optimizer = Sgd::new(model.named_parameters(), config)?;
+        let optimizer = Sgd::new(model.trainable_parameters(), config)?;
         let batch = arguments.batch as usize;
         let pixels: Vec<f32> = (0..batch * 3 * 32 * 32)
             .map(|_| random.random_range(-1.0..1.0))
@@ -189,22 +243,45 @@ mod tests {
         }
     }
 
+    fn arguments(model: Model, mode: Work, frozen: bool) -> Arguments {
+        Arguments {
+            model,
+            frozen,
+            mode,
+            batch: 2,
+            threads: None,
+        }
+    }
+
     #[test]
     fn a_training_step_moves_the_weights_and_an_inference_step_does_not() {
-        let head = |mode| {
-            let arguments = Arguments {
-                model: Model::Lesson,
-                mode,
-                batch: 1,
-                threads: None,
+        let moves = |model, mode| {
+            let mut bench = Bench::new(&arguments(model, mode, false)).unwrap();
+            let parameters = bench.model.trainable_parameters();
+            let weights = || -> Vec<Vec<f32>> {
+                let flat = parameters.iter().map(|(_, p)| p.flatten_all().unwrap());
+                flat.map(|p| p.to_vec1().unwrap()).collect()
             };
-            let mut bench = Bench::new(&arguments).unwrap();
-            let (_, fc) = bench.model.named_parameters().pop().unwrap();
-            let before = fc.to_vec1::<f32>().unwrap();
+            let before = weights();
             bench.step().unwrap();
-            before == fc.to_vec1::<f32>().unwrap()
+            before != weights()
         };
-        assert!(!head(Work::Train));
-        assert!(head(Work::Inference));
+        for model in [Model::Lesson, Model::Torchvision] {
+            assert!(moves(model, Work::Train));
+            assert!(!moves(model, Work::Inference));
+        }
+    }
+
+    #[test]
+    fn a_frozen_step_trains_the_head_alone_and_is_refused_for_the_lessons_net() {
+        let bench = Bench::new(&arguments(Model::Torchvision, Work::Train, true)).unwrap();
+        let names: Vec<String> = bench
+            .model
+            .trainable_parameters()
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        assert_eq!(names, ["fc.weight", "fc.bias"]);
+        assert!(Bench::new(&arguments(Model::Lesson, Work::Train, true)).is_err());
     }
 }

@@ -1,5 +1,8 @@
 //! Batch normalisation over channels, training and inference.
 
+mod cpu;
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod tests;
 
@@ -7,10 +10,11 @@ use std::sync::OnceLock;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
-use rayon::prelude::*;
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
+use crate::simd::Isa;
+use cpu::{Affine, InputGradient};
 
 const OP: &str = "batch_norm";
 
@@ -52,34 +56,23 @@ pub fn batch_norm_train(
     bias: &Tensor,
     eps: f64,
 ) -> Result<(Tensor, BatchStatistics)> {
-    let sizes = Sizes::new(x, weight, bias, eps)?;
-    if sizes.count() < 2 {
-        return Err(OpError::rank(
-            OP,
-            "input",
-            x,
-            "more than one value per channel in training",
-        ));
-    }
-    let statistics = std::sync::Arc::new(OnceLock::new());
-    let op = BatchNorm {
-        sizes,
-        eps,
-        source: Source::Batch(statistics.clone()),
-    };
-    let y = x
-        .contiguous()?
-        .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
-    let moments = statistics.get().ok_or_else(|| OpError::device(OP, x))?;
-    let tensor = |values: Vec<f64>| {
-        Tensor::from_vec(values, sizes.channels, x.device())?.to_dtype(x.dtype())
-    };
-    let correction = sizes.count() as f64 / (sizes.count() - 1) as f64;
-    let statistics = BatchStatistics {
-        mean: tensor(moments.iter().map(|m| m.mean).collect())?,
-        unbiased_variance: tensor(moments.iter().map(|m| m.variance * correction).collect())?,
-    };
-    Ok((y, statistics))
+    train(x, weight, bias, eps, Activation::Identity)
+}
+
+/// [`batch_norm_train`] followed by [`crate::relu`], in one pass over the output.
+///
+/// Equal to the two operations one after the other, bit for bit, in the
+/// gradients too. The statistics are those of the batch norm's input.
+///
+/// # Errors
+/// As [`batch_norm_train`].
+pub fn batch_norm_relu_train(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, BatchStatistics)> {
+    train(x, weight, bias, eps, Activation::Relu)
 }
 
 /// Normalises each channel of `x` by the given running statistics, as
@@ -96,6 +89,87 @@ pub fn batch_norm_eval(
     running_mean: &Tensor,
     running_variance: &Tensor,
     eps: f64,
+) -> Result<Tensor> {
+    let running = (running_mean, running_variance);
+    evaluate(x, weight, bias, running, eps, Activation::Identity)
+}
+
+/// [`batch_norm_eval`] followed by [`crate::relu`], in one pass over the output.
+///
+/// # Errors
+/// As [`batch_norm_eval`].
+pub fn batch_norm_relu_eval(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    running_mean: &Tensor,
+    running_variance: &Tensor,
+    eps: f64,
+) -> Result<Tensor> {
+    let running = (running_mean, running_variance);
+    evaluate(x, weight, bias, running, eps, Activation::Relu)
+}
+
+/// `running ← (1 − momentum) · running + momentum · batch`, PyTorch's momentum.
+///
+/// # Errors
+/// Shapes or dtypes that differ.
+pub fn update_running(running: &Tensor, batch: &Tensor, momentum: f64) -> Result<Tensor> {
+    running.detach().affine(1.0 - momentum, 0.0)? + batch.detach().affine(momentum, 0.0)?
+}
+
+/// What follows the normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Activation {
+    Identity,
+    Relu,
+}
+
+fn train(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+    activation: Activation,
+) -> Result<(Tensor, BatchStatistics)> {
+    let sizes = Sizes::new(x, weight, bias, eps)?;
+    if sizes.count() < 2 {
+        return Err(OpError::rank(
+            OP,
+            "input",
+            x,
+            "more than one value per channel in training",
+        ));
+    }
+    let statistics = std::sync::Arc::new(OnceLock::new());
+    let op = BatchNorm {
+        sizes,
+        eps,
+        source: Source::Batch(statistics.clone()),
+        activation,
+    };
+    let y = x
+        .contiguous()?
+        .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
+    let moments = statistics.get().ok_or_else(|| OpError::device(OP, x))?;
+    let tensor = |values: Vec<f64>| {
+        Tensor::from_vec(values, sizes.channels, x.device())?.to_dtype(x.dtype())
+    };
+    let correction = sizes.count() as f64 / (sizes.count() - 1) as f64;
+    let statistics = BatchStatistics {
+        mean: tensor(moments.iter().map(|m| m.mean).collect())?,
+        unbiased_variance: tensor(moments.iter().map(|m| m.variance * correction).collect())?,
+    };
+    Ok((y, statistics))
+}
+
+fn evaluate(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    (running_mean, running_variance): (&Tensor, &Tensor),
+    eps: f64,
+    activation: Activation,
 ) -> Result<Tensor> {
     let sizes = Sizes::new(x, weight, bias, eps)?;
     let values = |name, tensor: &Tensor| -> Result<Vec<f64>> {
@@ -123,17 +197,10 @@ pub fn batch_norm_eval(
         sizes,
         eps,
         source: Source::Running(moments),
+        activation,
     };
     x.contiguous()?
         .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
-}
-
-/// `running ← (1 − momentum) · running + momentum · batch`, PyTorch's momentum.
-///
-/// # Errors
-/// Shapes or dtypes that differ.
-pub fn update_running(running: &Tensor, batch: &Tensor, momentum: f64) -> Result<Tensor> {
-    running.detach().affine(1.0 - momentum, 0.0)? + batch.detach().affine(momentum, 0.0)?
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -177,16 +244,10 @@ impl Sizes {
     fn count(&self) -> usize {
         self.batch * self.pixels
     }
-
-    /// One channel's values: a run of pixels per image.
-    fn channel<'a, T>(&self, data: &'a [T], c: usize) -> impl Iterator<Item = &'a [T]> + Clone {
-        let (channels, pixels) = (self.channels, self.pixels);
-        (0..self.batch).map(move |n| &data[(n * channels + c) * pixels..][..pixels])
-    }
 }
 
 /// Mean and biased variance of a channel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Moments {
     mean: f64,
     variance: f64,
@@ -204,6 +265,7 @@ struct BatchNorm {
     sizes: Sizes,
     eps: f64,
     source: Source,
+    activation: Activation,
 }
 
 /// The gradients of one pass.
@@ -221,96 +283,75 @@ impl BatchNorm {
         }
     }
 
-    fn forward<T: Element>(&self, x: &[T], weight: &[T], bias: &[T]) -> Vec<T> {
-        if let Source::Batch(cell) = &self.source {
-            let channels = (0..self.sizes.channels).into_par_iter();
-            cell.get_or_init(|| channels.map(|c| self.channel_moments(x, c)).collect());
-        }
-        let mut y = vec![T::ZERO; x.len()];
-        if self.sizes.pixels == 0 {
-            return y;
-        }
-        let moments = self.moments();
-        y.par_chunks_mut(self.sizes.pixels)
-            .zip(x.par_chunks(self.sizes.pixels))
-            .enumerate()
-            .with_min_len(16)
-            .for_each(|(plane, (y, x))| {
-                let c = plane % self.sizes.channels;
-                let Moments { mean, variance } = moments[c];
-                let scale = weight[c].as_f64() / (variance + self.eps).sqrt();
-                let shift = T::real(bias[c].as_f64() - mean * scale);
-                let scale = T::real(scale);
-                for (y, &x) in y.iter_mut().zip(x) {
-                    *y = x * scale + shift;
-                }
-            });
-        y
+    fn inverse_std(&self, moments: Moments) -> f64 {
+        1.0 / (moments.variance + self.eps).sqrt()
     }
 
-    /// Two passes, so that a large mean does not cancel the variance away.
-    fn channel_moments<T: Element>(&self, x: &[T], c: usize) -> Moments {
-        let count = self.sizes.count() as f64;
-        let sum = |f: &dyn Fn(f64) -> f64| -> f64 {
-            let planes = self.sizes.channel(x, c);
-            planes
-                .map(|plane| plane.iter().map(|v| f(v.as_f64())).sum::<f64>())
-                .sum()
-        };
-        let mean = sum(&|v| v) / count;
-        let variance = sum(&|v| (v - mean) * (v - mean)) / count;
-        Moments { mean, variance }
+    /// `(x − mean)/σ · weight + bias`, as each channel's numbers.
+    fn affine<T: Element>(&self, weight: &[T], bias: &[T]) -> Vec<Affine<T>> {
+        let parameters = weight.iter().zip(bias);
+        let channels = self.moments().iter().zip(parameters);
+        channels
+            .map(|(&moments, (weight, &bias))| Affine {
+                mean: T::real(moments.mean),
+                scale: T::real(weight.as_f64() * self.inverse_std(moments)),
+                bias,
+            })
+            .collect()
+    }
+
+    fn forward<T: Element>(&self, isa: Isa, x: &[T], weight: &[T], bias: &[T]) -> Vec<T> {
+        if let Source::Batch(cell) = &self.source {
+            cell.get_or_init(|| cpu::moments(&self.sizes, isa, x));
+        }
+        let relu = self.activation == Activation::Relu;
+        cpu::apply(&self.sizes, isa, x, &self.affine(weight, bias), relu)
     }
 
     /// With x̂ = (x − mean)/σ: dbias = Σ dy, dweight = Σ dy·x̂ and, through the
     /// batch's statistics, dx = weight/σ · (dy − dbias/m − x̂·dweight/m); with
-    /// running statistics the two corrections fall away.
-    fn backward<T: Element>(&self, x: &[T], weight: &[T], dy: &[T], need_x: bool) -> Gradients<T> {
+    /// running statistics the two corrections fall away. Behind a ReLU, dy
+    /// counts where its input is positive.
+    fn backward<T: Element>(
+        &self,
+        isa: Isa,
+        (x, dy): (&[T], &[T]),
+        (weight, bias): (&[T], &[T]),
+        need_x: bool,
+    ) -> Gradients<T> {
         let moments = self.moments();
-        let inverse_std = |c: usize| 1.0 / (moments[c].variance + self.eps).sqrt();
-        let sums: Vec<(f64, f64)> = (0..self.sizes.channels)
-            .into_par_iter()
-            .map(|c| {
-                let (mut bias, mut weight) = (0.0, 0.0);
-                for (x, dy) in self.sizes.channel(x, c).zip(self.sizes.channel(dy, c)) {
-                    for (x, dy) in x.iter().zip(dy) {
-                        bias += dy.as_f64();
-                        weight += dy.as_f64() * (x.as_f64() - moments[c].mean);
+        let affine = self.affine(weight, bias);
+        let relu = self.activation == Activation::Relu;
+        let masks = relu.then_some(affine.as_slice());
+        let sums = cpu::gradient_sums(&self.sizes, isa, (x, dy), moments, masks);
+        let (dbias, dweight): (Vec<f64>, Vec<f64>) = sums
+            .iter()
+            .zip(moments)
+            .map(|(sums, &moments)| (sums.dy, sums.dy_x * self.inverse_std(moments)))
+            .unzip();
+        let dx = need_x.then(|| {
+            // Of the corrections nothing is left with running statistics.
+            let share = match self.source {
+                Source::Batch(_) => 1.0 / self.sizes.count() as f64,
+                Source::Running(_) => 0.0,
+            };
+            let numbers: Vec<InputGradient<T>> = (0..self.sizes.channels)
+                .map(|c| {
+                    let inverse_std = self.inverse_std(moments[c]);
+                    InputGradient {
+                        scale: affine[c].scale,
+                        offset: T::real(dbias[c] * share),
+                        slope: T::real(dweight[c] * share * inverse_std),
+                        affine: affine[c],
                     }
-                }
-                (bias, weight * inverse_std(c))
-            })
-            .collect();
-        let through_batch = matches!(self.source, Source::Batch(_));
-        let dx = (need_x && self.sizes.pixels > 0).then(|| {
-            let count = self.sizes.count() as f64;
-            let mut dx = vec![T::ZERO; x.len()];
-            dx.par_chunks_mut(self.sizes.pixels)
-                .zip(
-                    x.par_chunks(self.sizes.pixels)
-                        .zip(dy.par_chunks(self.sizes.pixels)),
-                )
-                .enumerate()
-                .with_min_len(16)
-                .for_each(|(plane, (dx, (x, dy)))| {
-                    let c = plane % self.sizes.channels;
-                    let inverse_std = inverse_std(c);
-                    let scale = weight[c].as_f64() * inverse_std;
-                    let (dbias, dweight) = if through_batch { sums[c] } else { (0.0, 0.0) };
-                    let slope = dweight / count * inverse_std;
-                    let mean = T::real(moments[c].mean);
-                    let (scale, offset, slope) =
-                        (T::real(scale), T::real(dbias / count), T::real(slope));
-                    for (dx, (&x, &dy)) in dx.iter_mut().zip(x.iter().zip(dy)) {
-                        *dx = scale * (dy - offset - (x - mean) * slope);
-                    }
-                });
-            dx
+                })
+                .collect();
+            cpu::input_gradient(&self.sizes, isa, (x, dy), &numbers, relu)
         });
         Gradients {
             x: dx,
-            weight: sums.iter().map(|s| T::real(s.1)).collect(),
-            bias: sums.iter().map(|s| T::real(s.0)).collect(),
+            weight: dweight.into_iter().map(T::real).collect(),
+            bias: dbias.into_iter().map(T::real).collect(),
         }
     }
 }
@@ -331,6 +372,7 @@ impl CustomOp3 for BatchNorm {
     ) -> Result<(CpuStorage, Shape)> {
         dispatch!(OP, x.dtype(), T => {
             let y = self.forward(
+                Isa::detect(),
                 slice::<T>(OP, x, x_layout)?,
                 slice::<T>(OP, weight, weight_layout)?,
                 slice::<T>(OP, bias, bias_layout)?,
@@ -351,8 +393,12 @@ impl CustomOp3 for BatchNorm {
         dispatch!(OP, x.dtype(), T => {
             let gradients = with_slice::<T, _>(OP, x, |x_data| {
                 with_slice::<T, _>(OP, weight, |weight| {
-                    with_slice::<T, _>(OP, &dy, |dy| {
-                        Ok(self.backward(x_data, weight, dy, x.track_op()))
+                    with_slice::<T, _>(OP, bias, |bias| {
+                        with_slice::<T, _>(OP, &dy, |dy| {
+                            let parameters = (weight, bias);
+                            let isa = Isa::detect();
+                            Ok(self.backward(isa, (x_data, dy), parameters, x.track_op()))
+                        })
                     })
                 })
             })?;

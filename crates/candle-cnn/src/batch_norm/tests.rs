@@ -2,6 +2,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use test_support::{check_gradients, seeded_values};
 
 use super::*;
+use crate::relu;
 
 fn tensor(name: &str, dims: &[usize]) -> Result<Tensor> {
     let values = seeded_values(name, dims.iter().product(), 2.0);
@@ -54,5 +55,129 @@ fn a_single_value_per_channel_is_refused_in_training_only() -> Result<()> {
         text.contains("[3]") && text.contains("[1, 2, 1, 1]"),
         "{text}"
     );
+    Ok(())
+}
+
+/// Shapes on both sides of every border: single pixels, planes below and above
+/// a vector and the switch at 64 pixels, many channels, remainders.
+const SHAPES: [[usize; 4]; 9] = [
+    [5, 3, 1, 1],
+    [3, 700, 1, 1],
+    [4, 130, 2, 2],
+    [2, 9, 5, 7],
+    [3, 17, 7, 9],
+    [2, 5, 8, 8],
+    [2, 3, 13, 11],
+    [1, 2, 16, 16],
+    [2, 1, 40, 33],
+];
+
+fn check_against_plain_loops<T: Element>(isa: Isa, shape: [usize; 4], tolerance: f64) {
+    const EPS: f64 = 1e-3;
+    let [batch, channels, h, w] = shape;
+    let sizes = Sizes {
+        batch,
+        channels,
+        pixels: h * w,
+    };
+    let values = |name: &str, count: usize| -> (Vec<T>, Vec<f64>) {
+        let values = seeded_values(&format!("{name}{shape:?}"), count, 2.0);
+        let exact: Vec<f64> = values.into_iter().map(f64::from).collect();
+        (exact.iter().map(|&v| T::real(v)).collect(), exact)
+    };
+    let elements = batch * channels * h * w;
+    let (x, exact_x) = values("x", elements);
+    let (dy, exact_dy) = values("dy", elements);
+    let (weight, exact_weight) = values("weight", channels);
+    let (bias, exact_bias) = values("bias", channels);
+    let close = |what: &str, ours: &[T], exact: &[f64]| {
+        assert_eq!(ours.len(), exact.len());
+        for (i, (ours, exact)) in ours.iter().zip(exact).enumerate() {
+            let error = (ours.as_f64() - exact).abs() / exact.abs().max(1.0);
+            assert!(
+                error <= tolerance,
+                "{isa:?} {shape:?} {what} {i}: {error:.1e}"
+            );
+        }
+    };
+    let moments = reference::moments(&sizes, &exact_x);
+    for activation in [Activation::Identity, Activation::Relu] {
+        let relu = activation == Activation::Relu;
+        let parameters = (exact_weight.as_slice(), exact_bias.as_slice());
+        let exact_y = reference::forward(&sizes, &exact_x, parameters, &moments, EPS, relu);
+        let op = BatchNorm {
+            sizes,
+            eps: EPS,
+            source: Source::Batch(Default::default()),
+            activation,
+        };
+        close("y", &op.forward(isa, &x, &weight, &bias), &exact_y);
+        let mask = relu.then_some(exact_y.as_slice());
+        let pair = (exact_x.as_slice(), exact_dy.as_slice());
+        let (dx, dweight, dbias) =
+            reference::backward(&sizes, pair, &exact_weight, &moments, EPS, mask);
+        let ours = op.backward(isa, (&x, &dy), (&weight, &bias), true);
+        close("dx", &ours.x.unwrap(), &dx);
+        // Sums of many values: their rounding is that of the one stored result.
+        close("dweight", &ours.weight, &dweight);
+        close("dbias", &ours.bias, &dbias);
+    }
+}
+
+#[test]
+fn every_instruction_set_agrees_with_plain_loops() {
+    for isa in Isa::available() {
+        for shape in SHAPES {
+            check_against_plain_loops::<f64>(isa, shape, 1e-11);
+            check_against_plain_loops::<f32>(isa, shape, 5e-6);
+        }
+    }
+}
+
+#[test]
+fn fused_relu_equals_the_two_operations_bit_for_bit() -> Result<()> {
+    for dims in SHAPES {
+        let x = candle_core::Var::from_tensor(&tensor("x", &dims)?.to_dtype(DType::F32)?)?;
+        let dy = tensor("dy", &dims)?.to_dtype(DType::F32)?;
+        let parameter = |name| tensor(name, &[dims[1]])?.to_dtype(DType::F32);
+        let (weight, bias) = (parameter("w")?, parameter("b")?);
+        let (mean, variance) = (parameter("m")?, parameter("v")?.abs()?);
+        let weight = candle_core::Var::from_tensor(&weight)?;
+        let bias = candle_core::Var::from_tensor(&bias)?;
+        let bits = |y: Tensor| -> Result<Vec<Vec<f32>>> {
+            let gradients = (&y * &dy)?.sum_all()?.backward()?;
+            let mut all = vec![y.flatten_all()?.to_vec1()?];
+            for var in [&x, &weight, &bias] {
+                let gradient = gradients.get(var).unwrap();
+                all.push(gradient.flatten_all()?.to_vec1()?);
+            }
+            Ok(all)
+        };
+        let two = batch_norm_train(&x, &weight, &bias, 1e-3)?.0;
+        let one = batch_norm_relu_train(&x, &weight, &bias, 1e-3)?.0;
+        assert_eq!(bits(relu(&two)?)?, bits(one)?, "training {dims:?}");
+        let two = batch_norm_eval(&x, &weight, &bias, &mean, &variance, 1e-3)?;
+        let one = batch_norm_relu_eval(&x, &weight, &bias, &mean, &variance, 1e-3)?;
+        assert_eq!(bits(relu(&two)?)?, bits(one)?, "evaluation {dims:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_nan_reaches_the_output_through_the_fused_relu() -> Result<()> {
+    let x = Tensor::new(&[[f32::NAN, 1.0], [0.0, -1.0]], &Device::Cpu)?;
+    let (one, zero) = (x.ones_like()?.get(0)?, x.zeros_like()?.get(0)?);
+    let y = batch_norm_relu_eval(&x, &one, &zero, &zero, &one, 0.0)?.to_vec2::<f32>()?;
+    assert!(y[0][0].is_nan());
+    assert_eq!((y[0][1], y[1][0], y[1][1]), (1.0, 0.0, 0.0));
+    Ok(())
+}
+
+#[test]
+fn an_empty_image_gives_an_empty_result() -> Result<()> {
+    let x = Tensor::zeros((2, 3, 0, 4), DType::F32, &Device::Cpu)?;
+    let ones = Tensor::ones(3, DType::F32, &Device::Cpu)?;
+    let y = batch_norm_relu_eval(&x, &ones, &ones, &ones, &ones, 1e-3)?;
+    assert_eq!(y.dims(), [2, 3, 0, 4]);
     Ok(())
 }

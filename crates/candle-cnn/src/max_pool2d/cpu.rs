@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
-use crate::window::Planes;
+use crate::window::{Axis, Planes};
 
 /// Planes that one task handles.
 const PLANES_PER_TASK: usize = 16;
@@ -53,6 +53,13 @@ multiversion! {
 
 #[inline(always)]
 fn forward_planes<T: Element>(planes: &Planes, x: &[T], y: &mut [T]) {
+    if every_window_sees_all(planes) {
+        let outputs = y.chunks_exact_mut(planes.output_plane());
+        for (x, y) in x.chunks_exact(planes.input_plane()).zip(outputs) {
+            y.fill(x[winner(x)]);
+        }
+        return;
+    }
     // A run of 16 fills an AVX-512 register; narrow images would waste half.
     if planes.w.output > 8 {
         forward_runs::<T, 16>(planes, x, y);
@@ -63,11 +70,42 @@ fn forward_planes<T: Element>(planes: &Planes, x: &[T], y: &mut [T]) {
 
 #[inline(always)]
 fn backward_planes<T: Element>(planes: &Planes, x: &[T], dy: &[T], dx: &mut [T]) {
+    if every_window_sees_all(planes) {
+        let outputs = dy.chunks_exact(planes.output_plane());
+        let inputs = x.chunks_exact(planes.input_plane());
+        for ((x, dy), dx) in inputs
+            .zip(outputs)
+            .zip(dx.chunks_exact_mut(planes.input_plane()))
+        {
+            dx[winner(x)] = dy.iter().copied().sum();
+        }
+        return;
+    }
     if planes.w.output > 8 {
         backward_runs::<T, 16>(planes, x, dy, dx);
     } else {
         backward_runs::<T, 8>(planes, x, dy, dx);
     }
+}
+
+/// Deep in a network planes have a few pixels, and every window covers them
+/// all: 1×1 and 2×2 under 3×3, or 2×2 under 2×2. One maximum serves them.
+#[inline(always)]
+fn every_window_sees_all(planes: &Planes) -> bool {
+    let covers = |axis: &Axis| (0..axis.output).all(|o| axis.range(o) == (0..axis.input));
+    planes.input_plane() <= 16 && covers(&planes.h) && covers(&planes.w)
+}
+
+/// Position of the first maximum of a plane, or of its last NaN.
+#[inline(always)]
+fn winner<T: Element>(plane: &[T]) -> usize {
+    let mut winner = 0;
+    for (i, &value) in plane.iter().enumerate() {
+        if (value > plane[winner]) | value.is_nan() {
+            winner = i;
+        }
+    }
+    winner
 }
 
 #[inline(always)]

@@ -92,3 +92,19 @@ fn bad_windows_are_errors_that_name_the_setting() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn rounding_up_makes_a_window_of_an_image_smaller_than_the_kernel() -> Result<()> {
+    // As PyTorch: 2 pixels under a window of 3 and stride 2 give one output;
+    // a single pixel gives none, and without ceil_mode neither do two.
+    let window = MaxPool2dConfig::square(3, 2, 0);
+    let x = Var::new(&[[[[1f64, 4.0], [3.0, 2.0]]]], &Device::Cpu)?;
+    let y = max_pool2d(&x, window.ceil())?;
+    assert_eq!(y.flatten_all()?.to_vec1::<f64>()?, [4.0]);
+    let gradients = y.backward()?;
+    let dx = gradients.get(&x).unwrap().flatten_all()?;
+    assert_eq!(dx.to_vec1::<f64>()?, [0.0, 1.0, 0.0, 0.0]);
+    assert!(max_pool2d(&x, window).is_err());
+    assert!(max_pool2d(&x.narrow(2, 0, 1)?, window.ceil()).is_err());
+    Ok(())
+}
