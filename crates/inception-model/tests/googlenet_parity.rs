@@ -105,8 +105,13 @@ fn check_fingerprints<'a>(
         // An unbiased estimate of the whole tensor's error.
         let error = (3.0 * squared / projections[i].len() as f64).sqrt() / scale;
         let norm_error = (norm - norms[i]).abs() / scale;
-        if !(error.max(norm_error) <= worst.0) {
-            worst = (error.max(norm_error), name);
+        assert!(
+            error.is_finite() && norm_error.is_finite(),
+            "{prefix}: {name}"
+        );
+        let error = error.max(norm_error);
+        if error > worst.0 {
+            worst = (error, name);
         }
     }
     assert_eq!(count, norms.len(), "{prefix}: another number of tensors");

@@ -153,6 +153,23 @@ impl Conv2dGeometry {
         Shape::from((self.batch, self.c_out, self.output.0, self.output.1))
     }
 
+    /// Row and column of the one tap of a larger kernel that ever meets the
+    /// image, where that is a single pixel: the others see padding alone.
+    fn only_tap(&self) -> Option<(usize, usize)> {
+        let Conv2dConfig {
+            padding, dilation, ..
+        } = self.config;
+        if self.input != (1, 1) || self.output != (1, 1) || self.kernel == (1, 1) {
+            return None;
+        }
+        let tap = |padding: usize, dilation: usize, kernel: usize| {
+            let tap = padding / dilation;
+            (padding.is_multiple_of(dilation) && tap < kernel).then_some(tap)
+        };
+        let row = tap(padding.0, dilation.0, self.kernel.0)?;
+        Some((row, tap(padding.1, dilation.1, self.kernel.1)?))
+    }
+
     /// Multiply-accumulate operations of the forward pass.
     pub fn macs(&self) -> u64 {
         let per_pixel = self.c_in * self.kernel.0 * self.kernel.1 * self.c_out;
@@ -237,6 +254,10 @@ fn apply(
     activation: Activation,
 ) -> Result<Tensor> {
     let geometry = Conv2dGeometry::new(x, weight, config)?;
+    if let Some((r, s)) = geometry.only_tap() {
+        let tap = weight.narrow(2, r, 1)?.narrow(3, s, 1)?;
+        return apply(x, &tap, bias, Conv2dConfig::default(), activation);
+    }
     let dtype = match bias {
         None => float_dtype(OP, &[x, weight])?,
         Some(bias) => {

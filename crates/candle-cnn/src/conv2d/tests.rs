@@ -231,3 +231,39 @@ fn empty_batch_gives_an_empty_result_and_zero_gradients() -> Result<()> {
     assert_eq!(gradient.to_scalar::<f32>()?, 0.0);
     Ok(())
 }
+
+#[test]
+fn a_single_pixel_meets_one_tap_and_the_others_get_no_gradient() -> Result<()> {
+    let values = |name: &str, dims: &[usize]| {
+        let values = seeded_values(name, dims.iter().product(), 2.0);
+        Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(DType::F64)
+    };
+    let x = values("x", &[2, 3, 1, 1])?;
+    for (kernel, config, tap) in [
+        ((3, 3), Conv2dConfig::padded(1), (1, 1)),
+        (
+            (5, 3),
+            Conv2dConfig {
+                padding: (4, 1),
+                dilation: (2, 1),
+                ..Default::default()
+            },
+            (2, 1),
+        ),
+    ] {
+        let weight = Var::from_tensor(&values("weight", &[4, 3, kernel.0, kernel.1])?)?;
+        let y = conv2d(&x, &weight, None, config)?;
+        let geometry = Conv2dGeometry::new(&x, &weight, config)?;
+        let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f64>();
+        let exact = conv2d_reference(&geometry, &flat(&x)?, &flat(&weight)?, None);
+        let exact = Tensor::from_vec(exact, y.shape(), &Device::Cpu)?;
+        test_support::assert_close("y", &y, &exact, 1e-14);
+        let gradients = y.sqr()?.sum_all()?.backward()?;
+        let gradient = gradients.get(&weight).unwrap();
+        let total = gradient.abs()?.sum_all()?.to_scalar::<f64>()?;
+        let at_tap = gradient.narrow(2, tap.0, 1)?.narrow(3, tap.1, 1)?;
+        let at_tap = at_tap.abs()?.sum_all()?.to_scalar::<f64>()?;
+        assert!(total > 0.0 && total == at_tap, "{total} {at_tap}");
+    }
+    Ok(())
+}

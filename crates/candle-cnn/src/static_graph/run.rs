@@ -254,7 +254,7 @@ impl<'a, T: Element> Forward<'a, T> {
                     }
                 }
                 for sum in sums {
-                    *sum = *sum * scale;
+                    *sum *= scale;
                 }
             });
         features
