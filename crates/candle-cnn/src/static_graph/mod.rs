@@ -196,12 +196,22 @@ impl StaticGraphBuilder {
 
     /// The map of a node that has a buffer of its own.
     fn readable(&self, node: Node) -> Result<Map> {
-        let map = self.nodes[node.0];
+        let map = self.map(node)?;
         if map.within.is_some() {
             let expected = "not part of a concatenation: only the whole can be read";
             return Err(OpError::setting(OP, "node", node.0, expected));
         }
+        let shape = [map.channels, map.size.0, map.size.1];
+        if shape.contains(&0) {
+            let expected = "at least 1 each";
+            return Err(OpError::setting(OP, "(C, H, W)", shape, expected));
+        }
         Ok(map)
+    }
+
+    fn map(&self, node: Node) -> Result<Map> {
+        let map = self.nodes.get(node.0).copied();
+        map.ok_or_else(|| OpError::setting(OP, "node", node.0, "a node of this builder"))
     }
 
     /// Joins convolutions' results by channel. They are written in place, so
@@ -213,11 +223,12 @@ impl StaticGraphBuilder {
     /// multiple of 16 channels.
     pub fn concat(&mut self, parts: &[Node]) -> Result<Node> {
         let whole = self.nodes.len();
-        let size = parts.first().map_or((0, 0), |part| self.nodes[part.0].size);
+        let first = parts.first().map(|&part| self.map(part)).transpose()?;
+        let size = first.map_or((0, 0), |map| map.size);
         let mut channels = 0usize;
         let mut gradient_halo = 0;
         for part in parts {
-            let map = self.nodes[part.0];
+            let map = self.map(*part)?;
             let is_convolution = self.operations.iter().any(
                 |operation| matches!(operation, Operation::Convolution(c) if c.output == part.0),
             );

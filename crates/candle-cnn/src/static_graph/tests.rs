@@ -375,5 +375,11 @@ fn only_what_can_be_written_in_place_is_joined() {
         builder.clone().global_avg_pool2d(x).is_err(),
         "nobody reads the whole"
     );
+    assert!(
+        builder.conv2d_relu(Node(99), 4, 1, 0).is_err(),
+        "of another builder"
+    );
+    let mut empty = StaticGraphBuilder::new(0, (8, 8));
+    assert!(empty.conv2d_relu(Node(0), 4, 1, 0).is_err(), "no channels");
     assert!(builder.global_avg_pool2d(whole).is_ok());
 }
