@@ -38,7 +38,18 @@ pub fn load(model: &dyn Model, path: &Path) -> Result<(), WeightsError> {
 /// # Errors
 /// As [`load`].
 pub fn load_from_bytes(model: &dyn Model, bytes: &[u8], path: &Path) -> Result<(), WeightsError> {
-    let mut found = decode(bytes, path)?;
+    assign(model, decode(bytes, path)?, path)
+}
+
+/// [`load`] from tensors already read; `path` only names them in errors.
+///
+/// # Errors
+/// As [`load`].
+pub fn assign(
+    model: &dyn Model,
+    mut found: BTreeMap<String, Tensor>,
+    path: &Path,
+) -> Result<(), WeightsError> {
     let mut mismatch = Mismatch::default();
     let mut assignments = Vec::new();
     for (name, var) in state_dict(model) {
@@ -126,6 +137,19 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, Wei
         tensors.insert(name, tensor);
     }
     Ok(tensors)
+}
+
+/// The metadata of a safetensors file, such as what [`Model::metadata`] put there; `path` only names
+/// the file in errors.
+///
+/// # Errors
+/// Bytes that are no safetensors file.
+pub fn metadata(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|source| WeightsError::Parse {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    Ok(header.metadata().clone().into_iter().flatten().collect())
 }
 
 /// A file of weights that cannot be read, or does not fit the model.
