@@ -38,21 +38,22 @@ pub fn load(model: &dyn Model, path: &Path) -> Result<(), WeightsError> {
 /// # Errors
 /// As [`load`].
 pub fn load_from_bytes(model: &dyn Model, bytes: &[u8], path: &Path) -> Result<(), WeightsError> {
-    assign(model, decode(bytes, path)?, path)
+    assign(state_dict(model), decode(bytes, path)?, path)
 }
 
-/// [`load`] from tensors already read; `path` only names them in errors.
+/// Fills variables, such as those of [`state_dict`], from tensors already read, as strictly as
+/// [`load`]; `path` only names them in errors.
 ///
 /// # Errors
 /// As [`load`].
 pub fn assign(
-    model: &dyn Model,
+    variables: Vec<(String, Var)>,
     mut found: BTreeMap<String, Tensor>,
     path: &Path,
 ) -> Result<(), WeightsError> {
     let mut mismatch = Mismatch::default();
     let mut assignments = Vec::new();
-    for (name, var) in state_dict(model) {
+    for (name, var) in variables {
         match found.remove(&name) {
             None => mismatch.missing.push(name),
             Some(tensor) if tensor.shape() != var.shape() || tensor.dtype() != var.dtype() => {

@@ -1,0 +1,109 @@
+//! The command line.
+
+use anyhow::Result;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
+use experiment_common::{
+    Action, ComputeArguments, DataArguments, Dataset, RunArguments, RunConfig, TrainingArguments,
+    TrainingDefaults, common_defaults, describe_defaults, flags_given, refuse_all_but,
+};
+use trainer::{Schedule, SgdConfig};
+use transfer_common::{Begin, Request, Trained, TransferArguments, transfer_defaults};
+
+/// Train the head alone of torchvision's GoogLeNet on CIFAR-10
+///
+/// Without arguments: the lesson's third experiment, 2 more epochs from where the newest finished
+/// run of finetune-full ended, with everything but the last layer frozen. CIFAR-10 is fetched if it
+/// is not there. A run can be stopped with Ctrl-C at any time and resumed with --resume.
+#[derive(Debug, Parser)]
+#[command(name = "finetune-frozen", version, max_term_width = 100)]
+struct Arguments {
+    /// In minutes: drawn shapes, from where `finetune-full --quick` ended
+    #[arg(long)]
+    quick: bool,
+    /// Print the network layer by layer and exit
+    #[arg(long)]
+    summary: bool,
+    #[command(flatten)]
+    data: DataArguments,
+    #[command(flatten)]
+    training: TrainingArguments,
+    #[command(flatten)]
+    network: TransferArguments,
+    /// Let batch norm use its running statistics and leave them as they are. The backbone's features
+    /// are then computed once, and epochs after the first take next to no time
+    #[arg(long, help_heading = "Network")]
+    bn_eval: bool,
+    #[command(flatten)]
+    run: RunArguments,
+    #[command(flatten)]
+    compute: ComputeArguments,
+}
+
+/// The lesson's: batch 32, SGD without momentum, 2 epochs.
+const LESSON: TrainingDefaults = TrainingDefaults {
+    epochs: 2,
+    batch_size: 32,
+    optimizer: SgdConfig {
+        lr: 0.01,
+        momentum: 0.0,
+        dampening: 0.0,
+        nesterov: false,
+        weight_decay: 0.0,
+    },
+    schedule: Schedule::Constant,
+    evaluate_every_epochs: 1,
+    checkpoint_every_steps: 200,
+};
+
+/// Pictures of `--quick`: (train, test).
+const QUICK_SHAPES: (u64, u64) = (1_600, 400);
+
+/// Reads the command line. Help and malformed arguments end the process here, as clap does it.
+pub(crate) fn parse() -> Result<Action<Request>> {
+    let matches = command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    resolve(arguments, &matches)
+}
+
+fn command() -> clap::Command {
+    let mut defaults = common_defaults(&LESSON);
+    defaults.extend(transfer_defaults());
+    let init = "the newest finished run of finetune-full under --out";
+    defaults.push(("init", init.into()));
+    describe_defaults(Arguments::command(), &defaults)
+}
+
+fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>> {
+    let given = flags_given(&command(), matches);
+    if let Some(action) = arguments.run.to_resume(&given, &arguments.data)? {
+        return Ok(action);
+    }
+    let trained = match arguments.bn_eval {
+        true => Trained::HeadWithFixedStatistics,
+        false => Trained::Head,
+    };
+    let aux_heads = false; // they only ever train the backbone
+    let begin = Begin::NewestRunOf("finetune-full");
+    let request = arguments.network.request(begin, aux_heads, trained)?;
+    if arguments.summary {
+        let reason = "it prints the network and trains nothing";
+        let allowed = ["--dropout", "--image-size"];
+        refuse_all_but("--summary", &allowed, &given, reason)?;
+        return Ok(Action::Summary(request));
+    }
+    let data = match arguments.quick {
+        true => arguments.data.quick(QUICK_SHAPES)?,
+        false => arguments.data,
+    };
+    let config = RunConfig {
+        model: request,
+        data: data.resolve(Dataset::Cifar10)?,
+        training: arguments.training.resolve(&arguments.run, &LESSON),
+        compute: arguments.compute.resolve()?,
+    };
+    config.training.validate()?;
+    Ok(Action::Start {
+        config: Box::new(config),
+        out: arguments.run.out(),
+    })
+}
