@@ -176,7 +176,7 @@ impl Transfer {
     }
 }
 
-/// A bar over `files` files; hidden where standard error is no terminal. [`print`] and [`say`] make
+/// A bar over `files` files; hidden where standard error is no terminal. [`print()`] and [`say`] make
 /// it step aside.
 pub fn bar_of_files(files: u64) -> ProgressBar {
     let bar = bar(FILE_TEMPLATE);

@@ -108,3 +108,84 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>
         out: arguments.run.out(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn action(line: &str) -> Result<Action<Request>> {
+        let line = ["finetune-full"].into_iter().chain(line.split_whitespace());
+        let matches = command().try_get_matches_from(line)?;
+        resolve(Arguments::from_arg_matches(&matches)?, &matches)
+    }
+
+    fn config(line: &str) -> RunConfig<Request> {
+        match action(line).unwrap() {
+            Action::Start { config, .. } => *config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn without_arguments_the_settings_are_the_lessons() {
+        let RunConfig {
+            model,
+            data,
+            training,
+            ..
+        } = config("");
+        assert_eq!((training.epochs, training.batch_size), (2, 32));
+        let optimizer = &training.optimizer;
+        assert_eq!((optimizer.lr, optimizer.momentum), (0.01, 0.9));
+        assert!(training.shuffle);
+        assert_eq!(data.dataset, Dataset::Cifar10);
+        assert_eq!((model.dropout, model.image_size), (0.2, None));
+        assert!(!model.aux_heads);
+        assert_eq!(model.begin, Begin::Weights(WeightsSource::Torchvision));
+        assert_eq!(model.trained, Trained::Everything);
+    }
+
+    #[test]
+    fn every_flag_reaches_the_configuration() {
+        let config =
+            config("--weights random --aux --dropout 0.5 --image-size 224 --epochs 3 --seed 8");
+        assert_eq!(config.model.begin, Begin::Weights(WeightsSource::Random));
+        assert!(config.model.aux_heads);
+        assert_eq!(
+            (config.model.dropout, config.model.image_size),
+            (0.5, Some(224))
+        );
+        assert_eq!((config.training.epochs, config.training.seed), (3, 8));
+    }
+
+    #[test]
+    fn init_takes_the_place_of_weights() {
+        let begin = config("--init some.safetensors").model.begin;
+        assert_eq!(begin, Begin::Init("some.safetensors".into()));
+        assert!(action("--init some.safetensors --weights random").is_err());
+    }
+
+    #[test]
+    fn the_help_gives_a_default_for_each_flag_that_takes_a_value() {
+        for argument in command().get_arguments() {
+            let id = argument.get_id().as_str();
+            if !argument.get_action().takes_values() || ["init", "resume"].contains(&id) {
+                continue;
+            }
+            let help = argument.get_help().map(ToString::to_string);
+            let help = help.unwrap_or_default();
+            assert!(help.contains("[default: "), "{id}: {help}");
+        }
+    }
+
+    #[test]
+    fn quick_needs_no_file_and_takes_other_settings() {
+        let config = config("--quick --epochs 1");
+        assert_eq!(
+            (config.data.dataset, config.training.epochs),
+            (Dataset::Shapes, 1)
+        );
+        assert_eq!(config.model.begin, Begin::Weights(WeightsSource::Random));
+        assert!(action("--quick --dataset cifar10").is_err());
+    }
+}
