@@ -49,7 +49,7 @@ def write(path, tensors, script, seed, **metadata):
 def write_manifest():
     """SHA-256 of every fixture that a script of this folder made, in the format of `sha256sum --check`."""
     lines = []
-    for path in sorted(REPOSITORY.glob("crates/*/tests/fixtures/*.safetensors")):
+    for path in sorted(REPOSITORY.glob("*/*/tests/fixtures/*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("script", "").startswith("tools/pytorch/"):
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity] [googlenet_parity]`."""
+"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity] [googlenet_parity] [preprocessing]`."""
 
 import sys
 
@@ -8,13 +8,14 @@ import fixture_file
 import googlenet_parity
 import lesson_parity
 import ops
+import preprocessing
 import sgd
 
 # One thread and fixed algorithms: sums are taken in the same order every time.
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
-scripts = {script.__name__: script for script in (ops, sgd, lesson_parity, googlenet_parity)}
+scripts = {script.__name__: script for script in (ops, sgd, lesson_parity, googlenet_parity, preprocessing)}
 for name in sys.argv[1:] or scripts:
     scripts[name].make()
 

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
-use cifar_data::{Batches, ImageSet, Normalization};
+use candle_core::{Device, Tensor};
+use cifar_data::{Batch, Batches, ImageSet, Normalization};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -69,6 +69,26 @@ pub(crate) fn batches(
     Batches::new(set.clone(), order, batch_size, normalization, device)
         .map(|batches| batches.starting_at(first as usize))
         .map_err(Error::data(name))
+}
+
+/// What a step works on.
+#[derive(Debug)]
+pub(crate) struct Examples {
+    /// Images `(n, channels, height, width)`, or their features `(n, …)`.
+    pub(crate) inputs: Tensor,
+    /// `u32`, `(n,)`.
+    pub(crate) labels: Tensor,
+    pub(crate) count: u64,
+}
+
+impl From<Batch> for Examples {
+    fn from(batch: Batch) -> Self {
+        Self {
+            inputs: batch.images,
+            labels: batch.labels,
+            count: batch.len as u64,
+        }
+    }
 }
 
 /// Size and content hash of each set; recorded by a run and checked when it is resumed.

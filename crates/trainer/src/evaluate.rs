@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use cifar_data::{ImageSet, Normalization};
 use serde::{Deserialize, Serialize};
 
-use crate::data::batches;
+use crate::data::{Examples, batches};
 use crate::error::{Error, Result};
 use crate::model::Model;
 
@@ -45,22 +45,41 @@ pub fn evaluate(
 ) -> Result<Option<Evaluation>> {
     let (name, images) = set;
     let order = (0..images.len() as u32).collect();
+    let batches = batches(name, images, order, batch_size, normalization, device, 0)?;
+    let batches = batches.map(|batch| batch.map(Examples::from).map_err(Error::data(name)));
+    evaluate_examples(
+        batches,
+        |images| model.forward(images, Mode::Eval),
+        progress,
+    )
+}
+
+/// [`evaluate`] on whatever `logits` are made of.
+pub(crate) fn evaluate_examples(
+    batches: impl Iterator<Item = Result<Examples>>,
+    logits: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<Option<Evaluation>> {
     let (mut loss_sum, mut correct, mut done) = (0.0, 0, 0);
-    for batch in batches(name, images, order, batch_size, normalization, device, 0)? {
-        let batch = batch.map_err(Error::data(name))?;
+    for (index, batch) in batches.enumerate() {
+        let Examples {
+            inputs,
+            labels,
+            count,
+        } = batch?;
         let evaluated = || {
-            let logits = model.forward(&batch.images, Mode::Eval)?;
-            let loss = cross_entropy(&logits, &batch.labels, CrossEntropyConfig::default())?;
-            Ok((scalar(&loss)?, count_correct(&logits, &batch.labels)?))
+            let logits = logits(&inputs)?;
+            let loss = cross_entropy(&logits, &labels, CrossEntropyConfig::default())?;
+            Ok((scalar(&loss)?, count_correct(&logits, &labels)?))
         };
         let (loss, batch_correct) = evaluated().map_err(|source| Error::Tensor {
             during: "the evaluation",
-            step: done / batch_size as u64 + 1,
+            step: index as u64 + 1,
             source,
         })?;
-        loss_sum += f64::from(loss) * batch.len as f64;
+        loss_sum += f64::from(loss) * count as f64;
         correct += batch_correct;
-        done += batch.len as u64;
+        done += count;
         if progress(done).is_break() {
             return Ok(None);
         }

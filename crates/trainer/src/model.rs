@@ -37,8 +37,26 @@ pub trait Model {
         true
     }
 
+    /// The network in two parts, where the first never changes in training: frozen, and without
+    /// dropout, augmentation or batch statistics. Its features of a picture are then computed once,
+    /// and every later pass over the pictures runs the second part alone.
+    fn fixed_features(&self) -> Option<&dyn FixedFeatures> {
+        None
+    }
+
     /// Written into the metadata of `model.safetensors`: `architecture`, `classes`, …
     fn metadata(&self) -> BTreeMap<String, String>;
+}
+
+/// A network whose first part gives a picture the same features whenever it is asked.
+///
+/// `classify(features(images), mode)` is `forward(images, mode)`.
+pub trait FixedFeatures {
+    /// Features `(N, …)` of images `(N, channels, height, width)`, each row of its image alone.
+    fn features(&self, images: &Tensor) -> Result<Tensor>;
+
+    /// Logits `(N, classes)` of features.
+    fn classify(&self, features: &Tensor, mode: Mode) -> Result<Tensor>;
 }
 
 /// What a forward pass yields in training.

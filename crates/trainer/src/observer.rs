@@ -13,6 +13,9 @@ pub trait Observer {
     fn started(&mut self, _start: &StartReport) {}
     /// A training step is done.
     fn step_done(&mut self, _report: &StepReport) {}
+    /// A batch of the features that are computed once is done, see
+    /// [`Model::fixed_features`](crate::Model::fixed_features).
+    fn features_progress(&mut self, _set: &str, _images_done: u64, _images: u64) {}
     /// A batch of an evaluation is done.
     fn evaluation_progress(&mut self, _set: &str, _images_done: u64, _images: u64) {}
     /// An epoch is done, evaluations included.

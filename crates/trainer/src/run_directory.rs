@@ -138,6 +138,25 @@ impl RunDirectory {
         })
     }
 
+    /// The run of `experiment` under `out` that began last among those that are finished.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the folder cannot be listed; that there is none is no error.
+    pub fn newest_finished(out: &Path, experiment: &str) -> Result<Option<PathBuf>> {
+        let parent = out.join(experiment);
+        if !parent.is_dir() {
+            return Ok(None);
+        }
+        let mut newest = None;
+        for entry in fs::read_dir(&parent).map_err(io_error("list", &parent))? {
+            let dir = entry.map_err(io_error("list", &parent))?.path();
+            if dir.join("finished.json").is_file() && dir.join("config.json").is_file() {
+                newest = newest.max(Some((age(&dir), dir)));
+            }
+        }
+        Ok(newest.map(|(_, dir)| dir))
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.dir
@@ -205,6 +224,15 @@ impl RunDirectory {
 /// A time as a folder's name: to the second, in UTC, without the colons that Windows refuses.
 fn folder_name(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H-%M-%SZ").to_string()
+}
+
+/// What the name of a run's folder is ordered by: its time, then the number behind it.
+fn age(dir: &Path) -> (String, u64) {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    match name.rsplit_once("Z-").map(|(time, n)| (time, n.parse())) {
+        Some((time, Ok(number))) => (format!("{time}Z"), number),
+        _ => (name.into_owned(), 1),
+    }
 }
 
 /// Makes `parent/name`, or `parent/name-2`, … when taken.

@@ -1,15 +1,16 @@
-//! A small network for the tests: linear, tanh, dropout, linear, and a running mean like batch
-//! norm's. Everything that a run has to restore is in it: two layers, a buffer that moves in
-//! training, dropout.
+//! A small network for the tests: linear, tanh, dropout, linear, and a running mean and a count of
+//! batches like batch norm's. Everything that a run has to restore is in it: two layers, buffers of
+//! two types that move in training, dropout. Frozen, its first layer and buffers stay.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use candle_cnn::Mode;
-use candle_core::{D, Device, Result, Tensor, Var};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::model::Model;
+use crate::model::{FixedFeatures, Model};
 use crate::random;
 
 const INPUT: usize = 3 * 32 * 32;
@@ -18,6 +19,11 @@ const HIDDEN: usize = 12;
 pub(crate) struct TinyModel {
     parameters: Vec<(String, Var)>,
     running_mean: Var,
+    batches_tracked: Var,
+    /// How often the first layer was run on how many pictures.
+    pub(crate) pictures_seen: Cell<usize>,
+    /// Trains the last layer only, by the running mean.
+    pub(crate) frozen: bool,
     /// Multiplies the logits; a large one makes training diverge.
     pub(crate) gain: f64,
 }
@@ -39,7 +45,10 @@ impl TinyModel {
                 var("fc2.weight", &[10, HIDDEN], 0.3),
                 var("fc2.bias", &[10], 0.3),
             ],
-            running_mean: Var::zeros(HIDDEN, candle_core::DType::F32, &Device::Cpu).unwrap(),
+            running_mean: Var::zeros(HIDDEN, DType::F32, &Device::Cpu).unwrap(),
+            batches_tracked: Var::zeros((), DType::I64, &Device::Cpu).unwrap(),
+            pictures_seen: Cell::new(0),
+            frozen: false,
             gain: 1.0,
         }
     }
@@ -49,28 +58,81 @@ impl TinyModel {
         crate::weights::state_dict(self)
             .iter()
             .map(|(_, var)| {
+                if var.dtype() == DType::I64 {
+                    return vec![var.to_scalar::<i64>().unwrap() as u32];
+                }
                 let values = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 values.into_iter().map(f32::to_bits).collect()
             })
             .collect()
     }
+
+    /// Mean-free activations of the first layer; in training the buffers move.
+    fn hidden(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
+        let seen = self.pictures_seen.get() + images.dim(0)?;
+        self.pictures_seen.set(seen);
+        let [w1, b1] = [0, 1].map(|i| &self.parameters[i].1);
+        let (w1, b1) = match self.frozen {
+            true => (w1.as_detached_tensor(), b1.as_detached_tensor()),
+            false => (w1.as_tensor().clone(), b1.as_tensor().clone()),
+        };
+        let hidden = images.flatten_from(1)?.matmul(&w1.t()?)?;
+        let hidden = hidden.broadcast_add(&b1)?.tanh()?;
+        let mean = match mode {
+            Mode::Train { .. } if !self.frozen => {
+                let mean = hidden.mean(0)?;
+                let moved = ((&*self.running_mean * 0.9)? + (mean.detach() * 0.1)?)?;
+                self.running_mean.set(&moved)?;
+                let counted = (self.batches_tracked.as_detached_tensor() + 1.0)?;
+                self.batches_tracked.set(&counted)?;
+                mean
+            }
+            _ => self.running_mean.as_detached_tensor(),
+        };
+        hidden.broadcast_sub(&mean)
+    }
 }
 
 impl Model for TinyModel {
     fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
-        let [w1, b1, w2, b2] = [0, 1, 2, 3].map(|i| self.parameters[i].1.as_tensor());
-        let hidden = images.flatten_from(1)?.matmul(&w1.t()?)?;
-        let hidden = hidden.broadcast_add(b1)?.tanh()?;
-        let mean = match mode {
-            Mode::Eval => self.running_mean.as_detached_tensor(),
-            Mode::Train { .. } => {
-                let mean = hidden.mean(0)?;
-                let moved = ((&*self.running_mean * 0.9)? + (mean.detach() * 0.1)?)?;
-                self.running_mean.set(&moved)?;
-                mean
-            }
-        };
-        let mut hidden = hidden.broadcast_sub(&mean)?;
+        self.classify(&self.hidden(images, mode)?, mode)
+    }
+
+    fn named_parameters(&self) -> Vec<(String, Var)> {
+        self.parameters.clone()
+    }
+
+    fn named_buffers(&self) -> Vec<(String, Var)> {
+        vec![
+            ("norm.running_mean".into(), self.running_mean.clone()),
+            (
+                "norm.num_batches_tracked".into(),
+                self.batches_tracked.clone(),
+            ),
+        ]
+    }
+
+    fn is_trainable(&self, parameter: &str) -> bool {
+        !self.frozen || parameter.starts_with("fc2.")
+    }
+
+    fn fixed_features(&self) -> Option<&dyn FixedFeatures> {
+        self.frozen.then_some(self)
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([("architecture".into(), "tiny".into())])
+    }
+}
+
+impl FixedFeatures for TinyModel {
+    fn features(&self, images: &Tensor) -> Result<Tensor> {
+        self.hidden(images, Mode::Eval)
+    }
+
+    fn classify(&self, hidden: &Tensor, mode: Mode) -> Result<Tensor> {
+        let [w2, b2] = [2, 3].map(|i| self.parameters[i].1.as_tensor());
+        let mut hidden = hidden.clone();
         if let Mode::Train { dropout_seed } = mode {
             let mut rng = ChaCha8Rng::seed_from_u64(dropout_seed);
             let mask: Vec<f32> = (0..hidden.elem_count())
@@ -81,17 +143,5 @@ impl Model for TinyModel {
         let logits = hidden.matmul(&w2.t()?)?.broadcast_add(b2)?;
         assert_eq!(logits.dim(D::Minus1)?, 10);
         logits * self.gain
-    }
-
-    fn named_parameters(&self) -> Vec<(String, Var)> {
-        self.parameters.clone()
-    }
-
-    fn named_buffers(&self) -> Vec<(String, Var)> {
-        vec![("norm.running_mean".into(), self.running_mean.clone())]
-    }
-
-    fn metadata(&self) -> BTreeMap<String, String> {
-        BTreeMap::from([("architecture".into(), "tiny".into())])
     }
 }

@@ -3,19 +3,21 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_cnn::{CrossEntropyConfig, cross_entropy};
+use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
 use candle_core::{DType, Device, Tensor};
-use cifar_data::{Batch, Batches, shuffled_order};
+use cifar_data::{ImageSet, shuffled_order};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint, Position, State};
 use crate::config::TrainingConfig;
-use crate::data::{DataSets, batches};
+use crate::data::{DataSets, Examples, batches};
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, count_correct, evaluate, scalar};
+use crate::evaluate::{Evaluation, count_correct, evaluate_examples, scalar};
+use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
 use crate::model::{Model, TrainOutput};
 use crate::observer::{EpochReport, Observer, StartReport, StepReport};
@@ -41,6 +43,8 @@ pub struct Training<'a> {
     metrics: MetricsFiles,
     position: Position,
     last_evaluation: BTreeMap<String, Evaluation>,
+    /// Of networks with [`Model::fixed_features`]. Computed by each process anew.
+    features: FeatureCache,
 }
 
 /// How [`Training::run`] ended.
@@ -107,6 +111,7 @@ impl<'a> Training<'a> {
             metrics: MetricsFiles::open(run.path(), covered.unwrap_or_default())?,
             position: Position::default(),
             last_evaluation: BTreeMap::new(),
+            features: FeatureCache::default(),
             data,
             config,
             run,
@@ -163,6 +168,17 @@ impl<'a> Training<'a> {
         if self.epoch_is_over() {
             return Ok(ControlFlow::Continue(()));
         }
+        if self.caches_training_features() {
+            let begin = Instant::now();
+            let train = self.data.train.clone();
+            if self
+                .compute_features(("train", &train), observer, stop)?
+                .is_break()
+            {
+                return Ok(ControlFlow::Break(()));
+            }
+            self.position.epoch_seconds += begin.elapsed().as_secs_f64();
+        }
         let mut batches = self.remaining_batches()?;
         while !self.epoch_is_over() {
             if stop() {
@@ -170,8 +186,7 @@ impl<'a> Training<'a> {
             }
             let begin = Instant::now();
             let Some(batch) = batches.next() else { break };
-            let batch = batch.map_err(Error::data("train"))?;
-            let step = self.train_step(&batch)?;
+            let step = self.train_step(&batch?)?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {
                 self.save_checkpoint(observer)?;
@@ -181,7 +196,7 @@ impl<'a> Training<'a> {
     }
 
     /// One step: forward, loss, backward, update.
-    fn train_step(&mut self, batch: &Batch) -> Result<Step> {
+    fn train_step(&mut self, batch: &Examples) -> Result<Step> {
         let step = self.position.step;
         let failed = |during| {
             move |source| Error::Tensor {
@@ -192,8 +207,7 @@ impl<'a> Training<'a> {
         };
         let dropout_seed = random::dropout_seed(self.config.seed, step);
         let output = self
-            .model
-            .forward_train(&batch.images, dropout_seed)
+            .forward_train(&batch.inputs, dropout_seed)
             .map_err(failed("the forward pass"))?;
         let loss = self
             .loss(&output, &batch.labels)
@@ -220,9 +234,24 @@ impl<'a> Training<'a> {
         Ok(Step {
             loss: value,
             correct,
-            images: batch.len as u64,
+            images: batch.count,
             lr,
         })
+    }
+
+    /// Of images, or of their features where those are kept.
+    fn forward_train(
+        &self,
+        inputs: &Tensor,
+        dropout_seed: u64,
+    ) -> candle_core::Result<TrainOutput> {
+        match self.model.fixed_features() {
+            Some(fixed) if self.features.contains("train") => Ok(TrainOutput {
+                logits: fixed.classify(inputs, Mode::Train { dropout_seed })?,
+                auxiliary: Vec::new(),
+            }),
+            _ => self.model.forward_train(inputs, dropout_seed),
+        }
     }
 
     /// Cross entropy of the logits, plus that of each auxiliary head times its weight.
@@ -275,6 +304,88 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
+    /// Evaluates on one set, by its features where those never change.
+    fn evaluate(
+        &mut self,
+        (name, set): (&'static str, &Arc<ImageSet>),
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Option<Evaluation>> {
+        if self
+            .compute_features((name, set), observer, stop)?
+            .is_break()
+        {
+            return Ok(None);
+        }
+        let images = set.len() as u64;
+        let mut progress = |done| {
+            observer.evaluation_progress(name, done, images);
+            break_if(stop())
+        };
+        match self.model.fixed_features() {
+            Some(fixed) => {
+                let order = (0..set.len() as u32).collect();
+                let batch_size = self.config.evaluation_batch_size;
+                let batches = self.features.batches(name, order, batch_size, 0);
+                let logits = |features: &Tensor| fixed.classify(features, Mode::Eval);
+                evaluate_examples(batches, logits, &mut progress)
+            }
+            None => {
+                let batches = self.batches_in_order(name, set)?;
+                let logits = |images: &Tensor| self.model.forward(images, Mode::Eval);
+                evaluate_examples(batches, logits, &mut progress)
+            }
+        }
+    }
+
+    /// Computes the features of a set, unless they are there or are none.
+    fn compute_features(
+        &mut self,
+        (name, set): (&'static str, &Arc<ImageSet>),
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<ControlFlow<()>> {
+        let Some(fixed) = self.model.fixed_features() else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        if self.features.contains(name) {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let batches = self.batches_in_order(name, set)?;
+        let features = |images: &Tensor| fixed.features(images);
+        let images = set.len() as u64;
+        let mut progress = |done| {
+            observer.features_progress(name, done, images);
+            break_if(stop())
+        };
+        self.features
+            .fill((name, set), batches, features, &self.device, &mut progress)
+    }
+
+    /// Whether it pays to keep the training set's features: a run that does not see all of it
+    /// would compute more than it uses.
+    fn caches_training_features(&self) -> bool {
+        self.model.fixed_features().is_some() && self.total_steps() >= self.steps_per_epoch()
+    }
+
+    /// All pictures of a set, in batches of the evaluation.
+    fn batches_in_order(
+        &self,
+        name: &'static str,
+        set: &Arc<ImageSet>,
+    ) -> Result<impl Iterator<Item = Result<Examples>> + use<>> {
+        let batches = batches(
+            name,
+            set,
+            (0..set.len() as u32).collect(),
+            self.config.evaluation_batch_size,
+            self.data.normalization,
+            &self.device,
+            0,
+        )?;
+        Ok(batches.map(move |batch| batch.map(Examples::from).map_err(Error::data(name))))
+    }
+
     /// Evaluates, writes the epoch's metrics and moves on to the next epoch. Broken off, it leaves
     /// everything as it was, and is done again when the run is resumed.
     fn end_epoch(
@@ -286,22 +397,7 @@ impl<'a> Training<'a> {
         let mut evaluations = BTreeMap::new();
         if self.evaluation_is_due() {
             for (name, set) in self.data.evaluated() {
-                let images = set.len() as u64;
-                let mut progress = |done| {
-                    observer.evaluation_progress(name, done, images);
-                    match stop() {
-                        true => ControlFlow::Break(()),
-                        false => ControlFlow::Continue(()),
-                    }
-                };
-                let evaluation = evaluate(
-                    self.model,
-                    (name, &set),
-                    self.config.evaluation_batch_size,
-                    self.data.normalization,
-                    &self.device,
-                    &mut progress,
-                )?;
+                let evaluation = self.evaluate((name, &set), observer, stop)?;
                 match evaluation {
                     Some(evaluation) => evaluations.insert(name.to_string(), evaluation),
                     None => return Ok(ControlFlow::Break(())),
@@ -371,7 +467,7 @@ impl<'a> Training<'a> {
     }
 
     /// The batches of the current epoch that are still to come, in the epoch's own order.
-    fn remaining_batches(&self) -> Result<Batches> {
+    fn remaining_batches(&self) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
         let Position {
             epoch,
             batch_in_epoch,
@@ -385,15 +481,25 @@ impl<'a> Training<'a> {
             }
             false => (0..images as u32).collect(),
         };
-        batches(
+        let batch_size = self.config.batch_size;
+        if self.features.contains("train") {
+            let batches = self
+                .features
+                .batches("train", order, batch_size, batch_in_epoch);
+            return Ok(Box::new(batches));
+        }
+        let batches = batches(
             "train",
             &self.data.train,
             order,
-            self.config.batch_size,
+            batch_size,
             self.data.normalization,
             &self.device,
             batch_in_epoch,
-        )
+        )?;
+        Ok(Box::new(batches.map(|batch| {
+            batch.map(Examples::from).map_err(Error::data("train"))
+        })))
     }
 
     fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
@@ -536,6 +642,13 @@ impl<'a> Training<'a> {
     fn checkpoint_is_due(&self) -> bool {
         let every = self.config.checkpoint_every_steps;
         every > 0 && self.position.step.is_multiple_of(every) && !self.epoch_is_over()
+    }
+}
+
+fn break_if(stop: bool) -> ControlFlow<()> {
+    match stop {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
     }
 }
 

@@ -38,10 +38,22 @@ pub fn load(model: &dyn Model, path: &Path) -> Result<(), WeightsError> {
 /// # Errors
 /// As [`load`].
 pub fn load_from_bytes(model: &dyn Model, bytes: &[u8], path: &Path) -> Result<(), WeightsError> {
-    let mut found = decode(bytes, path)?;
+    assign(state_dict(model), decode(bytes, path)?, path)
+}
+
+/// Fills variables, such as those of [`state_dict`], from tensors already read, as strictly as
+/// [`load`]; `path` only names them in errors.
+///
+/// # Errors
+/// As [`load`].
+pub fn assign(
+    variables: Vec<(String, Var)>,
+    mut found: BTreeMap<String, Tensor>,
+    path: &Path,
+) -> Result<(), WeightsError> {
     let mut mismatch = Mismatch::default();
     let mut assignments = Vec::new();
-    for (name, var) in state_dict(model) {
+    for (name, var) in variables {
         match found.remove(&name) {
             None => mismatch.missing.push(name),
             Some(tensor) if tensor.shape() != var.shape() || tensor.dtype() != var.dtype() => {
@@ -126,6 +138,19 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, Wei
         tensors.insert(name, tensor);
     }
     Ok(tensors)
+}
+
+/// The metadata of a safetensors file, such as what [`Model::metadata`] put there; `path` only names
+/// the file in errors.
+///
+/// # Errors
+/// Bytes that are no safetensors file.
+pub fn metadata(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|source| WeightsError::Parse {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    Ok(header.metadata().clone().into_iter().flatten().collect())
 }
 
 /// A file of weights that cannot be read, or does not fit the model.

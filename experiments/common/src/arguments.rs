@@ -9,6 +9,7 @@ use trainer::{Schedule, SgdConfig, TrainingConfig};
 
 use crate::compute::DeviceChoice;
 use crate::data::Dataset;
+use crate::experiment::Action;
 
 /// What to train on.
 #[derive(Debug, Clone, Default, Args)]
@@ -142,9 +143,77 @@ impl TrainingArguments {
     }
 }
 
+impl RunArguments {
+    /// What `--resume` asks for, if it is there.
+    ///
+    /// # Errors
+    /// Any other flag but `--data-dir`.
+    pub fn to_resume<M>(
+        &self,
+        given: &[String],
+        data: &DataArguments,
+    ) -> Result<Option<Action<M>>> {
+        let Some(dir) = self.resume.clone() else {
+            return Ok(None);
+        };
+        let reason = "a resumed run takes every setting from its config.json, so that it ends as if \
+                      it had never stopped";
+        refuse_all_but("--resume", &["--data-dir"], given, reason)?;
+        let data_dir = data.data_dir.clone();
+        Ok(Some(Action::Resume { dir, data_dir }))
+    }
+
+    /// Folder for runs.
+    pub fn out(&self) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| "runs".into())
+    }
+}
+
+impl DataArguments {
+    /// The data of `--quick`, which is about drawn shapes; other pictures would make nonsense of
+    /// its settings.
+    ///
+    /// # Errors
+    /// Flags that ask for other pictures.
+    pub fn quick(self, (train, test): (u64, u64)) -> Result<Self> {
+        if self.data_dir.is_some() {
+            bail!(
+                "--quick cannot be combined with --data-dir: it trains on pictures drawn by the program"
+            );
+        }
+        if self.dataset == Some(Dataset::Cifar10) {
+            bail!(
+                "--quick cannot be combined with --dataset cifar10: its settings suit the drawn shapes. \
+                 For a short run on CIFAR-10 use --train-limit N --epochs N"
+            );
+        }
+        Ok(Self {
+            dataset: Some(Dataset::Shapes),
+            train_limit: self.train_limit.or(Some(train)),
+            test_limit: self.test_limit.or(Some(test)),
+            ..self
+        })
+    }
+}
+
+/// Flag and default of all arguments in the groups above, for [`describe_defaults`].
+pub fn common_defaults(training: &TrainingDefaults) -> Vec<(&'static str, String)> {
+    let mut defaults = training.described();
+    defaults.extend([
+        ("dataset", "cifar10".to_string()),
+        ("data_dir", "data".to_string()),
+        ("train_limit", "all; shapes: 10000".to_string()),
+        ("test_limit", "all; shapes: 2000".to_string()),
+        ("validation", "0".to_string()),
+        ("out", "runs".to_string()),
+        ("device", "auto".to_string()),
+    ]);
+    defaults
+}
+
 impl TrainingDefaults {
-    /// Flag and value of each, for [`describe_defaults`].
-    pub fn described(&self) -> Vec<(&'static str, String)> {
+    /// Flag and value of each.
+    fn described(&self) -> Vec<(&'static str, String)> {
         vec![
             ("epochs", self.epochs.to_string()),
             ("batch_size", self.batch_size.to_string()),
@@ -200,7 +269,11 @@ pub fn refuse_all_but(flag: &str, allowed: &[&str], given: &[String], reason: &s
     Ok(())
 }
 
-fn at_least_one(text: &str) -> Result<u64, String> {
+/// Reads a count; for `value_parser`.
+///
+/// # Errors
+/// What it must be.
+pub fn at_least_one(text: &str) -> Result<u64, String> {
     match text.parse() {
         Ok(0) => Err("it must be at least 1".into()),
         Ok(number) => Ok(number),
@@ -220,4 +293,12 @@ fn below_one(text: &str) -> Result<f64, String> {
         Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
         _ => Err("it must be a number of at least 0 and below 1".into()),
     }
+}
+
+/// Reads the probability of being dropped; for `value_parser`.
+///
+/// # Errors
+/// What it must be.
+pub fn probability(text: &str) -> Result<f64, String> {
+    below_one(text)
 }

@@ -7,6 +7,8 @@
 mod arguments;
 mod compute;
 mod data;
+mod experiment;
+mod init_file;
 mod logging;
 mod memory;
 mod progress;
@@ -15,12 +17,14 @@ mod signals;
 
 pub use arguments::{
     ComputeArguments, DataArguments, RunArguments, TrainingArguments, TrainingDefaults,
-    describe_defaults, flags_given, refuse_all_but,
+    at_least_one, common_defaults, describe_defaults, flags_given, probability, refuse_all_but,
 };
 pub use compute::{ComputeConfig, DeviceChoice};
 pub use data::{DataConfig, Dataset};
+pub use experiment::{Action, Experiment, RunConfig, fail, run_experiment};
+pub use init_file::InitFile;
 pub use logging::start_logging;
 pub use memory::keep_freed_pages;
-pub use progress::{Progress, print};
+pub use progress::{Progress, bar_of_files, print, say};
 pub use session::{print_finished, train};
 pub use signals::{Signal, StopSignals};

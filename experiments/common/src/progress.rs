@@ -22,7 +22,7 @@ pub fn print(line: &str) {
 }
 
 /// Tells what happens: a line on standard error.
-pub(crate) fn say(line: &str) {
+pub fn say(line: &str) {
     BARS.suspend(|| {
         let _ = writeln!(io::stderr(), "{line}");
     });
@@ -122,6 +122,15 @@ impl Observer for Progress {
         }
     }
 
+    fn features_progress(&mut self, set: &str, images_done: u64, images: u64) {
+        let text = format!("computing the features of the {set} set: {images_done} of {images}");
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+        } else if self.line_is_due() {
+            say(&text);
+        }
+    }
+
     fn evaluation_progress(&mut self, set: &str, images_done: u64, images: u64) {
         if let Some(bar) = &self.bar {
             bar.set_message(format!(
@@ -167,6 +176,15 @@ impl Transfer {
     }
 }
 
+/// A bar over `files` files; hidden where standard error is no terminal. [`print()`] and [`say`] make
+/// it step aside.
+pub fn bar_of_files(files: u64) -> ProgressBar {
+    let bar = bar(FILE_TEMPLATE);
+    bar.set_length(files);
+    bar
+}
+
+const FILE_TEMPLATE: &str = "{bar:24} {pos}/{len} files · {eta} left · {msg}";
 const STEP_TEMPLATE: &str = "{bar:24} {pos}/{len} steps · {eta} left · {msg}";
 const BYTE_TEMPLATE: &str = "{bar:24} {bytes}/{total_bytes} · {bytes_per_sec} · {eta} left";
 

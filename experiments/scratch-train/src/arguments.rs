@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use experiment_common::{
-    ComputeArguments, DataArguments, Dataset, RunArguments, TrainingArguments, describe_defaults,
-    flags_given, refuse_all_but,
+    ComputeArguments, DataArguments, Dataset, InitFile, RunArguments, TrainingArguments,
+    common_defaults, describe_defaults, flags_given, probability, refuse_all_but,
 };
 
-use crate::config::{Config, InitFile, LESSON, ModelConfig, Preset, QUICK};
+use crate::config::{Config, LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
 
 /// Train GoogLeNet on CIFAR-10 from scratch, as the lesson does
 ///
@@ -48,21 +48,7 @@ struct ModelArguments {
     init: Option<PathBuf>,
 }
 
-/// What the arguments ask for.
-#[derive(Debug)]
-pub(crate) enum Action {
-    Start {
-        config: Box<Config>,
-        out: PathBuf,
-    },
-    Resume {
-        dir: PathBuf,
-        data_dir: Option<PathBuf>,
-    },
-    Summary {
-        dropout: f64,
-    },
-}
+type Action = experiment_common::Action<ModelConfig>;
 
 /// Reads the command line. Help and malformed arguments end the process here, as clap does it.
 pub(crate) fn parse() -> Result<Action> {
@@ -72,37 +58,23 @@ pub(crate) fn parse() -> Result<Action> {
 }
 
 fn command() -> clap::Command {
-    let mut defaults = LESSON.training.described();
-    defaults.extend([
-        ("dataset", "cifar10".to_string()),
-        ("data_dir", "data".to_string()),
-        ("train_limit", "all; shapes: 10000".to_string()),
-        ("test_limit", "all; shapes: 2000".to_string()),
-        ("validation", "0".to_string()),
-        ("dropout", LESSON.dropout.to_string()),
-        ("out", "runs".to_string()),
-        ("device", "auto".to_string()),
-    ]);
+    let mut defaults = common_defaults(&LESSON.training);
+    defaults.push(("dropout", LESSON.dropout.to_string()));
     describe_defaults(Arguments::command(), &defaults)
 }
 
 fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
     let given = flags_given(&command(), matches);
-    if let Some(dir) = arguments.run.resume {
-        let reason = "a resumed run takes every setting from its config.json, so that it ends as if \
-                      it had never stopped";
-        refuse_all_but("--resume", &["--data-dir"], &given, reason)?;
-        let data_dir = arguments.data.data_dir;
-        return Ok(Action::Resume { dir, data_dir });
+    if let Some(action) = arguments.run.to_resume(&given, &arguments.data)? {
+        return Ok(action);
     }
     if arguments.summary {
         let reason = "it prints the network and trains nothing";
         refuse_all_but("--summary", &["--dropout"], &given, reason)?;
-        let dropout = arguments.model.dropout.unwrap_or(LESSON.dropout);
-        return Ok(Action::Summary { dropout });
+        return Ok(Action::Summary(model(arguments.model, &LESSON)));
     }
     let (preset, data) = match arguments.quick {
-        true => (QUICK, quick_data(arguments.data)?),
+        true => (QUICK, arguments.data.quick(QUICK_SHAPES)?),
         false => (LESSON, arguments.data),
     };
     let config = Config {
@@ -114,7 +86,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
     config.training.validate()?;
     Ok(Action::Start {
         config: Box::new(config),
-        out: arguments.run.out.unwrap_or_else(|| "runs".into()),
+        out: arguments.run.out(),
     })
 }
 
@@ -122,39 +94,7 @@ fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
     ModelConfig {
         dropout: arguments.dropout.unwrap_or(preset.dropout),
         init: preset.init,
-        init_file: arguments.init.map(|path| InitFile {
-            path,
-            sha256: String::new(),
-        }),
-    }
-}
-
-/// `--quick` is about drawn shapes; other pictures would make nonsense of its settings.
-fn quick_data(given: DataArguments) -> Result<DataArguments> {
-    if given.data_dir.is_some() {
-        bail!(
-            "--quick cannot be combined with --data-dir: it trains on pictures drawn by the program"
-        );
-    }
-    if given.dataset == Some(Dataset::Cifar10) {
-        bail!(
-            "--quick cannot be combined with --dataset cifar10: its settings suit the drawn shapes. \
-             For a short run on CIFAR-10 use --train-limit N --epochs N"
-        );
-    }
-    let (train, test) = QUICK.shapes.unzip();
-    Ok(DataArguments {
-        dataset: Some(Dataset::Shapes),
-        train_limit: given.train_limit.or(train),
-        test_limit: given.test_limit.or(test),
-        ..given
-    })
-}
-
-fn probability(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
-        _ => Err("it must be a number of at least 0 and below 1".into()),
+        init_file: arguments.init.map(InitFile::given),
     }
 }
 

@@ -1,21 +1,12 @@
 //! The settings of a run, fully resolved: the contents of `config.json`.
 
-use std::path::PathBuf;
-
-use anyhow::{Context, Result};
-use experiment_common::{ComputeConfig, DataConfig, TrainingDefaults};
+use experiment_common::{InitFile, RunConfig, TrainingDefaults};
 use inception_model::Init;
 use serde::{Deserialize, Serialize};
-use trainer::{Schedule, SgdConfig, Span, TrainingConfig, sha256_hex};
+use trainer::{Schedule, SgdConfig, Span};
 
 /// Everything that decides what a run computes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Config {
-    pub(crate) model: ModelConfig,
-    pub(crate) data: DataConfig,
-    pub(crate) training: TrainingConfig,
-    pub(crate) compute: ComputeConfig,
-}
+pub(crate) type Config = RunConfig<ModelConfig>;
 
 /// The network's own settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -50,37 +41,12 @@ impl From<Initialization> for Init {
     }
 }
 
-/// A file of weights and the hash that tells whether it is still the same.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct InitFile {
-    pub(crate) path: PathBuf,
-    /// Empty until resolved.
-    pub(crate) sha256: String,
-}
-
-impl Config {
-    /// Makes the path of the weights absolute, so that a resumption from another folder finds them,
-    /// and records their hash.
-    pub(crate) fn resolve_init(mut self) -> Result<Self> {
-        if let Some(file) = &mut self.model.init_file {
-            let cannot_read = || format!("cannot read --init {}", file.path.display());
-            let bytes = std::fs::read(&file.path).with_context(cannot_read)?;
-            let path = file.path.canonicalize().with_context(cannot_read)?;
-            file.sha256 = sha256_hex(&bytes);
-            file.path = path;
-        }
-        Ok(self)
-    }
-}
-
 /// What arguments that are not given become.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Preset {
     pub(crate) training: TrainingDefaults,
     pub(crate) dropout: f64,
     pub(crate) init: Initialization,
-    /// Images of the built-in set, for presets that use it: (train, test).
-    pub(crate) shapes: Option<(u64, u64)>,
 }
 
 /// The lesson, exactly: its code trains 7 epochs, whatever its recorded output shows.
@@ -101,7 +67,6 @@ pub(crate) const LESSON: Preset = Preset {
     },
     dropout: 0.4,
     init: Initialization::Lesson,
-    shapes: None,
 };
 
 /// `--quick`: the same network on drawn shapes, to see it learn within minutes. The lesson's
@@ -125,5 +90,7 @@ pub(crate) const QUICK: Preset = Preset {
     },
     dropout: 0.0,
     init: Initialization::Centred,
-    shapes: Some((1_600, 200)),
 };
+
+/// Pictures of `--quick`: (train, test).
+pub(crate) const QUICK_SHAPES: (u64, u64) = (1_600, 200);

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use candle_cnn::Mode;
 use candle_core::{Device, Tensor, Var};
 use inception_model::{CifarConfig, CifarGoogLeNet};
 use rand_chacha::ChaCha8Rng;
-use trainer::{Model, random, sha256_hex, weights};
+use trainer::{Model, random};
 
 use crate::config::Config;
 
@@ -27,21 +27,6 @@ impl Network {
         let mut rng: ChaCha8Rng = random::stream(config.training.seed, random::INIT, 0);
         let network = CifarGoogLeNet::new(&settings, device, &mut rng);
         Ok(Self(network.context("cannot make the network")?))
-    }
-
-    /// Replaces the initial weights by those of `--init`, where there are any.
-    pub(crate) fn load_init(&self, config: &Config) -> Result<()> {
-        let Some(file) = &config.model.init_file else {
-            return Ok(());
-        };
-        let shown = file.path.display();
-        let bytes = std::fs::read(&file.path).with_context(|| format!("cannot read {shown}"))?;
-        ensure!(
-            sha256_hex(&bytes) == file.sha256,
-            "{shown} is no longer the file that the run began with (SHA-256 {})",
-            file.sha256
-        );
-        weights::load_from_bytes(self, &bytes, &file.path).context("cannot use --init")
     }
 
     /// The table of layers.

@@ -3,7 +3,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use cifar_data::{Normalization, Split, shapes};
+use cifar_data::{Batches, Normalization, Split, shapes};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -411,6 +411,168 @@ fn two_runs_of_the_same_second_have_two_folders() {
     let mut paths: Vec<_> = runs.iter().map(|run| run.path().to_path_buf()).collect();
     paths.dedup();
     assert_eq!(paths.len(), 3);
+}
+
+#[test]
+fn the_newest_finished_run_is_found_by_its_time_and_number() {
+    let out = tempfile::tempdir().unwrap();
+    let newest = || RunDirectory::newest_finished(out.path(), EXPERIMENT).unwrap();
+    assert_eq!(newest(), None);
+    let make = |name: &str, files: &[&str]| {
+        let dir = out.path().join(EXPERIMENT).join(name);
+        fs::create_dir_all(&dir).unwrap();
+        for file in files {
+            fs::write(dir.join(file), "{}").unwrap();
+        }
+        dir
+    };
+    let finished = ["config.json", "finished.json"];
+    make("2026-03-01T12-30-05Z-9", &finished);
+    let expected = make("2026-03-01T12-30-05Z-10", &finished);
+    make("2026-02-28T23-59-59Z", &finished);
+    make("2026-04-01T00-00-00Z", &finished[..1]);
+    assert_eq!(newest(), Some(expected));
+}
+
+/// Runs a frozen model, from the folder's state, as [`go_on`] does.
+fn go_on_frozen(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
+    let mut model = TinyModel::new(config().seed);
+    model.frozen = true;
+    let config = run.config().unwrap();
+    let outcome = Training::new(&model, data(), &Device::Cpu, config, run)
+        .and_then(|mut training| training.run(&mut Silent, stop));
+    (model, outcome)
+}
+
+#[test]
+fn features_that_never_change_are_computed_once_a_picture() {
+    let out = tempfile::tempdir().unwrap();
+    let (model, outcome) = go_on_frozen(create(out.path(), &config()), &|| false);
+    outcome.unwrap();
+    let data = data();
+    let pictures = data.train.len() + data.validation.unwrap().len() + data.test.len();
+    assert_eq!(model.pictures_seen.get(), pictures);
+
+    // Fewer steps than an epoch has: only what the steps need, besides the evaluation.
+    let short = TrainingConfig {
+        max_steps: Some(2),
+        ..config()
+    };
+    let (model, outcome) = go_on_frozen(create(out.path(), &short), &|| false);
+    outcome.unwrap();
+    let trained = 2 * short.batch_size;
+    assert_eq!(
+        model.pictures_seen.get(),
+        pictures - data.train.len() + trained
+    );
+}
+
+#[test]
+fn features_of_a_picture_stay_with_its_label_whatever_the_order() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let mut model = TinyModel::new(config().seed);
+    model.frozen = true;
+    let mut training = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
+    let train = data().train;
+    let flow = training.compute_features(("train", &train), &mut Silent, &|| false);
+    assert!(flow.unwrap().is_continue());
+    let order: Vec<u32> = vec![13, 2, 7, 0, 5];
+    let cached = training.features.batches("train", order.clone(), 2, 1);
+    let images = batches(
+        "train",
+        &train,
+        order,
+        2,
+        Normalization::HALF,
+        &Device::Cpu,
+        1,
+    );
+    let mut compared = 0;
+    for (cached, images) in cached.zip(images.unwrap()) {
+        let (cached, images) = (cached.unwrap(), images.unwrap());
+        let expected = model.forward(&images.images, Mode::Eval).unwrap();
+        let found = model.fixed_features().unwrap();
+        let found = found.classify(&cached.inputs, Mode::Eval).unwrap();
+        test_support::assert_close("logits", &found, &expected, 1e-6);
+        assert_eq!(
+            cached.labels.to_vec1::<u32>().unwrap(),
+            images.labels.to_vec1::<u32>().unwrap()
+        );
+        assert_eq!(cached.count, images.len as u64);
+        compared += images.len;
+    }
+    assert_eq!(compared, 3);
+}
+
+#[test]
+fn a_run_on_features_stopped_anywhere_and_resumed_ends_with_the_same_bits() {
+    let whole = tempfile::tempdir().unwrap();
+    let run = create(whole.path(), &config());
+    let dir = run.path().to_path_buf();
+    let (model, outcome) = go_on_frozen(run, &|| false);
+    let expected = traces(&dir, &model, outcome);
+    let mut stops = 0;
+    for n in 0.. {
+        let out = tempfile::tempdir().unwrap();
+        let run = create(out.path(), &config());
+        let dir = run.path().to_path_buf();
+        if let Outcome::Finished(_) = go_on_frozen(run, &after(n)).1.unwrap() {
+            break;
+        }
+        stops += 1;
+        let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
+        let (model, outcome) = go_on_frozen(run, &|| false);
+        assert_eq!(
+            traces(&dir, &model, outcome),
+            expected,
+            "stopped at ask {n}"
+        );
+    }
+    // 8 steps, 3 batches of features to train, and two evaluations of 5 batches, the first of which
+    // computes features.
+    assert_eq!(stops, 8 + 3 + 3 * 5);
+}
+
+#[test]
+fn frozen_parameters_have_no_optimiser_state_and_their_buffers_stay() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let before = TinyModel::new(config().seed).bits();
+    let (model, outcome) = go_on_frozen(run, &|| false);
+    outcome.unwrap();
+    let after = model.bits();
+    assert_eq!(before[..2], after[..2]);
+    assert_eq!(before[4..], after[4..]);
+    assert_ne!(before[2], after[2]);
+    let newest = checkpoint::load_newest(&dir.join("checkpoints"));
+    let optimizer = newest.unwrap().unwrap().optimizer;
+    let state = weights::decode(&optimizer, Path::new("optimizer")).unwrap();
+    let names: Vec<&str> = state.keys().map(String::as_str).collect();
+    assert_eq!(
+        names,
+        ["fc2.bias.momentum_buffer", "fc2.weight.momentum_buffer"]
+    );
+}
+
+#[test]
+fn buffers_that_move_in_training_are_in_every_checkpoint_with_their_type() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let (model, outcome) = go_on(run, &after(5));
+    assert!(matches!(outcome, Ok(Outcome::Stopped { .. })));
+    let kept = checkpoint::load_newest(&dir.join("checkpoints"));
+    let kept = kept.unwrap().unwrap();
+    let steps = kept.state.position.step as i64;
+    let tensors = weights::decode(&kept.weights, Path::new("kept")).unwrap();
+    let counted = &tensors["norm.num_batches_tracked"];
+    assert_eq!(counted.to_scalar::<i64>().unwrap(), steps);
+    let restored = TinyModel::new(99);
+    weights::load_from_bytes(&restored, &kept.weights, Path::new("kept")).unwrap();
+    assert_eq!(restored.bits(), model.bits());
+    assert!(steps > 0);
 }
 
 #[test]

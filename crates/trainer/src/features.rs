@@ -1,0 +1,102 @@
+//! Features that never change, computed once.
+//!
+//! They are computed over a set in its own order and in batches of one size, whatever the epoch's
+//! order is: so a resumed run, which computes them again, has the same bits.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use cifar_data::ImageSet;
+
+use crate::data::Examples;
+use crate::error::{Error, Result};
+
+/// Features and labels of the sets that have been asked for.
+#[derive(Debug, Default)]
+pub(crate) struct FeatureCache(BTreeMap<&'static str, SetFeatures>);
+
+#[derive(Debug)]
+struct SetFeatures {
+    /// `(images, …)`
+    features: Tensor,
+    /// `u32`, `(images,)`
+    labels: Tensor,
+}
+
+impl FeatureCache {
+    pub(crate) fn contains(&self, set: &str) -> bool {
+        self.0.contains_key(set)
+    }
+
+    /// Computes the features of a set from its batches in order. `progress` may break off, which
+    /// keeps nothing.
+    pub(crate) fn fill(
+        &mut self,
+        (name, set): (&'static str, &Arc<ImageSet>),
+        batches: impl Iterator<Item = Result<Examples>>,
+        features: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+        device: &Device,
+        progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>> {
+        let (mut parts, mut done) = (Vec::new(), 0);
+        for (index, batch) in batches.enumerate() {
+            let batch = batch?;
+            let part = features(&batch.inputs).map_err(failed(index as u64 + 1))?;
+            parts.push(part.detach());
+            done += batch.count;
+            if progress(done).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        let labels: Vec<u32> = set.labels().iter().map(|&label| label.into()).collect();
+        let together = || {
+            Ok(SetFeatures {
+                features: Tensor::cat(&parts, 0)?,
+                labels: Tensor::new(labels, device)?,
+            })
+        };
+        self.0.insert(name, together().map_err(failed(0))?);
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Batches of a set in `order`, beginning with batch number `first`; none where its features
+    /// are not there.
+    pub(crate) fn batches(
+        &self,
+        set: &str,
+        order: Vec<u32>,
+        batch_size: usize,
+        first: u64,
+    ) -> impl Iterator<Item = Result<Examples>> + use<> {
+        let cached = self.0.get(set);
+        let cached = cached.map(|set| (set.features.clone(), set.labels.clone()));
+        let count = order.len().div_ceil(batch_size);
+        let first = (first as usize).min(count);
+        cached.into_iter().flat_map(move |(features, labels)| {
+            let order = order.clone();
+            (first..count).map(move |index| {
+                let end = order.len().min((index + 1) * batch_size);
+                let rows = &order[index * batch_size..end];
+                let select = || {
+                    let rows = Tensor::new(rows, features.device())?;
+                    Ok(Examples {
+                        inputs: features.index_select(&rows, 0)?,
+                        labels: labels.index_select(&rows, 0)?,
+                        count: (end - index * batch_size) as u64,
+                    })
+                };
+                select().map_err(failed(index as u64 + 1))
+            })
+        })
+    }
+}
+
+fn failed(step: u64) -> impl Fn(candle_core::Error) -> Error {
+    move |source| Error::Tensor {
+        during: "the computation of features",
+        step,
+        source,
+    }
+}

@@ -1,0 +1,186 @@
+//! What every experiment is: settings, a network, and a run that is started or resumed.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::Device;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use trainer::{DataSets, Environment, Model, RunDirectory, TrainingConfig};
+
+use crate::compute::ComputeConfig;
+use crate::data::DataConfig;
+use crate::logging::start_logging;
+use crate::memory::keep_freed_pages;
+use crate::progress::{print, say};
+use crate::session::{print_finished, train};
+
+/// Everything that decides what a run computes: the contents of `config.json`. `M` holds the
+/// network's own settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunConfig<M> {
+    /// The network and its weights.
+    pub model: M,
+    /// The pictures.
+    pub data: DataConfig,
+    /// The steps.
+    pub training: TrainingConfig,
+    /// The machine.
+    pub compute: ComputeConfig,
+}
+
+/// What a command line asks for; `R` is what it says of the network.
+#[derive(Debug)]
+pub enum Action<R> {
+    /// A new run in `out`.
+    Start {
+        /// Its settings.
+        config: Box<RunConfig<R>>,
+        /// Folder for runs.
+        out: PathBuf,
+    },
+    /// The rest of a run.
+    Resume {
+        /// Its folder.
+        dir: PathBuf,
+        /// Where the data are now, if they have moved.
+        data_dir: Option<PathBuf>,
+    },
+    /// The table of layers.
+    Summary(R),
+}
+
+/// One experiment: a program that trains one kind of network.
+pub trait Experiment {
+    /// Name of its package, of its folder under `runs/`, and in `config.json`.
+    const NAME: &'static str;
+    /// Version of its package.
+    const VERSION: &'static str;
+    /// What the command line says of the network.
+    type Request;
+    /// The network's own settings, resolved.
+    type ModelConfig: Serialize + DeserializeOwned;
+    /// What is trained.
+    type Network: Model;
+
+    /// Looks up what the command line names, such as files of weights, before anything else
+    /// happens. `out` is the folder of all runs.
+    ///
+    /// # Errors
+    /// What cannot be found.
+    fn resolve(request: Self::Request, out: &Path) -> Result<Self::ModelConfig>;
+
+    /// The network with the random weights of the run's seed.
+    ///
+    /// # Errors
+    /// Settings that the network cannot have.
+    fn network(config: &RunConfig<Self::ModelConfig>, device: &Device) -> Result<Self::Network>;
+
+    /// Replaces the random weights by those that the run is to begin with, where there are any.
+    ///
+    /// # Errors
+    /// Weights that cannot be read or do not fit.
+    fn load_initial_weights(
+        network: &Self::Network,
+        config: &RunConfig<Self::ModelConfig>,
+    ) -> Result<()>;
+
+    /// Refuses data that the network cannot be trained on.
+    ///
+    /// # Errors
+    /// The reason.
+    fn check_data(_config: &RunConfig<Self::ModelConfig>, _data: &DataSets) -> Result<()> {
+        Ok(())
+    }
+
+    /// The table of layers.
+    ///
+    /// # Errors
+    /// Settings that the network cannot have.
+    fn summary(request: &Self::Request) -> Result<String>;
+}
+
+/// The `main` of an experiment whose command line `parse` reads. The program must have mimalloc as
+/// its `#[global_allocator]`: every step allocates and frees some hundreds of megabytes, and
+/// [`keep_freed_pages`] says why it matters where they go.
+pub fn run_experiment<E: Experiment>(
+    parse: impl FnOnce() -> Result<Action<E::Request>>,
+) -> ExitCode {
+    keep_freed_pages();
+    start_logging();
+    parse()
+        .and_then(act::<E>)
+        .unwrap_or_else(|error| fail(&error))
+}
+
+/// Prints an error as the last word of a program.
+pub fn fail(error: &anyhow::Error) -> ExitCode {
+    say(&format!("error: {error:#}"));
+    ExitCode::FAILURE
+}
+
+fn act<E: Experiment>(action: Action<E::Request>) -> Result<ExitCode> {
+    match action {
+        Action::Summary(request) => {
+            print(&E::summary(&request)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Start { config, out } => start::<E>(*config, &out),
+        Action::Resume { dir, data_dir } => resume::<E>(&dir, data_dir),
+    }
+}
+
+fn start<E: Experiment>(config: RunConfig<E::Request>, out: &Path) -> Result<ExitCode> {
+    let config = RunConfig {
+        model: E::resolve(config.model, out)?,
+        data: config.data,
+        training: config.training,
+        compute: config.compute,
+    };
+    let cannot_start = || format!("cannot start a run in --out {}", out.display());
+    RunDirectory::prepare(out, E::NAME).with_context(cannot_start)?;
+    let device = config.compute.start()?;
+    let data = config.data.load(config.training.seed)?;
+    E::check_data(&config, &data)?;
+    let network = E::network(&config, &device)?;
+    E::load_initial_weights(&network, &config)?;
+    let run = RunDirectory::create(out, E::NAME, &config, &data, &environment::<E>(&config))
+        .with_context(cannot_start)?;
+    train(&network, data, &device, config.training, run)
+}
+
+/// Everything comes from the run's config.json, so that it ends as if it had never stopped.
+fn resume<E: Experiment>(dir: &Path, data_dir: Option<PathBuf>) -> Result<ExitCode> {
+    let run = RunDirectory::open(dir, E::NAME).context("cannot resume")?;
+    if let Some(summary) = run.finished()? {
+        print(&format!("{} is finished already", dir.display()));
+        print_finished(&dir.display().to_string(), &summary);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut config: RunConfig<E::ModelConfig> = run.config()?;
+    if data_dir.is_some() {
+        ensure!(
+            config.data.data_dir.is_some(),
+            "--data-dir cannot be combined with --resume of a run on drawn shapes: it reads no folder"
+        );
+        config.data.data_dir = data_dir;
+    }
+    let device = config.compute.start()?;
+    let data = config.data.load(config.training.seed)?;
+    let network = E::network(&config, &device)?;
+    if !run.has_checkpoint() {
+        E::load_initial_weights(&network, &config)?;
+    }
+    run.record_resumption(&environment::<E>(&config))?;
+    train(&network, data, &device, config.training, run)
+}
+
+fn environment<E: Experiment>(config: &RunConfig<E::ModelConfig>) -> Environment {
+    Environment::capture(
+        (E::NAME, E::VERSION),
+        &config.compute.device,
+        config.compute.threads,
+        config.training.seed,
+    )
+}

@@ -1,0 +1,65 @@
+//! A file of weights that a run begins with.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use trainer::{Model, sha256_hex, weights};
+
+/// A file of weights and the hash that tells whether it is still the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitFile {
+    /// Absolute once resolved.
+    pub path: PathBuf,
+    /// Empty until resolved.
+    pub sha256: String,
+}
+
+impl InitFile {
+    /// A file as it was given on the command line.
+    pub fn given(path: PathBuf) -> Self {
+        Self {
+            path,
+            sha256: String::new(),
+        }
+    }
+
+    /// Makes the path absolute, so that a resumption from another folder finds the file, and
+    /// records its hash. `flag` names the argument in errors.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn resolve(self, flag: &str) -> Result<Self> {
+        let cannot_read = || format!("cannot read {flag} {}", self.path.display());
+        let bytes = std::fs::read(&self.path).with_context(cannot_read)?;
+        Ok(Self {
+            path: self.path.canonicalize().with_context(cannot_read)?,
+            sha256: sha256_hex(&bytes),
+        })
+    }
+
+    /// The file's bytes.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is another than when it was resolved.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let shown = self.path.display();
+        let bytes = std::fs::read(&self.path).with_context(|| format!("cannot read {shown}"))?;
+        ensure!(
+            sha256_hex(&bytes) == self.sha256,
+            "{shown} is no longer the file that the run began with (SHA-256 {})",
+            self.sha256
+        );
+        Ok(bytes)
+    }
+
+    /// Fills every parameter and buffer of `model` with the file's, which must hold exactly those.
+    ///
+    /// # Errors
+    /// As [`Self::read`]; weights that do not fit, with every difference.
+    pub fn load_into(&self, model: &dyn Model, flag: &str) -> Result<()> {
+        let bytes = self.read()?;
+        weights::load_from_bytes(model, &bytes, &self.path)
+            .with_context(|| format!("cannot use {flag}"))
+    }
+}

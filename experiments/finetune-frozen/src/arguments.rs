@@ -1,0 +1,193 @@
+//! The command line.
+
+use anyhow::Result;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
+use experiment_common::{
+    Action, ComputeArguments, DataArguments, Dataset, RunArguments, RunConfig, TrainingArguments,
+    TrainingDefaults, common_defaults, describe_defaults, flags_given, refuse_all_but,
+};
+use trainer::{Schedule, SgdConfig};
+use transfer_common::{Begin, Request, Trained, TransferArguments, transfer_defaults};
+
+/// Train the head alone of torchvision's GoogLeNet on CIFAR-10
+///
+/// Without arguments: the lesson's third experiment, 2 more epochs from where the newest finished
+/// run of finetune-full ended, with everything but the last layer frozen. CIFAR-10 is fetched if it
+/// is not there. A run can be stopped with Ctrl-C at any time and resumed with --resume.
+#[derive(Debug, Parser)]
+#[command(name = "finetune-frozen", version, max_term_width = 100)]
+struct Arguments {
+    /// In minutes: drawn shapes, from where `finetune-full --quick` ended
+    #[arg(long)]
+    quick: bool,
+    /// Print the network layer by layer and exit
+    #[arg(long)]
+    summary: bool,
+    #[command(flatten)]
+    data: DataArguments,
+    #[command(flatten)]
+    training: TrainingArguments,
+    #[command(flatten)]
+    network: TransferArguments,
+    /// Let batch norm use its running statistics and leave them as they are. The backbone's features
+    /// are then computed once, and epochs after the first take next to no time
+    #[arg(long, help_heading = "Network")]
+    bn_eval: bool,
+    #[command(flatten)]
+    run: RunArguments,
+    #[command(flatten)]
+    compute: ComputeArguments,
+}
+
+/// The lesson's: batch 32, SGD without momentum, 2 epochs.
+const LESSON: TrainingDefaults = TrainingDefaults {
+    epochs: 2,
+    batch_size: 32,
+    optimizer: SgdConfig {
+        lr: 0.01,
+        momentum: 0.0,
+        dampening: 0.0,
+        nesterov: false,
+        weight_decay: 0.0,
+    },
+    schedule: Schedule::Constant,
+    evaluate_every_epochs: 1,
+    checkpoint_every_steps: 200,
+};
+
+/// Pictures of `--quick`: (train, test).
+const QUICK_SHAPES: (u64, u64) = (1_600, 400);
+
+/// Reads the command line. Help and malformed arguments end the process here, as clap does it.
+pub(crate) fn parse() -> Result<Action<Request>> {
+    let matches = command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    resolve(arguments, &matches)
+}
+
+fn command() -> clap::Command {
+    let mut defaults = common_defaults(&LESSON);
+    defaults.extend(transfer_defaults());
+    let init = "the newest finished run of finetune-full under --out";
+    defaults.push(("init", init.into()));
+    describe_defaults(Arguments::command(), &defaults)
+}
+
+fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>> {
+    let given = flags_given(&command(), matches);
+    if let Some(action) = arguments.run.to_resume(&given, &arguments.data)? {
+        return Ok(action);
+    }
+    let trained = match arguments.bn_eval {
+        true => Trained::HeadWithFixedStatistics,
+        false => Trained::Head,
+    };
+    let aux_heads = false; // they only ever train the backbone
+    let begin = Begin::NewestRunOf("finetune-full");
+    let request = arguments.network.request(begin, aux_heads, trained)?;
+    if arguments.summary {
+        let reason = "it prints the network and trains nothing";
+        let allowed = ["--dropout", "--image-size"];
+        refuse_all_but("--summary", &allowed, &given, reason)?;
+        return Ok(Action::Summary(request));
+    }
+    let data = match arguments.quick {
+        true => arguments.data.quick(QUICK_SHAPES)?,
+        false => arguments.data,
+    };
+    let config = RunConfig {
+        model: request,
+        data: data.resolve(Dataset::Cifar10)?,
+        training: arguments.training.resolve(&arguments.run, &LESSON),
+        compute: arguments.compute.resolve()?,
+    };
+    config.training.validate()?;
+    Ok(Action::Start {
+        config: Box::new(config),
+        out: arguments.run.out(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn action(line: &str) -> Result<Action<Request>> {
+        let line = ["finetune-frozen"]
+            .into_iter()
+            .chain(line.split_whitespace());
+        let matches = command().try_get_matches_from(line)?;
+        resolve(Arguments::from_arg_matches(&matches)?, &matches)
+    }
+
+    fn config(line: &str) -> RunConfig<Request> {
+        match action(line).unwrap() {
+            Action::Start { config, .. } => *config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn without_arguments_the_settings_are_the_lessons() {
+        let RunConfig {
+            model,
+            data,
+            training,
+            ..
+        } = config("");
+        assert_eq!((training.epochs, training.batch_size), (2, 32));
+        let optimizer = &training.optimizer;
+        assert_eq!((optimizer.lr, optimizer.momentum), (0.01, 0.0));
+        assert!(training.shuffle);
+        assert_eq!(data.dataset, Dataset::Cifar10);
+        assert_eq!((model.dropout, model.image_size), (0.2, None));
+        assert!(!model.aux_heads);
+        assert_eq!(model.begin, Begin::NewestRunOf("finetune-full"));
+        assert_eq!(model.trained, Trained::Head);
+    }
+
+    #[test]
+    fn every_flag_reaches_the_configuration() {
+        let config =
+            config("--weights random --bn-eval --dropout 0.5 --image-size 224 --epochs 3 --seed 8");
+        let random = transfer_common::WeightsSource::Random;
+        assert_eq!(config.model.begin, Begin::Weights(random));
+        assert_eq!(config.model.trained, Trained::HeadWithFixedStatistics);
+        assert_eq!(
+            (config.model.dropout, config.model.image_size),
+            (0.5, Some(224))
+        );
+        assert_eq!((config.training.epochs, config.training.seed), (3, 8));
+    }
+
+    #[test]
+    fn init_takes_the_place_of_weights() {
+        let begin = config("--init some.safetensors").model.begin;
+        assert_eq!(begin, Begin::Init("some.safetensors".into()));
+        assert!(action("--init some.safetensors --weights random").is_err());
+    }
+
+    #[test]
+    fn the_help_gives_a_default_for_each_flag_that_takes_a_value() {
+        for argument in command().get_arguments() {
+            let id = argument.get_id().as_str();
+            if !argument.get_action().takes_values() || ["weights", "resume"].contains(&id) {
+                continue;
+            }
+            let help = argument.get_help().map(ToString::to_string);
+            let help = help.unwrap_or_default();
+            assert!(help.contains("[default: "), "{id}: {help}");
+        }
+    }
+
+    #[test]
+    fn quick_needs_no_file_and_takes_other_settings() {
+        let config = config("--quick --epochs 1");
+        assert_eq!(
+            (config.data.dataset, config.training.epochs),
+            (Dataset::Shapes, 1)
+        );
+        assert_eq!(config.model.begin, Begin::NewestRunOf("finetune-full"));
+        assert!(action("--quick --data-dir d").is_err());
+    }
+}

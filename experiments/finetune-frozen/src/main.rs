@@ -1,0 +1,23 @@
+//! Trains the head of torchvision's GoogLeNet on CIFAR-10, over a frozen backbone. The README tells what
+//! to expect.
+
+mod arguments;
+
+use std::process::ExitCode;
+
+use experiment_common::run_experiment;
+use transfer_common::{FineTune, Stage};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    run_experiment::<FineTune<Frozen>>(arguments::parse)
+}
+
+struct Frozen;
+
+impl Stage for Frozen {
+    const NAME: &'static str = env!("CARGO_PKG_NAME");
+    const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+}

@@ -1,0 +1,276 @@
+//! The program as its users meet it: a few steps of a few drawn pictures.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use predicates::prelude::PredicateBooleanExt;
+use predicates::str::contains;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
+const TINY: &str = "--dataset shapes --train-limit 8 --test-limit 4 --max-steps 2 --batch-size 4";
+
+fn program(arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_finetune-full"));
+    command.args(arguments.split_whitespace());
+    command.env_remove("RUST_LOG");
+    // No test may reach the network.
+    command.env("HF_HUB_OFFLINE", "1");
+    command.env("HF_HUB_CACHE", "no-such-cache");
+    for proxy in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"] {
+        command.env(proxy, "http://127.0.0.1:9");
+    }
+    command
+}
+
+fn tiny(more: &str, out: &Path) -> Command {
+    let mut command = program(&format!("{TINY} {more}"));
+    command.arg("--out").arg(out);
+    command
+}
+
+/// The only run below `out`.
+fn run_directory(out: &Path) -> PathBuf {
+    let mut runs = fs::read_dir(out.join("finetune-full")).unwrap();
+    runs.next().unwrap().unwrap().path()
+}
+
+struct Weights {
+    metadata: BTreeMap<String, String>,
+    /// Shape and bytes.
+    tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)>,
+}
+
+fn weights(file: &Path) -> Weights {
+    let bytes = fs::read(file).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    Weights {
+        metadata: header.metadata().clone().into_iter().flatten().collect(),
+        tensors: tensors
+            .into_iter()
+            .map(|(name, view)| (name, (view.shape().to_vec(), view.data().to_vec())))
+            .collect(),
+    }
+}
+
+fn finished(more: &str) -> (tempfile::TempDir, Weights) {
+    let out = tempfile::tempdir().unwrap();
+    tiny(more, out.path()).assert().success();
+    let weights = weights(&run_directory(out.path()).join("model.safetensors"));
+    (out, weights)
+}
+
+#[test]
+fn a_run_leaves_torchvisions_state_dict_with_moved_statistics_and_says_what_it_is() {
+    let (_out, weights) = finished("--weights random");
+    let said = |key: &str| weights.metadata[key].as_str();
+    assert_eq!(said("architecture"), "googlenet-torchvision");
+    assert_eq!((said("classes"), said("class_names")), ("10", "shapes"));
+    assert_eq!(
+        (said("transform_input"), said("image_size")),
+        ("true", "32")
+    );
+    // 57 convolutions with five tensors of batch norm each, and the head.
+    assert_eq!(weights.tensors.len(), 57 * 6 + 2);
+    assert_eq!(weights.tensors["fc.weight"].0, [10, 1024]);
+    let (shape, counted) = &weights.tensors["inception3a.branch2.1.bn.num_batches_tracked"];
+    assert!(shape.is_empty());
+    assert_eq!(counted[..], 2i64.to_le_bytes());
+}
+
+#[test]
+fn a_run_killed_and_resumed_ends_with_the_bits_of_one_never_stopped() {
+    let line = "--dataset shapes --train-limit 8 --test-limit 2 --epochs 2 --batch-size 4 --aux \
+                --weights random --checkpoint-every 1";
+    let whole = tempfile::tempdir().unwrap();
+    program(line)
+        .arg("--out")
+        .arg(whole.path())
+        .assert()
+        .success();
+    let whole = run_directory(whole.path());
+    let stopped = tempfile::tempdir().unwrap();
+    program(line)
+        .arg("--out")
+        .arg(stopped.path())
+        .assert()
+        .success();
+    let run = run_directory(stopped.path());
+    // What a process leaves that is killed after its third step.
+    for file in [
+        "finished.json",
+        "model.safetensors",
+        "checkpoints/step-0000004",
+    ] {
+        let path = run.join(file);
+        fs::remove_file(&path)
+            .or_else(|_| fs::remove_dir_all(&path))
+            .unwrap();
+    }
+    assert!(run.join("checkpoints/step-0000003").is_dir());
+    program("").arg("--resume").arg(&run).assert().success();
+    for file in ["model.safetensors", "metrics.jsonl"] {
+        let [a, b] = [&whole, &run].map(|run| fs::read(run.join(file)).unwrap());
+        assert!(a == b, "{file} differs");
+    }
+    program("")
+        .arg("--resume")
+        .arg(&run)
+        .assert()
+        .success()
+        .stdout(contains("finished already"));
+    let mut other = program("--aux");
+    other.arg("--resume").arg(&run).assert().failure();
+}
+
+#[test]
+fn weights_bring_a_backbone_under_a_fresh_head_and_init_the_whole_state() {
+    let (first_out, first) = finished("--weights random");
+    let first_run = run_directory(first_out.path());
+    let second = |flag: &str| {
+        let file = match flag {
+            "--init" => first_run.clone(),
+            _ => first_run.join("model.safetensors"),
+        };
+        finished(&format!("{flag} {} --lr 0 --seed 7", file.display())).1
+    };
+    let (backbone, state) = (second("--weights"), second("--init"));
+    for name in ["conv1.conv.weight", "inception5b.branch4.1.bn.bias"] {
+        assert_eq!(backbone.tensors[name], first.tensors[name], "{name}");
+        assert_eq!(state.tensors[name], first.tensors[name], "{name}");
+    }
+    assert_ne!(backbone.tensors["fc.weight"], first.tensors["fc.weight"]);
+    assert_eq!(state.tensors["fc.weight"], first.tensors["fc.weight"]);
+    let name = "conv1.bn.num_batches_tracked";
+    assert_eq!(state.tensors[name].1[..], 4i64.to_le_bytes());
+}
+
+#[test]
+fn auxiliary_heads_train_and_are_neither_lost_nor_invented() {
+    let (out, with_aux) = finished("--weights random --aux");
+    let (_out, without) = finished("--weights random");
+    assert_eq!(with_aux.tensors["aux2.fc2.weight"].0, [10, 1024]);
+    // Their gradient reaches the backbone, whose initial weights are the same.
+    let first = "inception4a.branch1.conv.weight";
+    assert_ne!(with_aux.tensors[first].1, without.tensors[first].1);
+    let run = run_directory(out.path()).display().to_string();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let refused = |line: &str, expected: &str| {
+        let assert = tiny(line, elsewhere.path()).assert().failure();
+        assert.stderr(contains(expected).and(contains("panicked").not()));
+    };
+    refused(&format!("--init {run}"), "add --aux");
+    // A backbone may come from a network with heads.
+    tiny(&format!("--weights {run}"), elsewhere.path())
+        .assert()
+        .success();
+    let plain = run_directory(elsewhere.path()).display().to_string();
+    refused(&format!("--aux --init {plain}"), "no auxiliary heads");
+    refused(&format!("--aux --weights {plain}"), "no auxiliary heads");
+}
+
+#[test]
+fn pictures_of_another_size_are_trained_on_and_recorded() {
+    let (_out, weights) = finished("--weights random --image-size 40");
+    assert_eq!(weights.metadata["image_size"], "40");
+}
+
+#[test]
+fn weights_that_do_not_fit_are_refused_with_every_difference() {
+    let (out, _) = finished("--weights random");
+    let file = run_directory(out.path()).join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    let safetensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut changed: BTreeMap<String, TensorView<'_>> = safetensors.tensors().into_iter().collect();
+    let conv = changed.remove("conv2.conv.weight").unwrap();
+    changed.insert("conv9.conv.weight".into(), conv);
+    let other = out.path().join("other.safetensors");
+    safetensors::serialize_to_file(changed, None, &other).unwrap();
+    tiny(&format!("--weights {}", other.display()), out.path())
+        .assert()
+        .failure()
+        .stderr(
+            contains("missing: conv2.conv.weight").and(contains("unexpected: conv9.conv.weight")),
+        );
+
+    let head = vec![0u8; 4 * 1024];
+    let head = TensorView::new(safetensors::Dtype::F32, vec![1, 1024], &head).unwrap();
+    let mut changed: BTreeMap<String, TensorView<'_>> = safetensors.tensors().into_iter().collect();
+    changed.insert("fc.weight".into(), head);
+    safetensors::serialize_to_file(changed, None, &other).unwrap();
+    let line = format!("--init {}", other.display());
+    let refused = tiny(&line, out.path()).assert().failure();
+    refused.stderr(contains("head of 1 classes").and(contains("--weights")));
+
+    let metadata = [("architecture".to_string(), "googlenet-cifar".to_string())];
+    let metadata = Some(metadata.into_iter().collect());
+    let tensors: BTreeMap<String, TensorView<'_>> = safetensors.tensors().into_iter().collect();
+    safetensors::serialize_to_file(tensors, metadata, &other).unwrap();
+    let refused = tiny(&line, out.path()).assert().failure();
+    refused.stderr(contains("is a googlenet-cifar"));
+
+    fs::write(&other, &bytes[..1000]).unwrap();
+    let refused = tiny(&line, out.path()).assert().failure();
+    refused.stderr(contains("other.safetensors"));
+}
+
+#[test]
+fn without_network_the_error_names_the_ways_on() {
+    let out = tempfile::tempdir().unwrap();
+    let refused = tiny("", out.path())
+        .current_dir(out.path())
+        .assert()
+        .failure();
+    refused.stderr(contains("--weights FILE").and(contains("--weights random")));
+}
+
+#[test]
+fn the_summary_shows_torchvisions_network_with_ten_classes() {
+    program("--summary")
+        .assert()
+        .success()
+        .stdout(contains("5,610,154"));
+    program("--summary --epochs 1")
+        .assert()
+        .failure()
+        .stderr(contains("trains nothing"));
+}
+
+#[test]
+fn bad_input_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let unfinished = dir.path().join("run");
+    fs::create_dir(&unfinished).unwrap();
+    fs::write(unfinished.join("config.json"), "{}").unwrap();
+    let unfinished = unfinished.display();
+    let cases = [
+        ("--weights absent.pth".to_string(), "no such file"),
+        ("--weights a/b/c".into(), "owner/name"),
+        ("--weights random --init x".into(), "head included"),
+        ("--init absent".into(), "cannot read --init absent"),
+        (format!("--init {unfinished}"), "not finished"),
+        ("--image-size 14".into(), "from 15"),
+        ("--bn-eval".into(), "--bn-eval"),
+        ("--quick --data-dir data".into(), "drawn by the program"),
+        (
+            format!("--resume {unfinished} --lr 1"),
+            "takes every setting",
+        ),
+        (
+            "--weights random --dataset shapes --train-limit 5 --test-limit 1 --batch-size 4"
+                .into(),
+            "single picture",
+        ),
+    ];
+    for (line, expected) in cases {
+        let refused = program(&line)
+            .arg("--out")
+            .arg(dir.path())
+            .assert()
+            .failure();
+        refused.stderr(contains(expected).and(contains("panicked").not()));
+    }
+}

@@ -1,0 +1,39 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use experiment_common::{ComputeArguments, at_least_one};
+use transfer_common::WeightsSource;
+
+/// Say what is in pictures
+///
+/// The weights decide what is known: ImageNet's 1000 classes with torchvision's, CIFAR-10's ten with
+/// those of a run of scratch-train, finetune-full or finetune-frozen. JPEG, PNG, WebP and BMP are
+/// read. What cannot be read is reported, the rest go on, and the exit code is 1 at the end.
+#[derive(Debug, Parser)]
+#[command(name = "predict", version, max_term_width = 100)]
+pub(crate) struct Arguments {
+    /// Pictures, and folders, in which all pictures are taken, those in folders within too
+    #[arg(required = true, value_name = "PICTURE or FOLDER")]
+    pub(crate) pictures: Vec<PathBuf>,
+    /// torchvision (ImageNet, fetched and verified), a .pth or .safetensors FILE, a finished RUN, or
+    /// a Hub repository as owner/name, owner/name@revision or owner/name:file
+    #[arg(long, value_name = "WEIGHTS", default_value = "torchvision")]
+    pub(crate) weights: WeightsSource,
+    /// Classes to name for each picture
+    #[arg(long, value_name = "N", default_value = "5", value_parser = at_least_one)]
+    top: u64,
+    /// One line of JSON for each picture: {"file", "predictions": [{"index", "class",
+    /// "probability"}, …]}, or {"file", "error"}
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArguments,
+}
+
+impl Arguments {
+    pub(crate) fn top(&self) -> usize {
+        usize::try_from(self.top).unwrap_or(usize::MAX)
+    }
+}

@@ -1,0 +1,232 @@
+//! A network with the names of its classes and what it wants of a picture.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_cnn::Mode;
+use candle_core::{Device, Tensor};
+use inception_model::{CifarConfig, CifarGoogLeNet};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use trainer::{Model, random, weights};
+use transfer_common::{ARCHITECTURE, Network, NetworkSettings, Trained, Weights, WeightsSource};
+
+use crate::preprocess::{Preprocessing, read};
+
+/// What `scratch-train` calls its network in the metadata of its weights.
+const CIFAR_ARCHITECTURE: &str = "googlenet-cifar";
+
+/// ImageNet's classes; lines with `#` say where they are from.
+const IMAGENET_CLASSES: &str = include_str!("imagenet_classes.txt");
+
+/// A class that a picture may belong to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Guess {
+    pub(crate) index: usize,
+    pub(crate) class: String,
+    pub(crate) probability: f64,
+}
+
+/// A network ready to be asked.
+pub(crate) struct Classifier {
+    network: Kind,
+    preprocessing: Preprocessing,
+    class_names: Vec<String>,
+    device: Device,
+    from: String,
+}
+
+enum Kind {
+    Cifar(Box<CifarGoogLeNet>),
+    Torchvision(Box<Network>),
+}
+
+impl Classifier {
+    /// The network that the weights are of, by their metadata, or by their names where there is none.
+    pub(crate) fn load(source: &WeightsSource, device: &Device) -> Result<Self> {
+        let Some(file) = source.find()? else {
+            bail!("--weights random knows nothing: give trained weights");
+        };
+        let weights = Weights::read(&file).context("cannot use --weights")?;
+        let shown = weights.path.display().to_string();
+        let classifier = match architecture(&weights)? {
+            CIFAR_ARCHITECTURE => Self::cifar(weights, device),
+            _ => Self::torchvision(weights, device),
+        };
+        let mut classifier = classifier.context("cannot use --weights")?;
+        classifier.from = shown;
+        Ok(classifier)
+    }
+
+    fn cifar(weights: Weights, device: &Device) -> Result<Self> {
+        let config = CifarConfig {
+            num_classes: classes(&weights)?,
+            ..CifarConfig::default()
+        };
+        let mut rng: ChaCha8Rng = random::stream(0, random::INIT, 0);
+        let network = CifarGoogLeNet::new(&config, device, &mut rng)?;
+        let class_names = class_names(&weights, config.num_classes);
+        weights::assign(network.named_parameters(), weights.tensors, &weights.path)?;
+        Ok(Self {
+            network: Kind::Cifar(Box::new(network)),
+            preprocessing: Preprocessing::Cifar,
+            class_names,
+            device: device.clone(),
+            from: String::new(),
+        })
+    }
+
+    fn torchvision(weights: Weights, device: &Device) -> Result<Self> {
+        let classes = classes(&weights)?;
+        let said = |key: &str| weights.metadata.get(key).map(String::as_str);
+        let image_size: Option<usize> = said("image_size").and_then(|size| size.parse().ok());
+        // Ours say how large their pictures are. Of others, those with ten classes can only have
+        // been fine-tuned, and all else is torchvision's.
+        let preprocessing = match image_size.is_some() || classes == cifar_data::CLASSES {
+            true => Preprocessing::Cifar,
+            false => Preprocessing::ImageNet,
+        };
+        let settings = NetworkSettings {
+            classes,
+            transform_input: said("transform_input") != Some("false"),
+            image_size,
+            dropout: 0.0,
+            aux_heads: false,
+            trained: Trained::Everything,
+            class_names: String::new(),
+        };
+        let class_names = class_names(&weights, classes);
+        let network = Network::new(settings, 0, device)?;
+        network.load_state(weights.tensors, &weights.path)?;
+        Ok(Self {
+            network: Kind::Torchvision(Box::new(network)),
+            preprocessing,
+            class_names,
+            device: device.clone(),
+            from: String::new(),
+        })
+    }
+
+    /// A line for people.
+    pub(crate) fn description(&self) -> String {
+        let network = match &self.network {
+            Kind::Cifar(_) => "the lesson's GoogLeNet",
+            Kind::Torchvision(_) => "torchvision's GoogLeNet",
+        };
+        let classes = self.class_names.len();
+        format!("{}: {network}, {classes} classes", self.from)
+    }
+
+    /// A picture as the network wants it.
+    pub(crate) fn prepare(&self, path: &Path) -> Result<Vec<f32>> {
+        Ok(self.preprocessing.apply(&read(path)?))
+    }
+
+    /// The `top` likeliest classes of each of `inputs`, which [`Self::prepare`] gave.
+    pub(crate) fn classify(&self, inputs: &[&[f32]], top: usize) -> Result<Vec<Vec<Guess>>> {
+        if inputs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let size = self.preprocessing.size();
+        let images =
+            Tensor::from_vec(inputs.concat(), (inputs.len(), 3, size, size), &self.device)?;
+        let logits = match &self.network {
+            Kind::Cifar(network) => network.forward(&images, Mode::Eval),
+            Kind::Torchvision(network) => network.forward(&images, Mode::Eval),
+        };
+        let rows = logits?.to_vec2::<f32>()?;
+        rows.iter().map(|row| self.best(row, top)).collect()
+    }
+
+    fn best(&self, logits: &[f32], top: usize) -> Result<Vec<Guess>> {
+        ensure!(
+            logits.iter().all(|logit| logit.is_finite()),
+            "the weights {} give answers that are not finite",
+            self.from
+        );
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let exponentials = logits.iter().map(|&logit| f64::from(logit - largest).exp());
+        let exponentials: Vec<f64> = exponentials.collect();
+        let sum: f64 = exponentials.iter().sum();
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        let guess = |&index: &usize| Guess {
+            index,
+            class: self.class_names[index].clone(),
+            probability: exponentials[index] / sum,
+        };
+        Ok(order.iter().take(top).map(guess).collect())
+    }
+}
+
+/// Which network it is.
+fn architecture(weights: &Weights) -> Result<&'static str> {
+    let said = weights.metadata.get("architecture").map(String::as_str);
+    let has = |name: &str| weights.tensors.contains_key(name);
+    match said {
+        Some(CIFAR_ARCHITECTURE) => Ok(CIFAR_ARCHITECTURE),
+        Some(ARCHITECTURE) => Ok(ARCHITECTURE),
+        Some(other) => bail!(
+            "cannot use --weights {}: it is a {other}; {CIFAR_ARCHITECTURE} and {ARCHITECTURE} are \
+             known",
+            weights.path.display()
+        ),
+        None if has("conv1.conv.weight") => Ok(ARCHITECTURE),
+        None if has("pre_layers.0.weight") => Ok(CIFAR_ARCHITECTURE),
+        None => bail!(
+            "cannot use --weights {}: it is no state dict of the lesson's or torchvision's GoogLeNet",
+            weights.path.display()
+        ),
+    }
+}
+
+/// Outputs of the head.
+fn classes(weights: &Weights) -> Result<usize> {
+    let head = weights.tensors.get("fc.weight");
+    let dims = head.map(Tensor::dims);
+    match dims {
+        Some(&[classes, _]) if classes > 0 => Ok(classes),
+        found => bail!(
+            "{}: fc.weight should have shape (classes, 1024), found {found:?}",
+            weights.path.display()
+        ),
+    }
+}
+
+fn class_names(weights: &Weights, classes: usize) -> Vec<String> {
+    let imagenet = IMAGENET_CLASSES
+        .lines()
+        .filter(|line| !line.starts_with('#'));
+    let imagenet: Vec<&str> = imagenet.collect();
+    let said = weights.metadata.get("class_names").map(String::as_str);
+    let known: &[&str] = match said {
+        Some("shapes") => &cifar_data::shapes::CLASS_NAMES,
+        _ if classes == imagenet.len() => &imagenet,
+        _ => &cifar_data::CLASS_NAMES,
+    };
+    match known.len() == classes {
+        true => known.iter().map(ToString::to_string).collect(),
+        false => (0..classes).map(|index| format!("class {index}")).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn imagenet_has_a_thousand_names_in_the_order_of_their_index() {
+        let weights = Weights {
+            path: "w".into(),
+            tensors: Default::default(),
+            metadata: Default::default(),
+        };
+        let names = class_names(&weights, 1000);
+        assert_eq!(names.len(), 1000);
+        for (index, name) in [(0, "tench"), (281, "tabby"), (999, "toilet tissue")] {
+            assert_eq!(names[index], name);
+        }
+        assert_eq!(class_names(&weights, 10)[3], "cat");
+        assert_eq!(class_names(&weights, 3), ["class 0", "class 1", "class 2"]);
+    }
+}

@@ -1,0 +1,105 @@
+//! Which files are meant.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Endings of the files that are taken from folders, in any case.
+const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "webp", "bmp"];
+
+/// What a given path led to instead of a picture.
+#[derive(Debug)]
+pub(crate) struct NotFound {
+    pub(crate) path: PathBuf,
+    reason: String,
+}
+
+impl fmt::Display for NotFound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+/// The files of `paths` in the order given: each as it is, folders with all pictures in them and
+/// below, by name. Folders that are links are not followed, so that nothing is walked in circles.
+pub(crate) fn find(paths: &[PathBuf]) -> Vec<Result<PathBuf, NotFound>> {
+    let mut found = Vec::new();
+    for path in paths {
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => {
+                let before = found.len();
+                walk(path, &mut found);
+                if found.len() == before {
+                    found.push(Err(NotFound {
+                        path: path.clone(),
+                        reason: format!("no picture ({}) in this folder", EXTENSIONS.join(", ")),
+                    }));
+                }
+            }
+            Ok(_) => found.push(Ok(path.clone())),
+            Err(error) => found.push(Err(not_found(path, &error))),
+        }
+    }
+    found
+}
+
+fn walk(dir: &Path, found: &mut Vec<Result<PathBuf, NotFound>>) {
+    let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    let mut entries = match entries {
+        Ok(entries) => entries,
+        Err(error) => return found.push(Err(not_found(dir, &error))),
+    };
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let path = entry.path();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => walk(&path, found),
+            Ok(_) if is_picture(&path) => found.push(Ok(path)),
+            Ok(_) => {}
+            Err(error) => found.push(Err(not_found(&path, &error))),
+        }
+    }
+}
+
+fn is_picture(path: &Path) -> bool {
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    extension.is_some_and(|extension| {
+        EXTENSIONS
+            .iter()
+            .any(|known| known.eq_ignore_ascii_case(extension))
+    })
+}
+
+fn not_found(path: &Path, error: &io::Error) -> NotFound {
+    NotFound {
+        path: path.to_path_buf(),
+        reason: format!("cannot be read: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_give_their_pictures_by_name_and_files_are_taken_as_given() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("b/empty")).unwrap();
+        for name in ["c.PNG", "a.jpg", "b/x.webp", "b/notes.txt", "odd.name"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let paths = ["", "odd.name", "absent.png", "b/empty"].map(|name| dir.path().join(name));
+        let found: Vec<_> = find(&paths)
+            .into_iter()
+            .map(|found| found.map_err(|error| error.to_string()))
+            .collect();
+        let expected = ["a.jpg", "b/x.webp", "c.PNG", "odd.name"].map(|name| dir.path().join(name));
+        assert_eq!(found.len(), 6);
+        for (found, expected) in found.iter().zip(expected) {
+            assert_eq!(found.as_ref().unwrap(), &expected);
+        }
+        assert!(found[4].as_ref().unwrap_err().contains("cannot be read"));
+        assert!(found[5].as_ref().unwrap_err().contains("no picture"));
+    }
+}

@@ -1,0 +1,158 @@
+//! From a file to the network's input, as the network was trained or evaluated.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use cifar_data::{Normalization, SIDE};
+use image::{ImageFormat, ImageReader, RgbImage};
+use transfer_common::Resampling;
+
+/// What is done to a picture before the network sees it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Preprocessing {
+    /// torchvision's evaluation of ImageNet weights: short side 256, the middle 224×224, ImageNet's
+    /// mean and standard deviation.
+    ImageNet,
+    /// What CIFAR-10's pictures are: 32×32 pixels, normalised to −1…1. The whole picture is
+    /// squeezed into the square.
+    Cifar,
+}
+
+/// `torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.transforms()`.
+const IMAGENET: Normalization = Normalization {
+    mean: [0.485, 0.456, 0.406],
+    std: [0.229, 0.224, 0.225],
+};
+const SHORT_SIDE: u32 = 256;
+const CROP: u32 = 224;
+
+impl Preprocessing {
+    /// Height and width of what comes out, in pixels.
+    pub(crate) fn size(self) -> usize {
+        match self {
+            Self::ImageNet => CROP as usize,
+            Self::Cifar => SIDE,
+        }
+    }
+
+    /// The network's input (3, size, size).
+    pub(crate) fn apply(self, picture: &RgbImage) -> Vec<f32> {
+        let (picture, normalization) = match self {
+            Self::ImageNet => (centre_crop(&short_side(picture)), IMAGENET),
+            Self::Cifar => {
+                let side = SIDE as u32;
+                (resize(picture, side, side), Normalization::HALF)
+            }
+        };
+        let channel = |c: usize| {
+            picture
+                .pixels()
+                .map(move |p| normalization.apply(c, p.0[c]))
+        };
+        (0..3).flat_map(channel).collect()
+    }
+}
+
+/// Reads a picture. Transparency is dropped and what a camera says of its orientation is not
+/// looked at, as in torchvision. The format is that of the content, whatever the file is called.
+///
+/// # Errors
+/// A file that cannot be read, is no picture of a known format, is damaged, or would take more than
+/// half a gigabyte.
+pub(crate) fn read(path: &Path) -> Result<RgbImage> {
+    let file = File::open(path).context("cannot be read")?;
+    let reader = ImageReader::new(BufReader::new(file));
+    let reader = reader.with_guessed_format().context("cannot be read")?;
+    let known = [
+        ImageFormat::Jpeg,
+        ImageFormat::Png,
+        ImageFormat::WebP,
+        ImageFormat::Bmp,
+    ];
+    ensure!(
+        reader
+            .format()
+            .is_some_and(|format| known.contains(&format)),
+        "is no JPEG, PNG, WebP or BMP picture"
+    );
+    // The reader's own limits hold: 512 MiB for the pixels.
+    let picture = reader.decode().context("cannot be decoded")?.into_rgb8();
+    ensure!(picture.width() > 0 && picture.height() > 0, "has no pixels");
+    Ok(picture)
+}
+
+/// Resized so that the shorter side has 256 pixels: torchvision's `resize` cuts the other to a
+/// whole number.
+fn short_side(picture: &RgbImage) -> RgbImage {
+    let (width, height) = picture.dimensions();
+    let other = |long: u32, short: u32| {
+        let pixels = u64::from(SHORT_SIDE) * u64::from(long) / u64::from(short);
+        u32::try_from(pixels).unwrap_or(u32::MAX)
+    };
+    match width <= height {
+        true => resize(picture, SHORT_SIDE, other(height, width)),
+        false => resize(picture, other(width, height), SHORT_SIDE),
+    }
+}
+
+fn centre_crop(picture: &RgbImage) -> RgbImage {
+    // Python rounds halves to even.
+    let begin = |side: u32| (f64::from(side - CROP) / 2.0).round_ties_even() as u32;
+    let (left, top) = (begin(picture.width()), begin(picture.height()));
+    image::imageops::crop_imm(picture, left, top, CROP, CROP).to_image()
+}
+
+/// `PIL.Image.resize` with `BILINEAR`: rows first, then columns, each result rounded to a byte, with
+/// weights of 22 binary places. Pillow 13 begins with the columns where a picture shrinks much more in
+/// height than in width, which may round a byte to its neighbour.
+fn resize(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
+    let mut picture = picture.clone();
+    if picture.width() != width {
+        let across = FixedPoint::new(picture.width(), width);
+        picture = RgbImage::from_fn(width, picture.height(), |x, y| {
+            across.mix(x, |tap| picture.get_pixel(tap, y).0)
+        });
+    }
+    if picture.height() != height {
+        let down = FixedPoint::new(picture.height(), height);
+        picture = RgbImage::from_fn(width, height, |x, y| {
+            down.mix(y, |tap| picture.get_pixel(x, tap).0)
+        });
+    }
+    picture
+}
+
+/// Weights as PIL has them for bytes (`Resample.c`, `normalize_coeffs_8bpc`).
+struct FixedPoint(Vec<(u32, Vec<u32>)>);
+
+/// 32 bits less 8 of the byte and 2 for filters that overshoot.
+const PRECISION: u32 = 22;
+
+impl FixedPoint {
+    fn new(input: u32, output: u32) -> Self {
+        let resampling = Resampling::new(input as usize, output as usize);
+        let fixed = |weight: &f64| (0.5 + weight * f64::from(1 << PRECISION)) as u32;
+        let taps = resampling.taps();
+        Self(
+            taps.map(|(first, weights)| (first as u32, weights.iter().map(fixed).collect()))
+                .collect(),
+        )
+    }
+
+    fn mix(&self, output: u32, pixel: impl Fn(u32) -> [u8; 3]) -> image::Rgb<u8> {
+        let (first, weights) = &self.0[output as usize];
+        let mut sums = [1u32 << (PRECISION - 1); 3];
+        for (tap, &weight) in (*first..).zip(weights) {
+            for (sum, byte) in sums.iter_mut().zip(pixel(tap)) {
+                // Weights sum to 2²² but for a rounding of each, so it cannot pass 2³².
+                *sum = sum.saturating_add(weight * u32::from(byte));
+            }
+        }
+        image::Rgb(sums.map(|sum| (sum >> PRECISION).min(255) as u8))
+    }
+}
+
+#[cfg(test)]
+mod tests;

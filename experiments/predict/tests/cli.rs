@@ -1,0 +1,205 @@
+//! The program as its users meet it, with weights of which it is known what they answer.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use candle_core::{DType, Device};
+use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig};
+use predicates::prelude::PredicateBooleanExt;
+use predicates::str::contains;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures");
+
+fn predict(weights: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_predict"));
+    command.arg("--weights").arg(weights).env_remove("RUST_LOG");
+    command
+}
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn write(path: &Path, mut tensors: Tensors, answer: usize, metadata: &[(&str, &str)]) {
+    // A head that answers one class whatever the picture.
+    let (_, _, weight) = tensors.get_mut("fc.weight").unwrap();
+    weight.fill(0);
+    let (_, _, bias) = tensors.get_mut("fc.bias").unwrap();
+    bias.fill(0);
+    bias[4 * answer..4 * answer + 4].copy_from_slice(&8f32.to_le_bytes());
+    let views = tensors.iter().map(|(name, (dtype, shape, data))| {
+        (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+    let metadata: HashMap<String, String> = metadata.collect();
+    safetensors::serialize_to_file(views, Some(metadata), path).unwrap();
+}
+
+/// torchvision's network with small weights; with auxiliary heads, as the published file has them.
+fn torchvision(dir: &Path, classes: usize, answer: usize, metadata: &[(&str, &str)]) -> PathBuf {
+    let config = GoogLeNetConfig {
+        num_classes: classes,
+        aux_heads: true,
+        ..GoogLeNetConfig::default()
+    };
+    let tensors = GoogLeNet::state_dict_shapes(&config).into_iter();
+    let tensors = tensors.map(|(name, shape, dtype)| {
+        let count = shape.iter().product::<usize>();
+        let value = if name.ends_with("var") { 1f32 } else { 0.01 };
+        match dtype {
+            DType::I64 => (name, (Dtype::I64, shape, vec![0; 8 * count])),
+            _ => (name, (Dtype::F32, shape, value.to_le_bytes().repeat(count))),
+        }
+    });
+    let path = dir.join(format!("torchvision-{classes}-{answer}.safetensors"));
+    write(&path, tensors.collect(), answer, metadata);
+    path
+}
+
+fn cifar(dir: &Path, answer: usize, metadata: &[(&str, &str)]) -> PathBuf {
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let network = CifarGoogLeNet::new(&CifarConfig::default(), &Device::Cpu, &mut rng).unwrap();
+    let tensors = network.named_parameters().into_iter().map(|(name, var)| {
+        let shape = var.dims().to_vec();
+        let values = vec![0; 4 * var.elem_count()];
+        (name, (Dtype::F32, shape, values))
+    });
+    let path = dir.join(format!("cifar-{answer}.safetensors"));
+    write(&path, tensors.collect(), answer, metadata);
+    path
+}
+
+#[test]
+fn torchvisions_weights_name_imagenets_classes_with_probabilities() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = torchvision(dir.path(), 1000, 281, &[]);
+    let run = predict(&weights)
+        .arg(format!("{PICTURES}/wide.jpg"))
+        .assert()
+        .success();
+    // e⁸ of e⁸ + 999.
+    run.stdout(contains("wide.jpg\n   74.90 %  tabby\n    0.03 %  tench\n"));
+}
+
+#[test]
+fn our_checkpoints_name_the_classes_they_were_trained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = format!("{PICTURES}/tiny.bmp");
+    let ours = [
+        ("architecture", "googlenet-torchvision"),
+        ("image_size", "40"),
+    ];
+    let shapes = [&ours[..], &[("class_names", "shapes")]].concat();
+    let cases = [
+        (torchvision(dir.path(), 10, 3, &ours), "  99.70 %  cat"),
+        (torchvision(dir.path(), 10, 4, &shapes), "  99.70 %  ring"),
+        (torchvision(dir.path(), 3, 1, &[]), "  99.93 %  class 1"),
+        (
+            cifar(dir.path(), 8, &[("architecture", "googlenet-cifar")]),
+            "  99.70 %  ship",
+        ),
+        (cifar(dir.path(), 9, &[]), "  99.70 %  truck"),
+    ];
+    for (weights, expected) in cases {
+        let run = predict(&weights).arg(&picture).assert().success();
+        run.stdout(contains(expected));
+    }
+}
+
+#[test]
+fn a_broken_picture_is_reported_and_the_rest_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = cifar(dir.path(), 0, &[]);
+    let folder = dir.path().join("pictures");
+    fs::create_dir(&folder).unwrap();
+    for name in ["wide.jpg", "small.png", "lossy.webp", "tiny.bmp"] {
+        fs::copy(format!("{PICTURES}/{name}"), folder.join(name)).unwrap();
+    }
+    fs::write(folder.join("broken.png"), "no picture").unwrap();
+    let jpeg = fs::read(format!("{PICTURES}/wide.jpg")).unwrap();
+    fs::write(folder.join("cut.jpg"), &jpeg[..300]).unwrap();
+    let run = predict(&weights)
+        .arg(&folder)
+        .arg(folder.join("absent.jpg"))
+        .assert();
+    let run = run.failure().code(1).stderr(
+        contains("broken.png: is no JPEG, PNG, WebP or BMP picture")
+            .and(contains("cut.jpg: cannot be decoded"))
+            .and(contains("absent.jpg: cannot be read"))
+            .and(contains("3 of 7 pictures"))
+            .and(contains("panicked").not()),
+    );
+    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+    assert_eq!(said.matches("airplane").count(), 4, "{said}");
+    let places = ["lossy.webp", "small.png", "tiny.bmp", "wide.jpg"].map(|name| said.find(name));
+    assert!(places.is_sorted() && places[0].is_some(), "{said}");
+}
+
+#[test]
+fn json_has_a_line_for_each_picture_good_or_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = cifar(dir.path(), 6, &[]);
+    let mut command = predict(&weights);
+    command.args(["--json", "--top", "2", "absent.jpg"]);
+    let run = command.arg(format!("{PICTURES}/tiny.bmp")).assert().code(1);
+    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+    let lines: Vec<serde_json::Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 2, "{said}");
+    assert_eq!(lines[0]["file"], "absent.jpg");
+    assert!(
+        lines[0]["error"]
+            .as_str()
+            .unwrap()
+            .contains("cannot be read")
+    );
+    let guesses = lines[1]["predictions"].as_array().unwrap();
+    assert_eq!(guesses.len(), 2);
+    assert_eq!(
+        (&guesses[0]["index"], &guesses[0]["class"]),
+        (&6.into(), &"frog".into())
+    );
+    let probability = guesses[0]["probability"].as_f64().unwrap();
+    assert!((probability - 0.996_99).abs() < 1e-5, "{probability}");
+}
+
+#[test]
+fn bad_input_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = dir.path().join("other.safetensors");
+    let tensor = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+    safetensors::serialize_to_file([("x", tensor)], None, &other).unwrap();
+    let alien = dir.path().join("alien.safetensors");
+    let metadata = HashMap::from([("architecture".to_string(), "resnet18".to_string())]);
+    let tensor = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+    safetensors::serialize_to_file([("x", tensor)], Some(metadata), &alien).unwrap();
+    let text = dir.path().join("text.safetensors");
+    fs::write(&text, "no weights").unwrap();
+    let cases = [
+        (
+            other,
+            "no state dict of the lesson's or torchvision's GoogLeNet",
+        ),
+        (alien, "it is a resnet18"),
+        (text, "text.safetensors"),
+        ("random".into(), "knows nothing"),
+        ("absent.pth".into(), "no such file"),
+    ];
+    for (weights, expected) in cases {
+        let refused = predict(&weights)
+            .arg(format!("{PICTURES}/tiny.bmp"))
+            .assert()
+            .failure();
+        refused.stderr(contains(expected).and(contains("panicked").not()));
+    }
+    predict(Path::new("random"))
+        .assert()
+        .failure()
+        .stderr(contains("PICTURE"));
+}

@@ -1,0 +1,239 @@
+//! Fine-tuning, whole or of the head alone, as an experiment.
+
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{Device, Tensor};
+use cifar_data::CLASSES;
+use experiment_common::{Dataset, Experiment, InitFile, RunConfig, print};
+use inception_model::{GoogLeNet, GoogLeNetConfig};
+use trainer::{DataSets, RunDirectory};
+
+use crate::config::{Begin, BeginConfig, Request, Trained, TransferConfig};
+use crate::network::{ARCHITECTURE, Network, NetworkSettings, is_aux};
+use crate::source::{Weights, WeightsSource, weights_file};
+
+/// One of the two experiments.
+pub trait Stage {
+    /// Name of its package.
+    const NAME: &'static str;
+    /// Version of its package.
+    const VERSION: &'static str;
+}
+
+/// The experiment of a [`Stage`].
+#[derive(Debug)]
+pub struct FineTune<S>(PhantomData<S>);
+
+/// Pictures as CIFAR-10 has them, unless `--image-size` says otherwise.
+const IMAGE_SIZE: usize = 32;
+
+impl<S: Stage> Experiment for FineTune<S> {
+    const NAME: &'static str = S::NAME;
+    const VERSION: &'static str = S::VERSION;
+    type Request = Request;
+    type ModelConfig = TransferConfig;
+    type Network = Network;
+
+    fn resolve(request: Request, out: &Path) -> Result<TransferConfig> {
+        let (begin, known) = match &request.begin {
+            Begin::Weights(source) => find_backbone(source, &request)?,
+            Begin::Init(path) => find_state(path, &request)?,
+            Begin::NewestRunOf(experiment) => {
+                let run = newest_run(out, experiment)?;
+                print(&format!(
+                    "Weights: {}, the newest finished run of {experiment} (--init takes another)",
+                    run.display()
+                ));
+                find_state(&run, &request)?
+            }
+        };
+        Ok(TransferConfig {
+            begin,
+            transform_input: known.transform_input.unwrap_or(true),
+            image_size: request
+                .image_size
+                .or(known.image_size)
+                .unwrap_or(IMAGE_SIZE),
+            dropout: request.dropout,
+            aux_heads: request.aux_heads,
+            trained: request.trained,
+        })
+    }
+
+    fn network(config: &RunConfig<TransferConfig>, device: &Device) -> Result<Network> {
+        let model = &config.model;
+        let settings = NetworkSettings {
+            classes: CLASSES,
+            transform_input: model.transform_input,
+            image_size: Some(model.image_size),
+            dropout: model.dropout,
+            aux_heads: model.aux_heads,
+            trained: model.trained,
+            class_names: match config.data.dataset {
+                Dataset::Cifar10 => "cifar10".into(),
+                Dataset::Shapes => "shapes".into(),
+            },
+        };
+        Network::new(settings, config.training.seed, device)
+    }
+
+    fn load_initial_weights(network: &Network, config: &RunConfig<TransferConfig>) -> Result<()> {
+        match &config.model.begin {
+            BeginConfig::Random => Ok(()),
+            BeginConfig::Backbone { file, .. } => {
+                let weights = Weights::read(file)?;
+                let loaded = network.load_backbone(weights.tensors, &weights.path);
+                loaded.context("cannot use --weights")
+            }
+            BeginConfig::State { file } => {
+                let weights = Weights::read(file)?;
+                let loaded = network.load_state(weights.tensors, &weights.path);
+                loaded.context("cannot use --init")
+            }
+        }
+    }
+
+    /// A training batch that leaves one value a channel has no variance.
+    fn check_data(config: &RunConfig<TransferConfig>, data: &DataSets) -> Result<()> {
+        let (training, images) = (&config.training, data.train.len());
+        let last = images % training.batch_size;
+        let smallest = match last {
+            0 => training.batch_size,
+            last => last,
+        };
+        let reaches_last = training.total_steps(images) >= training.steps_per_epoch(images);
+        let single = training.batch_size == 1 || (smallest == 1 && reaches_last);
+        let normalises_by_batch = config.model.trained != Trained::HeadWithFixedStatistics;
+        ensure!(
+            !(single && normalises_by_batch && config.model.image_size <= LARGEST_OF_ONE_VALUE),
+            "a training batch would have a single picture ({images} pictures in batches of {}), from \
+             which the last batch norms, at 1×1 pixels a channel, have no variance: change \
+             --batch-size or --train-limit",
+            training.batch_size
+        );
+        Ok(())
+    }
+
+    fn summary(request: &Request) -> Result<String> {
+        let config = GoogLeNetConfig {
+            num_classes: CLASSES,
+            aux_heads: request.aux_heads,
+            transform_input: true,
+            dropout: request.dropout,
+            ..GoogLeNetConfig::default()
+        };
+        let size = request.image_size.unwrap_or(IMAGE_SIZE);
+        // The table needs no weights that mean anything.
+        let network = GoogLeNet::new(
+            &config,
+            &Device::Cpu,
+            &mut trainer::random::stream(0, "", 0),
+        );
+        Ok(network?.summary(size, size).to_string())
+    }
+}
+
+/// Pictures up to this size end as one pixel a channel: 32 → 16 → 8 → 4 → 2 → 1.
+const LARGEST_OF_ONE_VALUE: usize = 32;
+
+/// What a file of weights says of how it was trained.
+#[derive(Debug, Default)]
+struct Known {
+    transform_input: Option<bool>,
+    image_size: Option<usize>,
+}
+
+fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConfig, Known)> {
+    let Some(file) = source.find()? else {
+        return Ok((BeginConfig::Random, Known::default()));
+    };
+    let weights = Weights::read(&file).context("cannot use --weights")?;
+    check_architecture(&weights, "--weights")?;
+    ensure!(
+        !request.aux_heads || weights.tensors.keys().any(|name| is_aux(name)),
+        "--aux cannot be combined with --weights {source}: these weights have no auxiliary heads"
+    );
+    let known = Known {
+        // How the features were trained decides; the size of the pictures is free.
+        transform_input: transform_input(&weights),
+        image_size: None,
+    };
+    let source = source.to_string();
+    Ok((BeginConfig::Backbone { source, file }, known))
+}
+
+fn find_state(path: &Path, request: &Request) -> Result<(BeginConfig, Known)> {
+    let file = InitFile::given(weights_file(path, "--init")?).resolve("--init")?;
+    let weights = Weights::read(&file).context("cannot use --init")?;
+    check_architecture(&weights, "--init")?;
+    let shown = path.display();
+    let classes = weights
+        .tensors
+        .get("fc.weight")
+        .and_then(|head| head.dim(0).ok());
+    ensure!(
+        classes.is_none_or(|classes| classes == CLASSES),
+        "--init {shown} has a head of {} classes, these pictures have {CLASSES}: --weights {shown} \
+         takes its backbone under a fresh head",
+        classes.unwrap_or_default()
+    );
+    match (has_aux(&weights.tensors), request.aux_heads) {
+        (false, true) => bail!(
+            "--aux cannot be combined with --init {shown}: that state has no auxiliary heads, and \
+             --init adds nothing to it"
+        ),
+        (true, false) if request.trained == Trained::Everything => {
+            bail!("--init {shown} has auxiliary heads, and --init leaves nothing out: add --aux")
+        }
+        (true, false) => print(
+            "The auxiliary heads of these weights are left out: they only ever train the backbone",
+        ),
+        _ => {}
+    }
+    let known = Known {
+        transform_input: transform_input(&weights),
+        image_size: weights
+            .metadata
+            .get("image_size")
+            .and_then(|n| n.parse().ok()),
+    };
+    Ok((BeginConfig::State { file }, known))
+}
+
+fn has_aux(tensors: &BTreeMap<String, Tensor>) -> bool {
+    tensors.keys().any(|name| is_aux(name))
+}
+
+fn transform_input(weights: &Weights) -> Option<bool> {
+    weights.metadata.get("transform_input")?.parse().ok()
+}
+
+/// A state dict of another network would otherwise be an error of hundreds of lines.
+fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {
+    let shown = weights.path.display();
+    match weights.metadata.get("architecture") {
+        Some(other) if other != ARCHITECTURE => {
+            bail!("cannot use {flag}: {shown} is a {other}, this experiment trains {ARCHITECTURE}")
+        }
+        None if !weights.tensors.contains_key("conv1.conv.weight") => {
+            bail!("cannot use {flag}: {shown} is no state dict of torchvision's GoogLeNet")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn newest_run(out: &Path, experiment: &str) -> Result<PathBuf> {
+    RunDirectory::newest_finished(out, experiment)?.with_context(|| {
+        format!(
+            "there is no finished run of {experiment} under --out {} to begin with. Three ways on:\n  \
+             cargo run -p {experiment}    makes one\n  \
+             --init FILE or RUN           begins with that state, head included\n  \
+             --weights WEIGHTS            takes a backbone under a fresh head: torchvision, a FILE, a \
+             Hub repository, or random",
+            out.display()
+        )
+    })
+}

@@ -1,0 +1,16 @@
+//! What `finetune-full`, `finetune-frozen` and `predict` share: torchvision's GoogLeNet as the
+//! trainer sees it, the weights it begins with, and the resizing of pictures.
+
+mod arguments;
+mod config;
+mod experiment;
+mod network;
+mod resize;
+mod source;
+
+pub use arguments::{TransferArguments, transfer_defaults};
+pub use config::{Begin, BeginConfig, Request, Trained, TransferConfig};
+pub use experiment::{FineTune, Stage};
+pub use network::{ARCHITECTURE, Network, NetworkSettings};
+pub use resize::{Resampling, resize_batch};
+pub use source::{Weights, WeightsSource, weights_file};
