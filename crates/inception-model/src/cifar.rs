@@ -1,15 +1,14 @@
 //! The lesson's GoogLeNet for 32×32 pictures: no batch norm, true 5×5, one head.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
 use candle_cnn::{
-    MaxPool2dConfig, Mode, StaticGraph, StaticGraphBuilder, dropout, global_avg_pool2d, max_pool2d,
+    ConvParameters, MaxPool2dConfig, Mode, StaticGraph, StaticGraphBuilder, dropout,
+    global_avg_pool2d, max_pool2d,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
 use crate::init::Init;
-use crate::layers::{Conv, Inception, Linear, Stage};
+use crate::layers::{Conv, GraphCache, Inception, Linear, Stage};
 use crate::summary::{Summary, summarise};
 use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
@@ -42,12 +41,9 @@ pub struct CifarGoogLeNet {
     pub(crate) body: Vec<Stage>,
     pub(crate) fc: Linear,
     dropout: f64,
-    /// What [`Self::forward`] runs, for images of the size that came last.
-    graph: Arc<Mutex<Option<SizedGraph>>>,
+    /// What [`Self::forward`] runs.
+    graph: GraphCache,
 }
-
-/// The body of the network for images of one height and width.
-type SizedGraph = ((usize, usize), StaticGraph);
 
 /// The pool after b3 and e4: halves height and width.
 const HALVING_POOL: MaxPool2dConfig = MaxPool2dConfig {
@@ -88,7 +84,7 @@ impl CifarGoogLeNet {
             body,
             fc,
             dropout: config.dropout,
-            graph: Arc::default(),
+            graph: GraphCache::default(),
         })
     }
 
@@ -99,17 +95,42 @@ impl CifarGoogLeNet {
     /// # Errors
     /// Images of another rank or number of channels, or too small for the pools.
     pub fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
-        let (_, _, height, width) = images.dims4()?;
         if !images.device().is_cpu() {
             return self.forward_observed(images, mode, |_, _| Ok(()));
         }
+        let features = self.features_by_graph(images, |var| var.as_tensor().clone())?;
+        self.head(&features, mode)
+    }
+
+    /// Logits in evaluation mode where nobody needs a gradient of a parameter:
+    /// each map is freed after its last reader.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer(&self, images: &Tensor) -> Result<Tensor> {
+        if !images.device().is_cpu() {
+            return Ok(self.forward(images, Mode::Eval)?.detach());
+        }
+        let features = self.features_by_graph(images, Var::as_detached_tensor)?;
+        Ok(self.head(&features, Mode::Eval)?.detach())
+    }
+
+    fn features_by_graph(
+        &self,
+        images: &Tensor,
+        tensor: impl Fn(&Var) -> Tensor,
+    ) -> Result<Tensor> {
+        let (_, _, height, width) = images.dims4()?;
         let graph = self.graph((height, width))?;
-        let convs: Vec<&Conv> = self.convs().collect();
-        let parameters: Vec<_> = convs
-            .iter()
-            .map(|conv| (conv.weight.as_tensor(), conv.bias.as_tensor()))
+        let tensors: Vec<_> = self
+            .convs()
+            .map(|conv| (tensor(&conv.weight), tensor(&conv.bias)))
             .collect();
-        self.head(&graph.forward(images, &parameters)?, mode)
+        let parameters: Vec<_> = tensors
+            .iter()
+            .map(|(weight, bias)| ConvParameters::Bias { weight, bias })
+            .collect();
+        Ok(graph.forward(images, &parameters)?.features)
     }
 
     /// [`Self::forward`], operation by operation: shows each stage's output to `observe`, under
@@ -146,26 +167,19 @@ impl CifarGoogLeNet {
         self.fc.forward(&dropout(features, self.dropout, 0, mode)?)
     }
 
-    /// The body for images of `size`, made when the size changes.
     fn graph(&self, size: (usize, usize)) -> Result<StaticGraph> {
-        let mut kept = self.graph.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((kept_size, graph)) = &*kept
-            && *kept_size == size
-        {
-            return Ok(graph.clone());
-        }
-        let mut builder = StaticGraphBuilder::new(3, size);
-        let images = builder.input();
-        let mut x = self.stem.describe(&mut builder, images)?;
-        for stage in &self.body {
-            x = match stage {
-                Stage::Block(block) => block.describe(&mut builder, x)?,
-                Stage::MaxPool { window, .. } => builder.max_pool2d(x, *window)?,
-            };
-        }
-        let graph = builder.global_avg_pool2d(x)?;
-        *kept = Some((size, graph.clone()));
-        Ok(graph)
+        self.graph.get(size, || {
+            let mut builder = StaticGraphBuilder::new(3, size);
+            let images = builder.input();
+            let mut x = self.stem.describe(&mut builder, images)?;
+            for stage in &self.body {
+                x = match stage {
+                    Stage::Block(block) => block.describe_with(&mut builder, x, Conv::describe)?,
+                    Stage::MaxPool { window, .. } => builder.max_pool2d(x, *window)?,
+                };
+            }
+            builder.global_avg_pool2d(x)
+        })
     }
 
     /// All convolutions in the state dict's order.
@@ -223,7 +237,7 @@ impl CifarGoogLeNet {
                 ..self.fc.clone()
             },
             dropout: self.dropout,
-            graph: Arc::default(),
+            graph: GraphCache::default(),
         })
     }
 }

@@ -1,7 +1,10 @@
 //! The layers that the network is made of.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_cnn::{
-    Conv2dConfig, MaxPool2dConfig, Node, StaticGraphBuilder, conv2d_relu, linear, max_pool2d,
+    Conv2dConfig, MaxPool2dConfig, Node, StaticGraph, StaticGraphBuilder, conv2d_relu, linear,
+    max_pool2d,
 };
 use candle_core::{Device, Result, Tensor, Var};
 use rand::Rng;
@@ -58,6 +61,31 @@ impl Conv {
             (format!("{}.weight", self.name), self.weight.clone()),
             (format!("{}.bias", self.name), self.bias.clone()),
         ]
+    }
+}
+
+/// The body of a network as one operation, for images of the size that came last.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct GraphCache(Arc<Mutex<Option<SizedGraph>>>);
+
+type SizedGraph = ((usize, usize), StaticGraph);
+
+impl GraphCache {
+    /// The graph for images of `size`, made when the size changes.
+    pub(crate) fn get(
+        &self,
+        size: (usize, usize),
+        make: impl FnOnce() -> Result<StaticGraph>,
+    ) -> Result<StaticGraph> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*kept {
+            Some((kept_size, graph)) if *kept_size == size => Ok(graph.clone()),
+            _ => {
+                let graph = make()?;
+                *kept = Some((size, graph.clone()));
+                Ok(graph)
+            }
+        }
     }
 }
 
@@ -135,6 +163,24 @@ impl<C> Inception<C> {
         Tensor::cat(&[branch1, branch2, branch3, branch4], 1)
     }
 
+    /// [`Self::forward_with`] as part of a graph, where `conv` describes one of
+    /// the convolutions: in the order of [`Self::convs`].
+    pub(crate) fn describe_with(
+        &self,
+        graph: &mut StaticGraphBuilder,
+        x: Node,
+        conv: impl Fn(&C, &mut StaticGraphBuilder, Node) -> Result<Node>,
+    ) -> Result<Node> {
+        let branch1 = conv(&self.branch1, graph, x)?;
+        let reduced = conv(&self.branch2[0], graph, x)?;
+        let branch2 = conv(&self.branch2[1], graph, reduced)?;
+        let reduced = conv(&self.branch3[0], graph, x)?;
+        let branch3 = conv(&self.branch3[1], graph, reduced)?;
+        let pooled = graph.max_pool2d(x, branch4_pool())?;
+        let branch4 = conv(&self.branch4, graph, pooled)?;
+        graph.concat(&[branch1, branch2, branch3, branch4])
+    }
+
     /// All convolutions in the state dict's order.
     pub fn convs(&self) -> [&C; 6] {
         let [reduce3x3, conv3x3] = &self.branch2;
@@ -193,18 +239,6 @@ impl Inception {
     /// Another number of channels than the block's.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, Conv::forward)
-    }
-
-    /// [`Self::forward`] as part of a graph: the convolutions in the order of [`Self::convs`].
-    pub(crate) fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
-        let branch1 = self.branch1.describe(graph, x)?;
-        let reduced = self.branch2[0].describe(graph, x)?;
-        let branch2 = self.branch2[1].describe(graph, reduced)?;
-        let reduced = self.branch3[0].describe(graph, x)?;
-        let branch3 = self.branch3[1].describe(graph, reduced)?;
-        let pooled = graph.max_pool2d(x, branch4_pool())?;
-        let branch4 = self.branch4.describe(graph, pooled)?;
-        graph.concat(&[branch1, branch2, branch3, branch4])
     }
 }
 

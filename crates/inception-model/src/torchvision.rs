@@ -3,15 +3,16 @@
 use std::convert::Infallible;
 
 use candle_cnn::{
-    Conv2dConfig, MaxPool2dConfig, Mode, adaptive_avg_pool2d, batch_norm_relu_eval,
-    batch_norm_relu_train, conv2d, dropout, global_avg_pool2d, max_pool2d, relu, update_running,
+    BatchStatistics, Conv2dConfig, ConvParameters, MaxPool2dConfig, Mode, Node, StaticGraph,
+    StaticGraphBuilder, adaptive_avg_pool2d, batch_norm_relu_eval, batch_norm_relu_train, conv2d,
+    dropout, global_avg_pool2d, max_pool2d, relu, update_running,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
 use crate::error::ModelError;
 use crate::init::{truncated_normal, uniform};
-use crate::layers::{Inception, Linear, Stage};
+use crate::layers::{GraphCache, Inception, Linear, Stage};
 use crate::summary::{Summary, summarise_torchvision};
 use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
@@ -84,6 +85,8 @@ pub struct GoogLeNet {
     network: Network<ConvNorm, Linear>,
     config: GoogLeNetConfig,
     frozen: Option<FrozenBatchNorm>,
+    /// What [`Self::forward`] runs where it can.
+    graph: GraphCache,
 }
 
 /// The least height and width: 15 → 8 → 4 → 2 → 1 by the four halvings, and
@@ -129,6 +132,7 @@ impl GoogLeNet {
             network,
             config: *config,
             frozen: None,
+            graph: GraphCache::default(),
         })
     }
 
@@ -155,17 +159,39 @@ impl GoogLeNet {
         Ok(())
     }
 
-    /// Logits of images (N, 3, H, W) of any size from 15×15.
+    /// Logits of images (N, 3, H, W) of any size from 15×15. On a CPU the
+    /// backbone runs as one [`StaticGraph`], unless auxiliary heads or the
+    /// images need a gradient.
     ///
     /// # Errors
     /// Smaller images ([`ModelError`]), another rank or number of channels, and
     /// in training a batch whose last maps have a single value per channel
     /// (one image of at most 32×32).
     pub fn forward(&self, images: &Tensor, mode: Mode) -> Result<GoogLeNetOutputs> {
-        self.forward_observed(images, mode, |_, _| Ok(()))
+        if mode.is_train() && self.frozen.is_none() && self.network.aux.is_some() {
+            return self.forward_observed(images, mode, |_, _| Ok(()));
+        }
+        Ok(GoogLeNetOutputs {
+            logits: self.classify(&self.features(images, mode)?, mode)?,
+            aux2: None,
+            aux1: None,
+        })
     }
 
-    /// [`Self::forward`] that shows each stage's output to `observe`, under the
+    /// Logits (N, classes) in evaluation mode where nobody needs a gradient of
+    /// a parameter: each map is freed after its last reader.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn infer(&self, images: &Tensor) -> Result<Tensor> {
+        let features = match self.runs_as_graph(images) {
+            true => self.features_by_graph(images, Mode::Eval, false)?,
+            false => self.features(images, Mode::Eval)?.detach(),
+        };
+        Ok(self.classify(&features, Mode::Eval)?.detach())
+    }
+
+    /// [`Self::forward`], operation by operation, that shows each stage's output to `observe`, under the
     /// names `conv1`, `maxpool1`, `conv2`, `conv3`, `maxpool2`, `inception3a` …
     /// `inception5b`, `maxpool3`, `maxpool4`, `avgpool`.
     ///
@@ -192,6 +218,9 @@ impl GoogLeNet {
     /// # Errors
     /// As [`Self::forward`].
     pub fn features(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
+        if self.runs_as_graph(images) {
+            return self.features_by_graph(images, mode, self.frozen.is_none());
+        }
         Ok(self.body(images, mode, false, |_, _| Ok(()))?.features)
     }
 
@@ -337,7 +366,84 @@ impl GoogLeNet {
         )?;
         Ok(Self {
             network,
+            graph: GraphCache::default(),
             ..self.clone()
+        })
+    }
+
+    fn runs_as_graph(&self, images: &Tensor) -> bool {
+        images.device().is_cpu() && !images.track_op()
+    }
+
+    /// What a batch norm does: a frozen one may stay as in evaluation.
+    fn norm_mode(&self, mode: Mode) -> Mode {
+        match self.frozen {
+            Some(FrozenBatchNorm::Eval) => Mode::Eval,
+            _ => mode,
+        }
+    }
+
+    /// [`Self::features`] as one operation; `track` whether parameters get a gradient.
+    fn features_by_graph(&self, images: &Tensor, mode: Mode, track: bool) -> Result<Tensor> {
+        let (_, _, height, width) = check_images(images)?;
+        let graph = self.graph((height, width))?;
+        let norm = self.norm_mode(mode);
+        let convs = self.network.backbone();
+        let tensor = |var: &Var| match track {
+            true => var.as_tensor().clone(),
+            false => var.as_detached_tensor(),
+        };
+        let tensors: Vec<_> = convs.iter().map(|conv| conv.tensors(&tensor)).collect();
+        let parameters: Vec<_> = tensors
+            .iter()
+            .map(
+                |[weight, norm_weight, norm_bias, mean, variance]| match norm {
+                    Mode::Train { .. } => ConvParameters::BatchNorm {
+                        weight,
+                        norm_weight,
+                        norm_bias,
+                    },
+                    Mode::Eval => ConvParameters::Running {
+                        weight,
+                        norm_weight,
+                        norm_bias,
+                        mean,
+                        variance,
+                    },
+                },
+            )
+            .collect();
+        let images = if self.config.transform_input {
+            transform_input(images)?
+        } else {
+            images.clone()
+        };
+        let output = graph.forward(&images, &parameters)?;
+        for (conv, statistics) in convs.iter().zip(&output.statistics) {
+            conv.norm.take_up(statistics)?;
+        }
+        Ok(output.features)
+    }
+
+    fn graph(&self, size: (usize, usize)) -> Result<StaticGraph> {
+        self.graph.get(size, || {
+            let network = &self.network;
+            let mut builder = StaticGraphBuilder::new(3, size);
+            let images = builder.input();
+            let mut x = network.conv1.describe(&mut builder, images)?;
+            x = builder.max_pool2d(x, POOL3)?;
+            x = network.conv2.describe(&mut builder, x)?;
+            x = network.conv3.describe(&mut builder, x)?;
+            x = builder.max_pool2d(x, POOL3)?;
+            for stage in &network.body {
+                x = match stage {
+                    Stage::Block(block) => {
+                        block.describe_with(&mut builder, x, ConvNorm::describe)?
+                    }
+                    Stage::MaxPool { window, .. } => builder.max_pool2d(x, *window)?,
+                };
+            }
+            builder.global_avg_pool2d(x)
         })
     }
 
@@ -349,23 +455,8 @@ impl GoogLeNet {
         with_aux: bool,
         mut observe: impl FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<Body> {
-        let &[_, 3, height, width] = images.dims() else {
-            let found = images.dims().to_vec();
-            return Err(ModelError::NotImages { found }.into());
-        };
-        if height.min(width) < SMALLEST_IMAGE {
-            return Err(ModelError::ImageTooSmall {
-                network: "torchvision's GoogLeNet",
-                height,
-                width,
-                smallest: SMALLEST_IMAGE,
-            }
-            .into());
-        }
-        let norm = match (self.frozen, mode) {
-            (Some(FrozenBatchNorm::Eval), _) => Mode::Eval,
-            _ => mode,
-        };
+        check_images(images)?;
+        let norm = self.norm_mode(mode);
         let conv = |conv: &ConvNorm, x: &Tensor| match self.frozen {
             None => conv.forward(x, norm),
             Some(_) => conv.forward_frozen(x, norm),
@@ -408,6 +499,24 @@ impl GoogLeNet {
             aux1,
         })
     }
+}
+
+/// (N, 3, H, W) of images that are large enough.
+fn check_images(images: &Tensor) -> Result<(usize, usize, usize, usize)> {
+    let &[batch, 3, height, width] = images.dims() else {
+        let found = images.dims().to_vec();
+        return Err(ModelError::NotImages { found }.into());
+    };
+    if height.min(width) < SMALLEST_IMAGE {
+        return Err(ModelError::ImageTooSmall {
+            network: "torchvision's GoogLeNet",
+            height,
+            width,
+            smallest: SMALLEST_IMAGE,
+        }
+        .into());
+    }
+    Ok((batch, 3, height, width))
 }
 
 /// The blocks behind which the auxiliary heads sit.
@@ -578,15 +687,21 @@ impl Network<ConvShape, LinearShape> {
 }
 
 impl<C, L> Network<C, L> {
-    /// Shows every layer to one of the functions, in the state dict's order.
-    fn visit<T>(&self, conv: impl Fn(&C, &mut T), linear: impl Fn(&L, &mut T), to: &mut T) {
-        for layer in [&self.conv1, &self.conv2, &self.conv3] {
-            conv(layer, to);
-        }
+    /// The convolutions of everything but the heads, in the state dict's order.
+    fn backbone(&self) -> Vec<&C> {
+        let mut convs = vec![&self.conv1, &self.conv2, &self.conv3];
         for stage in &self.body {
             if let Stage::Block(block) = stage {
-                block.convs().into_iter().for_each(|layer| conv(layer, to));
+                convs.extend(block.convs());
             }
+        }
+        convs
+    }
+
+    /// Shows every layer to one of the functions, in the state dict's order.
+    fn visit<T>(&self, conv: impl Fn(&C, &mut T), linear: impl Fn(&L, &mut T), to: &mut T) {
+        for layer in self.backbone() {
+            conv(layer, to);
         }
         for head in self.aux.iter().flatten() {
             conv(&head.conv, to);
@@ -697,6 +812,25 @@ impl ConvNorm {
             .forward(&x, &self.norm.weight, &self.norm.bias, mode)
     }
 
+    /// As part of a graph.
+    fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
+        let (c_out, _, kernel, _) = self.weight.dims4()?;
+        let window = (self.config.stride.0, self.config.padding.0);
+        graph.conv2d_batch_norm_relu(x, c_out, kernel, window, EPS)
+    }
+
+    /// Weight, norm weight and norm bias by `tensor`; running mean and variance.
+    fn tensors(&self, tensor: impl Fn(&Var) -> Tensor) -> [Tensor; 5] {
+        let norm = &self.norm;
+        [
+            tensor(&self.weight),
+            tensor(&norm.weight),
+            tensor(&norm.bias),
+            norm.running_mean.as_detached_tensor(),
+            norm.running_var.as_detached_tensor(),
+        ]
+    }
+
     /// The same by weights that nobody tracks.
     fn forward_frozen(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let norm = &self.norm;
@@ -718,12 +852,19 @@ impl BatchNorm {
             return batch_norm_relu_eval(x, weight, bias, &mean, &var, EPS);
         }
         let (y, batch) = batch_norm_relu_train(x, weight, bias, EPS)?;
+        self.take_up(&batch)?;
+        Ok(y)
+    }
+
+    /// Moves the running statistics.
+    fn take_up(&self, batch: &BatchStatistics) -> Result<()> {
+        let mean = self.running_mean.as_detached_tensor();
+        let var = self.running_var.as_detached_tensor();
         let mean = update_running(&mean, &batch.mean, MOMENTUM)?;
         let var = update_running(&var, &batch.unbiased_variance, MOMENTUM)?;
         self.running_mean.set(&mean)?;
         self.running_var.set(&var)?;
         let counted = (self.num_batches_tracked.as_detached_tensor() + 1.0)?;
-        self.num_batches_tracked.set(&counted)?;
-        Ok(y)
+        self.num_batches_tracked.set(&counted)
     }
 }

@@ -10,7 +10,8 @@ use candle_core::{Result, Tensor, Var};
 /// The trainer knows nothing else about it: not its layers, not the size of its images. Names are
 /// PyTorch's state-dict keys, because they become the keys of every checkpoint.
 pub trait Model {
-    /// Logits `(N, classes)` of images `(N, channels, height, width)`.
+    /// Logits `(N, classes)` of images `(N, channels, height, width)`. In [`Mode::Eval`] nobody
+    /// asks for a gradient.
     fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor>;
 
     /// The forward pass of a training step. Networks with auxiliary heads override it; for all

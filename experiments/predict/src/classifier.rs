@@ -131,7 +131,7 @@ impl Classifier {
         let images =
             Tensor::from_vec(inputs.concat(), (inputs.len(), 3, size, size), &self.device)?;
         let logits = match &self.network {
-            Kind::Cifar(network) => network.forward(&images, Mode::Eval),
+            Kind::Cifar(network) => network.infer(&images),
             Kind::Torchvision(network) => network.forward(&images, Mode::Eval),
         };
         let rows = logits?.to_vec2::<f32>()?;

@@ -46,7 +46,10 @@ const CLASSES: usize = cifar_data::CLASSES;
 
 impl Model for Network {
     fn forward(&self, images: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
-        self.0.forward(images, mode)
+        match mode {
+            Mode::Train { .. } => self.0.forward(images, mode),
+            Mode::Eval => self.0.infer(images),
+        }
     }
 
     fn named_parameters(&self) -> Vec<(String, Var)> {

@@ -143,6 +143,13 @@ impl Network {
         })
     }
 
+    fn infer(&self, images: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Lesson(network) => network.infer(images)?,
+            Self::Torchvision(network) => network.infer(images)?,
+        })
+    }
+
     fn trainable_parameters(&self) -> Vec<(String, Var)> {
         match self {
             Self::Lesson(network) => network.named_parameters(),
@@ -197,7 +204,7 @@ impl Bench {
         match self.work {
             Work::Train => self.training_step(),
             Work::Inference => {
-                self.model.forward(&self.images, Mode::Eval)?;
+                self.model.infer(&self.images)?;
                 Ok(())
             }
         }

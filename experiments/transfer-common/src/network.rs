@@ -141,7 +141,11 @@ fn is_head(name: &str) -> bool {
 
 impl Model for Network {
     fn forward(&self, images: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
-        Ok(self.googlenet.forward(&self.resized(images)?, mode)?.logits)
+        let images = self.resized(images)?;
+        match mode {
+            Mode::Train { .. } => Ok(self.googlenet.forward(&images, mode)?.logits),
+            Mode::Eval => self.googlenet.infer(&images),
+        }
     }
 
     fn forward_train(

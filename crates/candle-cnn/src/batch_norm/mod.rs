@@ -152,15 +152,22 @@ fn train(
         .contiguous()?
         .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
     let moments = statistics.get().ok_or_else(|| OpError::device(OP, x))?;
-    let tensor = |values: Vec<f64>| {
-        Tensor::from_vec(values, sizes.channels, x.device())?.to_dtype(x.dtype())
-    };
-    let correction = sizes.count() as f64 / (sizes.count() - 1) as f64;
-    let statistics = BatchStatistics {
-        mean: tensor(moments.iter().map(|m| m.mean).collect())?,
-        unbiased_variance: tensor(moments.iter().map(|m| m.variance * correction).collect())?,
-    };
-    Ok((y, statistics))
+    Ok((y, BatchStatistics::new(moments, sizes.count(), x)?))
+}
+
+impl BatchStatistics {
+    /// Of `count` values per channel, as tensors of the type and on the device of `like`.
+    pub(crate) fn new(moments: &[Moments], count: usize, like: &Tensor) -> Result<Self> {
+        let tensor = |values: Vec<f64>| {
+            Tensor::from_vec(values, moments.len(), like.device())?.to_dtype(like.dtype())
+        };
+        let correction = count as f64 / (count - 1) as f64;
+        let variances = moments.iter().map(|m| m.variance * correction);
+        Ok(Self {
+            mean: tensor(moments.iter().map(|m| m.mean).collect())?,
+            unbiased_variance: tensor(variances.collect())?,
+        })
+    }
 }
 
 fn evaluate(
@@ -248,9 +255,9 @@ impl Sizes {
 
 /// Mean and biased variance of a channel.
 #[derive(Clone, Copy, Debug, Default)]
-struct Moments {
-    mean: f64,
-    variance: f64,
+pub(crate) struct Moments {
+    pub(crate) mean: f64,
+    pub(crate) variance: f64,
 }
 
 /// Where the statistics come from.

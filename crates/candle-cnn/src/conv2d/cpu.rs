@@ -289,6 +289,21 @@ impl<T: Element> PackedWeight<T> {
             width,
         }
     }
+
+    /// Multiplies each output channel's weights by its factor.
+    pub(crate) fn scale(&mut self, factors: &[T], lanes: usize) {
+        let len = self.data.len();
+        let ends = self.offsets.iter().skip(1).copied().chain([len]);
+        for ((panel, &start), end) in self.panels.iter().zip(&self.offsets).zip(ends) {
+            let width = panel.vectors * lanes;
+            let factors = &factors[panel.start..factors.len().min(panel.start + width)];
+            for row in self.data[start..end].chunks_exact_mut(width) {
+                for (value, &factor) in row.iter_mut().zip(factors) {
+                    *value = *value * factor;
+                }
+            }
+        }
+    }
 }
 
 /// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.

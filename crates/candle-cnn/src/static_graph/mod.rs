@@ -10,6 +10,7 @@
 //! through the ordinary `backward()`.
 
 mod arena;
+mod norm;
 mod pool;
 mod run;
 #[cfg(test)]
@@ -18,11 +19,14 @@ mod winograd;
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, WithDType,
+};
 
 use self::arena::Arenas;
-use self::run::{Backward, Forward};
-use crate::element::{dispatch, float_dtype, slice, with_slice};
+use self::run::{After, Backward, Forward, Numbers};
+use crate::batch_norm::{BatchStatistics, Moments};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::max_pool2d::MaxPool2dConfig;
 use crate::simd::Isa;
@@ -60,21 +64,24 @@ struct Map {
     is_read: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Operation {
     Convolution(Convolution),
     MaxPool(MaxPool),
 }
 
-/// A convolution of stride 1 with bias, followed by ReLU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A convolution, followed by a bias or a batch norm, and by ReLU.
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Convolution {
     input: usize,
     output: usize,
     c_in: usize,
     c_out: usize,
     kernel: usize,
+    stride: usize,
     padding: usize,
+    /// Of its batch norm, if it has one and not a bias.
+    eps: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +118,42 @@ impl StaticGraphBuilder {
         kernel: usize,
         padding: usize,
     ) -> Result<Node> {
+        self.convolution(input, c_out, kernel, (1, padding), None)
+    }
+
+    /// A convolution with a square kernel and without bias, then batch norm
+    /// over its channels, then ReLU: [`crate::conv2d`] and
+    /// [`crate::batch_norm_relu_train`] or [`crate::batch_norm_relu_eval`].
+    ///
+    /// # Errors
+    /// As [`Self::conv2d_relu`]; a negative `eps`; a `stride` of 0, and one
+    /// above 1 anywhere but on the images.
+    pub fn conv2d_batch_norm_relu(
+        &mut self,
+        input: Node,
+        c_out: usize,
+        kernel: usize,
+        (stride, padding): (usize, usize),
+        eps: f64,
+    ) -> Result<Node> {
+        if eps.is_nan() || eps < 0.0 {
+            return Err(OpError::setting(OP, "eps", eps, "at least 0"));
+        }
+        if stride == 0 || (stride > 1 && input.0 != 0) {
+            let expected = "1; above 1 only where the images are read";
+            return Err(OpError::setting(OP, "stride", stride, expected));
+        }
+        self.convolution(input, c_out, kernel, (stride, padding), Some(eps))
+    }
+
+    fn convolution(
+        &mut self,
+        input: Node,
+        c_out: usize,
+        kernel: usize,
+        (stride, padding): (usize, usize),
+        eps: Option<f64>,
+    ) -> Result<Node> {
         let map = self.readable(input)?;
         if kernel == 0 || padding >= kernel {
             let expected = "a kernel of at least 1 and a padding below it";
@@ -121,7 +164,11 @@ impl StaticGraphBuilder {
                 expected,
             ));
         }
-        let fits = |size: usize| (size + 2 * padding).checked_sub(kernel).map(|s| s + 1);
+        let fits = |size: usize| {
+            (size + 2 * padding)
+                .checked_sub(kernel)
+                .map(|s| s / stride + 1)
+        };
         let (Some(height), Some(width)) = (fits(map.size.0), fits(map.size.1)) else {
             return Err(OpError::Window {
                 op: OP,
@@ -145,7 +192,9 @@ impl StaticGraphBuilder {
             c_in: map.channels,
             c_out,
             kernel,
+            stride,
             padding,
+            eps,
         }));
         Ok(Node(output))
     }
@@ -294,11 +343,56 @@ impl Map {
     }
 }
 
+/// The parameters of one convolution of a [`StaticGraph`]: its weight (C_out,
+/// C_in, k, k), and one value per output channel (C_out) in all else.
+#[derive(Clone, Copy, Debug)]
+pub enum ConvParameters<'a> {
+    /// Of [`StaticGraphBuilder::conv2d_relu`].
+    Bias {
+        /// (C_out, C_in, k, k).
+        weight: &'a Tensor,
+        /// (C_out).
+        bias: &'a Tensor,
+    },
+    /// Of [`StaticGraphBuilder::conv2d_batch_norm_relu`] in training:
+    /// normalised by this batch.
+    BatchNorm {
+        /// (C_out, C_in, k, k).
+        weight: &'a Tensor,
+        /// (C_out).
+        norm_weight: &'a Tensor,
+        /// (C_out).
+        norm_bias: &'a Tensor,
+    },
+    /// Of the same in evaluation: normalised by running statistics, which get no gradient.
+    Running {
+        /// (C_out, C_in, k, k).
+        weight: &'a Tensor,
+        /// (C_out).
+        norm_weight: &'a Tensor,
+        /// (C_out).
+        norm_bias: &'a Tensor,
+        /// (C_out).
+        mean: &'a Tensor,
+        /// (C_out).
+        variance: &'a Tensor,
+    },
+}
+
+/// What [`StaticGraph::forward`] yields.
+#[derive(Clone, Debug)]
+pub struct GraphOutput {
+    /// The mean of each channel of the last map, (N, C).
+    pub features: Tensor,
+    /// Of each [`ConvParameters::BatchNorm`], in order.
+    pub statistics: Vec<BatchStatistics>,
+}
+
 /// A network of convolutions with ReLU, max-poolings and concatenations that
 /// ends in a global average pool, run as one operation on the CPU.
 ///
 /// ```
-/// use candle_cnn::{MaxPool2dConfig, StaticGraphBuilder};
+/// use candle_cnn::{ConvParameters, MaxPool2dConfig, StaticGraphBuilder};
 /// use candle_core::{DType, Device, Tensor, Var};
 ///
 /// let mut builder = StaticGraphBuilder::new(3, (8, 8));
@@ -309,7 +403,8 @@ impl Map {
 /// let images = Tensor::ones((2, 3, 8, 8), DType::F32, &Device::Cpu)?;
 /// let weight = Var::randn(0f32, 0.1, (16, 3, 3, 3), &Device::Cpu)?;
 /// let bias = Var::zeros(16, DType::F32, &Device::Cpu)?;
-/// let features = graph.forward(&images, &[(&weight, &bias)])?;
+/// let parameters = ConvParameters::Bias { weight: &weight, bias: &bias };
+/// let features = graph.forward(&images, &[parameters])?.features;
 /// assert_eq!(features.dims(), [2, 16]);
 /// let gradients = features.sum_all()?.backward()?;
 /// assert_eq!(gradients.get(&weight).unwrap().dims(), [16, 3, 3, 3]);
@@ -329,18 +424,122 @@ struct Inner {
 }
 
 impl StaticGraph {
-    /// (N, C, H, W) → (N, C'). `parameters` are weight (C_out, C_in, k, k) and
-    /// bias (C_out) of each convolution, in the order in which they were described.
+    /// (N, C, H, W) → (N, C'), with the `parameters` of each convolution in the
+    /// order in which they were described.
     ///
     /// f32 and f64. A gradient that nobody needs is not computed: neither those
-    /// of the images and of frozen parameters nor any before the first trainable one.
+    /// of the images and of frozen parameters nor any before the first
+    /// trainable one. Where nobody needs any, no map outlives its last reader.
     ///
     /// # Errors
     /// Another number of parameters or other shapes than described, and what
-    /// [`crate::conv2d`] refuses.
-    pub fn forward(&self, images: &Tensor, parameters: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
+    /// [`crate::conv2d`] and [`crate::batch_norm_train`] refuse. A gradient of
+    /// images that a convolution reads with a stride above 1.
+    pub fn forward(
+        &self,
+        images: &Tensor,
+        parameters: &[ConvParameters<'_>],
+    ) -> Result<GraphOutput> {
         let inner = &self.inner;
-        let input = &inner.nodes[0];
+        self.check_images(images)?;
+        let convolutions = inner.convolutions();
+        if convolutions.len() != parameters.len() {
+            return Err(OpError::Shapes {
+                op: OP,
+                left_name: "number of parameters",
+                left: vec![parameters.len()],
+                right_name: "number of convolutions",
+                right: vec![convolutions.len()],
+                rule: "each convolution has its parameters",
+            }
+            .into());
+        }
+        let batch = images.dims()[0];
+        for (c, parameters) in convolutions.iter().zip(parameters) {
+            inner.check_parameters(c, parameters, batch)?;
+        }
+        let all: Vec<&Tensor> = std::iter::once(images)
+            .chain(parameters.iter().flat_map(ConvParameters::tensors))
+            .collect();
+        let dtype = float_dtype(OP, &all)?;
+        let images = images.contiguous()?;
+        let trainable: Vec<bool> = parameters
+            .iter()
+            .map(|p| p.tensors().iter().any(|tensor| tensor.track_op()))
+            .collect();
+        if !images.track_op() && !trainable.contains(&true) {
+            return self.infer(&images, parameters, dtype);
+        }
+
+        // Candle gives an operation three inputs at most: all parameters in
+        // one tensor. Running statistics are a part of weight and bias here,
+        // by operations that pass the gradient on.
+        let mut flat = Vec::with_capacity(3 * parameters.len());
+        for (c, parameters) in convolutions.iter().zip(parameters) {
+            for tensor in parameters.folded(c.eps.unwrap_or(0.0))? {
+                flat.push(tensor.flatten_all()?);
+            }
+        }
+        let statistics = Arc::new(Mutex::new(Vec::new()));
+        let op = Run {
+            graph: Arc::clone(inner),
+            dtype,
+            needs_input: images.track_op(),
+            trainable,
+            norms: parameters.iter().map(ConvParameters::is_norm).collect(),
+            statistics: Arc::clone(&statistics),
+            kept: Mutex::new(None),
+        };
+        let features = images.apply_op2(&Tensor::cat(&flat, 0)?, op)?;
+        let moments = std::mem::take(&mut *lock(&statistics));
+        Ok(GraphOutput {
+            features,
+            statistics: inner.statistics(&moments, batch, &images)?,
+        })
+    }
+
+    /// The forward pass where nobody needs a gradient: parameters are read where they are.
+    fn infer(
+        &self,
+        images: &Tensor,
+        parameters: &[ConvParameters<'_>],
+        dtype: DType,
+    ) -> Result<GraphOutput> {
+        let inner = &self.inner;
+        let batch = images.dims()[0];
+        let contiguous: Vec<Vec<Tensor>> = parameters
+            .iter()
+            .map(|p| p.tensors().into_iter().map(Tensor::contiguous).collect())
+            .collect::<Result<_>>()?;
+        dispatch!(OP, dtype, T => {
+            let guards: Vec<Vec<_>> = contiguous
+                .iter()
+                .map(|tensors| tensors.iter().map(Tensor::storage_and_layout).collect())
+                .collect();
+            let mut numbers = Vec::with_capacity(guards.len());
+            for (c, guards) in inner.convolutions().iter().zip(&guards) {
+                let mut slices = Vec::with_capacity(guards.len());
+                for (storage, layout) in guards {
+                    let Storage::Cpu(storage) = &**storage else {
+                        return Err(OpError::device(OP, images));
+                    };
+                    slices.push(slice::<T>(OP, storage, layout)?);
+                }
+                numbers.push(Numbers::new(c, &slices));
+            }
+            let output = with_slice::<T, _>(OP, images, |images| {
+                Ok(Forward::<T>::new(inner, Isa::detect(), batch).run(images, &numbers, false))
+            })?;
+            let channels = inner.nodes[inner.output].channels;
+            Ok(GraphOutput {
+                features: Tensor::from_vec(output.features, (batch, channels), images.device())?,
+                statistics: inner.statistics(&output.moments, batch, images)?,
+            })
+        })
+    }
+
+    fn check_images(&self, images: &Tensor) -> Result<()> {
+        let input = &self.inner.nodes[0];
         let expected = [input.channels, input.size.0, input.size.1];
         if images.rank() != 4 || images.dims()[1..] != expected {
             return Err(OpError::Shapes {
@@ -353,55 +552,57 @@ impl StaticGraph {
             }
             .into());
         }
-        let convolutions = inner.convolutions();
-        if convolutions.len() != parameters.len() {
-            return Err(OpError::Shapes {
-                op: OP,
-                left_name: "number of parameters",
-                left: vec![parameters.len()],
-                right_name: "number of convolutions",
-                right: vec![convolutions.len()],
-                rule: "each convolution has a weight and a bias",
-            }
-            .into());
+        let convolutions = self.inner.convolutions();
+        if images.track_op() && convolutions.iter().any(|c| c.stride > 1) {
+            let expected = "images without a gradient: a convolution reads them with a stride";
+            return Err(OpError::setting(OP, "images", "a gradient", expected));
         }
-        let mut flat = Vec::with_capacity(2 * parameters.len());
-        for (c, (weight, bias)) in convolutions.iter().zip(parameters) {
-            let shape = [c.c_out, c.c_in, c.kernel, c.kernel];
-            for (name, tensor, shape) in
-                [("weight", weight, &shape[..]), ("bias", bias, &shape[..1])]
-            {
-                if tensor.dims() != shape {
-                    return Err(OpError::Shapes {
-                        op: OP,
-                        left_name: name,
-                        left: tensor.dims().to_vec(),
-                        right_name: "the graph's",
-                        right: shape.to_vec(),
-                        rule: "a parameter has the shape that the graph was made for",
-                    }
-                    .into());
-                }
-                flat.push(tensor.flatten_all()?);
-            }
+        Ok(())
+    }
+}
+
+impl<'a> ConvParameters<'a> {
+    /// The weight first.
+    fn tensors(&self) -> Vec<&'a Tensor> {
+        match *self {
+            Self::Bias { weight, bias } => vec![weight, bias],
+            Self::BatchNorm {
+                weight,
+                norm_weight,
+                norm_bias,
+            } => vec![weight, norm_weight, norm_bias],
+            Self::Running {
+                weight,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+            } => vec![weight, norm_weight, norm_bias, mean, variance],
         }
-        let all: Vec<&Tensor> = std::iter::once(images)
-            .chain(parameters.iter().flat_map(|&(weight, bias)| [weight, bias]))
-            .collect();
-        let dtype = float_dtype(OP, &all)?;
-        let trainable = parameters
-            .iter()
-            .map(|(weight, bias)| weight.track_op() || bias.track_op())
-            .collect();
-        let images = images.contiguous()?;
-        let op = Run {
-            graph: Arc::clone(inner),
-            dtype,
-            needs_input: images.track_op(),
-            trainable,
-            kept: Mutex::new(None),
+    }
+
+    /// Whether the batch's own statistics normalise.
+    fn is_norm(&self) -> bool {
+        matches!(self, Self::BatchNorm { .. })
+    }
+
+    /// The same with running statistics as a part of weight and bias:
+    /// `w·x·s + (b − mean·s)` with `s = norm_weight/√(variance + eps)`.
+    fn folded(&self, eps: f64) -> Result<Vec<Tensor>> {
+        let Self::Running {
+            weight,
+            norm_weight,
+            norm_bias,
+            mean,
+            variance,
+        } = *self
+        else {
+            return Ok(self.tensors().into_iter().cloned().collect());
         };
-        images.apply_op2(&Tensor::cat(&flat, 0)?, op)
+        let scale = (norm_weight / (variance.detach() + eps)?.sqrt()?)?;
+        let columns = scale.reshape((scale.dim(D::Minus1)?, 1, 1, 1))?;
+        let bias = (norm_bias - (mean.detach() * &scale)?)?;
+        Ok(vec![weight.broadcast_mul(&columns)?, bias])
     }
 }
 
@@ -413,6 +614,69 @@ impl Inner {
         };
         self.operations.iter().filter_map(convolution).collect()
     }
+
+    fn check_parameters(
+        &self,
+        c: &Convolution,
+        parameters: &ConvParameters<'_>,
+        batch: usize,
+    ) -> Result<()> {
+        let has_bias = matches!(parameters, ConvParameters::Bias { .. });
+        if has_bias != c.eps.is_none() {
+            let (found, expected) = match has_bias {
+                true => ("a bias", "batch norm, as it was described"),
+                false => ("batch norm", "a bias, as it was described"),
+            };
+            return Err(OpError::setting(OP, "parameters", found, expected));
+        }
+        let (height, width) = self.nodes[c.output].size;
+        if parameters.is_norm() && batch * height * width < 2 {
+            return Err(OpError::setting(
+                OP,
+                "values per channel",
+                batch * height * width,
+                "more than one value per channel in training",
+            ));
+        }
+        let shape = [c.c_out, c.c_in, c.kernel, c.kernel];
+        let names = match has_bias {
+            true => &["weight", "bias"][..],
+            false => &["weight", "norm weight", "norm bias", "mean", "variance"],
+        };
+        for (at, (name, tensor)) in names.iter().zip(parameters.tensors()).enumerate() {
+            let shape = if at == 0 { &shape[..] } else { &shape[..1] };
+            if tensor.dims() != shape {
+                return Err(OpError::Shapes {
+                    op: OP,
+                    left_name: name,
+                    left: tensor.dims().to_vec(),
+                    right_name: "the graph's",
+                    right: shape.to_vec(),
+                    rule: "a parameter has the shape that the graph was made for",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// As tensors like `images`, of the convolutions that have any.
+    fn statistics(
+        &self,
+        moments: &[Vec<Moments>],
+        batch: usize,
+        images: &Tensor,
+    ) -> Result<Vec<BatchStatistics>> {
+        let mut statistics = Vec::new();
+        for (c, moments) in self.convolutions().iter().zip(moments) {
+            if !moments.is_empty() {
+                let (height, width) = self.nodes[c.output].size;
+                let count = batch * height * width;
+                statistics.push(BatchStatistics::new(moments, count, images)?);
+            }
+        }
+        Ok(statistics)
+    }
 }
 
 /// One pass through the graph as a node of Candle's.
@@ -422,6 +686,10 @@ struct Run {
     needs_input: bool,
     /// Whether each convolution's parameters need their gradient.
     trainable: Vec<bool>,
+    /// Whether the batch's own statistics normalise it.
+    norms: Vec<bool>,
+    /// Where the forward pass leaves them: of each convolution, empty where it has none.
+    statistics: Arc<Mutex<Vec<Vec<Moments>>>>,
     /// The maps of the forward pass, where somebody needs a gradient.
     kept: Mutex<Option<Kept>>,
 }
@@ -455,16 +723,36 @@ macro_rules! keep {
 keep!(f32, F32);
 keep!(f64, F64);
 
-impl Run {
-    fn needs_gradient(&self) -> bool {
-        self.needs_input || self.trainable.contains(&true)
-    }
+/// A value that is only ever replaced whole, so that a panic elsewhere cannot have spoiled it.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Kept>> {
-        // The value is replaced whole, so that a panic elsewhere cannot have spoiled it.
-        self.kept
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+impl Run {
+    /// The parameters of each convolution in the flat ones.
+    fn numbers<'a, T: Element>(&self, flat: &'a [T]) -> Vec<Numbers<'a, T>> {
+        let mut rest = flat;
+        let mut take = |len: usize| {
+            let (head, tail) = rest.split_at(len);
+            rest = tail;
+            head
+        };
+        let convolutions = self.graph.convolutions();
+        let numbers = convolutions.iter().zip(&self.norms).map(|(c, is_norm)| {
+            let weight = take(c.c_out * c.c_in * c.kernel * c.kernel);
+            let after = match (is_norm, c.eps) {
+                (true, Some(eps)) => After::BatchNorm {
+                    weight: take(c.c_out),
+                    bias: take(c.c_out),
+                    eps,
+                },
+                _ => After::Bias(take(c.c_out)),
+            };
+            Numbers { weight, after }
+        });
+        numbers.collect()
     }
 }
 
@@ -482,15 +770,13 @@ impl CustomOp2 for Run {
     ) -> Result<(CpuStorage, Shape)> {
         let batch = images_layout.dims()[0];
         dispatch!(OP, self.dtype, T => {
+            let numbers = self.numbers(slice::<T>(OP, parameters, parameters_layout)?);
             let pass = Forward::<T>::new(&self.graph, Isa::detect(), batch);
-            let (features, maps) = pass.run(
-                slice::<T>(OP, images, images_layout)?,
-                slice::<T>(OP, parameters, parameters_layout)?,
-                self.needs_gradient(),
-            );
-            *self.lock() = maps.map(Keep::keep);
+            let output = pass.run(slice::<T>(OP, images, images_layout)?, &numbers, true);
+            *lock(&self.kept) = output.maps.map(Keep::keep);
+            *lock(&self.statistics) = output.moments;
             let shape = Shape::from((batch, self.graph.nodes[self.graph.output].channels));
-            Ok((<T as candle_core::WithDType>::to_cpu_storage_owned(features), shape))
+            Ok((T::to_cpu_storage_owned(output.features), shape))
         })
     }
 
@@ -502,7 +788,7 @@ impl CustomOp2 for Run {
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let gradient = gradient.contiguous()?;
-        let kept = self.lock().take();
+        let kept = lock(&self.kept).take();
         dispatch!(OP, self.dtype, T => {
             let Some(maps) = kept.and_then(<T as Keep>::take) else {
                 let expected = "one backward pass for each forward pass";
@@ -517,7 +803,7 @@ impl CustomOp2 for Run {
             );
             let (d_images, d_parameters) = with_slice::<T, _>(OP, parameters, |parameters| {
                 with_slice::<T, _>(OP, &gradient, |gradient| {
-                    Ok(pass.run(maps, parameters, gradient))
+                    Ok(pass.run(maps, &self.numbers(parameters), gradient))
                 })
             })?;
             let d_images = d_images.map(|d| Tensor::from_vec(d, images.shape(), images.device()));

@@ -8,15 +8,82 @@
 use rayon::prelude::*;
 
 use super::arena::Layout;
+use super::norm::{
+    self, Affine, Between, GradientSpans, GradientSums, InputGradient, MomentSums, Span,
+};
 use super::pool::{self, Pool};
 use super::winograd::{self, WinogradOuterPass, WinogradPass};
 use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
+use crate::batch_norm::Moments;
 use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, keep_positive, panels};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, multiversion};
 
-/// The buffers of the nodes that have one.
-pub(super) struct Maps<T>(Vec<Option<Vec<T>>>);
+/// What the backward pass needs of the forward pass.
+pub(super) struct Maps<T> {
+    /// The buffers of the nodes that have one.
+    nodes: Vec<Option<Vec<T>>>,
+    /// Of each convolution with batch norm: what it normalises, and its statistics.
+    normalised: Vec<Option<Normalised<T>>>,
+}
+
+struct Normalised<T> {
+    x: Vec<T>,
+    moments: Vec<Moments>,
+}
+
+/// The parameters of one convolution.
+pub(super) struct Numbers<'a, T> {
+    pub(super) weight: &'a [T],
+    pub(super) after: After<'a, T>,
+}
+
+/// What stands between a convolution and its ReLU.
+pub(super) enum After<'a, T> {
+    Bias(&'a [T]),
+    /// By the batch's own statistics.
+    BatchNorm {
+        weight: &'a [T],
+        bias: &'a [T],
+        eps: f64,
+    },
+    /// Running statistics: the weight times `scale`, and `shift` as the bias.
+    Affine {
+        scale: Vec<T>,
+        shift: Vec<T>,
+    },
+}
+
+impl<'a, T: Element> Numbers<'a, T> {
+    /// From the slices of [`super::ConvParameters`], in its order.
+    pub(super) fn new(c: &Convolution, slices: &[&'a [T]]) -> Self {
+        let after = match (slices, c.eps) {
+            (&[_, weight, bias], Some(eps)) => After::BatchNorm { weight, bias, eps },
+            (&[_, weight, bias, mean, variance], Some(eps)) => {
+                let numbers = weight.iter().zip(bias).zip(mean.iter().zip(variance));
+                let (scale, shift) = numbers
+                    .map(|((weight, bias), (mean, variance))| {
+                        let scale = weight.as_f64() / (variance.as_f64() + eps).sqrt();
+                        let shift = bias.as_f64() - mean.as_f64() * scale;
+                        (T::real(scale), T::real(shift))
+                    })
+                    .unzip();
+                After::Affine { scale, shift }
+            }
+            _ => After::Bias(slices[1]),
+        };
+        let weight = slices[0];
+        Self { weight, after }
+    }
+
+    /// How many numbers per output channel there are beside the weight.
+    fn per_channel(&self) -> usize {
+        match self.after {
+            After::BatchNorm { .. } => 2,
+            After::Bias(_) | After::Affine { .. } => 1,
+        }
+    }
+}
 
 impl Inner {
     /// The buffer that a node lies in, and its first channel there.
@@ -33,24 +100,25 @@ impl Inner {
         }
     }
 
+    /// Where a convolution's output lies until it is normalised.
+    fn normalised_span(&self, c: &Convolution) -> Span {
+        let layout = Layout {
+            size: self.nodes[c.output].size,
+            halo: 0,
+            width: c.c_out.next_multiple_of(ALIGNMENT),
+        };
+        Span {
+            layout,
+            channel: 0,
+            channels: c.c_out,
+        }
+    }
+
     fn gradient_layout(&self, buffer: usize) -> Layout {
         Layout {
             halo: self.nodes[buffer].gradient_halo,
             ..self.layout(buffer)
         }
-    }
-
-    /// Where weight and bias of each convolution begin in the flat parameters, and their number.
-    fn parameter_offsets(&self) -> (Vec<(usize, usize)>, usize) {
-        let mut end = 0;
-        let mut offsets = Vec::new();
-        for c in self.convolutions() {
-            let weight = end;
-            let bias = weight + c.c_out * c.c_in * c.kernel * c.kernel;
-            offsets.push((weight, bias));
-            end = bias + c.c_out;
-        }
-        (offsets, end)
     }
 }
 
@@ -76,6 +144,15 @@ fn images_per_task(batch: usize, (height, width): (usize, usize)) -> usize {
     wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
 }
 
+/// What a forward pass yields.
+pub(super) struct Output<T> {
+    /// (N, C).
+    pub(super) features: Vec<T>,
+    /// Of each convolution; empty where the batch's statistics play no part.
+    pub(super) moments: Vec<Vec<Moments>>,
+    pub(super) maps: Option<Maps<T>>,
+}
+
 /// The forward pass.
 pub(super) struct Forward<'a, T: 'static> {
     graph: &'a Inner,
@@ -94,49 +171,49 @@ impl<'a, T: Element> Forward<'a, T> {
         }
     }
 
-    /// Features (N, C) and, if `keep`, the maps that the backward pass needs.
-    pub(super) fn run(
-        &self,
-        images: &[T],
-        parameters: &[T],
-        keep: bool,
-    ) -> (Vec<T>, Option<Maps<T>>) {
+    /// Runs the graph, and keeps what the backward pass needs if asked to.
+    pub(super) fn run(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
         let graph = self.graph;
-        let (offsets, _) = graph.parameter_offsets();
-        let mut offsets = offsets.into_iter();
-        let mut maps: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        maps[0] = Some(self.images(images));
+        let mut numbers = numbers.iter();
+        let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
+        let mut normalised = Vec::new();
+        let mut moments = Vec::new();
+        nodes[0] = Some(self.images(images));
         for (index, operation) in graph.operations.iter().enumerate() {
             let (buffer, channel) = graph.place(operation.output());
-            let mut y = maps[buffer].take().unwrap_or_else(|| self.take(buffer));
-            let x = maps[operation.input()].as_deref().unwrap_or_default();
+            let mut y = nodes[buffer].take().unwrap_or_else(|| self.take(buffer));
+            let x = nodes[operation.input()].as_deref().unwrap_or_default();
             match operation {
                 Operation::Convolution(c) => {
-                    let (weight, bias) = offsets.next().unwrap_or_default();
-                    self.convolve(
-                        c,
-                        x,
-                        &parameters[weight..bias],
-                        &parameters[bias..],
-                        &mut y,
-                        channel,
-                    );
+                    let Some(numbers) = numbers.next() else {
+                        break;
+                    };
+                    let norm = self.convolution(c, x, numbers, (&mut y, channel), keep);
+                    let (x, found) = norm.map_or((None, Vec::new()), |(x, found)| (x, found));
+                    moments.push(found.clone());
+                    normalised.push(x.map(|x| Normalised { x, moments: found }));
                 }
                 Operation::MaxPool(p) => self.max_pool(p, x, &mut y),
             }
-            maps[buffer] = Some(y);
+            nodes[buffer] = Some(y);
             if !keep {
-                self.release_read(index, &mut maps);
+                self.release_read(index, &mut nodes);
             }
         }
-        let features = self.global_average(maps[graph.output].as_deref().unwrap_or_default());
-        if keep {
-            return (features, Some(Maps(maps)));
+        let features = self.global_average(nodes[graph.output].as_deref().unwrap_or_default());
+        let maps = if keep {
+            Some(Maps { nodes, normalised })
+        } else {
+            for (node, map) in nodes.into_iter().enumerate() {
+                give_back(graph, node, map);
+            }
+            None
+        };
+        Output {
+            features,
+            moments,
+            maps,
         }
-        for (node, map) in maps.into_iter().enumerate() {
-            give_back(graph, node, map);
-        }
-        (features, None)
     }
 
     fn take(&self, buffer: usize) -> Vec<T> {
@@ -177,41 +254,137 @@ impl<'a, T: Element> Forward<'a, T> {
         to
     }
 
-    fn convolve(
+    /// Writes a convolution's channels of `y`. With batch norm: its input, if
+    /// that is to be kept, and its statistics.
+    fn convolution(
         &self,
         c: &Convolution,
         x: &[T],
-        weight: &[T],
-        bias: &[T],
-        y: &mut [T],
-        channel: usize,
-    ) {
+        numbers: &Numbers<'_, T>,
+        (y, channel): (&mut [T], usize),
+        keep: bool,
+    ) -> Option<(Option<Vec<T>>, Vec<Moments>)> {
+        let y_layout = self.graph.layout(self.graph.place(c.output).0);
+        let y_span = Span {
+            layout: y_layout,
+            channel,
+            channels: c.c_out,
+        };
+        let &After::BatchNorm { weight, bias, eps } = &numbers.after else {
+            self.convolve(c, x, numbers, (y, y_span), true, |_| ());
+            return None;
+        };
+        if !keep {
+            let moments = self.convolve_and_measure(c, x, numbers, (y, y_span));
+            let affine = Affine::new(&moments, weight, bias, eps);
+            y[..self.batch * y_layout.image()]
+                .par_chunks_mut(self.images_per_map_task(y_layout) * y_layout.image())
+                .for_each(|images| {
+                    for y in images.chunks_exact_mut(y_layout.image()) {
+                        norm::normalise_in_place(self.isa, &y_span, &affine, y);
+                    }
+                });
+            return Some((None, moments));
+        }
+        let z_span = self.graph.normalised_span(c);
+        let z_layout = z_span.layout;
+        let mut z = self.graph.arenas.of::<T>().take(z_layout, self.batch);
+        let moments = self.convolve_and_measure(c, x, numbers, (&mut z, z_span));
+        let affine = Affine::new(&moments, weight, bias, eps);
+        let between = Between {
+            x: z_span,
+            y: y_span,
+        };
+        let images = self.images_per_map_task(y_layout);
+        y[..self.batch * y_layout.image()]
+            .par_chunks_mut(images * y_layout.image())
+            .zip(z.par_chunks(images * z_layout.image()))
+            .for_each(|(y, z)| {
+                for (y, z) in y
+                    .chunks_exact_mut(y_layout.image())
+                    .zip(z.chunks_exact(z_layout.image()))
+                {
+                    norm::normalise(self.isa, &between, &affine, z, y);
+                }
+            });
+        Some((Some(z), moments))
+    }
+
+    /// Images per task of a pass that does little with each value: one part per thread.
+    fn images_per_map_task(&self, layout: Layout) -> usize {
+        /// Elements that are worth a task.
+        const LEAST: usize = 1 << 14;
+        let least = LEAST.div_ceil(layout.image().max(1));
+        let threads = rayon::current_num_threads();
+        self.batch.div_ceil(threads).max(least).max(1)
+    }
+
+    /// The convolution alone, and the statistics of what it yields: sums of
+    /// each task's images, joined in order.
+    fn convolve_and_measure(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        numbers: &Numbers<'_, T>,
+        (y, span): (&mut [T], Span),
+    ) -> Vec<Moments> {
+        let sums = self.convolve(c, x, numbers, (y, span), false, |images| {
+            let mut sums = MomentSums::new(c.c_out);
+            for image in images.chunks_exact(span.layout.image()) {
+                norm::add_moments(self.isa, &span, image, &mut sums);
+            }
+            sums
+        });
+        MomentSums::join(&sums, c.c_out)
+    }
+
+    /// The convolution with what its numbers add by channel. `measure` sees
+    /// the images of each task while they are in the cache.
+    fn convolve<R: Send>(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        numbers: &Numbers<'_, T>,
+        (y, span): (&mut [T], Span),
+        relu: bool,
+        measure: impl Fn(&[T]) -> R + Sync,
+    ) -> Vec<R> {
         let taps = c.kernel * c.kernel;
         let lanes = self.kernels.lanes;
-        let packed = PackedWeight::new(weight, (c.c_out, taps, c.c_in), lanes, |k, tap, i| {
-            (k * c.c_in + i) * taps + tap
-        });
-        let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
-        start[..c.c_out].copy_from_slice(&bias[..c.c_out]);
-        let (x_layout, y_layout) = (
-            self.graph.layout(c.input),
-            self.graph.layout(self.graph.place(c.output).0),
+        let mut packed = PackedWeight::new(
+            numbers.weight,
+            (c.c_out, taps, c.c_in),
+            lanes,
+            |k, tap, i| (k * c.c_in + i) * taps + tap,
         );
+        let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
+        match &numbers.after {
+            After::Bias(bias) => start[..c.c_out].copy_from_slice(bias),
+            After::Affine { scale, shift } => {
+                packed.scale(scale, lanes);
+                start[..c.c_out].copy_from_slice(shift);
+            }
+            After::BatchNorm { .. } => (),
+        }
+        let (x_layout, y_layout) = (self.graph.layout(c.input), span.layout);
         let pass = GatherPass {
             kernels: self.kernels,
             x: x_layout,
             x_channel: 0,
             channels: c.c_in,
             kernel: c.kernel,
+            stride: c.stride,
             padding: c.padding,
             weight: &packed,
             start: Start::Values(&start),
-            relu: true,
+            relu,
             y: y_layout,
-            y_channel: channel,
+            y_channel: span.channel,
         };
         let transformed;
-        let pass = if winograd::pays::<T>(c.kernel, y_layout.size, self.batch) {
+        let winograd_pays =
+            c.stride == 1 && winograd::pays::<T>(c.kernel, y_layout.size, self.batch);
+        let pass = if winograd_pays {
             transformed = winograd::transform_weight(self.isa, &packed);
             AnyPass::Winograd(pass.into_winograd(self.isa, &transformed))
         } else {
@@ -221,7 +394,11 @@ impl<'a, T: Element> Forward<'a, T> {
         y[..self.batch * y_layout.image()]
             .par_chunks_mut(images * y_layout.image())
             .zip(x.par_chunks(images * x_layout.image()))
-            .for_each_init(Scratch::default, |scratch, (y, x)| pass.run(x, y, scratch));
+            .map_init(Scratch::default, |scratch, (y, x)| {
+                pass.run(x, y, scratch);
+                measure(y)
+            })
+            .collect()
     }
 
     fn max_pool(&self, p: &MaxPool, x: &[T], y: &mut [T]) {
@@ -299,23 +476,41 @@ impl<'a, T: Element> Backward<'a, T> {
     pub(super) fn run(
         &self,
         maps: Maps<T>,
-        parameters: &[T],
+        numbers: &[Numbers<'_, T>],
         d_features: &[T],
     ) -> (Option<Vec<T>>, Vec<T>) {
         let graph = self.forward.graph;
-        let Maps(mut maps) = maps;
+        let Maps {
+            nodes: mut maps,
+            mut normalised,
+        } = maps;
         let mut gradients: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        let (offsets, len) = graph.parameter_offsets();
-        let mut d_parameters = vec![T::ZERO; len];
+        let convolutions = graph.convolutions();
+        let lens = convolutions
+            .iter()
+            .zip(numbers)
+            .map(|(c, numbers)| c.c_out * (c.c_in * c.kernel * c.kernel + numbers.per_channel()));
+        let mut d_parameters = vec![T::ZERO; lens.clone().sum()];
+        let mut rest = d_parameters.as_mut_slice();
+        let mut slices = Vec::with_capacity(numbers.len());
+        for len in lens {
+            let (head, tail) = std::mem::take(&mut rest).split_at_mut(len);
+            slices.push(head);
+            rest = tail;
+        }
         if self.needed[graph.output] {
             gradients[graph.output] = Some(self.spread(d_features));
         }
-        let mut convolution = offsets.len();
+        let mut convolution = numbers.len();
         for (index, operation) in graph.operations.iter().enumerate().rev() {
             let (buffer, channel) = graph.place(operation.output());
+            let mut kept = None;
+            let mut d_parameters = None;
             let is_trainable = match operation {
                 Operation::Convolution(_) => {
                     convolution -= 1;
+                    kept = normalised[convolution].take();
+                    d_parameters = slices.pop().filter(|_| self.trainable[convolution]);
                     self.trainable[convolution]
                 }
                 Operation::MaxPool(_) => false,
@@ -336,17 +531,23 @@ impl<'a, T: Element> Backward<'a, T> {
                 let dx = match operation {
                     Operation::Convolution(c) => {
                         let y = maps[buffer].as_deref().unwrap_or_default();
-                        let (weight, bias) = offsets[convolution];
-                        let end = bias + c.c_out;
-                        let d_parameters = &mut d_parameters[weight..end];
-                        let weight = &parameters[weight..bias];
-                        let d_parameters = is_trainable.then_some(d_parameters);
-                        self.convolution(c, x, y, weight, channel, &mut dy, dx, d_parameters)
+                        let read = Read {
+                            x,
+                            y,
+                            channel,
+                            numbers: &numbers[convolution],
+                            normalised: kept.as_ref(),
+                        };
+                        self.convolution(c, &read, &mut dy, dx, d_parameters)
                     }
                     Operation::MaxPool(p) => dx.map(|dx| self.max_pool(p, x, &dy, dx)),
                 };
                 gradients[operation.input()] = dx;
                 gradients[buffer] = Some(dy);
+            }
+            if let (Operation::Convolution(c), Some(kept)) = (operation, kept) {
+                let layout = graph.normalised_span(c).layout;
+                graph.arenas.of().give_back(layout, kept.x);
             }
             let earlier = &graph.operations[..index];
             if earlier.iter().all(|o| graph.place(o.output()).0 != buffer) {
@@ -436,18 +637,15 @@ impl<'a, T: Element> Backward<'a, T> {
         dx
     }
 
-    /// Masks `dy` by the ReLU, adds to `dx` and writes the parameters' gradients.
-    #[allow(clippy::too_many_arguments)]
+    /// Masks `dy` by the ReLU, takes it back through the batch norm, adds to
+    /// `dx` and writes the parameters' gradients.
     fn convolution(
         &self,
         c: &Convolution,
-        x: &[T],
-        y: &[T],
-        weight: &[T],
-        channel: usize,
+        read: &Read<'_, T>,
         dy: &mut [T],
         dx: Option<(Vec<T>, bool)>,
-        d_parameters: Option<&mut [T]>,
+        mut d_parameters: Option<&mut [T]>,
     ) -> Option<Vec<T>> {
         let Forward {
             graph,
@@ -455,6 +653,7 @@ impl<'a, T: Element> Backward<'a, T> {
             kernels,
             batch,
         } = self.forward;
+        let &Read { x, y, channel, .. } = read;
         let taps = c.kernel * c.kernel;
         let output = graph.place(c.output).0;
         let (x_layout, dx_layout) = (graph.layout(c.input), graph.gradient_layout(c.input));
@@ -465,13 +664,14 @@ impl<'a, T: Element> Backward<'a, T> {
             channel,
             channels: c.c_out,
         };
+        let norm = self.batch_norm(c, read, &mask, dy, d_parameters.as_deref_mut());
         let (mut dx, is_first) = match dx {
             Some((dx, is_first)) => (Some(dx), is_first),
             None => (None, true),
         };
         let packed = dx.is_some().then(|| {
             PackedWeight::new(
-                weight,
+                read.numbers.weight,
                 (c.c_in, taps, c.c_out),
                 kernels.lanes,
                 |i, tap, k| (k * c.c_in + i) * taps + (taps - 1 - tap),
@@ -488,6 +688,7 @@ impl<'a, T: Element> Backward<'a, T> {
             x_channel: channel,
             channels: c.c_out,
             kernel: c.kernel,
+            stride: 1,
             padding: c.kernel - 1 - c.padding,
             weight: packed,
             start: if is_first {
@@ -504,7 +705,7 @@ impl<'a, T: Element> Backward<'a, T> {
             None => AnyPass::Direct(pass),
         });
         let outer_pass = d_parameters.is_some().then(|| {
-            if winograd::pays::<T>(c.kernel, dy_layout.size, batch) {
+            if c.stride == 1 && winograd::pays::<T>(c.kernel, dy_layout.size, batch) {
                 return AnyOuterPass::Winograd(WinogradOuterPass {
                     kernels,
                     isa,
@@ -521,6 +722,7 @@ impl<'a, T: Element> Backward<'a, T> {
                 x: x_layout,
                 c_in: c.c_in,
                 kernel: c.kernel,
+                stride: c.stride,
                 padding: c.padding,
                 dy: dy_layout,
                 dy_channel: channel,
@@ -553,11 +755,13 @@ impl<'a, T: Element> Backward<'a, T> {
                     let first = part * per_part + index * group;
                     let images = dy.len() / dy_layout.image();
                     let x = &x[first * x_layout.image()..][..images * x_layout.image()];
-                    let y = &y[first * mask.y.image()..][..images * mask.y.image()];
-                    for (dy, y) in dy
-                        .chunks_exact_mut(dy_layout.image())
-                        .zip(y.chunks_exact(mask.y.image()))
-                    {
+                    for (image, dy) in dy.chunks_exact_mut(dy_layout.image()).enumerate() {
+                        if let Some(norm) = &norm {
+                            let x = &norm.x[(first + image) * norm.spans.x.layout.image()..];
+                            norm::input_gradient(isa, &norm.spans, &norm.gradient, x, dy);
+                            continue;
+                        }
+                        let y = &y[(first + image) * mask.y.image()..];
                         mask_image(isa, &mask, y, dy, &mut sums.image_bias);
                         sums.add_image_bias();
                     }
@@ -575,14 +779,97 @@ impl<'a, T: Element> Backward<'a, T> {
         if let (Some(d_parameters), Some(pass)) = (d_parameters, &outer_pass) {
             let (d_weight, d_bias) = d_parameters.split_at_mut(c.c_out * c.c_in * taps);
             pass.unpack(&sums, d_weight);
-            for part in &sums {
-                for (to, &from) in d_bias.iter_mut().zip(&part.bias) {
-                    *to += from;
+            if norm.is_none() {
+                for part in &sums {
+                    for (to, &from) in d_bias.iter_mut().zip(&part.bias) {
+                        *to += from;
+                    }
                 }
             }
         }
         dx
     }
+
+    /// The first half of the way back through a batch norm: masks `dy` by the
+    /// ReLU, and sums it up over the whole batch.
+    fn batch_norm<'b>(
+        &self,
+        c: &Convolution,
+        read: &Read<'b, T>,
+        mask: &Mask,
+        dy: &mut [T],
+        d_parameters: Option<&mut [T]>,
+    ) -> Option<NormGradient<'b, T>> {
+        let (&After::BatchNorm { weight, bias, eps }, Some(kept)) =
+            (&read.numbers.after, read.normalised)
+        else {
+            return None;
+        };
+        let Forward {
+            graph, isa, batch, ..
+        } = self.forward;
+        let span = |layout| Span {
+            layout,
+            channel: mask.channel,
+            channels: c.c_out,
+        };
+        let spans = GradientSpans {
+            x: graph.normalised_span(c),
+            y: span(mask.y),
+            dy: span(mask.dy),
+        };
+        let affine = Affine::new(&kept.moments, weight, bias, eps);
+        let (x_image, y_image) = (spans.x.layout.image(), mask.y.image());
+        let threads = rayon::current_num_threads().clamp(1, batch.max(1));
+        let part = batch.div_ceil(threads).max(1);
+        let parts: Vec<GradientSums> = dy[..batch * mask.dy.image()]
+            .par_chunks_mut(part * mask.dy.image())
+            .zip(kept.x.par_chunks(part * x_image))
+            .zip(read.y.par_chunks(part * y_image))
+            .map(|((dy, x), y)| {
+                let mut sums = GradientSums::new(c.c_out);
+                for ((dy, x), y) in dy
+                    .chunks_exact_mut(mask.dy.image())
+                    .zip(x.chunks_exact(x_image))
+                    .zip(y.chunks_exact(y_image))
+                {
+                    norm::add_gradient(isa, &spans, &affine.mean, x, y, dy, &mut sums);
+                }
+                sums
+            })
+            .collect();
+        let sums = GradientSums::join(parts, c.c_out);
+        if let Some(d_parameters) = d_parameters {
+            let (d_weight, d_bias) = norm::parameter_gradients(&kept.moments, &sums, eps);
+            let first = d_parameters.len() - 2 * c.c_out;
+            d_parameters[first..][..c.c_out].copy_from_slice(&d_weight);
+            d_parameters[first + c.c_out..].copy_from_slice(&d_bias);
+        }
+        let (height, width) = graph.nodes[c.output].size;
+        let count = batch * height * width;
+        Some(NormGradient {
+            gradient: InputGradient::new(affine, &kept.moments, &sums, eps, count),
+            spans,
+            x: &kept.x,
+        })
+    }
+}
+
+/// What the backward pass of a convolution reads.
+struct Read<'a, T> {
+    x: &'a [T],
+    y: &'a [T],
+    /// The first in the output's buffer.
+    channel: usize,
+    numbers: &'a Numbers<'a, T>,
+    normalised: Option<&'a Normalised<T>>,
+}
+
+/// What the second half of the way back through a batch norm needs.
+struct NormGradient<'a, T> {
+    spans: GradientSpans,
+    gradient: InputGradient<T>,
+    x: &'a [T],
 }
 
 /// The direct sum or Winograd's.
@@ -681,13 +968,14 @@ pub(super) enum Start<'a, T> {
     Present,
 }
 
-/// A convolution of stride 1 from one layout into another.
+/// A convolution from one layout into another.
 struct GatherPass<'a, T: 'static> {
     kernels: &'static Kernels<T>,
     x: Layout,
     x_channel: usize,
     channels: usize,
     kernel: usize,
+    stride: usize,
     padding: usize,
     weight: &'a PackedWeight<T>,
     start: Start<'a, T>,
@@ -721,6 +1009,12 @@ impl<T> Default for Rows<T> {
     }
 }
 
+/// Whether all windows of a convolution's outputs `y` lie inside of `x` and its padding.
+fn fits(x: Layout, y: Layout, (kernel, stride, padding): (usize, usize, usize)) -> bool {
+    let along = |x: usize, y: usize| y == 0 || (y - 1) * stride + kernel <= x + 2 * padding;
+    along(x.size.0, y.size.0) && along(x.size.1, y.size.1)
+}
+
 fn tap_offsets(layout: &Layout, kernel: usize) -> Vec<usize> {
     let taps = (0..kernel).flat_map(|r| (0..kernel).map(move |s| (r, s)));
     taps.map(|(r, s)| r * layout.line() + s * layout.width)
@@ -751,14 +1045,11 @@ impl<'a, T: Element> GatherPass<'a, T> {
         // Everything that a tile reads and writes is inside: the taps by the
         // first assertion, the pixels by the second, the channels by the rest.
         assert!(self.x.halo >= self.padding && height <= MAX_HEIGHT);
-        assert_eq!(
-            self.x.size.0 + 2 * self.padding + 1,
-            self.y.size.0 + self.kernel
-        );
-        assert_eq!(
-            self.x.size.1 + 2 * self.padding + 1,
-            self.y.size.1 + self.kernel
-        );
+        assert!(fits(
+            self.x,
+            self.y,
+            (self.kernel, self.stride, self.padding)
+        ));
         assert!(x.len() >= images * self.x.image());
         assert!(self.x_channel + self.channels <= self.x.width);
         assert!(self.y_channel + self.weight.width <= self.y.width);
@@ -772,7 +1063,7 @@ impl<'a, T: Element> GatherPass<'a, T> {
                     let valid = height.min(self.y.size.1 - w);
                     for i in 0..height {
                         let w = w + i.min(valid - 1);
-                        let at = first + h * self.x.line() + w * self.x.width;
+                        let at = first + self.stride * (h * self.x.line() + w * self.x.width);
                         rows.pointers.push(x[at..].as_ptr());
                     }
                     let to = image * self.y.image() + self.y.at(h, w) + self.y_channel;
@@ -843,12 +1134,13 @@ impl<'a, T: Element> GatherPass<'a, T> {
     }
 }
 
-/// The weight gradient of a convolution of stride 1.
+/// The weight gradient of a convolution.
 struct OuterPass<T: 'static> {
     kernels: &'static Kernels<T>,
     x: Layout,
     c_in: usize,
     kernel: usize,
+    stride: usize,
     padding: usize,
     dy: Layout,
     dy_channel: usize,
@@ -891,14 +1183,11 @@ impl<T: Element> OuterPass<T> {
         let (lanes, width) = (self.kernels.lanes, self.width());
         // Everything that a tile reads is inside, as in `GatherPass::run`.
         assert!(self.x.halo >= self.padding && x.len() >= images * self.x.image());
-        assert_eq!(
-            self.x.size.0 + 2 * self.padding + 1,
-            self.dy.size.0 + self.kernel
-        );
-        assert_eq!(
-            self.x.size.1 + 2 * self.padding + 1,
-            self.dy.size.1 + self.kernel
-        );
+        assert!(fits(
+            self.x,
+            self.dy,
+            (self.kernel, self.stride, self.padding)
+        ));
         assert!(self.c_in <= self.x.width && self.dy_channel + width <= self.dy.width);
         assert_eq!(sums.len(), self.kernel * self.kernel * self.c_in * width);
 
@@ -908,7 +1197,7 @@ impl<T: Element> OuterPass<T> {
             let first = image * self.x.image() + self.x.first(self.padding);
             for h in 0..self.dy.size.0 {
                 for w in 0..self.dy.size.1 {
-                    let at = first + h * self.x.line() + w * self.x.width;
+                    let at = first + self.stride * (h * self.x.line() + w * self.x.width);
                     rows.pointers.push(x[at..].as_ptr());
                     rows.offsets
                         .push(image * self.dy.image() + self.dy.at(h, w) + self.dy_channel);

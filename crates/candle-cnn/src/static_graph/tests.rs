@@ -2,21 +2,46 @@ use candle_core::{Device, Result, Tensor, Var};
 use test_support::{check_gradients, relative_error, seeded_values};
 
 use super::arena::Layout;
-use super::run::{Backward, Forward};
+use super::run::{Backward, Forward, Numbers};
 use super::*;
 use crate::element::Element;
 use crate::{
-    Conv2dConfig, Conv2dGeometry, conv2d_backward_reference, conv2d_reference, conv2d_relu,
-    global_avg_pool2d, max_pool2d,
+    Conv2dConfig, Conv2dGeometry, batch_norm_relu_eval, batch_norm_relu_train, conv2d,
+    conv2d_backward_reference, conv2d_reference, conv2d_relu, global_avg_pool2d, max_pool2d,
 };
 
 /// A graph with everything in it: two Inception blocks with a pool between,
 /// kernels 1, 2, 3 and 5, unpadded and padded, widths that fill no vector.
 struct Example {
     graph: StaticGraph,
+    stem: Stem,
     images: Tensor,
-    parameters: Vec<(Var, Var)>,
+    /// Of each convolution: weight and bias, or weight, norm weight and norm bias.
+    parameters: Vec<Vec<Var>>,
 }
+
+/// The first convolution, and what all of them have behind them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stem {
+    /// 2×2, unpadded; biases.
+    Bias,
+    /// The same; batch norms.
+    Norm,
+    /// 4×4 with stride 2 and padding 1; batch norms.
+    StridedNorm,
+}
+
+impl Stem {
+    /// Kernel, stride, padding.
+    fn geometry(self) -> (usize, usize, usize) {
+        match self {
+            Self::Bias | Self::Norm => (2, 1, 0),
+            Self::StridedNorm => (4, 2, 1),
+        }
+    }
+}
+
+const EPS: f64 = 1e-3;
 
 fn tensor<T: Element>(name: &str, shape: &[usize], scale: f64) -> Tensor {
     let values = seeded_values(name, shape.iter().product(), scale);
@@ -26,14 +51,20 @@ fn tensor<T: Element>(name: &str, shape: &[usize], scale: f64) -> Tensor {
 
 const BLOCK_POOL: fn() -> MaxPool2dConfig = || MaxPool2dConfig::square(3, 1, 1);
 
-fn example<T: Element>(batch: usize, size: (usize, usize), ceil_mode: bool) -> Example {
+fn example<T: Element>(stem: Stem, batch: usize, size: (usize, usize), ceil_mode: bool) -> Example {
     let mut shapes = Vec::new();
     let mut builder = StaticGraphBuilder::new(3, size);
     let mut conv = |b: &mut StaticGraphBuilder, x: Node, c_in, c_out, kernel, padding| {
         shapes.push([c_out, c_in, kernel, kernel]);
-        b.conv2d_relu(x, c_out, kernel, padding).unwrap()
+        let stride = if x == Node(0) { stem.geometry().1 } else { 1 };
+        match stem {
+            Stem::Bias => b.conv2d_relu(x, c_out, kernel, padding),
+            _ => b.conv2d_batch_norm_relu(x, c_out, kernel, (stride, padding), EPS),
+        }
+        .unwrap()
     };
-    let mut x = conv(&mut builder, Node(0), 3, 20, 2, 0);
+    let (kernel, _, padding) = stem.geometry();
+    let mut x = conv(&mut builder, Node(0), 3, 20, kernel, padding);
     let mut channels = 20;
     for block in 0..2 {
         let b = &mut builder;
@@ -56,20 +87,21 @@ fn example<T: Element>(batch: usize, size: (usize, usize), ceil_mode: bool) -> E
         let scale = (6.0 / fan_in as f64).sqrt() * 2.0;
         Var::from_tensor(&tensor::<T>(&name, shape, scale)).unwrap()
     };
-    let parameters = shapes
-        .iter()
-        .enumerate()
-        .map(|(i, shape)| {
-            (
-                variable(format!("w{i}"), shape),
-                variable(format!("b{i}"), &shape[..1]),
-            )
-        })
-        .collect();
+    let parameters = shapes.iter().enumerate().map(|(i, shape)| {
+        let mut parameters = vec![variable(format!("w{i}"), shape)];
+        if stem != Stem::Bias {
+            // Around 1, so that none is switched off.
+            let around_0 = tensor::<T>(&format!("n{i}"), &shape[..1], 1.0);
+            parameters.push(Var::from_tensor(&(around_0 + 1.0).unwrap()).unwrap());
+        }
+        parameters.push(variable(format!("b{i}"), &shape[..1]));
+        parameters
+    });
     Example {
         graph,
+        stem,
         images: tensor::<T>("images", &[batch, 3, size.0, size.1], 2.0),
-        parameters,
+        parameters: parameters.collect(),
     }
 }
 
@@ -81,13 +113,43 @@ fn halving(ceil_mode: bool) -> MaxPool2dConfig {
 }
 
 /// The same network from ordinary operations.
-fn composed(images: &Tensor, parameters: &[(&Tensor, &Tensor)], ceil_mode: bool) -> Result<Tensor> {
+fn composed(
+    stem: Stem,
+    images: &Tensor,
+    parameters: &[ConvParameters<'_>],
+    ceil_mode: bool,
+) -> Result<Tensor> {
     let mut parameters = parameters.iter();
+    let (_, mut stride, padding) = stem.geometry();
     let mut conv = |x: &Tensor, padding| {
-        let (weight, bias) = parameters.next().unwrap();
-        conv2d_relu(x, weight, Some(*bias), Conv2dConfig::padded(padding))
+        let config = Conv2dConfig {
+            stride: (stride, stride),
+            ..Conv2dConfig::padded(padding)
+        };
+        stride = 1;
+        match *parameters.next().unwrap() {
+            ConvParameters::Bias { weight, bias } => conv2d_relu(x, weight, Some(bias), config),
+            ConvParameters::BatchNorm {
+                weight,
+                norm_weight,
+                norm_bias,
+            } => {
+                let x = conv2d(x, weight, None, config)?;
+                Ok(batch_norm_relu_train(&x, norm_weight, norm_bias, EPS)?.0)
+            }
+            ConvParameters::Running {
+                weight,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+            } => {
+                let x = conv2d(x, weight, None, config)?;
+                batch_norm_relu_eval(&x, norm_weight, norm_bias, mean, variance, EPS)
+            }
+        }
     };
-    let mut x = conv(images, 0)?;
+    let mut x = conv(images, padding)?;
     for block in 0..2 {
         let one = conv(&x, 0)?;
         let three = conv(&x, 0)?;
@@ -103,21 +165,37 @@ fn composed(images: &Tensor, parameters: &[(&Tensor, &Tensor)], ceil_mode: bool)
     global_avg_pool2d(&x)
 }
 
+fn parameters(of: &[Vec<Var>]) -> Vec<ConvParameters<'_>> {
+    of.iter()
+        .map(|parameters| match parameters.as_slice() {
+            [weight, bias] => ConvParameters::Bias { weight, bias },
+            [weight, norm_weight, norm_bias] => ConvParameters::BatchNorm {
+                weight,
+                norm_weight,
+                norm_bias,
+            },
+            _ => panic!("two or three parameters"),
+        })
+        .collect()
+}
+
 impl Example {
-    fn tensors(&self) -> Vec<(&Tensor, &Tensor)> {
-        let pairs = self.parameters.iter();
-        pairs.map(|(w, b)| (w.as_tensor(), b.as_tensor())).collect()
+    fn parameters(&self) -> Vec<ConvParameters<'_>> {
+        parameters(&self.parameters)
+    }
+
+    fn has_image_gradient(&self) -> bool {
+        self.stem != Stem::StridedNorm
     }
 
     /// Features and all gradients for an upstream gradient, by ordinary operations.
     fn expected(&self, upstream: &Tensor, ceil_mode: bool) -> Result<(Tensor, Tensor, Tensor)> {
         let images = Var::from_tensor(&self.images)?;
-        let features = composed(&images, &self.tensors(), ceil_mode)?;
+        let features = composed(self.stem, &images, &self.parameters(), ceil_mode)?;
         let gradients = (&features * upstream)?.sum_all()?.backward()?;
         let mut flat = Vec::new();
-        for (weight, bias) in &self.parameters {
-            flat.push(gradients.get(weight).unwrap().flatten_all()?);
-            flat.push(gradients.get(bias).unwrap().clone());
+        for parameter in self.parameters.iter().flatten() {
+            flat.push(gradients.get(parameter).unwrap().flatten_all()?);
         }
         let d_images = gradients.get(&images).unwrap().clone();
         Ok((features.detach(), d_images, Tensor::cat(&flat, 0)?))
@@ -130,38 +208,54 @@ fn values<T: Element>(tensor: &Tensor) -> Vec<T> {
 
 /// Every instruction set of this machine against ordinary operations; twice,
 /// so that the second pass finds used buffers.
-fn check<T: Element>(batch: usize, size: (usize, usize), ceil_mode: bool, tolerance: f64) {
-    let example = example::<T>(batch, size, ceil_mode);
+fn check<T: Element>(
+    stem: Stem,
+    batch: usize,
+    size: (usize, usize),
+    ceil_mode: bool,
+    tolerance: f64,
+) {
+    let example = example::<T>(stem, batch, size, ceil_mode);
     let upstream = tensor::<T>("upstream", &[batch, 16 + 32 + 64 + 7], 2.0);
     let (features, d_images, d_parameters) = example.expected(&upstream, ceil_mode).unwrap();
     let inner = &example.graph.inner;
-    let flat: Vec<T> = example
-        .tensors()
+    let owned: Vec<Vec<Vec<T>>> = example
+        .parameters
         .iter()
-        .flat_map(|(w, b)| [values::<T>(w), values::<T>(b)].concat())
+        .map(|p| p.iter().map(|p| values::<T>(p)).collect())
         .collect();
-    let trainable = vec![true; example.parameters.len()];
+    let convolutions = inner.convolutions();
+    let numbers: Vec<Numbers<'_, T>> = convolutions
+        .iter()
+        .zip(&owned)
+        .map(|(c, p)| Numbers::new(c, &p.iter().map(Vec::as_slice).collect::<Vec<_>>()))
+        .collect();
+    let trainable = vec![true; numbers.len()];
     for isa in Isa::available() {
         for _ in 0..2 {
             let images = values::<T>(&example.images);
-            let (actual, _) = Forward::new(inner, isa, batch).run(&images, &flat, false);
-            let (again, maps) = Forward::new(inner, isa, batch).run(&images, &flat, true);
-            assert!(actual == again, "keeping the maps changes nothing");
-            let (d_x, d_p) = Backward::new(inner, isa, batch, true, &trainable).run(
-                maps.unwrap(),
-                &flat,
-                &values::<T>(&upstream),
+            let forward = || Forward::new(inner, isa, batch);
+            let actual = forward().run(&images, &numbers, false);
+            let again = forward().run(&images, &numbers, true);
+            assert!(
+                actual.features == again.features,
+                "keeping the maps changes nothing"
             );
+            let needs_input = example.has_image_gradient();
+            let backward = Backward::new(inner, isa, batch, needs_input, &trainable);
+            let (d_x, d_p) = backward.run(again.maps.unwrap(), &numbers, &values::<T>(&upstream));
+            assert_eq!(d_x.is_some(), needs_input);
+            let d_x = d_x.unwrap_or_else(|| values::<T>(&d_images));
             for (name, actual, expected) in [
-                ("features", actual, &features),
-                ("images", d_x.unwrap(), &d_images),
+                ("features", actual.features, &features),
+                ("images", d_x, &d_images),
                 ("parameters", d_p, &d_parameters),
             ] {
                 let actual = Tensor::from_vec(actual, expected.shape(), &Device::Cpu).unwrap();
                 let error = relative_error(&actual, expected).unwrap();
                 assert!(
                     error <= tolerance,
-                    "{isa:?} {batch} {size:?}: {name} {error:.1e}"
+                    "{isa:?} {stem:?} {batch} {size:?}: {name} {error:.1e}"
                 );
             }
         }
@@ -172,8 +266,20 @@ fn check<T: Element>(batch: usize, size: (usize, usize), ceil_mode: bool, tolera
 fn both_passes_equal_those_of_ordinary_operations() {
     for (batch, size) in [(1, (7, 7)), (2, (9, 17)), (3, (33, 6)), (5, (17, 17))] {
         for ceil_mode in [false, true] {
-            check::<f64>(batch, size, ceil_mode, 1e-12);
-            check::<f32>(batch, size, ceil_mode, 2e-5);
+            check::<f64>(Stem::Bias, batch, size, ceil_mode, 1e-12);
+            check::<f32>(Stem::Bias, batch, size, ceil_mode, 2e-5);
+        }
+    }
+}
+
+#[test]
+fn both_passes_equal_those_of_ordinary_operations_with_batch_norm() {
+    for stem in [Stem::Norm, Stem::StridedNorm] {
+        for (batch, size) in [(2, (9, 17)), (3, (33, 6)), (5, (17, 17))] {
+            for ceil_mode in [false, true] {
+                check::<f64>(stem, batch, size, ceil_mode, 1e-11);
+                check::<f32>(stem, batch, size, ceil_mode, 1e-4);
+            }
         }
     }
 }
@@ -184,7 +290,109 @@ fn both_passes_equal_those_of_ordinary_operations_where_winograd_pays() {
     // quarter of them after the pool.
     let batch = 8 * rayon::current_num_threads();
     assert!(winograd::pays::<f32>(3, (32, 16), batch) && winograd::pays::<f32>(3, (16, 8), batch));
-    check::<f32>(batch, (33, 17), false, 2e-5);
+    check::<f32>(Stem::Bias, batch, (33, 17), false, 2e-5);
+    check::<f32>(Stem::Norm, batch, (33, 17), false, 1e-4);
+}
+
+/// Statistics as after some training: means around 0, variances around 1.
+fn running<T: Element>(example: &Example) -> Vec<[Tensor; 2]> {
+    let statistics = example.parameters.iter().enumerate().map(|(i, p)| {
+        let shape = [p[0].dims()[0]];
+        let variance = tensor::<T>(&format!("variance{i}"), &shape, 1.0);
+        [
+            tensor::<T>(&format!("mean{i}"), &shape, 0.5),
+            (variance + 1.0).unwrap(),
+        ]
+    });
+    statistics.collect()
+}
+
+#[test]
+fn running_statistics_give_what_ordinary_operations_give_tracked_or_not() -> Result<()> {
+    for stem in [Stem::Norm, Stem::StridedNorm] {
+        let example = example::<f64>(stem, 3, (17, 18), true);
+        let running = running::<f64>(&example);
+        let of = |tracked: bool| {
+            let detach = |var: &Var| match tracked {
+                true => var.as_tensor().clone(),
+                false => var.as_detached_tensor(),
+            };
+            let all = example.parameters.iter();
+            all.map(|p| p.iter().map(detach).collect::<Vec<_>>())
+                .collect::<Vec<_>>()
+        };
+        let (tracked, untracked) = (of(true), of(false));
+        let parameters = |of: &'static str| {
+            let of = if of == "tracked" {
+                &tracked
+            } else {
+                &untracked
+            };
+            let pairs = of.iter().zip(&running);
+            pairs
+                .map(|(p, [mean, variance])| ConvParameters::Running {
+                    weight: &p[0],
+                    norm_weight: &p[1],
+                    norm_bias: &p[2],
+                    mean,
+                    variance,
+                })
+                .collect::<Vec<_>>()
+        };
+        let expected = composed(stem, &example.images, &parameters("tracked"), true)?;
+        let tracked_output = example
+            .graph
+            .forward(&example.images, &parameters("tracked"))?;
+        let untracked_output = example
+            .graph
+            .forward(&example.images, &parameters("untracked"))?;
+        for output in [&tracked_output, &untracked_output] {
+            assert!(output.statistics.is_empty());
+            let error = relative_error(&output.features.detach(), &expected.detach())?;
+            assert!(error <= 1e-12, "{error:.1e}");
+        }
+        assert!(!untracked_output.features.track_op());
+        let expected = expected.sqr()?.sum_all()?.backward()?;
+        let actual = tracked_output.features.sqr()?.sum_all()?.backward()?;
+        for (i, var) in example.parameters.iter().flatten().enumerate() {
+            let (actual, expected) = (actual.get(var).unwrap(), expected.get(var).unwrap());
+            let error = relative_error(actual, expected)?;
+            assert!(error <= 1e-11, "{stem:?} parameter {i}: {error:.1e}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn statistics_are_those_of_ordinary_operations_whatever_the_mean() -> Result<()> {
+    let mut builder = StaticGraphBuilder::new(3, (9, 10));
+    let x = builder.conv2d_batch_norm_relu(Node(0), 5, 1, (1, 0), EPS)?;
+    let graph = builder.global_avg_pool2d(x)?;
+    // A spread of 1 around a million: what a difference of squares would lose.
+    let images = (tensor::<f64>("images", &[4, 3, 9, 10], 2.0) + 1e6)?;
+    let weight = tensor::<f64>("w", &[5, 3, 1, 1], 1.0);
+    let [norm_weight, norm_bias] = ["n", "b"].map(|name| tensor::<f64>(name, &[5], 1.0));
+    let output = graph.forward(
+        &images,
+        &[ConvParameters::BatchNorm {
+            weight: &weight,
+            norm_weight: &norm_weight,
+            norm_bias: &norm_bias,
+        }],
+    )?;
+    let x = conv2d(&images, &weight, None, Conv2dConfig::padded(0))?;
+    let (_, expected) = batch_norm_relu_train(&x, &norm_weight, &norm_bias, EPS)?;
+    let [actual] = output.statistics.as_slice() else {
+        panic!("one batch norm")
+    };
+    for (actual, expected) in [
+        (&actual.mean, &expected.mean),
+        (&actual.unbiased_variance, &expected.unbiased_variance),
+    ] {
+        let error = relative_error(actual, expected)?;
+        assert!(error <= 1e-8, "{error:.1e}");
+    }
+    Ok(())
 }
 
 /// `[image][channel][pixel]` to a layout whose images begin at channel `first`.
@@ -290,44 +498,73 @@ fn l2_error(actual: &[f32], expected: &[f64]) -> f64 {
 
 #[test]
 fn gradients_agree_with_finite_differences() -> Result<()> {
-    let example = example::<f64>(2, (7, 8), false);
-    let (weight, bias) = (&example.parameters[2].0, &example.parameters[5].1);
-    let inputs = [&example.images, weight.as_tensor(), bias.as_tensor()];
-    let error = check_gradients(&inputs, 1e-6, |inputs| {
-        let mut tensors = example.tensors();
-        tensors[2].0 = &inputs[1];
-        tensors[5].1 = &inputs[2];
-        example.graph.forward(&inputs[0], &tensors)
-    })?;
-    assert!(error <= 1e-6, "{error:.1e}");
+    for stem in [Stem::Bias, Stem::Norm] {
+        let example = example::<f64>(stem, 2, (7, 8), false);
+        // A weight, another one's bias, and a batch norm's weight where there is one.
+        let chosen = [(2, 0), (5, example.parameters[5].len() - 1), (3, 1)];
+        let mut inputs = vec![&example.images];
+        inputs.extend(chosen.map(|(i, j)| example.parameters[i][j].as_tensor()));
+        let error = check_gradients(&inputs, 1e-6, |inputs| {
+            let all = example.parameters.iter();
+            let mut tensors: Vec<Vec<Tensor>> = all
+                .map(|p| p.iter().map(|var| var.as_tensor().clone()).collect())
+                .collect();
+            for ((i, j), input) in chosen.into_iter().zip(&inputs[1..]) {
+                tensors[i][j] = input.clone();
+            }
+            let parameters: Vec<_> = tensors.iter().map(|p| from_tensors(p)).collect();
+            Ok(example.graph.forward(&inputs[0], &parameters)?.features)
+        })?;
+        assert!(error <= 1e-6, "{stem:?} {error:.1e}");
+    }
     Ok(())
+}
+
+fn from_tensors(tensors: &[Tensor]) -> ConvParameters<'_> {
+    match tensors {
+        [weight, bias] => ConvParameters::Bias { weight, bias },
+        [weight, norm_weight, norm_bias] => ConvParameters::BatchNorm {
+            weight,
+            norm_weight,
+            norm_bias,
+        },
+        _ => panic!("two or three parameters"),
+    }
 }
 
 #[test]
 fn frozen_convolutions_get_no_gradient_and_the_others_the_same() -> Result<()> {
-    let example = example::<f64>(2, (9, 9), false);
-    let all = example.graph.forward(&example.images, &example.tensors())?;
-    let all = all.sqr()?.sum_all()?.backward()?;
-    let frozen: Vec<(Tensor, Tensor)> = example
-        .parameters
-        .iter()
-        .enumerate()
-        .map(|(i, (w, b))| match i {
-            0..=6 | 9 => (w.as_detached_tensor(), b.as_detached_tensor()),
-            _ => (w.as_tensor().clone(), b.as_tensor().clone()),
-        })
-        .collect();
-    let pairs: Vec<_> = frozen.iter().map(|(w, b)| (w, b)).collect();
-    let some = example.graph.forward(&example.images, &pairs)?;
-    let some = some.sqr()?.sum_all()?.backward()?;
-    for (i, (weight, _)) in example.parameters.iter().enumerate() {
-        match i {
-            0..=6 | 9 => assert!(some.get(weight).is_none(), "{i}"),
-            _ => assert_eq!(
-                values::<f64>(some.get(weight).unwrap()),
-                values::<f64>(all.get(weight).unwrap()),
-                "{i}"
-            ),
+    for stem in [Stem::Bias, Stem::Norm, Stem::StridedNorm] {
+        let example = example::<f64>(stem, 2, (9, 9), false);
+        let forward = |parameters: &[ConvParameters<'_>]| {
+            let features = example.graph.forward(&example.images, parameters)?.features;
+            features.sqr()?.sum_all()?.backward()
+        };
+        let all = forward(&example.parameters())?;
+        let tensors: Vec<Vec<Tensor>> = example
+            .parameters
+            .iter()
+            .enumerate()
+            .map(|(i, p)| {
+                let tensors = p.iter().map(|var| match i {
+                    0..=6 | 9 => var.as_detached_tensor(),
+                    _ => var.as_tensor().clone(),
+                });
+                tensors.collect()
+            })
+            .collect();
+        let some = forward(&tensors.iter().map(|p| from_tensors(p)).collect::<Vec<_>>())?;
+        for (i, var) in example.parameters.iter().enumerate() {
+            for var in var {
+                match i {
+                    0..=6 | 9 => assert!(some.get(var).is_none(), "{i}"),
+                    _ => assert_eq!(
+                        values::<f64>(some.get(var).unwrap()),
+                        values::<f64>(all.get(var).unwrap()),
+                        "{stem:?} {i}"
+                    ),
+                }
+            }
         }
     }
     Ok(())
@@ -335,23 +572,56 @@ fn frozen_convolutions_get_no_gradient_and_the_others_the_same() -> Result<()> {
 
 #[test]
 fn what_does_not_fit_is_an_error_that_names_both_shapes() {
-    let example = example::<f32>(1, (9, 9), false);
-    let tensors = example.tensors();
+    let plain = example::<f32>(Stem::Bias, 1, (9, 9), false);
+    let parameters = plain.parameters();
     let wrong = tensor::<f32>("images", &[1, 3, 9, 10], 1.0);
-    let message = |result: Result<Tensor>| result.unwrap_err().to_string();
-    let found = message(example.graph.forward(&wrong, &tensors));
+    let message = |result: Result<GraphOutput>| result.unwrap_err().to_string();
+    let found = message(plain.graph.forward(&wrong, &parameters));
     assert!(
         found.contains("[1, 3, 9, 10]") && found.contains("[3, 9, 9]"),
         "{found}"
     );
-    let found = message(example.graph.forward(&example.images, &tensors[1..]));
+    let found = message(plain.graph.forward(&plain.images, &parameters[1..]));
     assert!(found.contains("[12]") && found.contains("[13]"), "{found}");
-    let mut swapped = tensors.clone();
+    let mut swapped = parameters.clone();
     swapped.swap(0, 1);
-    let found = message(example.graph.forward(&example.images, &swapped));
+    let found = message(plain.graph.forward(&plain.images, &swapped));
     assert!(
         found.contains("[16, 20, 1, 1]") && found.contains("[20, 3, 2, 2]"),
         "{found}"
+    );
+
+    let strided = example::<f32>(Stem::StridedNorm, 1, (9, 9), false);
+    let found = message(strided.graph.forward(&strided.images, &parameters));
+    assert!(
+        found.contains("a bias") && found.contains("batch norm"),
+        "{found}"
+    );
+    let images = Var::from_tensor(&strided.images).unwrap();
+    let found = message(strided.graph.forward(&images, &strided.parameters()));
+    assert!(found.contains("stride"), "{found}");
+    // 4×4 with stride 2 makes 2×2 of 4×4, the pool 1×1: a variance of nothing.
+    let tiny = example::<f32>(Stem::StridedNorm, 1, (4, 4), false);
+    let found = message(tiny.graph.forward(&tiny.images, &tiny.parameters()));
+    assert!(found.contains("more than one"), "{found}");
+    let mut builder = StaticGraphBuilder::new(3, (8, 8));
+    let x = builder
+        .conv2d_batch_norm_relu(Node(0), 16, 3, (2, 1), EPS)
+        .unwrap();
+    assert!(
+        builder
+            .conv2d_batch_norm_relu(x, 16, 3, (2, 1), EPS)
+            .is_err()
+    );
+    assert!(
+        builder
+            .conv2d_batch_norm_relu(x, 16, 3, (0, 1), EPS)
+            .is_err()
+    );
+    assert!(
+        builder
+            .conv2d_batch_norm_relu(x, 16, 3, (1, 1), -1.0)
+            .is_err()
     );
 }
 
