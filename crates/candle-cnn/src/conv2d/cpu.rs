@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::Conv2dGeometry;
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Transpose};
+use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap, Transpose};
 
 /// Which gradients somebody needs.
 #[derive(Clone, Copy, Debug)]
@@ -148,16 +148,19 @@ impl Window {
         self.source == self.buffer
     }
 
-    /// Offset of each tap from an output pixel's first tap, in elements.
-    fn tap_offsets(&self, g: &Conv2dGeometry) -> Vec<usize> {
-        let mut offsets = Vec::with_capacity(g.kernel.0 * g.kernel.1);
+    /// Every tap, by its offset from an output pixel's first tap.
+    fn taps(&self, g: &Conv2dGeometry) -> Vec<Tap> {
+        let mut taps = Vec::with_capacity(g.kernel.0 * g.kernel.1);
         for r in 0..g.kernel.0 {
             for s in 0..g.kernel.1 {
                 let (h, w) = (r * g.config.dilation.0, s * g.config.dilation.1);
-                offsets.push((h * self.buffer.1 + w) * self.channels);
+                taps.push(Tap {
+                    offset: (h * self.buffer.1 + w) * self.channels,
+                    number: taps.len(),
+                });
             }
         }
-        offsets
+        taps
     }
 
     /// Lays one image's planes out as pixels of channels.
@@ -311,7 +314,7 @@ impl<T: Element> PackedWeight<T> {
 fn gather<T: Element>(
     kernels: &Kernels<T>,
     rows: &[*const T],
-    tap_offsets: &[usize],
+    taps: &[Tap],
     channels: usize,
     weight: &PackedWeight<T>,
     init: &[T],
@@ -325,8 +328,8 @@ fn gather<T: Element>(
         for (tile, rows) in rows.chunks_exact(height).enumerate() {
             let args = Gather {
                 rows: rows.as_ptr(),
-                tap_offsets: tap_offsets.as_ptr(),
-                taps: tap_offsets.len(),
+                taps: taps.as_ptr(),
+                tap_count: taps.len(),
                 channels,
                 panel: weight.data[offset..].as_ptr(),
                 init: init[panel.start..].as_ptr(),
@@ -397,7 +400,7 @@ impl<T: Element> Scratch<T> {
         &mut self,
         kernels: &Kernels<T>,
         window: &Window,
-        tap_offsets: &[usize],
+        taps: &[Tap],
         weight: &PackedWeight<T>,
         init: &[T],
         relu: bool,
@@ -408,7 +411,7 @@ impl<T: Element> Scratch<T> {
         gather(
             kernels,
             &self.rows,
-            tap_offsets,
+            taps,
             window.channels,
             weight,
             init,
@@ -464,23 +467,14 @@ pub(super) fn forward<T: Element>(
         }
         return y;
     }
-    let tap_offsets = window.tap_offsets(g);
+    let taps = window.taps(g);
     let images = images_per_task(g, pixels);
     let x_len = g.c_in * g.input.0 * g.input.1;
     y.par_chunks_mut(images * g.c_out * pixels)
         .zip(x.par_chunks(images * x_len))
         .for_each_init(Scratch::default, |scratch, (y, x)| {
             scratch.prepare(kernels, &window, x, x.len() / x_len, kernels.height);
-            scratch.convolve(
-                kernels,
-                &window,
-                &tap_offsets,
-                &packed,
-                &init,
-                relu,
-                g.c_out,
-                y,
-            );
+            scratch.convolve(kernels, &window, &taps, &packed, &init, relu, g.c_out, y);
         });
     y
 }
@@ -505,7 +499,7 @@ pub(super) fn backward<T: Element>(
 
     let input_pass = needs.input.then(|| InputPass {
         window: Window::input_gradient(g),
-        tap_offsets: Window::input_gradient(g).tap_offsets(g),
+        taps: Window::input_gradient(g).taps(g),
         weight: PackedWeight::new(
             weight,
             (g.c_in, taps, g.c_out),
@@ -559,7 +553,7 @@ pub(super) fn backward<T: Element>(
                     scratch.convolve(
                         kernels,
                         &pass.window,
-                        &pass.tap_offsets,
+                        &pass.taps,
                         &pass.weight,
                         &pass.init,
                         false,
@@ -600,7 +594,7 @@ pub(crate) fn keep_positive<T: Element>(dy: T, y: T) -> T {
 /// What the input gradient needs besides the output gradient.
 struct InputPass<T> {
     window: Window,
-    tap_offsets: Vec<usize>,
+    taps: Vec<Tap>,
     weight: PackedWeight<T>,
     init: Vec<T>,
 }
@@ -654,7 +648,7 @@ impl<T: Element> Part<T> {
         images: usize,
     ) {
         let window = Window::forward(g);
-        let tap_offsets = window.tap_offsets(g);
+        let taps = window.taps(g);
         scratch.prepare(kernels, &window, x, images, 1);
         let rows = &scratch.rows;
         let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
@@ -676,7 +670,7 @@ impl<T: Element> Part<T> {
                 let panel_width = panel.vectors * kernels.lanes;
                 let dy = &self.packed_dy[panel.start * pixels + p0 * panel_width..]
                     [..block * panel_width];
-                for (tap, &tap_offset) in tap_offsets.iter().enumerate() {
+                for &Tap { offset, number } in &taps {
                     let mut c = 0;
                     while c < g.c_in {
                         let (index, height) = OUTER_HEIGHTS
@@ -684,10 +678,10 @@ impl<T: Element> Part<T> {
                             .enumerate()
                             .find(|&(_, h)| h <= kernels.height && h <= g.c_in - c)
                             .expect("the last height is 1");
-                        let to = (tap * g.c_in + c) * width + panel.start;
+                        let to = (number * g.c_in + c) * width + panel.start;
                         let args = Outer {
                             rows: rows[p0..p0 + block].as_ptr(),
-                            offset: tap_offset + c,
+                            offset: offset + c,
                             pixels: block,
                             dy: dy.as_ptr(),
                             dy_stride: panel_width,

@@ -14,7 +14,7 @@ use crate::error::OpError;
 use crate::simd::Isa;
 
 pub(crate) use cpu::{
-    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, keep_positive, panels,
+    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, Panel, keep_positive, panels,
 };
 pub use reference::{conv2d_backward_reference, conv2d_reference};
 

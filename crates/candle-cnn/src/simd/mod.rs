@@ -11,7 +11,7 @@ mod vectors;
 
 use std::sync::OnceLock;
 
-pub(crate) use tiles::{Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer};
+pub(crate) use tiles::{Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap};
 pub(crate) use transpose::Transpose;
 
 /// An instruction set that the CPU kernels are compiled for.

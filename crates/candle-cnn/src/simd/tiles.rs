@@ -4,7 +4,7 @@
 //! `vectors × LANES` adjacent output channels; a *tap* is one kernel position.
 //!
 //! * [`Kernels::gather`] (forward, input gradient):
-//!   `out[i][j] = init[i][j] + Σ_tap Σ_c rows[i][offset[tap] + c] · panel[tap][c][j]`
+//!   `out[i][j] = init[i][j] + Σ_tap Σ_c rows[i][tap.offset + c] · panel[tap.number][c][j]`
 //! * [`Kernels::outer`] (weight gradient):
 //!   `dw[i][j] += Σ_p x[rows[p] + i] · dy[p][j]`
 //!
@@ -27,15 +27,23 @@ pub(crate) const MAX_VECTORS: usize = 3;
 /// instruction set uses those up to its [`Kernels::height`].
 pub(crate) const OUTER_HEIGHTS: [usize; 4] = [8, 4, 2, 1];
 
+/// A kernel position that a gather tile takes part in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tap {
+    /// Elements from the row pointer to its input pixel.
+    pub(crate) offset: usize,
+    /// Its place among the kernel's taps, and so in a panel.
+    pub(crate) number: usize,
+}
+
 /// What a gather tile reads and writes.
 pub(crate) struct Gather<T> {
     /// `tile height` pointers to the tap at offset 0.
     pub(crate) rows: *const *const T,
-    /// Element offset of each tap from the row pointer.
-    pub(crate) tap_offsets: *const usize,
-    pub(crate) taps: usize,
+    pub(crate) taps: *const Tap,
+    pub(crate) tap_count: usize,
     pub(crate) channels: usize,
-    /// `[taps][channels][vectors × LANES]`.
+    /// `[tap number][channels][vectors × LANES]`.
     pub(crate) panel: *const T,
     /// `vectors × LANES` start values of each row: the bias, or what is there already.
     pub(crate) init: *const T,
@@ -96,11 +104,11 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
         let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
             std::array::from_fn(|j| S::load(args.init.add(i * args.init_stride + j * S::LANES)))
         });
-        let mut panel = args.panel;
-        for tap in 0..args.taps {
-            let offset = *args.tap_offsets.add(tap);
+        for tap in 0..args.tap_count {
+            let tap = *args.taps.add(tap);
             let rows: [*const S::Elem; ROWS] =
-                std::array::from_fn(|i| (*args.rows.add(i)).add(offset));
+                std::array::from_fn(|i| (*args.rows.add(i)).add(tap.offset));
+            let mut panel = args.panel.add(tap.number * args.channels * width);
             for c in 0..args.channels {
                 let weights: [S::Vector; VECTORS] =
                     std::array::from_fn(|j| S::load(panel.add(j * S::LANES)));

@@ -10,7 +10,9 @@
 //! through the ordinary `backward()`.
 
 mod arena;
+mod gather;
 mod norm;
+mod outer;
 mod pool;
 mod run;
 #[cfg(test)]

@@ -3,21 +3,22 @@
 //! A convolution reads its input where it lies, halo included: its register
 //! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
 //! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
-#![allow(unsafe_code)]
 
 use rayon::prelude::*;
 
 use super::arena::Layout;
+use super::gather::{self, GatherPass, Start};
 use super::norm::{
     self, Affine, Between, GradientSpans, GradientSums, InputGradient, MomentSums, Span,
 };
+use super::outer::{self, OuterPass};
 use super::pool::{self, Pool};
 use super::winograd::{self, WinogradOuterPass, WinogradPass};
 use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
 use crate::batch_norm::Moments;
-use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, keep_positive, panels};
+use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, keep_positive};
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, multiversion};
+use crate::simd::{Isa, Kernels, multiversion};
 
 /// What the backward pass needs of the forward pass.
 pub(super) struct Maps<T> {
@@ -881,7 +882,7 @@ enum AnyPass<'a, T: 'static> {
 impl<T: Element> AnyPass<'_, T> {
     fn run(&self, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) {
         match self {
-            Self::Direct(pass) => pass.run(x, y, &mut scratch.rows),
+            Self::Direct(pass) => pass.run(x, y, &mut scratch.gather),
             Self::Winograd(pass) => pass.run(x, y, &mut scratch.winograd),
         }
     }
@@ -896,38 +897,39 @@ enum AnyOuterPass<T: 'static> {
 impl<T: Element> AnyOuterPass<T> {
     fn sums_len(&self) -> usize {
         match self {
-            Self::Direct(pass) => pass.kernel * pass.kernel * pass.c_in * pass.width(),
+            Self::Direct(pass) => pass.sums_len(),
             Self::Winograd(pass) => pass.sums_len(),
         }
     }
 
     fn run(&self, x: &[T], dy: &[T], sums: &mut [T], scratch: &mut Scratch<T>) {
         match self {
-            Self::Direct(pass) => pass.run(x, dy, sums, &mut scratch.rows),
+            Self::Direct(pass) => pass.run(x, dy, sums, &mut scratch.outer),
             Self::Winograd(pass) => pass.run(x, dy, sums, &mut scratch.winograd),
         }
     }
 
     fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
+        let part = |part: usize| parts.get(part).map(|p| p.weight.as_slice());
         match self {
-            Self::Direct(pass) => pass.unpack(parts, weight),
-            Self::Winograd(pass) => {
-                pass.unpack(|part| parts.get(part).map(|p| p.weight.as_slice()), weight);
-            }
+            Self::Direct(pass) => pass.unpack(part, weight),
+            Self::Winograd(pass) => pass.unpack(part, weight),
         }
     }
 }
 
 /// What a task keeps from one group of images to the next.
 struct Scratch<T> {
-    rows: Rows<T>,
+    gather: gather::Rows<T>,
+    outer: outer::Rows<T>,
     winograd: winograd::Scratch<T>,
 }
 
 impl<T> Default for Scratch<T> {
     fn default() -> Self {
         Self {
-            rows: Rows::default(),
+            gather: gather::Rows::default(),
+            outer: outer::Rows::default(),
             winograd: winograd::Scratch::default(),
         }
     }
@@ -959,194 +961,6 @@ fn max_pool_of(graph: &Inner, p: &MaxPool) -> Pool {
     }
 }
 
-/// What a sum of products starts from.
-#[derive(Clone, Copy)]
-pub(super) enum Start<'a, T> {
-    /// One value per channel.
-    Values(&'a [T]),
-    /// What is at its place already.
-    Present,
-}
-
-/// A convolution from one layout into another.
-struct GatherPass<'a, T: 'static> {
-    kernels: &'static Kernels<T>,
-    x: Layout,
-    x_channel: usize,
-    channels: usize,
-    kernel: usize,
-    stride: usize,
-    padding: usize,
-    weight: &'a PackedWeight<T>,
-    start: Start<'a, T>,
-    relu: bool,
-    y: Layout,
-    y_channel: usize,
-}
-
-/// Tiles' height is at most this.
-const MAX_HEIGHT: usize = OUTER_HEIGHTS[0];
-/// Elements in a row of a tile are at most this.
-const MAX_WIDTH: usize = MAX_VECTORS * ALIGNMENT;
-
-/// Lists that a task keeps from one group of images to the next.
-struct Rows<T> {
-    pointers: Vec<*const T>,
-    /// Of each tile: where its first output pixel lies, and how many there are.
-    tiles: Vec<(usize, usize)>,
-    offsets: Vec<usize>,
-    packed: Vec<T>,
-}
-
-impl<T> Default for Rows<T> {
-    fn default() -> Self {
-        Self {
-            pointers: Vec::new(),
-            tiles: Vec::new(),
-            offsets: Vec::new(),
-            packed: Vec::new(),
-        }
-    }
-}
-
-/// Whether all windows of a convolution's outputs `y` lie inside of `x` and its padding.
-fn fits(x: Layout, y: Layout, (kernel, stride, padding): (usize, usize, usize)) -> bool {
-    let along = |x: usize, y: usize| y == 0 || (y - 1) * stride + kernel <= x + 2 * padding;
-    along(x.size.0, y.size.0) && along(x.size.1, y.size.1)
-}
-
-fn tap_offsets(layout: &Layout, kernel: usize) -> Vec<usize> {
-    let taps = (0..kernel).flat_map(|r| (0..kernel).map(move |s| (r, s)));
-    taps.map(|(r, s)| r * layout.line() + s * layout.width)
-        .collect()
-}
-
-impl<'a, T: Element> GatherPass<'a, T> {
-    /// The same convolution by way of transformed weights.
-    fn into_winograd(self, isa: Isa, weight: &'a PackedWeight<T>) -> WinogradPass<'a, T> {
-        WinogradPass {
-            kernels: self.kernels,
-            isa,
-            x: self.x,
-            x_channel: self.x_channel,
-            channels: self.channels,
-            padding: self.padding,
-            weight,
-            start: self.start,
-            relu: self.relu,
-            y: self.y,
-            y_channel: self.y_channel,
-        }
-    }
-
-    fn run(&self, x: &[T], y: &mut [T], rows: &mut Rows<T>) {
-        let height = self.kernels.height;
-        let images = y.len() / self.y.image();
-        // Everything that a tile reads and writes is inside: the taps by the
-        // first assertion, the pixels by the second, the channels by the rest.
-        assert!(self.x.halo >= self.padding && height <= MAX_HEIGHT);
-        assert!(fits(
-            self.x,
-            self.y,
-            (self.kernel, self.stride, self.padding)
-        ));
-        assert!(x.len() >= images * self.x.image());
-        assert!(self.x_channel + self.channels <= self.x.width);
-        assert!(self.y_channel + self.weight.width <= self.y.width);
-
-        rows.pointers.clear();
-        rows.tiles.clear();
-        for image in 0..images {
-            let first = image * self.x.image() + self.x.first(self.padding) + self.x_channel;
-            for h in 0..self.y.size.0 {
-                for w in (0..self.y.size.1).step_by(height) {
-                    let valid = height.min(self.y.size.1 - w);
-                    for i in 0..height {
-                        let w = w + i.min(valid - 1);
-                        let at = first + self.stride * (h * self.x.line() + w * self.x.width);
-                        rows.pointers.push(x[at..].as_ptr());
-                    }
-                    let to = image * self.y.image() + self.y.at(h, w) + self.y_channel;
-                    rows.tiles.push((to, valid));
-                }
-            }
-        }
-        let tap_offsets = tap_offsets(&self.x, self.kernel);
-        for (panel, &offset) in self.weight.panels.iter().zip(&self.weight.offsets) {
-            let width = panel.vectors * self.kernels.lanes;
-            let weight = &self.weight.data[offset..];
-            assert!(weight.len() >= tap_offsets.len() * self.channels * width);
-            let tile = self.kernels.gather[panel.vectors - 1];
-            for (pointers, &(to, valid)) in rows.pointers.chunks_exact(height).zip(&rows.tiles) {
-                let y = &mut y[to + panel.start..];
-                assert!(y.len() >= (valid - 1) * self.y.width + width);
-                let mut args = Gather {
-                    rows: pointers.as_ptr(),
-                    tap_offsets: tap_offsets.as_ptr(),
-                    taps: tap_offsets.len(),
-                    channels: self.channels,
-                    panel: weight.as_ptr(),
-                    init: y.as_ptr(),
-                    init_stride: self.y.width,
-                    relu: self.relu,
-                    out: y.as_mut_ptr(),
-                    out_stride: self.y.width,
-                };
-                if let Start::Values(values) = self.start {
-                    args.init = values[panel.start..panel.start + width].as_ptr();
-                    args.init_stride = 0;
-                }
-                if valid == height {
-                    // SAFETY: `pointers` are `height` rows inside of `x`, whose
-                    // taps and channels are as well; the panel holds taps ×
-                    // channels × width weights; `height` rows of `width` start
-                    // values and results lie inside of their slices: all of it
-                    // asserted above. The kernels are available.
-                    unsafe { tile(&args) };
-                    continue;
-                }
-                // The end of a line: by way of a tile of its own.
-                let mut own = [T::ZERO; MAX_HEIGHT * MAX_WIDTH];
-                if let Start::Present = self.start {
-                    for (own, y) in own
-                        .chunks_exact_mut(width)
-                        .zip(y.chunks(self.y.width))
-                        .take(valid)
-                    {
-                        own.copy_from_slice(&y[..width]);
-                    }
-                    args.init = own.as_ptr();
-                    args.init_stride = width;
-                }
-                args.out = own.as_mut_ptr();
-                args.out_stride = width;
-                // SAFETY: as above, with `height` rows of `width` results in `own`.
-                unsafe { tile(&args) };
-                for (own, y) in own
-                    .chunks_exact(width)
-                    .zip(y.chunks_mut(self.y.width))
-                    .take(valid)
-                {
-                    y[..width].copy_from_slice(&own[..width]);
-                }
-            }
-        }
-    }
-}
-
-/// The weight gradient of a convolution.
-struct OuterPass<T: 'static> {
-    kernels: &'static Kernels<T>,
-    x: Layout,
-    c_in: usize,
-    kernel: usize,
-    stride: usize,
-    padding: usize,
-    dy: Layout,
-    dy_channel: usize,
-    c_out: usize,
-}
-
 /// One thread's share of the parameters' gradients.
 struct Sums<T> {
     /// As the pass lays them out.
@@ -1169,115 +983,6 @@ impl<T: Element> Sums<T> {
         for (sum, image) in self.bias.iter_mut().zip(&mut self.image_bias) {
             *sum += std::mem::replace(image, T::ZERO);
         }
-    }
-}
-
-impl<T: Element> OuterPass<T> {
-    fn width(&self) -> usize {
-        self.c_out.next_multiple_of(self.kernels.lanes)
-    }
-
-    /// Adds the products of some images to `sums`.
-    fn run(&self, x: &[T], dy: &[T], sums: &mut [T], rows: &mut Rows<T>) {
-        let images = dy.len() / self.dy.image();
-        let (lanes, width) = (self.kernels.lanes, self.width());
-        // Everything that a tile reads is inside, as in `GatherPass::run`.
-        assert!(self.x.halo >= self.padding && x.len() >= images * self.x.image());
-        assert!(fits(
-            self.x,
-            self.dy,
-            (self.kernel, self.stride, self.padding)
-        ));
-        assert!(self.c_in <= self.x.width && self.dy_channel + width <= self.dy.width);
-        assert_eq!(sums.len(), self.kernel * self.kernel * self.c_in * width);
-
-        rows.pointers.clear();
-        rows.offsets.clear();
-        for image in 0..images {
-            let first = image * self.x.image() + self.x.first(self.padding);
-            for h in 0..self.dy.size.0 {
-                for w in 0..self.dy.size.1 {
-                    let at = first + self.stride * (h * self.x.line() + w * self.x.width);
-                    rows.pointers.push(x[at..].as_ptr());
-                    rows.offsets
-                        .push(image * self.dy.image() + self.dy.at(h, w) + self.dy_channel);
-                }
-            }
-        }
-        let tap_offsets = tap_offsets(&self.x, self.kernel);
-        let panels = panels(self.c_out, lanes);
-        rows.packed
-            .resize(PIXELS_PER_OUTER_BLOCK * MAX_WIDTH, T::ZERO);
-        for (pointers, offsets) in rows
-            .pointers
-            .chunks(PIXELS_PER_OUTER_BLOCK)
-            .zip(rows.offsets.chunks(PIXELS_PER_OUTER_BLOCK))
-        {
-            for panel in &panels {
-                let panel_width = panel.vectors * lanes;
-                for (to, &from) in rows.packed.chunks_exact_mut(panel_width).zip(offsets) {
-                    to.copy_from_slice(&dy[from + panel.start..][..panel_width]);
-                }
-                for (tap, &tap_offset) in tap_offsets.iter().enumerate() {
-                    let mut c = 0;
-                    while c < self.c_in {
-                        let (index, height) = OUTER_HEIGHTS
-                            .into_iter()
-                            .enumerate()
-                            .find(|&(_, h)| h <= self.kernels.height && h <= self.c_in - c)
-                            .expect("the last height is 1");
-                        let to = &mut sums[(tap * self.c_in + c) * width + panel.start..];
-                        let args = Outer {
-                            rows: pointers.as_ptr(),
-                            offset: tap_offset + c,
-                            pixels: pointers.len(),
-                            dy: rows.packed.as_ptr(),
-                            dy_stride: panel_width,
-                            dw: to.as_mut_ptr(),
-                            dw_stride: width,
-                        };
-                        // SAFETY: the pointers are pixels inside of `x`, whose
-                        // taps and `c_in` channels are as well, and c + height
-                        // <= c_in; `packed` holds a row of the panel for each;
-                        // rows c .. c + height of this tap in `sums` hold the
-                        // panel's columns, since panels partition `width`. The
-                        // kernels are available.
-                        unsafe { self.kernels.outer[index][panel.vectors - 1](&args) };
-                        c += height;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Adds the parts up, in order, in the weight's own layout (K, C, R, S).
-    fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
-        /// Output channels that a task takes side by side: a cache line.
-        const CHANNELS: usize = 16;
-        let taps = self.kernel * self.kernel;
-        let len = self.c_in * taps;
-        let width = self.width();
-        if len == 0 {
-            return;
-        }
-        weight
-            .par_chunks_mut(CHANNELS * len)
-            .enumerate()
-            .for_each(|(block, weight)| {
-                let channels = weight.len() / len;
-                for (part, sums) in parts.iter().enumerate() {
-                    for tap in 0..taps {
-                        for c in 0..self.c_in {
-                            let from = (tap * self.c_in + c) * width + block * CHANNELS;
-                            let from = &sums.weight[from..from + channels];
-                            for (k, &value) in from.iter().enumerate() {
-                                let to = &mut weight[k * len + c * taps + tap];
-                                *to = if part == 0 { value } else { *to + value };
-                            }
-                        }
-                    }
-                }
-            });
     }
 }
 

@@ -453,7 +453,7 @@ fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
             channels: c_in,
             padding: 1,
             weight: &winograd::transform_weight(isa, &packed),
-            start: run::Start::Values(&vec![0.0; c_out]),
+            start: gather::Start::Values(&vec![0.0; c_out]),
             relu: false,
             y: y_layout,
             y_channel: 32,

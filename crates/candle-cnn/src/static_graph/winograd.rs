@@ -21,10 +21,10 @@ use rayon::prelude::*;
 
 use super::ALIGNMENT;
 use super::arena::Layout;
-use super::run::Start;
+use super::gather::Start;
 use crate::conv2d::{PackedWeight, panels};
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, multiversion};
+use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, Tap, multiversion};
 
 /// Height and width of an output tile.
 const TILE: usize = 4;
@@ -417,7 +417,10 @@ impl<T: Element> WinogradPass<'_, T> {
         transform_input(self.isa, &patches, x, &mut scratch.input);
 
         let zeros = [T::ZERO; 3 * ALIGNMENT];
-        let tap_offset = 0;
+        let tap = Tap {
+            offset: 0,
+            number: 0,
+        };
         for product in 0..PRODUCTS {
             let input = &scratch.input[product * patches.len() * patches.channels..];
             scratch.rows.clear();
@@ -436,8 +439,8 @@ impl<T: Element> WinogradPass<'_, T> {
                 for (block, rows) in scratch.rows.chunks_exact(height).enumerate() {
                     let args = Gather {
                         rows: rows.as_ptr(),
-                        tap_offsets: &tap_offset,
-                        taps: 1,
+                        taps: &tap,
+                        tap_count: 1,
                         channels: self.channels,
                         panel: weight.as_ptr(),
                         init: zeros.as_ptr(),

@@ -1,0 +1,197 @@
+//! The weight gradient of a convolution between two layouts, by outer tiles.
+#![allow(unsafe_code)]
+
+use rayon::prelude::*;
+
+use super::arena::Layout;
+use super::gather::{MAX_WIDTH, fits, inside, skips_padding};
+use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels};
+use crate::element::Element;
+use crate::simd::{Kernels, OUTER_HEIGHTS, Outer};
+
+/// The weight gradient of a convolution.
+pub(super) struct OuterPass<T: 'static> {
+    pub(super) kernels: &'static Kernels<T>,
+    pub(super) x: Layout,
+    pub(super) c_in: usize,
+    pub(super) kernel: usize,
+    pub(super) stride: usize,
+    pub(super) padding: usize,
+    pub(super) dy: Layout,
+    pub(super) dy_channel: usize,
+    pub(super) c_out: usize,
+}
+
+/// Lists that a task keeps from one group of images to the next.
+pub(super) struct Rows<T> {
+    pointers: Vec<*const T>,
+    /// Of the output gradient's pixels.
+    offsets: Vec<usize>,
+    packed: Vec<T>,
+}
+
+impl<T> Default for Rows<T> {
+    fn default() -> Self {
+        Self {
+            pointers: Vec::new(),
+            offsets: Vec::new(),
+            packed: Vec::new(),
+        }
+    }
+}
+
+impl<T: Element> OuterPass<T> {
+    fn width(&self) -> usize {
+        self.c_out.next_multiple_of(self.kernels.lanes)
+    }
+
+    /// Elements of the sums: `[tap][c_in][c_out rounded up]`.
+    pub(super) fn sums_len(&self) -> usize {
+        self.kernel * self.kernel * self.c_in * self.width()
+    }
+
+    /// Adds the products of some images to `sums`.
+    pub(super) fn run(&self, x: &[T], dy: &[T], sums: &mut [T], rows: &mut Rows<T>) {
+        let images = dy.len() / self.dy.image();
+        // Everything that a tile reads is inside, as in `GatherPass::run`.
+        assert!(self.x.halo >= self.padding && x.len() >= images * self.x.image());
+        let window = (self.kernel, self.stride, self.padding);
+        assert!(fits(self.x, self.dy, window));
+        assert!(self.c_in <= self.x.width && self.dy_channel + self.width() <= self.dy.width);
+        assert_eq!(sums.len(), self.sums_len());
+
+        rows.packed
+            .resize(PIXELS_PER_OUTER_BLOCK * MAX_WIDTH, T::ZERO);
+        let taps = (0..self.kernel).flat_map(|r| (0..self.kernel).map(move |s| (r, s)));
+        let panels = panels(self.c_out, self.kernels.lanes);
+        if skips_padding(self.dy.size, self.padding, images, 1) {
+            for (r, s) in taps {
+                let inside = |tap: usize, size: usize, outputs: usize| {
+                    (0..outputs).filter(move |&at| {
+                        inside(at * self.stride, self.kernel, size, self.padding).contains(&tap)
+                    })
+                };
+                let lines: Vec<usize> = inside(r, self.x.size.0, self.dy.size.0).collect();
+                let columns: Vec<usize> = inside(s, self.x.size.1, self.dy.size.1).collect();
+                self.list(x, images, (&lines, &columns), rows);
+                self.blocks(&panels, &[(r, s)], dy, sums, rows);
+            }
+            return;
+        }
+        let lines: Vec<usize> = (0..self.dy.size.0).collect();
+        let columns: Vec<usize> = (0..self.dy.size.1).collect();
+        self.list(x, images, (&lines, &columns), rows);
+        self.blocks(&panels, &taps.collect::<Vec<_>>(), dy, sums, rows);
+    }
+
+    /// The pixels of some lines and columns: the first tap's in `x`, and in `dy`.
+    fn list(
+        &self,
+        x: &[T],
+        images: usize,
+        (lines, columns): (&[usize], &[usize]),
+        rows: &mut Rows<T>,
+    ) {
+        rows.pointers.clear();
+        rows.offsets.clear();
+        for image in 0..images {
+            let first = image * self.x.image() + self.x.first(self.padding);
+            for &h in lines {
+                for &w in columns {
+                    let at = first + self.stride * (h * self.x.line() + w * self.x.width);
+                    rows.pointers.push(x[at..].as_ptr());
+                    rows.offsets
+                        .push(image * self.dy.image() + self.dy.at(h, w) + self.dy_channel);
+                }
+            }
+        }
+    }
+
+    /// Adds the products of all listed pixels for some taps.
+    fn blocks(
+        &self,
+        panels: &[Panel],
+        taps: &[(usize, usize)],
+        dy: &[T],
+        sums: &mut [T],
+        rows: &mut Rows<T>,
+    ) {
+        let (lanes, width) = (self.kernels.lanes, self.width());
+        for (pointers, offsets) in rows
+            .pointers
+            .chunks(PIXELS_PER_OUTER_BLOCK)
+            .zip(rows.offsets.chunks(PIXELS_PER_OUTER_BLOCK))
+        {
+            for panel in panels {
+                let panel_width = panel.vectors * lanes;
+                for (to, &from) in rows.packed.chunks_exact_mut(panel_width).zip(offsets) {
+                    to.copy_from_slice(&dy[from + panel.start..][..panel_width]);
+                }
+                for &(r, s) in taps {
+                    let mut c = 0;
+                    while c < self.c_in {
+                        let (index, height) = OUTER_HEIGHTS
+                            .into_iter()
+                            .enumerate()
+                            .find(|&(_, h)| h <= self.kernels.height && h <= self.c_in - c)
+                            .expect("the last height is 1");
+                        let row = (r * self.kernel + s) * self.c_in + c;
+                        let args = Outer {
+                            rows: pointers.as_ptr(),
+                            offset: r * self.x.line() + s * self.x.width + c,
+                            pixels: pointers.len(),
+                            dy: rows.packed.as_ptr(),
+                            dy_stride: panel_width,
+                            dw: sums[row * width + panel.start..].as_mut_ptr(),
+                            dw_stride: width,
+                        };
+                        // SAFETY: the pointers are pixels inside of `x`, whose
+                        // taps and `c_in` channels are as well, and c + height
+                        // <= c_in; `packed` holds a row of the panel for each;
+                        // rows c .. c + height of this tap in `sums` hold the
+                        // panel's columns, since panels partition `width`. The
+                        // kernels are available.
+                        unsafe { self.kernels.outer[index][panel.vectors - 1](&args) };
+                        c += height;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds the parts up, in order, in the weight's own layout (K, C, R, S).
+    pub(super) fn unpack<'a>(
+        &self,
+        parts: impl Fn(usize) -> Option<&'a [T]> + Sync,
+        weight: &mut [T],
+    ) {
+        /// Output channels that a task takes side by side: a cache line.
+        const CHANNELS: usize = 16;
+        let taps = self.kernel * self.kernel;
+        let len = self.c_in * taps;
+        let width = self.width();
+        if len == 0 {
+            return;
+        }
+        weight
+            .par_chunks_mut(CHANNELS * len)
+            .enumerate()
+            .for_each(|(block, weight)| {
+                let channels = weight.len() / len;
+                let mut part = 0;
+                while let Some(sums) = parts(part) {
+                    for tap in 0..taps {
+                        for c in 0..self.c_in {
+                            let from = (tap * self.c_in + c) * width + block * CHANNELS;
+                            let from = &sums[from..from + channels];
+                            for (k, &value) in from.iter().enumerate() {
+                                let to = &mut weight[k * len + c * taps + tap];
+                                *to = if part == 0 { value } else { *to + value };
+                            }
+                        }
+                    }
+                    part += 1;
+                }
+            });
+    }
+}
