@@ -1,5 +1,8 @@
 //! What the tests of several crates share: fixtures made by PyTorch,
-//! comparisons with a tolerance, and gradients by finite differences.
+//! comparisons with a tolerance, gradients by finite differences, and an HTTP
+//! server that misbehaves.
+
+pub mod http;
 
 mod fixture;
 mod gradient;
