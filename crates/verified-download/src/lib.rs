@@ -307,7 +307,8 @@ impl Token {
         Token(token.into())
     }
 
-    pub(crate) fn expose(&self) -> &str {
+    /// The secret, for a request.
+    pub fn expose(&self) -> &str {
         &self.0
     }
 }

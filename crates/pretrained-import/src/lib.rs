@@ -1,0 +1,5 @@
+//! Pretrained weights: found, fetched and verified.
+
+pub mod source;
+
+pub use source::{FetchError, FetchOptions, FoundFile, Source};
