@@ -3,7 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use hf_hub::HFError;
 use verified_download::{DownloadError, Mismatch};
 
 /// Why [`Source::find`](super::Source::find) ended without a file.
@@ -104,7 +103,7 @@ pub enum FetchError {
         cache: PathBuf,
         /// Why.
         #[source]
-        source: Box<HFError>,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
 
     /// The network must not be used, and the cache does not have the file.

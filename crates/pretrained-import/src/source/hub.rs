@@ -108,7 +108,11 @@ impl<'a> Wanted<'a> {
                         repository: self.repository.to_owned(),
                         revision: self.revision.to_owned(),
                         cache: self.cache.clone(),
-                        source: Box::new(source),
+                        source: match source {
+                            // Its own text repeats the address and the cause.
+                            HFError::Request { source, .. } => source.without_url().into(),
+                            other => other.into(),
+                        },
                     })
             }
         }
