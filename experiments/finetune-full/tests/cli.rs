@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use candle_core::{DType, Device, Tensor};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use safetensors::SafeTensors;
@@ -236,6 +237,50 @@ fn without_network_the_error_names_the_ways_on() {
             );
     }
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn weights_come_from_a_pth_file_of_half_precision() {
+    let (first_out, _) = finished("--weights random");
+    let first = run_directory(first_out.path()).join("model.safetensors");
+    let tensors = candle_core::safetensors::load(&first, &Device::Cpu).unwrap();
+    let half = tensors.into_iter().map(|(name, tensor)| {
+        let half = match tensor.dtype() {
+            DType::F32 => tensor.to_dtype(DType::F16).unwrap(),
+            _ => tensor,
+        };
+        (name, half)
+    });
+    let half: BTreeMap<String, Tensor> = half.collect();
+    let file = first_out.path().join("googlenet.pth");
+    fs::write(&file, test_support::legacy_pth(&half).unwrap()).unwrap();
+
+    let (out, trained) = finished(&format!("--weights {} --lr 0", file.display()));
+    let name = "inception4e.branch2.1.conv.weight";
+    let expected = half[name].to_dtype(DType::F32).unwrap();
+    let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let expected: Vec<u8> = expected.into_iter().flat_map(f32::to_le_bytes).collect();
+    assert!(trained.tensors[name].1 == expected);
+    let config = fs::read_to_string(run_directory(out.path()).join("config.json")).unwrap();
+    let hash = trainer::sha256_hex(&fs::read(&file).unwrap());
+    assert!(
+        config.contains(&hash) && config.contains("googlenet.pth"),
+        "{config}"
+    );
+
+    let whole = fs::read(&file).unwrap();
+    let refused = |content: &[u8], expected: &str| {
+        fs::write(&file, content).unwrap();
+        let mut command = tiny(&format!("--weights {}", file.display()), out.path());
+        let assert = command.assert().code(1).stdout("");
+        assert.stderr(contains("googlenet.pth").and(contains(expected)));
+    };
+    refused(&whole[..whole.len() - 1], "damaged");
+    refused(b"weights are elsewhere\n", "holds no weights");
+    refused(
+        b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R.",
+        "googlenet.pth",
+    );
 }
 
 /// The Hub's answers for a repository with one file of weights.

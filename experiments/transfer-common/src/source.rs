@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use experiment_common::{DownloadProgress, InitFile, say};
-use pretrained_import::{FetchError, FetchOptions, Source};
-use trainer::weights;
+use pretrained_import::{FetchError, FetchOptions, Source, StateDict};
 use verified_download::DownloadError;
 
 /// The value of `--weights`.
@@ -150,17 +149,22 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads a file, which must be the one that was resolved.
+    /// Reads a file of any format, which must be the one that was resolved. Floating-point numbers
+    /// of other types become f32.
     ///
     /// # Errors
     /// A file that has changed, or that holds no weights.
     pub fn read(file: &InitFile) -> Result<Self> {
-        let bytes = file.read()?;
-        let metadata = weights::metadata(&bytes, &file.path)?;
+        let state = StateDict::from_bytes(&file.read()?, &file.path)?;
+        let as_f32 = |(name, tensor): (String, Tensor)| match tensor.dtype().is_float() {
+            true => Ok((name, tensor.to_dtype(DType::F32)?)),
+            false => Ok((name, tensor)),
+        };
+        let tensors = state.tensors.into_iter().map(as_f32);
         Ok(Self {
             path: file.path.clone(),
-            tensors: weights::decode(&bytes, &file.path)?,
-            metadata,
+            tensors: tensors.collect::<candle_core::Result<_>>()?,
+            metadata: state.metadata,
         })
     }
 }
