@@ -1,4 +1,4 @@
-"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity] [googlenet_parity] [preprocessing]`."""
+"""Regenerates the committed fixtures and `fixtures.sha256`: `python make_fixtures.py [ops] [sgd] [lesson_parity] [googlenet_parity] [preprocessing] [import_files]`."""
 
 import sys
 
@@ -6,6 +6,7 @@ import torch
 
 import fixture_file
 import googlenet_parity
+import import_files
 import lesson_parity
 import ops
 import preprocessing
@@ -15,7 +16,7 @@ import sgd
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
-scripts = {script.__name__: script for script in (ops, sgd, lesson_parity, googlenet_parity, preprocessing)}
+scripts = {script.__name__: script for script in (ops, sgd, lesson_parity, googlenet_parity, preprocessing, import_files)}
 for name in sys.argv[1:] or scripts:
     scripts[name].make()
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Result;
-use cifar_data::download::{DownloadError, Event, Origin, Request, Source, fetch};
+use cifar_data::download::{Event, Origin, Request, Source, fetch};
 use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -55,7 +55,7 @@ pub(crate) fn run(arguments: DownloadData) -> Result<ExitCode> {
     let result = fetch(&request, &mut |event| display.show(&event));
     display.bar.finish_and_clear();
     let report = match result {
-        Err(error @ DownloadError::Interrupted { .. }) => {
+        Err(error) if error.is_interruption() => {
             eprintln!("{error}");
             return Ok(ExitCode::from(130));
         }

@@ -1,13 +1,18 @@
 //! What the tests of several crates share: fixtures made by PyTorch,
-//! comparisons with a tolerance, and gradients by finite differences.
+//! comparisons with a tolerance, gradients by finite differences, an HTTP server
+//! that misbehaves, and `.pth` files.
+
+pub mod http;
 
 mod fixture;
 mod gradient;
 mod seeded;
+mod torch_file;
 
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
+pub use torch_file::legacy_pth;
 
 use candle_core::{DType, Result, Tensor};
 

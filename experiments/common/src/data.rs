@@ -4,15 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use cifar_data::download::{Event, Request, Source, fetch};
+use cifar_data::download::{Request, Source, fetch};
 use cifar_data::{ImageSet, Normalization, TrainTest, find_layout, load, shapes, stratified_split};
 use clap::ValueEnum;
-use indicatif::HumanBytes;
 use serde::{Deserialize, Serialize};
 use trainer::{DataSets, random};
 
 use crate::arguments::DataArguments;
-use crate::progress::{Transfer, print, say};
+use crate::progress::{DownloadProgress, print, say};
 
 /// The value of `--dataset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
@@ -175,29 +174,8 @@ fn load_or_fetch(dir: &Path) -> Result<TrainTest> {
 
 fn download(dir: &Path) -> Result<()> {
     let request = Request::from_env(Source::Hub, dir);
-    let mut transfer = Transfer::default();
-    fetch(&request, &mut |event| match event {
-        Event::Fetching { url, bytes, .. } => {
-            say(&format!("fetching {url} ({})", HumanBytes(bytes)));
-        }
-        Event::CopyingFromHubCache { cached, .. } => {
-            say(&format!("copying {}", cached.display()));
-        }
-        Event::Progress { done, bytes } => transfer.advance(done, bytes),
-        Event::Retrying { problem, delay, .. } => {
-            say(&format!(
-                "{problem}; trying again in {:.1} s",
-                delay.as_secs_f64()
-            ));
-        }
-        Event::WaitingForOtherProcess { path } => {
-            say(&format!("another process is fetching {}", path.display()));
-        }
-        Event::Complete { path, .. } => {
-            say(&format!("{} is complete and verified", path.display()));
-        }
-        _ => {}
-    })?;
+    let mut progress = DownloadProgress::new();
+    fetch(&request, &mut |event| progress.show(&event))?;
     Ok(())
 }
 

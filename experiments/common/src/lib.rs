@@ -25,6 +25,6 @@ pub use experiment::{Action, Experiment, RunConfig, fail, run_experiment};
 pub use init_file::InitFile;
 pub use logging::start_logging;
 pub use memory::keep_freed_pages;
-pub use progress::{Progress, bar_of_files, print, say};
+pub use progress::{DownloadProgress, Progress, bar_of_files, print, say};
 pub use session::{print_finished, train};
 pub use signals::{Signal, StopSignals};

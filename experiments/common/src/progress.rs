@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 use trainer::{EpochReport, Observer, StartReport, StepReport};
+use verified_download::Event;
 
 /// All bars of the process, so that other output can make them step aside.
 pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
@@ -148,16 +149,49 @@ impl Observer for Progress {
     }
 }
 
-/// Shows a download.
+/// Shows a download: what happens as lines, the bytes as a bar in a terminal and as lines elsewhere.
 #[derive(Debug, Default)]
-pub(crate) struct Transfer {
+pub struct DownloadProgress {
     bar: Option<ProgressBar>,
     tenths: u64,
 }
 
-impl Transfer {
+impl DownloadProgress {
+    /// Before anything happened.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Shows what happens.
+    pub fn show(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Fetching { url, bytes, .. } => {
+                say(&format!("fetching {url} ({})", HumanBytes(*bytes)));
+            }
+            Event::CopyingFromHubCache { cached, .. } => {
+                say(&format!("copying {}", cached.display()));
+            }
+            Event::WillReplace { path, problem } => {
+                let shown = path.display();
+                say(&format!("{shown} is wrong and will be replaced: {problem}"));
+            }
+            Event::Progress { done, bytes } => self.advance(*done, *bytes),
+            Event::Retrying { problem, delay, .. } => {
+                let seconds = delay.as_secs_f64();
+                say(&format!("{problem}; trying again in {seconds:.1} s"));
+            }
+            Event::WaitingForOtherProcess { path } => {
+                say(&format!("another process is fetching {}", path.display()));
+            }
+            Event::Complete { path, .. } => {
+                say(&format!("{} is complete and verified", path.display()));
+            }
+            _ => {}
+        }
+    }
+
     /// `done` of `bytes` are here.
-    pub(crate) fn advance(&mut self, done: u64, bytes: u64) {
+    fn advance(&mut self, done: u64, bytes: u64) {
         if io::stderr().is_terminal() {
             let bar = self.bar.get_or_insert_with(|| bar(BYTE_TEMPLATE));
             bar.set_length(bytes);
@@ -173,6 +207,15 @@ impl Transfer {
             say(&format!("{} of {}", HumanBytes(done), HumanBytes(bytes)));
         }
         self.tenths = tenths;
+    }
+}
+
+impl Drop for DownloadProgress {
+    /// A download that failed leaves no bar behind.
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 

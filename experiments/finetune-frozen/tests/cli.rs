@@ -18,6 +18,7 @@ fn program(arguments: &str) -> Command {
     // No test may reach the network.
     command.env("HF_HUB_OFFLINE", "1");
     command.env("HF_HUB_CACHE", "no-such-cache");
+    command.env("TORCH_HOME", "no-such-cache");
     command
 }
 

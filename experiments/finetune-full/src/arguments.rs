@@ -80,7 +80,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>
     }
     let weights = match arguments.quick {
         true => WeightsSource::Random,
-        false => WeightsSource::Torchvision,
+        false => WeightsSource::TORCHVISION,
     };
     let request =
         arguments
@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(data.dataset, Dataset::Cifar10);
         assert_eq!((model.dropout, model.image_size), (0.2, None));
         assert!(!model.aux_heads);
-        assert_eq!(model.begin, Begin::Weights(WeightsSource::Torchvision));
+        assert_eq!(model.begin, Begin::Weights(WeightsSource::TORCHVISION));
         assert_eq!(model.trained, Trained::Everything);
     }
 

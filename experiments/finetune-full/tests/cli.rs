@@ -5,10 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use candle_core::{DType, Device, Tensor};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use test_support::http::{Reply, Server};
 
 const TINY: &str = "--dataset shapes --train-limit 8 --test-limit 4 --max-steps 2 --batch-size 4";
 
@@ -19,6 +21,7 @@ fn program(arguments: &str) -> Command {
     // No test may reach the network.
     command.env("HF_HUB_OFFLINE", "1");
     command.env("HF_HUB_CACHE", "no-such-cache");
+    command.env("TORCH_HOME", "no-such-cache");
     for proxy in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"] {
         command.env(proxy, "http://127.0.0.1:9");
     }
@@ -220,11 +223,109 @@ fn weights_that_do_not_fit_are_refused_with_every_difference() {
 #[test]
 fn without_network_the_error_names_the_ways_on() {
     let out = tempfile::tempdir().unwrap();
-    let refused = tiny("", out.path())
-        .current_dir(out.path())
-        .assert()
-        .failure();
-    refused.stderr(contains("--weights FILE").and(contains("--weights random")));
+    for weights in ["", "--weights owner/name"] {
+        let mut refused = tiny(weights, out.path());
+        refused
+            .current_dir(out.path())
+            .assert()
+            .code(1)
+            .stdout("")
+            .stderr(
+                contains("--weights FILE")
+                    .and(contains("--weights random"))
+                    .and(contains("HF_HUB_OFFLINE is set")),
+            );
+    }
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn weights_come_from_a_pth_file_of_half_precision() {
+    let (first_out, _) = finished("--weights random");
+    let first = run_directory(first_out.path()).join("model.safetensors");
+    let tensors = candle_core::safetensors::load(&first, &Device::Cpu).unwrap();
+    let half = tensors.into_iter().map(|(name, tensor)| {
+        let half = match tensor.dtype() {
+            DType::F32 => tensor.to_dtype(DType::F16).unwrap(),
+            _ => tensor,
+        };
+        (name, half)
+    });
+    let half: BTreeMap<String, Tensor> = half.collect();
+    let file = first_out.path().join("googlenet.pth");
+    fs::write(&file, test_support::legacy_pth(&half).unwrap()).unwrap();
+
+    let (out, trained) = finished(&format!("--weights {} --lr 0", file.display()));
+    let name = "inception4e.branch2.1.conv.weight";
+    let expected = half[name].to_dtype(DType::F32).unwrap();
+    let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let expected: Vec<u8> = expected.into_iter().flat_map(f32::to_le_bytes).collect();
+    assert!(trained.tensors[name].1 == expected);
+    let config = fs::read_to_string(run_directory(out.path()).join("config.json")).unwrap();
+    let hash = trainer::sha256_hex(&fs::read(&file).unwrap());
+    assert!(
+        config.contains(&hash) && config.contains("googlenet.pth"),
+        "{config}"
+    );
+
+    let whole = fs::read(&file).unwrap();
+    let refused = |content: &[u8], expected: &str| {
+        fs::write(&file, content).unwrap();
+        let mut command = tiny(&format!("--weights {}", file.display()), out.path());
+        let assert = command.assert().code(1).stdout("");
+        assert.stderr(contains("googlenet.pth").and(contains(expected)));
+    };
+    refused(&whole[..whole.len() - 1], "damaged");
+    refused(b"weights are elsewhere\n", "holds no weights");
+    refused(
+        b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R.",
+        "googlenet.pth",
+    );
+}
+
+/// The Hub's answers for a repository with one file of weights.
+fn hub(file: &str, content: &[u8]) -> Server {
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let info = format!(
+        r#"{{"_id":"1","id":"owner/name","sha":"{commit}","siblings":[{{"rfilename":"{file}"}}]}}"#
+    );
+    let stated = Reply::body(content)
+        .header("X-Linked-Etag", trainer::sha256_hex(content))
+        .header("X-Linked-Size", content.len().to_string());
+    Server::start([Reply::body(info.as_bytes()), stated, Reply::file(content)])
+}
+
+#[test]
+fn weights_come_from_the_hub_once_and_the_run_records_the_commit() {
+    let (first_out, first) = finished("--weights random");
+    let content = fs::read(run_directory(first_out.path()).join("model.safetensors")).unwrap();
+    let server = hub("model.safetensors", &content);
+    let cache = tempfile::tempdir().unwrap();
+    let begin = |offline: &str| {
+        let out = tempfile::tempdir().unwrap();
+        let mut command = tiny("--weights owner/name --lr 0", out.path());
+        command.env("HF_HUB_OFFLINE", offline);
+        command.env("HF_ENDPOINT", server.url());
+        command.env("HF_HUB_CACHE", cache.path());
+        command.env("NO_PROXY", "127.0.0.1");
+        command.assert().success().stderr(contains("Weights: "));
+        let run = run_directory(out.path());
+        let config = fs::read_to_string(run.join("config.json")).unwrap();
+        (weights(&run.join("model.safetensors")), config)
+    };
+    for offline in ["0", "1"] {
+        let (trained, config) = begin(offline);
+        let name = "conv1.conv.weight";
+        assert_eq!(trained.tensors[name], first.tensors[name]);
+        for known in [
+            "\"owner/name\"",
+            "@0123456789abcdef",
+            &trainer::sha256_hex(&content),
+        ] {
+            assert!(config.contains(known), "{known} is not in {config}");
+        }
+    }
+    assert_eq!(server.asked().len(), 3);
 }
 
 #[test]

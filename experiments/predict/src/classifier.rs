@@ -16,6 +16,12 @@ use crate::preprocess::{Preprocessing, read};
 /// What `scratch-train` calls its network in the metadata of its weights.
 const CIFAR_ARCHITECTURE: &str = "googlenet-cifar";
 
+/// What `--weights` takes where there is no network.
+const WAYS_ON: &[&str] = &[
+    "--weights FILE        a .pth or .safetensors file of torchvision's GoogLeNet",
+    "--weights RUN         a finished run of scratch-train, finetune-full or finetune-frozen",
+];
+
 /// ImageNet's classes; lines with `#` say where they are from.
 const IMAGENET_CLASSES: &str = include_str!("imagenet_classes.txt");
 
@@ -44,11 +50,12 @@ enum Kind {
 impl Classifier {
     /// The network that the weights are of, by their metadata, or by their names where there is none.
     pub(crate) fn load(source: &WeightsSource, device: &Device) -> Result<Self> {
-        let Some(file) = source.find()? else {
+        let Some(found) = source.find(WAYS_ON)? else {
             bail!("--weights random knows nothing: give trained weights");
         };
-        let weights = Weights::read(&file).context("cannot use --weights")?;
-        let shown = weights.path.display().to_string();
+        let weights = Weights::read(&found.file).context("cannot use --weights")?;
+        let path = weights.path.display().to_string();
+        let shown = found.origin.unwrap_or(path);
         let classifier = match architecture(&weights)? {
             CIFAR_ARCHITECTURE => Self::cifar(weights, device),
             _ => Self::torchvision(weights, device),

@@ -86,6 +86,38 @@ fn torchvisions_weights_name_imagenets_classes_with_probabilities() {
 }
 
 #[test]
+fn a_pth_file_names_what_the_same_weights_name_in_safetensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let safetensors = torchvision(dir.path(), 10, 3, &[]);
+    let tensors = candle_core::safetensors::load(&safetensors, &Device::Cpu).unwrap();
+    let pth = dir.path().join("googlenet.pth");
+    let content = test_support::legacy_pth(&tensors.into_iter().collect()).unwrap();
+    fs::write(&pth, content).unwrap();
+    let run = predict(&pth).arg(format!("{PICTURES}/tiny.bmp")).assert();
+    run.success().stdout(contains("  99.70 %  cat"));
+}
+
+#[test]
+fn without_network_the_error_names_what_helps_here() {
+    let dir = tempfile::tempdir().unwrap();
+    for weights in ["torchvision", "owner/name@v1:w.pth"] {
+        let mut command = predict(Path::new(weights));
+        command.env("HF_HUB_OFFLINE", "1");
+        for cache in ["TORCH_HOME", "HF_HUB_CACHE"] {
+            command.env(cache, dir.path().join("cache"));
+        }
+        let run = command.arg(format!("{PICTURES}/tiny.bmp")).assert();
+        run.code(1).stdout("").stderr(
+            contains(format!("the weights {weights} are not here"))
+                .and(contains("--weights FILE"))
+                .and(contains("random").not())
+                .and(contains("HF_HUB_OFFLINE is set")),
+        );
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn our_checkpoints_name_the_classes_they_were_trained_on() {
     let dir = tempfile::tempdir().unwrap();
     let picture = format!("{PICTURES}/tiny.bmp");

@@ -16,11 +16,11 @@ use crate::source::WeightsSource;
 pub struct TransferArguments {
     /// The backbone's weights, under a fresh head: torchvision (ImageNet, fetched and verified),
     /// random, a .pth or .safetensors FILE, a finished RUN, or a Hub repository as
-    /// owner/name, owner/name@revision or owner/name:file
+    /// owner/name[@revision][:file]
     #[arg(long, value_name = "WEIGHTS")]
     pub weights: Option<WeightsSource>,
-    /// Begin with exactly this state, head included: a .safetensors file, or the folder of a
-    /// finished run
+    /// Begin with exactly this state, head included: a .pth or .safetensors file, or the folder of
+    /// a finished run
     #[arg(long, value_name = "FILE or RUN")]
     pub init: Option<PathBuf>,
     /// Resize the pictures to N×N pixels, bilinearly with antialiasing; at least 15

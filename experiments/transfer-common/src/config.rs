@@ -63,6 +63,9 @@ pub enum BeginConfig {
     Backbone {
         /// What `--weights` said.
         source: String,
+        /// Where it was fetched from, with the commit of a Hub repository.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        origin: Option<String>,
         /// Where it is.
         file: InitFile,
     },

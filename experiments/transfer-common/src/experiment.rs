@@ -13,7 +13,7 @@ use trainer::{DataSets, RunDirectory};
 
 use crate::config::{Begin, BeginConfig, Request, Trained, TransferConfig};
 use crate::network::{ARCHITECTURE, Network, NetworkSettings, is_aux};
-use crate::source::{Weights, WeightsSource, weights_file};
+use crate::source::{FoundWeights, Weights, WeightsSource, weights_file};
 
 /// One of the two experiments.
 pub trait Stage {
@@ -139,6 +139,13 @@ impl<S: Stage> Experiment for FineTune<S> {
 /// Pictures up to this size end as one pixel a channel: 32 → 16 → 8 → 4 → 2 → 1.
 const LARGEST_OF_ONE_VALUE: usize = 32;
 
+/// What `--weights` takes where there is no network.
+const WAYS_ON: &[&str] = &[
+    "--weights FILE        a .pth or .safetensors file of torchvision's GoogLeNet",
+    "--weights RUN         a finished run of finetune-full or finetune-frozen",
+    "--weights random      no pretrained weights",
+];
+
 /// What a file of weights says of how it was trained.
 #[derive(Debug, Default)]
 struct Known {
@@ -147,7 +154,7 @@ struct Known {
 }
 
 fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConfig, Known)> {
-    let Some(file) = source.find()? else {
+    let Some(FoundWeights { file, origin }) = source.find(WAYS_ON)? else {
         return Ok((BeginConfig::Random, Known::default()));
     };
     let weights = Weights::read(&file).context("cannot use --weights")?;
@@ -161,8 +168,12 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
         transform_input: transform_input(&weights),
         image_size: None,
     };
-    let source = source.to_string();
-    Ok((BeginConfig::Backbone { source, file }, known))
+    let begin = BeginConfig::Backbone {
+        source: source.to_string(),
+        origin,
+        file,
+    };
+    Ok((begin, known))
 }
 
 fn find_state(path: &Path, request: &Request) -> Result<(BeginConfig, Known)> {

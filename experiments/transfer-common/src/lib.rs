@@ -13,4 +13,4 @@ pub use config::{Begin, BeginConfig, Request, Trained, TransferConfig};
 pub use experiment::{FineTune, Stage};
 pub use network::{ARCHITECTURE, Network, NetworkSettings};
 pub use resize::{Resampling, resize_batch};
-pub use source::{Weights, WeightsSource, weights_file};
+pub use source::{FoundWeights, Weights, WeightsSource, weights_file};

@@ -5,105 +5,114 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
-use experiment_common::InitFile;
-use trainer::weights;
+use anyhow::{Result, bail};
+use candle_core::{DType, Tensor};
+use experiment_common::{DownloadProgress, InitFile, say};
+use pretrained_import::{FetchError, FetchOptions, Source, StateDict};
+use verified_download::DownloadError;
 
 /// The value of `--weights`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WeightsSource {
-    /// torchvision's ImageNet weights, fetched and verified.
-    Torchvision,
     /// None: drawn at random.
     Random,
-    /// A `.pth` or `.safetensors` file, or the folder of a finished run.
-    File(PathBuf),
-    /// A file of a repository on the Hugging Face Hub: `owner/name[@revision][:file]`.
-    Hub(String),
+    /// A file, the folder of a finished run, or what is fetched and verified.
+    Pretrained(Source),
 }
-
-/// Endings of files of weights; what has one of them is no repository.
-const EXTENSIONS: [&str; 4] = [".safetensors", ".pth", ".pt", ".bin"];
 
 impl FromStr for WeightsSource {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
-            "torchvision" => Ok(Self::Torchvision),
             "random" => Ok(Self::Random),
-            "" => Err(EXPECTED.into()),
-            _ if Path::new(text).exists() => Ok(Self::File(text.into())),
-            _ if is_repository(text) => Ok(Self::Hub(text.into())),
-            _ if EXTENSIONS.iter().any(|ending| text.ends_with(ending)) => {
-                Err(format!("there is no such file; {EXPECTED}"))
-            }
-            _ => Err(format!("there is no such file, and {EXPECTED}")),
+            _ => match text.parse() {
+                Ok(source) => Ok(Self::Pretrained(source)),
+                Err(_) => Err(EXPECTED.into()),
+            },
         }
     }
 }
 
-const EXPECTED: &str = "it must be torchvision, random, a .pth or .safetensors file, a finished run, \
-                        or a Hub repository as owner/name[@revision][:file]";
-
-/// Whether this is `owner/name[@revision][:file]`.
-fn is_repository(text: &str) -> bool {
-    let (repository, file) = match text.split_once(':') {
-        Some((repository, file)) => (repository, Some(file)),
-        None => (text, None),
-    };
-    let repository = repository
-        .split_once('@')
-        .map_or(repository, |(name, _)| name);
-    let is_name = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    let named = repository
-        .split_once('/')
-        .is_some_and(|(owner, name)| is_name(owner) && is_name(name));
-    named && (file.is_some() || !EXTENSIONS.iter().any(|ending| text.ends_with(ending)))
-}
+const EXPECTED: &str = "there is no such file; it must be torchvision, random, a .pth or .safetensors \
+                        file, a finished run, or a Hub repository as owner/name[@revision][:file]";
 
 impl fmt::Display for WeightsSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Torchvision => f.write_str("torchvision"),
             Self::Random => f.write_str("random"),
-            Self::File(path) => write!(f, "{}", path.display()),
-            Self::Hub(repository) => f.write_str(repository),
+            Self::Pretrained(source) => source.fmt(f),
         }
     }
 }
 
+/// A file of weights and where it is from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundWeights {
+    /// The file.
+    pub file: InitFile,
+    /// Where it was fetched from: the address, or repository, commit and file; None for files that
+    /// were there.
+    pub origin: Option<String>,
+}
+
 impl WeightsSource {
-    /// The file, fetched if need be; None for random weights.
+    /// torchvision's ImageNet weights.
+    pub const TORCHVISION: WeightsSource = WeightsSource::Pretrained(Source::Torchvision);
+
+    /// The file, fetched and verified if need be; None for random weights. `ways_on` are the flags
+    /// that help without a network, as lines of two columns.
     ///
     /// # Errors
-    /// What cannot be found or fetched, with the ways on.
-    pub fn find(&self) -> Result<Option<InitFile>> {
-        let path = match self {
+    /// What cannot be found or fetched, with what to do.
+    pub fn find(&self, ways_on: &[&str]) -> Result<Option<FoundWeights>> {
+        let found = match self {
             Self::Random => return Ok(None),
-            Self::File(path) => weights_file(path, "--weights")?,
-            Self::Torchvision | Self::Hub(_) => fetch(self).with_context(|| {
-                format!(
-                    "the weights {self} are not here and could not be fetched. Two ways on without \
-                     a network:\n  \
-                     --weights FILE        a .pth or .safetensors file of torchvision's GoogLeNet\n  \
-                     --weights random      no pretrained weights\nThe reason"
-                )
-            })?,
+            Self::Pretrained(Source::File(path)) => FoundWeights {
+                file: InitFile::given(weights_file(path, "--weights")?),
+                origin: None,
+            },
+            Self::Pretrained(source) => fetch(source, ways_on)?,
         };
-        InitFile::given(path).resolve("--weights").map(Some)
+        Ok(Some(FoundWeights {
+            file: found.file.resolve("--weights")?,
+            ..found
+        }))
     }
 }
 
-fn fetch(_source: &WeightsSource) -> Result<PathBuf> {
-    bail!("fetching weights is not built in yet")
+fn fetch(source: &Source, ways_on: &[&str]) -> Result<FoundWeights> {
+    let mut progress = DownloadProgress::new();
+    let found = source.find(&FetchOptions::from_env(), &mut |event| {
+        progress.show(&event);
+    });
+    let found = found.map_err(|error| {
+        let heading = match is_for_want_of_a_network(&error) {
+            true => format!(
+                "the weights {source} are not here and could not be fetched. Without a network:\n  \
+                 {}\nThe reason",
+                ways_on.join("\n  ")
+            ),
+            false => format!("cannot use --weights {source}"),
+        };
+        anyhow::Error::new(error).context(heading)
+    })?;
+    say(&format!("Weights: {}", found.origin));
+    Ok(FoundWeights {
+        file: InitFile::given(found.path),
+        origin: Some(found.origin),
+    })
+}
+
+fn is_for_want_of_a_network(error: &FetchError) -> bool {
+    matches!(
+        error,
+        FetchError::Unreachable { .. }
+            | FetchError::NotCached { .. }
+            | FetchError::Download(
+                DownloadError::NotDelivered { .. } | DownloadError::Offline { .. }
+            )
+    )
 }
 
 /// The file of weights that a path means: a file itself, the final weights of a finished run, or
@@ -140,17 +149,22 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads a file, which must be the one that was resolved.
+    /// Reads a file of any format, which must be the one that was resolved. Floating-point numbers
+    /// of other types become f32.
     ///
     /// # Errors
     /// A file that has changed, or that holds no weights.
     pub fn read(file: &InitFile) -> Result<Self> {
-        let bytes = file.read()?;
-        let metadata = weights::metadata(&bytes, &file.path)?;
+        let state = StateDict::from_bytes(&file.read()?, &file.path)?;
+        let as_f32 = |(name, tensor): (String, Tensor)| match tensor.dtype().is_float() {
+            true => Ok((name, tensor.to_dtype(DType::F32)?)),
+            false => Ok((name, tensor)),
+        };
+        let tensors = state.tensors.into_iter().map(as_f32);
         Ok(Self {
             path: file.path.clone(),
-            tensors: weights::decode(&bytes, &file.path)?,
-            metadata,
+            tensors: tensors.collect::<candle_core::Result<_>>()?,
+            metadata: state.metadata,
         })
     }
 }
@@ -160,34 +174,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn weights_are_told_apart_by_their_form() {
+    fn the_value_of_the_flag_is_random_or_a_source_and_prints_as_it_was_given() {
         let here = env!("CARGO_MANIFEST_DIR");
-        for (text, expected) in [
-            ("torchvision", WeightsSource::Torchvision),
-            ("random", WeightsSource::Random),
-            (here, WeightsSource::File(here.into())),
-            ("owner/name", WeightsSource::Hub("owner/name".into())),
-            (
-                "o/n@main:a/b.pth",
-                WeightsSource::Hub("o/n@main:a/b.pth".into()),
-            ),
-            (
-                "o/n:m.safetensors",
-                WeightsSource::Hub("o/n:m.safetensors".into()),
-            ),
-        ] {
-            assert_eq!(text.parse::<WeightsSource>(), Ok(expected));
+        for text in ["random", "torchvision", "o/n@main:a/b.pth", here] {
+            let source: WeightsSource = text.parse().unwrap();
+            assert_eq!(source == WeightsSource::Random, text == "random");
+            assert_eq!(source.to_string(), text);
         }
-        for text in [
-            "",
-            "absent.pth",
-            "weights/absent.safetensors",
-            "a/b/c",
-            "/absent",
-            "../x",
-        ] {
+        for text in ["", "absent.pth", "a/b/c"] {
             let error = text.parse::<WeightsSource>().unwrap_err();
-            assert!(error.contains("owner/name"), "{text}: {error}");
+            for way in ["torchvision", "random", "owner/name[@revision][:file]"] {
+                assert!(error.contains(way), "{text}: {error}");
+            }
         }
     }
 

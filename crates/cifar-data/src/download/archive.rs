@@ -5,12 +5,10 @@ use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use flate2::read::GzDecoder;
-use sha2::{Digest, Sha256};
+use verified_download::{Event, Interrupt, Text, Verifier, sync_folder};
 
 use super::error::{ArchiveError, DownloadError};
-use super::manifest::{ArchiveManifest, PinnedFile, Text};
-use super::store::{compare, sync_folder};
-use super::{Event, Interrupt};
+use super::manifest::{ArchiveManifest, PinnedFile};
 
 /// The most an entry may hold that is not unpacked, and the room for headers in the bound on the whole.
 const UNNEEDED_LIMIT: u64 = 1 << 20;
@@ -55,7 +53,7 @@ pub(super) fn unpack(
         }
         sync_folder(Some(&folder))?;
     }
-    sync_folder(Some(dir))
+    Ok(sync_folder(Some(dir))?)
 }
 
 struct Unpacker<'a, 'p> {
@@ -163,15 +161,16 @@ impl Unpacker<'_, '_> {
         let target: PathBuf = self.staged.join(&*member.path);
         let error = |source| DownloadError::io("write", &target, member.bytes, source);
         let mut file = File::create_new(&target).map_err(error)?;
-        let mut hasher = Sha256::new();
+        let mut verifier = Verifier::new(&member.pin());
         let mut buffer = vec![0; 1 << 18];
         let mut written = 0;
         loop {
             if self.interrupt.is_raised() {
-                return Err(DownloadError::Interrupted {
+                return Err(verified_download::DownloadError::Interrupted {
                     path: target,
                     kept: 0,
-                });
+                }
+                .into());
             }
             let count = match entry.read(&mut buffer) {
                 Ok(0) => break,
@@ -180,14 +179,14 @@ impl Unpacker<'_, '_> {
                 Err(source) => return Err(self.refuse(ArchiveError::Unreadable(source))),
             };
             file.write_all(&buffer[..count]).map_err(error)?;
-            hasher.update(&buffer[..count]);
+            verifier.update(&buffer[..count]);
             written += count as u64;
             (self.progress)(Event::Progress {
                 done: done + written,
                 bytes: total,
             });
         }
-        compare(hasher, written, member).map_err(|problem| {
+        verifier.verify().map_err(|problem| {
             self.refuse(ArchiveError::WrongBytes {
                 entry: name.to_owned(),
                 problem,

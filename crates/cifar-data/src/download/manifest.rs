@@ -3,8 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-/// Text that is a literal in the pinned manifests and owned in any other.
-pub type Text = Cow<'static, str>;
+use verified_download::{Pin, Text};
 
 /// A file whose content is known before it is fetched.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +14,13 @@ pub struct PinnedFile {
     pub bytes: u64,
     /// Its SHA-256 in lower-case hexadecimal.
     pub sha256: Text,
+}
+
+impl PinnedFile {
+    /// What its content must be.
+    pub(super) fn pin(&self) -> Pin {
+        Pin::sha256(self.bytes, self.sha256.clone())
+    }
 }
 
 /// A list of files and where they come from.

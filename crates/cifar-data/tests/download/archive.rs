@@ -8,8 +8,8 @@ use cifar_data::download::{
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use tar::{EntryType, Header};
+use test_support::http::{Reply, Server};
 
-use crate::server::{Reply, Server};
 use crate::{content, listing, message, pinned, request, run, temporary};
 
 /// An entry whose header is written as it is: `tar::Builder` would refuse the names we need.

@@ -1,17 +1,16 @@
-//! The download against servers, disks and archives that misbehave. No request leaves 127.0.0.1.
+//! The download of CIFAR-10: where it is asked for, what errors add, and archives that misbehave. What servers and
+//! disks can do to a single file is tested in verified-download. No request leaves 127.0.0.1.
 
 mod archive;
-mod disk;
-mod http;
-mod server;
+mod hub;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use cifar_data::download::{
-    DownloadError, Event, HubManifest, Manifest, Network, PinnedFile, Proxy, RemoteError, Report,
-    Request, Source, fetch,
+    DownloadError, Event, HubManifest, Manifest, Network, PinnedFile, Proxy, Report, Request,
+    Source, fetch,
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -77,14 +76,6 @@ fn run(request: &Request) -> (Result<Report, DownloadError>, Vec<String>) {
     (result, events)
 }
 
-/// The remote cause of a failure.
-fn cause(result: Result<Report, DownloadError>) -> RemoteError {
-    match result {
-        Err(DownloadError::SourceFailed { cause, .. }) => *cause,
-        other => panic!("a failure of the source is expected, not {other:?}"),
-    }
-}
-
 /// The whole message, as a program prints it.
 fn message(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -116,11 +107,6 @@ fn listing(dir: &Path) -> Vec<String> {
     }
     found.sort();
     found
-}
-
-fn part_path(dir: &Path, body: &[u8]) -> PathBuf {
-    let file = pinned(FILE, body);
-    dir.join(format!("{FILE}.{}.part", &file.sha256[..12]))
 }
 
 fn temporary() -> TempDir {

@@ -2,68 +2,13 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use cifar_data::download::{
-    CIFAR10_HUB, CIFAR10_TORONTO, DownloadError, Event, HubManifest, Interrupt, Manifest, Mismatch,
-    Origin, RemoteError, Request, Source, Token, fetch,
-};
 use proptest::prelude::*;
+use test_support::http::{Reply, Server};
+use verified_download::{DownloadError, Event, Interrupt, Mismatch, Origin, RemoteError, Token};
 
-use crate::server::{Reply, Server};
 use crate::{
-    FILE, REVISION, cause, content, listing, message, part_path, pinned, put, request, run,
-    temporary,
+    FILE, cause, content, listing, message, part_path, put, request, run, sha256, temporary,
 };
-
-#[test]
-fn fetches_every_file_of_the_revision_and_leaves_nothing_else() {
-    let (train, test) = (content(300_000), content(1000));
-    let server = Server::start([Reply::file(&train), Reply::file(&test)]);
-    let dir = temporary();
-    let mut request = request(
-        &format!("{}/", server.url()),
-        &dir.path().join("not/there/yet"),
-        &train,
-    );
-    let files = vec![
-        pinned(FILE, &train),
-        pinned("plain_text/test.parquet", &test),
-    ];
-    request.manifest = Manifest::Hub(HubManifest {
-        repository: "uoft-cs/cifar10".into(),
-        revision: REVISION.into(),
-        files: files.into(),
-    });
-    let report = run(&request).0.expect("success");
-
-    let paths: Vec<_> = server.asked().into_iter().map(|asked| asked.path).collect();
-    let base = format!("/datasets/uoft-cs/cifar10/resolve/{REVISION}/plain_text");
-    assert_eq!(
-        paths,
-        [
-            format!("{base}/train.parquet"),
-            format!("{base}/test.parquet")
-        ]
-    );
-    assert_eq!(
-        report.files[0].origin,
-        Origin::Network { received: 300_000 }
-    );
-    assert_eq!(
-        report.files[1].path,
-        request.dir.join("plain_text/test.parquet")
-    );
-    assert_eq!(fs::read(&report.files[0].path).unwrap(), train);
-    assert_eq!(fs::read(&report.files[1].path).unwrap(), test);
-    assert_eq!(
-        listing(&request.dir),
-        [
-            "plain_text",
-            "plain_text/test.parquet",
-            "plain_text/train.parquet"
-        ]
-    );
-    assert!(server.asked()[0].header("authorization").is_none());
-}
 
 #[test]
 fn complete_files_are_never_fetched_again() {
@@ -72,7 +17,7 @@ fn complete_files_are_never_fetched_again() {
     let dir = temporary();
     put(&dir.path().join(FILE), &body);
     let (result, events) = run(&request(&server.url(), dir.path(), &body));
-    assert_eq!(result.unwrap().files[0].origin, Origin::AlreadyComplete);
+    assert_eq!(result.unwrap().origin, Origin::AlreadyComplete);
     assert!(
         events.last().unwrap().starts_with("AlreadyComplete"),
         "{events:?}"
@@ -95,7 +40,7 @@ fn a_dropped_connection_is_continued_where_it_broke() {
     let dir = temporary();
     let (result, events) = run(&request(&server.url(), dir.path(), &body));
     assert_eq!(
-        result.unwrap().files[0].origin,
+        result.unwrap().origin,
         Origin::Network { received: 200_000 }
     );
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
@@ -142,10 +87,10 @@ fn a_second_run_continues_what_the_first_one_left() {
 
     let server = Server::start([Reply::file(&body)]);
     let report = run(&request(&server.url(), dir.path(), &body)).0.unwrap();
-    assert_eq!(report.files[0].origin, Origin::Network { received: 40_000 });
+    assert_eq!(report.origin, Origin::Network { received: 40_000 });
     assert_eq!(server.asked()[0].header("range"), Some("bytes=60000-"));
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
-    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+    assert_eq!(listing(dir.path()), ["folder", FILE]);
 }
 
 #[test]
@@ -202,7 +147,7 @@ fn wrong_bytes_of_an_earlier_run_are_dropped_and_fetched_anew() {
             "after {} kept bytes",
             kept.len()
         );
-        assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+        assert_eq!(listing(dir.path()), ["folder", FILE]);
     }
 }
 
@@ -219,7 +164,7 @@ fn an_unfinished_download_of_another_version_is_not_continued_but_removed() {
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), new);
     assert_eq!(
         listing(dir.path()),
-        ["plain_text", FILE, &format!("{FILE}.notes.part")]
+        ["folder", FILE, &format!("{FILE}.notes.part")]
     );
     assert!(
         events
@@ -333,7 +278,7 @@ fn wrong_bytes_of_the_right_length_are_named_and_removed() {
     };
     assert_eq!(
         (found.as_str(), expected.as_str()),
-        (&*pinned(FILE, &wrong).sha256, &*pinned(FILE, &body).sha256)
+        (sha256(&wrong).as_str(), sha256(&body).as_str())
     );
     assert_eq!(listing(dir.path()), [""; 0]);
 }
@@ -366,17 +311,17 @@ fn a_web_page_with_status_200_is_called_one() {
 }
 
 #[test]
-fn not_found_is_not_retried_and_names_the_other_source() {
+fn not_found_is_not_retried_and_says_what_the_caller_adds() {
     let body = content(1000);
     let server = Server::start([Reply::status(404, "Entry not found")]);
     let dir = temporary();
-    let error = run(&request(&server.url(), dir.path(), &body))
-        .0
-        .unwrap_err();
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.file.hints.not_delivered = "no weights (try --weights random)".into();
+    let error = run(&request).0.unwrap_err();
     let text = message(&error);
     assert!(text.contains("404 Not Found: Entry not found"), "{text}");
     assert!(
-        text.contains("cargo xtask download-data --source toronto"),
+        text.starts_with("no weights (try --weights random): "),
         "{text}"
     );
     assert_eq!(server.asked().len(), 1);
@@ -472,7 +417,7 @@ fn a_silent_server_is_left_and_asked_again() {
     ]);
     let dir = temporary();
     let mut request = request(&server.url(), dir.path(), &body);
-    request.network.read_timeout = Duration::from_millis(600);
+    request.options.network.read_timeout = Duration::from_millis(600);
     let (result, events) = run(&request);
     result.unwrap();
     assert!(
@@ -498,7 +443,7 @@ fn no_server_at_all_is_an_error_that_says_so() {
 }
 
 #[test]
-fn the_token_goes_to_the_hub_and_not_where_it_redirects() {
+fn the_token_goes_to_the_host_asked_and_not_where_it_redirects() {
     let body = content(1000);
     let elsewhere = Server::start([Reply::file(&body)]);
     let hub =
@@ -506,7 +451,7 @@ fn the_token_goes_to_the_hub_and_not_where_it_redirects() {
             .header("Location", format!("{}/blob?signature=x", elsewhere.url()))]);
     let dir = temporary();
     let mut request = request(&hub.url(), dir.path(), &body);
-    request.hub_token = Some(Token::new("hf_secret"));
+    request.file.token = Some(Token::new("hf_secret"));
     run(&request).0.unwrap();
     assert_eq!(
         hub.asked()[0].header("authorization"),
@@ -518,105 +463,23 @@ fn the_token_goes_to_the_hub_and_not_where_it_redirects() {
 }
 
 #[test]
-fn a_refused_token_is_suspected() {
-    let body = content(10);
-    let server = Server::start([Reply::status(401, "Invalid credentials")]);
-    let dir = temporary();
-    let mut request = request(&server.url(), dir.path(), &body);
-    request.hub_token = Some(Token::new("hf_secret"));
-    let text = message(&run(&request).0.unwrap_err());
-    assert!(
-        text.contains("HF_TOKEN may be wrong") && !text.contains("hf_secret"),
-        "{text}"
-    );
-}
-
-#[test]
-fn a_file_in_the_hub_cache_needs_no_network() {
-    let body = content(1000);
-    let (dir, cache) = (temporary(), temporary());
-    put(
-        &cache
-            .path()
-            .join("datasets--uoft-cs--cifar10/snapshots")
-            .join(REVISION)
-            .join(FILE),
-        &body,
-    );
-    let server = Server::start([]);
-    let mut request = request(&server.url(), dir.path(), &body);
-    request.hub_cache = Some(cache.path().to_path_buf());
-    request.offline = true;
-    let report = run(&request).0.unwrap();
-    assert_eq!(report.files[0].origin, Origin::HubCache);
-    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
-    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
-    assert!(server.asked().is_empty());
-}
-
-#[test]
-fn a_wrong_file_in_the_hub_cache_is_fetched_instead_and_left_alone() {
-    let body = content(1000);
-    let (dir, cache) = (temporary(), temporary());
-    let cached = cache
-        .path()
-        .join("datasets--uoft-cs--cifar10/snapshots")
-        .join(REVISION)
-        .join(FILE);
-    put(&cached, &[7; 1000]);
-    let server = Server::start([Reply::file(&body)]);
-    let mut request = request(&server.url(), dir.path(), &body);
-    request.hub_cache = Some(cache.path().to_path_buf());
-    let (result, events) = run(&request);
-    assert_eq!(
-        result.unwrap().files[0].origin,
-        Origin::Network { received: 1000 }
-    );
-    assert!(
-        events
-            .iter()
-            .any(|event| event.starts_with("HubCacheIsWrong")),
-        "{events:?}"
-    );
-    assert_eq!(fs::read(cached).unwrap(), [7; 1000]);
-}
-
-#[test]
 fn offline_means_no_request() {
     let body = content(1000);
     let server = Server::start([Reply::file(&body)]);
     let dir = temporary();
     let mut request = request(&server.url(), dir.path(), &body);
-    request.offline = true;
+    request.options.offline = true;
+    request.file.hints.offline = "HF_HUB_OFFLINE is set".into();
     let error = run(&request).0.unwrap_err();
     assert!(
         matches!(error, DownloadError::Offline { .. })
-            && error.to_string().contains("HF_HUB_OFFLINE"),
+            && error
+                .to_string()
+                .ends_with("is missing and HF_HUB_OFFLINE is set"),
         "{error}"
     );
     assert!(server.asked().is_empty());
     assert_eq!(listing(dir.path()), [""; 0]);
-}
-
-#[test]
-fn an_endpoint_that_is_no_address_is_refused() {
-    for endpoint in [
-        "",
-        "huggingface.co",
-        "ftp://huggingface.co",
-        "http://",
-        "http:///",
-        "https://a/?b",
-    ] {
-        let dir = temporary();
-        let error = run(&request(endpoint, dir.path(), &content(10)))
-            .0
-            .unwrap_err();
-        assert!(
-            matches!(&error, DownloadError::BadEndpoint { .. }),
-            "{endpoint:?}: {error:?}"
-        );
-    }
 }
 
 #[test]
@@ -625,13 +488,14 @@ fn an_interrupt_keeps_what_has_arrived() {
     let server = Server::start([Reply::file(&body)]);
     let dir = temporary();
     let request = request(&server.url(), dir.path(), &body);
-    let Interrupt(flag) = request.interrupt.clone();
-    let error = fetch(&request, &mut |event| {
-        if matches!(event, Event::Progress { done, .. } if done > 100_000) {
-            flag.store(true, Ordering::Relaxed);
-        }
-    })
-    .unwrap_err();
+    let Interrupt(flag) = request.options.interrupt.clone();
+    let error = request
+        .fetch(&mut |event| {
+            if matches!(event, Event::Progress { done, .. } if done > 100_000) {
+                flag.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap_err();
     let DownloadError::Interrupted { kept, .. } = error else {
         panic!("{error:?}")
     };
@@ -640,41 +504,6 @@ fn an_interrupt_keeps_what_has_arrived() {
         body[..kept as usize]
     );
     assert!((100_000..300_000).contains(&kept), "{kept}");
-}
-
-#[test]
-fn the_pinned_manifests_are_whole() {
-    let Manifest::Hub(hub) = Source::Hub.manifest() else {
-        panic!()
-    };
-    assert_eq!((&hub, hub.revision.len()), (&CIFAR10_HUB, 40));
-    assert_eq!(
-        hub.files.iter().map(|file| file.bytes).sum::<u64>(),
-        143_646_105
-    );
-    let Manifest::Archive(toronto) = Source::Toronto.manifest() else {
-        panic!()
-    };
-    assert_eq!(toronto, CIFAR10_TORONTO);
-    assert!(
-        toronto.members.iter().all(|file| file.bytes == 30_730_000) && toronto.members.len() == 6
-    );
-    let mut hashes: Vec<_> = hub
-        .files
-        .iter()
-        .chain(toronto.members.iter())
-        .map(|file| &file.sha256)
-        .collect();
-    assert!(hashes.iter().all(
-        |hash| hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    ));
-    hashes.sort();
-    hashes.dedup();
-    assert_eq!(hashes.len(), 8);
-    assert_eq!(
-        Request::new(Source::Hub, "data").hub_endpoint,
-        "https://huggingface.co"
-    );
 }
 
 proptest! {
@@ -694,9 +523,9 @@ proptest! {
         let server = Server::start(script);
         let dir = temporary();
         let mut request = request(&server.url(), dir.path(), &body);
-        request.network.attempts = 20;
-        let report = run(&request).0.expect("success");
-        prop_assert_eq!(fs::read(&report.files[0].path).unwrap(), body);
-        prop_assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+        request.options.network.attempts = 20;
+        run(&request).0.expect("success");
+        prop_assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+        prop_assert_eq!(listing(dir.path()), ["folder", FILE]);
     }
 }

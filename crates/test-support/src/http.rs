@@ -10,13 +10,17 @@ use std::time::Duration;
 
 /// What a client asked for.
 #[derive(Debug, Clone)]
-pub(crate) struct Asked {
-    pub(crate) path: String,
+pub struct Asked {
+    /// The method: `GET` or `HEAD`.
+    pub method: String,
+    /// The path with its query.
+    pub path: String,
     headers: Vec<(String, String)>,
 }
 
 impl Asked {
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
             .find(|(key, _)| key.eq_ignore_ascii_case(name))
@@ -26,7 +30,7 @@ impl Asked {
 
 /// One answer, good or bad.
 #[derive(Debug, Clone)]
-pub(crate) struct Reply {
+pub struct Reply {
     status: u16,
     headers: Vec<(&'static str, String)>,
     /// Answers `Range` requests from this body as a good server does.
@@ -40,7 +44,8 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    pub(crate) fn status(status: u16, body: impl Into<Vec<u8>>) -> Reply {
+    /// This status and body.
+    pub fn status(status: u16, body: impl Into<Vec<u8>>) -> Reply {
         Reply {
             status,
             headers: Vec::new(),
@@ -53,28 +58,31 @@ impl Reply {
     }
 
     /// Status 200 with this body, ranges not supported.
-    pub(crate) fn body(body: &[u8]) -> Reply {
+    pub fn body(body: &[u8]) -> Reply {
         Reply::status(200, body)
     }
 
     /// The same from a server that supports ranges.
-    pub(crate) fn file(body: &[u8]) -> Reply {
+    pub fn file(body: &[u8]) -> Reply {
         Reply {
             ranges: true,
             ..Reply::body(body)
         }
     }
 
-    pub(crate) fn header(mut self, name: &'static str, value: impl Into<String>) -> Reply {
+    /// With one more header.
+    pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Reply {
         self.headers.push((name, value.into()));
         self
     }
 
-    pub(crate) fn dropped_after(self, sends: usize) -> Reply {
+    /// The connection closes after these bytes of the body.
+    pub fn dropped_after(self, sends: usize) -> Reply {
         Reply { sends, ..self }
     }
 
-    pub(crate) fn stalled_after(self, sends: usize, then_waits: Duration) -> Reply {
+    /// The same after a silence.
+    pub fn stalled_after(self, sends: usize, then_waits: Duration) -> Reply {
         Reply {
             sends,
             then_waits,
@@ -83,7 +91,7 @@ impl Reply {
     }
 
     /// Without Content-Length: the body ends with the connection.
-    pub(crate) fn unannounced(self) -> Reply {
+    pub fn unannounced(self) -> Reply {
         Reply {
             announce: false,
             ..self
@@ -123,7 +131,9 @@ impl Reply {
             write!(stream, "{name}: {value}\r\n")?;
         }
         write!(stream, "\r\n")?;
-        stream.write_all(&body[..body.len().min(self.sends)])?;
+        if asked.method != "HEAD" {
+            stream.write_all(&body[..body.len().min(self.sends)])?;
+        }
         stream.flush()?;
         sleep(self.then_waits);
         Ok(())
@@ -131,7 +141,8 @@ impl Reply {
 }
 
 /// Gives each request the next reply of its script; past its end it answers 599, which no test expects.
-pub(crate) struct Server {
+#[derive(Debug)]
+pub struct Server {
     address: SocketAddr,
     asked: Arc<Mutex<Vec<Asked>>>,
     stop: Arc<AtomicBool>,
@@ -139,7 +150,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn start(script: impl IntoIterator<Item = Reply>) -> Server {
+    /// Listens on a free port of 127.0.0.1.
+    pub fn start(script: impl IntoIterator<Item = Reply>) -> Server {
         let mut script: VecDeque<Reply> = script.into_iter().collect();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on loopback");
         let address = listener.local_addr().expect("its address");
@@ -172,11 +184,13 @@ impl Server {
         }
     }
 
-    pub(crate) fn url(&self) -> String {
+    /// Its address, without a `/` at the end.
+    pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    pub(crate) fn asked(&self) -> Vec<Asked> {
+    /// All requests so far.
+    pub fn asked(&self) -> Vec<Asked> {
         self.asked.lock().unwrap().clone()
     }
 }
@@ -200,10 +214,15 @@ fn read_request(stream: &mut TcpStream) -> Option<Asked> {
     }
     let text = String::from_utf8(bytes).ok()?;
     let mut lines = text.lines();
-    let path = lines.next()?.split(' ').nth(1)?.to_owned();
+    let mut request = lines.next()?.split(' ').map(str::to_owned);
+    let (method, path) = (request.next()?, request.next()?);
     let headers = lines
         .filter_map(|line| line.split_once(": "))
         .map(|(k, v)| (k.to_owned(), v.to_owned()))
         .collect();
-    Some(Asked { path, headers })
+    Some(Asked {
+        method,
+        path,
+        headers,
+    })
 }

@@ -1,7 +1,6 @@
 //! One file over HTTP: continued after interruptions, retried, and refused as early as it can be.
 
 use std::io::{self, Read};
-use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -13,14 +12,13 @@ use reqwest::header::{
 };
 use reqwest::{StatusCode, Url, redirect};
 
-use super::error::{DownloadError, RemoteError};
-use super::manifest::{PinnedFile, Source};
-use super::store::PartFile;
-use super::{Event, Interrupt, Network, Proxy, Token};
+use crate::error::{DownloadError, RemoteError};
+use crate::store::PartFile;
+use crate::{Event, FileRequest, Interrupt, Network, Options, Proxy, Text};
 
 /// The client for one run. Redirects lose the token when they leave the host (reqwest's rule), and never
 /// lead from https to http.
-pub(super) fn client(network: &Network) -> Result<Client, DownloadError> {
+pub(crate) fn client(network: &Network) -> Result<Client, DownloadError> {
     let policy = redirect::Policy::custom(|attempt| {
         let was_secure = attempt
             .previous()
@@ -34,8 +32,15 @@ pub(super) fn client(network: &Network) -> Result<Client, DownloadError> {
             attempt.follow()
         }
     });
+    client_with(network, policy)
+}
+
+pub(crate) fn client_with(
+    network: &Network,
+    policy: redirect::Policy,
+) -> Result<Client, DownloadError> {
     let mut builder = Client::builder()
-        .user_agent(concat!("cifar-data/", env!("CARGO_PKG_VERSION")))
+        .user_agent(concat!("verified-download/", env!("CARGO_PKG_VERSION")))
         .redirect(policy)
         .connect_timeout(network.connect_timeout)
         // In the blocking client this bounds the wait for the headers and for each read, not their sum.
@@ -49,26 +54,23 @@ pub(super) fn client(network: &Network) -> Result<Client, DownloadError> {
 }
 
 /// One file to fetch and all that is needed for it.
-pub(super) struct Transfer<'a> {
-    pub(super) client: &'a Client,
-    pub(super) network: &'a Network,
-    pub(super) source: Source,
-    pub(super) url: Url,
-    pub(super) token: Option<&'a Token>,
-    pub(super) pinned: &'a PinnedFile,
-    pub(super) target: &'a Path,
-    pub(super) interrupt: &'a Interrupt,
+pub(crate) struct Transfer<'a> {
+    pub(crate) client: &'a Client,
+    pub(crate) options: &'a Options,
+    pub(crate) file: &'a FileRequest,
+    pub(crate) url: Url,
 }
 
 impl Transfer<'_> {
     /// Fills `part` until it is the pinned file, and returns how many bytes came over the network.
-    pub(super) fn run(
+    pub(crate) fn run(
         &self,
         part: &mut PartFile<'_>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<u64, DownloadError> {
         let mut state = State {
             received: 0,
+            total: self.file.pin.exact_bytes(),
             best: part.len(),
             failures: 0,
             etag: None,
@@ -77,18 +79,21 @@ impl Transfer<'_> {
         };
         progress(Event::Fetching {
             url: &self.shown_url(None),
-            path: self.target,
+            path: &self.file.path,
             from: part.len(),
-            bytes: self.pinned.bytes,
+            bytes: self.file.pin.most_bytes(),
         });
+        if state.total.is_none() && part.len() > 0 && part.verify().is_ok() {
+            return Ok(0);
+        }
         loop {
-            if part.len() == self.pinned.bytes {
+            if state.total == Some(part.len()) {
                 match part.verify() {
                     Ok(()) => return Ok(state.received),
                     Err(problem) if state.from_earlier_run => {
                         tracing::debug!(%problem, "the bytes kept from an earlier run are wrong");
                         progress(Event::StartingOver {
-                            path: self.target,
+                            path: &self.file.path,
                             why: "the bytes kept from an earlier run are wrong",
                         });
                         part.restart()?;
@@ -113,7 +118,7 @@ impl Transfer<'_> {
                     ..
                 })) if state.use_range && part.len() > 0 => {
                     progress(Event::StartingOver {
-                        path: self.target,
+                        path: &self.file.path,
                         why: "the server cannot continue from here",
                     });
                     state.use_range = false;
@@ -121,7 +126,9 @@ impl Transfer<'_> {
                 }
                 Err(Failure::Remote(error)) => {
                     let delay = self.delay_after(error, part, &mut state, progress)?;
-                    self.wait(delay, part)?;
+                    if !wait(delay, &self.options.interrupt) {
+                        return Err(self.interrupted(part));
+                    }
                 }
             }
         }
@@ -134,7 +141,6 @@ impl Transfer<'_> {
         state: &mut State,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
-        let expected = self.pinned.bytes;
         if !state.use_range {
             part.restart()?;
         }
@@ -143,7 +149,7 @@ impl Transfer<'_> {
             .client
             .get(self.url.clone())
             .header(ACCEPT_ENCODING, "identity");
-        if let Some(token) = self.token {
+        if let Some(token) = &self.file.token {
             request = request.bearer_auth(token.expose());
         }
         if part.len() > 0 {
@@ -163,7 +169,7 @@ impl Transfer<'_> {
         match status {
             StatusCode::OK if part.len() > 0 => {
                 progress(Event::StartingOver {
-                    path: self.target,
+                    path: &self.file.path,
                     why: "the server sends the file from its start",
                 });
                 part.restart()?;
@@ -172,7 +178,9 @@ impl Transfer<'_> {
             StatusCode::OK => {}
             StatusCode::PARTIAL_CONTENT => {
                 let (start, total) = content_range(headers).unwrap_or((u64::MAX, None));
-                if let Some(announced) = total.filter(|&total| total != expected) {
+                if let (Some(announced), Some(expected)) = (total, self.file.pin.exact_bytes())
+                    && announced != expected
+                {
                     return Err(RemoteError::WrongLength {
                         url,
                         announced,
@@ -180,13 +188,22 @@ impl Transfer<'_> {
                     }
                     .into());
                 }
+                let most = self.file.pin.most_bytes();
+                if total.is_some_and(|total| total > most) {
+                    return Err(RemoteError::TooLong {
+                        url,
+                        expected: most,
+                    }
+                    .into());
+                }
+                state.total = state.total.or(total);
                 if start != part.len() {
                     // It answers ranges, but not the one we asked for: do without.
                     state.use_range = false;
                     return Err(RemoteError::BrokeOff {
                         url,
                         received: part.len(),
-                        expected,
+                        expected: state.expected(self.file),
                         source: None,
                     }
                     .into());
@@ -195,10 +212,10 @@ impl Transfer<'_> {
             _ => {
                 let retry_after = retry_after(headers);
                 let hint = match status {
-                    StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.token.is_some() => {
-                        "HF_TOKEN may be wrong or expired; the data set is public, so unset it"
+                    StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                        self.file.hints.refused.clone()
                     }
-                    _ => "",
+                    _ => Text::Borrowed(""),
                 };
                 let excerpt = excerpt(&read_start(&mut response));
                 return Err(RemoteError::Status {
@@ -225,17 +242,26 @@ impl Transfer<'_> {
             header(headers, CONTENT_LENGTH).and_then(|length| length.trim().parse::<u64>().ok());
         if let Some(length) = announced {
             let announced = part.len().saturating_add(length);
+            let (exact, most) = (self.file.pin.exact_bytes(), self.file.pin.most_bytes());
             // A partial answer may stop short of the end; a whole one may not.
-            if announced > expected || (announced < expected && status == StatusCode::OK) {
-                return Err(match page_instead(&mut response) {
-                    Some(excerpt) => RemoteError::WebPage { url, excerpt }.into(),
-                    None => RemoteError::WrongLength {
+            let is_whole = status == StatusCode::OK;
+            if announced > most || (is_whole && exact.is_some_and(|exact| announced < exact)) {
+                return Err(match (page_instead(&mut response), exact) {
+                    (Some(excerpt), _) => RemoteError::WebPage { url, excerpt },
+                    (None, Some(expected)) => RemoteError::WrongLength {
                         url,
                         announced,
                         expected,
-                    }
-                    .into(),
-                });
+                    },
+                    (None, None) => RemoteError::TooLong {
+                        url,
+                        expected: most,
+                    },
+                }
+                .into());
+            }
+            if is_whole {
+                state.total = Some(announced);
             }
         }
         // Only a strong tag promises the same bytes. It is remembered for this run alone: between runs a
@@ -244,9 +270,9 @@ impl Transfer<'_> {
             .filter(|tag| tag.starts_with('"'))
             .map(str::to_owned);
         progress(Event::Transferring {
-            path: self.target,
+            path: &self.file.path,
             from: part.len(),
-            bytes: expected,
+            bytes: state.expected(self.file),
         });
         self.read_body(&mut response, url, part, state, progress)
     }
@@ -259,14 +285,18 @@ impl Transfer<'_> {
         state: &mut State,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
-        let expected = self.pinned.bytes;
+        let expected = state.expected(self.file);
         let mut buffer = vec![0; 1 << 16];
         loop {
-            if self.interrupt.is_raised() {
+            if self.options.interrupt.is_raised() {
                 return Err(self.interrupted(part).into());
             }
             let count = match response.read(&mut buffer) {
-                Ok(0) if part.len() == expected => return Ok(()),
+                // Where nobody knows the size, the end is where the server ends, and the hash decides.
+                Ok(0) if part.len() == expected || (state.total.is_none() && part.len() > 0) => {
+                    state.total = Some(part.len());
+                    return Ok(());
+                }
                 Ok(0) => {
                     return Err(RemoteError::BrokeOff {
                         url,
@@ -281,7 +311,7 @@ impl Transfer<'_> {
                 // All bytes are there: how the connection ends no longer matters.
                 Err(_) if part.len() == expected => return Ok(()),
                 Err(error) if is_timeout(&error) => {
-                    let silence = self.network.read_timeout;
+                    let silence = self.options.network.read_timeout;
                     return Err(RemoteError::Stalled {
                         url,
                         received: part.len(),
@@ -340,9 +370,9 @@ impl Transfer<'_> {
         // Who cannot even connect is probably offline, and should hear so soon.
         let nothing_heard = state.received == 0 && matches!(error, RemoteError::NoAnswer { .. });
         let attempts = if nothing_heard {
-            self.network.attempts_to_connect
+            self.options.network.attempts_to_connect
         } else {
-            self.network.attempts
+            self.options.network.attempts
         };
         if state.failures >= attempts {
             let last = Box::new(error);
@@ -352,7 +382,7 @@ impl Transfer<'_> {
                 last,
             }));
         }
-        let mut delay = self.network.backoff(state.failures);
+        let mut delay = self.options.network.backoff(state.failures);
         if let RemoteError::Status {
             url,
             status,
@@ -360,7 +390,7 @@ impl Transfer<'_> {
             ..
         } = &error
         {
-            if *wait > self.network.longest_retry_after {
+            if *wait > self.options.network.longest_retry_after {
                 return Err(self.failed(RemoteError::AsksToWait {
                     url: url.clone(),
                     status: *status,
@@ -378,44 +408,33 @@ impl Transfer<'_> {
         Ok(delay)
     }
 
-    fn wait(&self, delay: Duration, part: &PartFile<'_>) -> Result<(), DownloadError> {
-        let end = Instant::now() + delay;
-        loop {
-            if self.interrupt.is_raised() {
-                return Err(self.interrupted(part));
-            }
-            match end.saturating_duration_since(Instant::now()) {
-                Duration::ZERO => return Ok(()),
-                left => sleep(left.min(Duration::from_millis(50))),
-            }
-        }
-    }
-
     fn failed(&self, cause: RemoteError) -> DownloadError {
-        DownloadError::SourceFailed {
-            from: self.source,
+        DownloadError::NotDelivered {
+            what: self.file.hints.not_delivered.clone(),
             cause: Box::new(cause),
         }
     }
 
     fn interrupted(&self, part: &PartFile<'_>) -> DownloadError {
         DownloadError::Interrupted {
-            path: self.target.to_path_buf(),
+            path: self.file.path.clone(),
             kept: part.len(),
         }
     }
 
-    /// The address as users may see it: no password, no signature.
     fn shown_url(&self, ended_at: Option<&Url>) -> String {
-        let mut url = self.url.clone();
-        let _ = url.set_password(None);
-        let _ = url.set_username("");
-        match ended_at.and_then(Url::host_str) {
-            Some(host) if Some(host) != self.url.host_str() => {
-                format!("{url} (redirected to {host})")
-            }
-            _ => url.to_string(),
-        }
+        shown_url(&self.url, ended_at)
+    }
+}
+
+/// The address as users may see it: no password, no signature.
+pub(crate) fn shown_url(url: &Url, ended_at: Option<&Url>) -> String {
+    let mut shown = url.clone();
+    let _ = shown.set_password(None);
+    let _ = shown.set_username("");
+    match ended_at.and_then(Url::host_str) {
+        Some(host) if Some(host) != url.host_str() => format!("{shown} (redirected to {host})"),
+        _ => shown.to_string(),
     }
 }
 
@@ -423,6 +442,8 @@ impl Transfer<'_> {
 struct State {
     /// Bytes that came over the network in this run.
     received: u64,
+    /// The size of the file, as it is pinned or else as the server says.
+    total: Option<u64>,
     /// The most bytes of the file there ever were: only more than that is progress.
     best: u64,
     /// Attempts in a row without progress.
@@ -431,6 +452,13 @@ struct State {
     use_range: bool,
     /// Whether the part holds bytes that this run did not see arrive.
     from_earlier_run: bool,
+}
+
+impl State {
+    /// The size of the file, or the most it may be while that is unknown.
+    fn expected(&self, file: &FileRequest) -> u64 {
+        self.total.unwrap_or(file.pin.most_bytes())
+    }
 }
 
 enum Failure {
@@ -450,10 +478,22 @@ impl From<RemoteError> for Failure {
     }
 }
 
+/// Waits, unless interrupted: then the answer is false.
+pub(crate) fn wait(delay: Duration, interrupt: &Interrupt) -> bool {
+    let end = Instant::now() + delay;
+    while !interrupt.is_raised() {
+        match end.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => return true,
+            left => sleep(left.min(Duration::from_millis(50))),
+        }
+    }
+    false
+}
+
 impl Network {
     /// The wait after the n-th failure in a row: doubling up to the limit, and between half and all of that,
     /// so that many clients do not come back together.
-    fn backoff(&self, failures: u32) -> Duration {
+    pub(crate) fn backoff(&self, failures: u32) -> Duration {
         let doubled = self
             .first_backoff
             .saturating_mul(1 << (failures - 1).min(16));
@@ -463,7 +503,7 @@ impl Network {
     }
 }
 
-fn header(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
+pub(crate) fn header(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
@@ -499,7 +539,7 @@ fn is_timeout(error: &io::Error) -> bool {
 }
 
 /// The first bytes of a body that is no file.
-fn read_start(response: &mut Response) -> Vec<u8> {
+pub(crate) fn read_start(response: &mut Response) -> Vec<u8> {
     let mut start = Vec::new();
     let _ = response.take(1024).read_to_end(&mut start);
     start
@@ -520,7 +560,7 @@ fn looks_like_a_page(bytes: &[u8]) -> bool {
 }
 
 /// One printable line of at most 120 characters: a server's text must not steer the terminal.
-fn excerpt(bytes: &[u8]) -> String {
+pub(crate) fn excerpt(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let printable: String = text
         .chars()

@@ -6,26 +6,24 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
-
-use super::error::{DownloadError, Mismatch};
-use super::manifest::PinnedFile;
-use super::{Event, Interrupt};
+use crate::error::{DownloadError, Mismatch};
+use crate::pin::{Pin, Verifier};
+use crate::{Event, Interrupt};
 
 /// How a file on disk compares with the pinned one.
-pub(super) enum State {
+pub(crate) enum State {
     Absent,
-    Complete,
+    Complete(u64),
     Wrong(Mismatch),
 }
 
-/// Compares size and SHA-256 of the file at `path` with `pinned`.
-pub(super) fn check(
+/// Compares the file at `path` with `pin`.
+pub(crate) fn check(
     path: &Path,
-    pinned: &PinnedFile,
+    pin: &Pin,
     progress: &mut dyn FnMut(Event<'_>),
 ) -> Result<State, DownloadError> {
-    let read_error = |source| DownloadError::io("read", path, pinned.bytes, source);
+    let read_error = |source| DownloadError::io("read", path, pin.most_bytes(), source);
     let bytes = match fs::metadata(path) {
         Ok(metadata) => metadata.len(),
         Err(error)
@@ -38,67 +36,44 @@ pub(super) fn check(
         }
         Err(error) => return Err(read_error(error)),
     };
-    if bytes != pinned.bytes {
+    if let Some(expected) = pin.exact_bytes().filter(|&expected| expected != bytes) {
         return Ok(State::Wrong(Mismatch::Size {
             found: bytes,
-            expected: pinned.bytes,
+            expected,
         }));
     }
     progress(Event::Checking { path, bytes });
-    let mut hasher = Sha256::new();
-    hash_into(&mut hasher, &mut File::open(path).map_err(read_error)?).map_err(read_error)?;
-    Ok(match compare(hasher, bytes, pinned) {
-        Ok(()) => State::Complete,
+    let mut verifier = Verifier::new(pin);
+    hash_into(&mut verifier, &mut File::open(path).map_err(read_error)?).map_err(read_error)?;
+    Ok(match verifier.verify() {
+        Ok(()) => State::Complete(bytes),
         Err(mismatch) => State::Wrong(mismatch),
     })
 }
 
-/// Compares what was hashed with `pinned`.
-pub(super) fn compare(hasher: Sha256, bytes: u64, pinned: &PinnedFile) -> Result<(), Mismatch> {
-    if bytes != pinned.bytes {
-        return Err(Mismatch::Size {
-            found: bytes,
-            expected: pinned.bytes,
-        });
-    }
-    let found: String = hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    if !found.eq_ignore_ascii_case(&pinned.sha256) {
-        return Err(Mismatch::Sha256 {
-            found,
-            expected: pinned.sha256.to_string(),
-        });
-    }
-    Ok(())
-}
-
-/// The file under way: `<name>.<start of its SHA-256>.part` beside its final place.
+/// The file under way: `<name>.<start of its hash>.part` beside its final place.
 ///
 /// The name holds the content's hash, so bytes of another version are never continued. The file is locked as
 /// long as this value lives; a second process waits for it. What has arrived is hashed as it is written.
-pub(super) struct PartFile<'a> {
+pub(crate) struct PartFile<'a> {
     file: File,
     path: PathBuf,
-    pinned: &'a PinnedFile,
-    hasher: Sha256,
-    len: u64,
+    pin: &'a Pin,
+    verifier: Verifier,
     keep: bool,
 }
 
 impl<'a> PartFile<'a> {
     /// Opens and locks the part file of `target`, with what an earlier run left in it.
     /// The flag is true when another process held it for a while, who may have finished the job.
-    pub(super) fn open(
+    pub(crate) fn open(
         target: &Path,
-        pinned: &'a PinnedFile,
+        pin: &'a Pin,
         interrupt: &Interrupt,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(PartFile<'a>, bool), DownloadError> {
-        let path = part_path(target, pinned);
-        let error = |action, source| DownloadError::io(action, &path, pinned.bytes, source);
+        let path = part_path(target, pin);
+        let error = |action, source| DownloadError::io(action, &path, pin.most_bytes(), source);
         let mut waited = false;
         let file = loop {
             let file = OpenOptions::new()
@@ -137,56 +112,55 @@ impl<'a> PartFile<'a> {
             .metadata()
             .map_err(|source| error("read", source))?
             .len();
-        let mut hasher = Sha256::new();
-        if len <= pinned.bytes {
-            let hashed = hash_into(&mut hasher, &mut (&file).take(len));
+        let mut verifier = Verifier::new(pin);
+        if len <= pin.most_bytes() {
+            let hashed = hash_into(&mut verifier, &mut (&file).take(len));
             hashed.map_err(|source| error("read", source))?;
+        } else {
+            let emptied = file.set_len(0);
+            emptied.map_err(|source| error("empty", source))?;
         }
-        let mut part = PartFile {
+        let part = PartFile {
             file,
             path,
-            pinned,
-            hasher,
-            len,
+            pin,
+            verifier,
             keep: true,
         };
-        if len > pinned.bytes {
-            part.restart()?;
-        }
         Ok((part, waited))
     }
 
     /// Bytes written so far.
-    pub(super) fn len(&self) -> u64 {
-        self.len
+    pub(crate) fn len(&self) -> u64 {
+        self.verifier.len()
     }
 
     /// Adds `bytes` at the end.
-    pub(super) fn append(&mut self, bytes: &[u8]) -> Result<(), DownloadError> {
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), DownloadError> {
         if let Err(source) = self.file.write_all(bytes) {
-            let error = DownloadError::io("write", &self.path, self.pinned.bytes, source);
+            let error = DownloadError::io("write", &self.path, self.pin.most_bytes(), source);
             // A full disk needs the room more than we need these bytes.
             self.keep = !matches!(error, DownloadError::DiskFull { .. });
             return Err(error);
         }
-        self.hasher.update(bytes);
-        self.len += bytes.len() as u64;
+        self.verifier.update(bytes);
         Ok(())
     }
 
     /// Adds the content of another file.
-    pub(super) fn append_file(
+    pub(crate) fn append_file(
         &mut self,
         from: &Path,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), DownloadError> {
-        let bytes = self.pinned.bytes;
-        let error = |source| DownloadError::io("read", from, bytes, source);
+        let most = self.pin.most_bytes();
+        let error = |source| DownloadError::io("read", from, most, source);
         let mut file = File::open(from).map_err(error)?;
+        let bytes = file.metadata().map_err(error)?.len();
         for_each_chunk(&mut file, error, |chunk| {
             self.append(chunk)?;
             progress(Event::Progress {
-                done: self.len,
+                done: self.len(),
                 bytes,
             });
             Ok(())
@@ -194,38 +168,38 @@ impl<'a> PartFile<'a> {
     }
 
     /// Drops what was written and begins at byte 0.
-    pub(super) fn restart(&mut self) -> Result<(), DownloadError> {
-        self.hasher = Sha256::new();
-        if self.len > 0 {
+    pub(crate) fn restart(&mut self) -> Result<(), DownloadError> {
+        if self.len() > 0 {
             let emptied = self.file.set_len(0).and_then(|()| self.file.rewind());
             emptied.map_err(|source| {
-                DownloadError::io("empty", &self.path, self.pinned.bytes, source)
+                DownloadError::io("empty", &self.path, self.pin.most_bytes(), source)
             })?;
         }
-        self.len = 0;
+        self.verifier = Verifier::new(self.pin);
         Ok(())
     }
 
     /// Whether all that was written is the pinned file.
-    pub(super) fn verify(&self) -> Result<(), Mismatch> {
-        compare(self.hasher.clone(), self.len, self.pinned)
+    pub(crate) fn verify(&self) -> Result<(), Mismatch> {
+        self.verifier.clone().verify()
     }
 
     /// Removes the file when this value is dropped.
-    pub(super) fn discard(&mut self) {
+    pub(crate) fn discard(&mut self) {
         self.keep = false;
     }
 
     /// Gives the verified file its final name, in one step and for good.
-    pub(super) fn publish(mut self, target: &Path) -> Result<(), DownloadError> {
+    pub(crate) fn publish(mut self, target: &Path) -> Result<(), DownloadError> {
         let synced = self.file.sync_all();
         if let Err(source) = synced {
-            let error = DownloadError::io("write", &self.path, self.pinned.bytes, source);
+            let error = DownloadError::io("write", &self.path, self.pin.most_bytes(), source);
             self.keep = !matches!(error, DownloadError::DiskFull { .. });
             return Err(error);
         }
-        fs::rename(&self.path, target)
-            .map_err(|source| DownloadError::io("replace", target, self.pinned.bytes, source))?;
+        fs::rename(&self.path, target).map_err(|source| {
+            DownloadError::io("replace", target, self.pin.most_bytes(), source)
+        })?;
         sync_folder(target.parent())
     }
 }
@@ -233,14 +207,14 @@ impl<'a> PartFile<'a> {
 impl Drop for PartFile<'_> {
     fn drop(&mut self) {
         // After `publish` the path is gone, or another process's new file that is not ours to remove.
-        if (!self.keep || self.len == 0) && is_still_at(&self.file, &self.path) {
+        if (!self.keep || self.len() == 0) && is_still_at(&self.file, &self.path) {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
 /// Removes part files of other versions of `target` that nobody is writing.
-pub(super) fn remove_stale_parts(target: &Path, progress: &mut dyn FnMut(Event<'_>)) {
+pub(crate) fn remove_stale_parts(target: &Path, progress: &mut dyn FnMut(Event<'_>)) {
     let (Some(folder), Some(name)) = (
         target.parent(),
         target.file_name().and_then(|name| name.to_str()),
@@ -270,11 +244,11 @@ pub(super) fn remove_stale_parts(target: &Path, progress: &mut dyn FnMut(Event<'
 }
 
 /// Folders created for a file that may never arrive: those still empty at the end are removed again.
-pub(super) struct Folders(Vec<PathBuf>);
+pub(crate) struct Folders(Vec<PathBuf>);
 
 impl Folders {
     /// Creates `folder` and the missing ones above it.
-    pub(super) fn create(folder: &Path) -> Result<Folders, DownloadError> {
+    pub(crate) fn create(folder: &Path) -> Result<Folders, DownloadError> {
         let missing = folder
             .ancestors()
             .take_while(|path| !path.as_os_str().is_empty() && !path.exists());
@@ -294,7 +268,10 @@ impl Drop for Folders {
 }
 
 /// Makes the names in a folder durable, where the system can do that.
-pub(super) fn sync_folder(folder: Option<&Path>) -> Result<(), DownloadError> {
+///
+/// # Errors
+/// A folder that cannot be opened or synchronised.
+pub fn sync_folder(folder: Option<&Path>) -> Result<(), DownloadError> {
     if let (true, Some(folder)) = (cfg!(unix), folder) {
         let folder = if folder.as_os_str().is_empty() {
             Path::new(".")
@@ -308,20 +285,20 @@ pub(super) fn sync_folder(folder: Option<&Path>) -> Result<(), DownloadError> {
 }
 
 /// Where `target` grows until it is complete.
-pub(super) fn part_path(target: &Path, pinned: &PinnedFile) -> PathBuf {
-    let version: String = pinned.sha256.chars().take(VERSION_DIGITS).collect();
+pub(crate) fn part_path(target: &Path, pin: &Pin) -> PathBuf {
+    let version: String = pin.hash().chars().take(VERSION_DIGITS).collect();
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     target.with_file_name(format!("{name}.{version}.part"))
 }
 
 const VERSION_DIGITS: usize = 12;
 
-fn hash_into(hasher: &mut Sha256, from: &mut dyn Read) -> io::Result<()> {
+fn hash_into(verifier: &mut Verifier, from: &mut dyn Read) -> io::Result<()> {
     for_each_chunk(
         from,
         |error| error,
         |chunk| {
-            hasher.update(chunk);
+            verifier.update(chunk);
             Ok(())
         },
     )

@@ -3,9 +3,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use cifar_data::download::{DownloadError, Event, Mismatch, Origin, fetch};
+use test_support::http::{Reply, Server};
+use verified_download::{DownloadError, Event, Mismatch, Origin};
 
-use crate::server::{Reply, Server};
 use crate::{FILE, content, listing, message, part_path, put, request, run, temporary};
 
 #[test]
@@ -23,16 +23,17 @@ fn a_corrupt_file_is_reported_and_replaced_only_by_a_verified_one() {
         "{events:?}"
     );
     assert_eq!(fs::read(&path).unwrap(), [7; 1000], "nothing better came");
-    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+    assert_eq!(listing(dir.path()), ["folder", FILE]);
 
     let server = Server::start([Reply::file(&body)]);
     let mut seen_during_transfer = Vec::new();
-    fetch(&request(&server.url(), dir.path(), &body), &mut |event| {
-        if let Event::Progress { done: 1000, .. } = event {
-            seen_during_transfer = fs::read(&path).unwrap();
-        }
-    })
-    .unwrap();
+    request(&server.url(), dir.path(), &body)
+        .fetch(&mut |event| {
+            if let Event::Progress { done: 1000, .. } = event {
+                seen_during_transfer = fs::read(&path).unwrap();
+            }
+        })
+        .unwrap();
     assert_eq!(seen_during_transfer, [7; 1000]);
     assert_eq!(fs::read(&path).unwrap(), body);
 }
@@ -44,12 +45,13 @@ fn a_file_of_another_size_is_reported_with_both_sizes() {
     put(&dir.path().join(FILE), &body[..999]);
     let server = Server::start([Reply::file(&body)]);
     let mut problem = None;
-    fetch(&request(&server.url(), dir.path(), &body), &mut |event| {
-        if let Event::WillReplace { problem: found, .. } = event {
-            problem = Some(found.clone());
-        }
-    })
-    .unwrap();
+    request(&server.url(), dir.path(), &body)
+        .fetch(&mut |event| {
+            if let Event::WillReplace { problem: found, .. } = event {
+                problem = Some(found.clone());
+            }
+        })
+        .unwrap();
     assert_eq!(
         problem,
         Some(Mismatch::Size {
@@ -70,19 +72,19 @@ fn a_full_disk_is_named_and_nothing_is_left() {
     fs::create_dir_all(part.parent().unwrap()).unwrap();
     std::os::unix::fs::symlink("/dev/full", &part).unwrap();
     let server = Server::start([Reply::file(&body)]);
-    let error = run(&request(&server.url(), dir.path(), &body))
-        .0
-        .unwrap_err();
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.file.hints.other_folder = "choose another folder with `--data-dir`".into();
+    let error = run(&request).0.unwrap_err();
     assert!(
         matches!(&error, DownloadError::DiskFull { bytes: 1000, .. }),
         "{error:?}"
     );
     let text = message(&error);
     assert!(
-        text.contains("no space left") && text.contains("--data-dir"),
+        text.contains("no space left") && text.contains("free some, or choose another folder"),
         "{text}"
     );
-    assert_eq!(listing(dir.path()), ["plain_text"]);
+    assert_eq!(listing(dir.path()), ["folder"]);
 }
 
 #[test]
@@ -145,7 +147,7 @@ fn a_second_process_waits_and_finds_the_file_complete() {
         // A lock belongs to the opened file, so threads compete for it just as processes do.
         let first = scope.spawn(|| {
             let mut under_way = Some(under_way);
-            fetch(&request, &mut |event| {
+            request.fetch(&mut |event| {
                 if matches!(event, Event::Progress { .. })
                     && let Some(under_way) = under_way.take()
                 {
@@ -157,11 +159,8 @@ fn a_second_process_waits_and_finds_the_file_complete() {
         let (second, events) = run(&request);
         (first.join().unwrap(), second, events)
     });
-    assert_eq!(
-        first.unwrap().files[0].origin,
-        Origin::Network { received: 100_000 }
-    );
-    assert_eq!(second.unwrap().files[0].origin, Origin::AlreadyComplete);
+    assert_eq!(first.unwrap().origin, Origin::Network { received: 100_000 });
+    assert_eq!(second.unwrap().origin, Origin::AlreadyComplete);
     assert!(
         events[0].starts_with("WaitingForOtherProcess"),
         "{events:?}"
@@ -172,5 +171,5 @@ fn a_second_process_waits_and_finds_the_file_complete() {
         "the drop and its continuation, both by the first"
     );
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
-    assert_eq!(listing(dir.path()), ["plain_text", FILE]);
+    assert_eq!(listing(dir.path()), ["folder", FILE]);
 }

@@ -1,0 +1,302 @@
+//! `pretrained-import`: torchvision's GoogLeNet as a safetensors file.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use pretrained_import::{
+    FetchError, FetchOptions, MatchOptions, Report, Source, StateDict, match_googlenet,
+    write_safetensors,
+};
+use sha2::{Digest, Sha256};
+use verified_download::Event;
+
+/// Turns the weights of torchvision's GoogLeNet into a safetensors file, verified and matched key by key.
+///
+/// Reads PyTorch's formats (legacy and zip) and safetensors. Nothing in a .pth file is ever run.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    /// torchvision (fetched and verified), a file, or a Hub repository as owner/name[@revision][:file]
+    #[arg(default_value = "torchvision", value_name = "SOURCE")]
+    source: Source,
+    /// The file to write
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "weights/googlenet.safetensors"
+    )]
+    out: PathBuf,
+    /// Replace the file if it exists
+    #[arg(long)]
+    force: bool,
+    /// Leave the two auxiliary heads out, as torchvision does after loading
+    #[arg(long)]
+    drop_aux: bool,
+    /// Write what fits, whatever is missing, unexpected or misshapen
+    #[arg(long)]
+    no_strict: bool,
+    /// The network expects mean and standard deviation 0.5 and not ImageNet's: no conversion in
+    /// front of it. torchvision's own weights are used with the conversion
+    #[arg(long)]
+    no_transform_input: bool,
+    /// Only list the tensors of the file, of any network
+    #[arg(long, conflicts_with_all = ["out", "force", "drop_aux", "no_strict"])]
+    list: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    /// Where fetched files are kept [default: PyTorch's and the Hub's own caches]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    if !arguments.list && !arguments.force && arguments.out.exists() {
+        // Before anything is fetched.
+        bail!(
+            "{} exists already: name another file with --out, or pass --force to replace it",
+            arguments.out.display()
+        );
+    }
+    let found = find(arguments)?;
+    let state = StateDict::read(&found.path)?;
+    if arguments.list {
+        return list(&state, arguments.json);
+    }
+    let options = MatchOptions {
+        drop_aux: arguments.drop_aux,
+        strict: !arguments.no_strict,
+    };
+    let matched = match_googlenet(&state, options)
+        .with_context(|| format!("cannot import {}", found.path.display()))?;
+    let sha256 = match found.sha256 {
+        Some(sha256) => sha256,
+        None => sha256_of(&found.path)?,
+    };
+    let transform_input = match state.metadata.get("transform_input") {
+        Some(said) if !arguments.no_transform_input => said.clone(),
+        _ => (!arguments.no_transform_input).to_string(),
+    };
+    let metadata = BTreeMap::from([
+        ("architecture".into(), "googlenet-torchvision".into()),
+        ("classes".into(), matched.report.classes.to_string()),
+        ("transform_input".into(), transform_input),
+        ("source".into(), found.origin),
+        ("source_sha256".into(), sha256),
+        ("source_format".into(), state.format.to_string()),
+        (
+            "imported".into(),
+            jiff::Timestamp::now().strftime("%FT%TZ").to_string(),
+        ),
+    ]);
+    // What a safetensors file says beyond that, such as the names of its classes, is kept.
+    let metadata = state.metadata.clone().into_iter().chain(metadata).collect();
+    write_safetensors(&arguments.out, &matched.tensors, &metadata, arguments.force)?;
+    match arguments.json {
+        true => print_json(arguments, &metadata, &matched.report),
+        false => print_report(arguments, &metadata, &matched.report),
+    }
+}
+
+/// Shows a download as a bar in a terminal, and its beginning and end as lines.
+fn find(arguments: &Arguments) -> Result<pretrained_import::FoundFile> {
+    let options = match &arguments.cache_dir {
+        Some(dir) => FetchOptions {
+            hub: FetchOptions::from_env().hub,
+            ..FetchOptions::new(dir)
+        },
+        None => FetchOptions::from_env(),
+    };
+    let bar = ProgressBar::hidden();
+    let found = arguments.source.find(&options, &mut |event| match event {
+        Event::Fetching { url, bytes, .. } => {
+            eprintln!("fetching {url} ({})", HumanBytes(bytes));
+            if io::stderr().is_terminal() {
+                bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+                if let Ok(style) = ProgressStyle::with_template(
+                    "{bytes:>10} of {total_bytes} {wide_bar} {bytes_per_sec}, {eta} left",
+                ) {
+                    bar.set_style(style);
+                }
+            }
+        }
+        Event::Progress { done, bytes } => {
+            bar.set_length(bytes);
+            bar.set_position(done);
+        }
+        Event::Retrying { problem, delay, .. } => {
+            bar.suspend(|| {
+                let seconds = delay.as_secs_f64();
+                eprintln!("{problem}; trying again in {seconds:.1} s");
+            });
+        }
+        Event::Complete { path, .. } => {
+            bar.finish_and_clear();
+            eprintln!("{} is complete and verified", path.display());
+        }
+        _ => {}
+    });
+    bar.finish_and_clear();
+    found.map_err(|error| {
+        let advice = match &error {
+            FetchError::Unreachable { .. }
+            | FetchError::NotCached { .. }
+            | FetchError::Download(_) => {
+                ". Without a network, fetch the file elsewhere and name it: pretrained-import FILE"
+            }
+            _ => "",
+        };
+        anyhow::Error::new(error).context(format!("cannot get {}{advice}", arguments.source))
+    })
+}
+
+fn sha256_of(path: &Path) -> Result<String> {
+    let read = || -> io::Result<Sha256> {
+        let mut hasher = Sha256::new();
+        let mut file = File::open(path)?;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(hasher),
+                count => hasher.update(&buffer[..count]),
+            }
+        }
+    };
+    let hasher = read().with_context(|| format!("cannot read {}", path.display()))?;
+    let digest = hasher.finalize();
+    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn list(state: &StateDict, json: bool) -> Result<()> {
+    let mut out = io::stdout().lock();
+    if json {
+        let tensors = state.tensors.iter().map(|(name, tensor)| {
+            serde_json::json!({
+                "name": name,
+                "shape": tensor.dims(),
+                "dtype": tensor.dtype().as_str(),
+            })
+        });
+        let all = serde_json::json!({
+            "format": state.format.to_string(),
+            "metadata": state.metadata,
+            "tensors": tensors.collect::<Vec<_>>(),
+            "ignored": state.ignored,
+        });
+        writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
+        return Ok(());
+    }
+    for (name, tensor) in &state.tensors {
+        let (dtype, dims) = (tensor.dtype().as_str(), tensor.dims());
+        writeln!(out, "{name}  {dtype} {dims:?}")?;
+    }
+    let values: usize = state
+        .tensors
+        .values()
+        .map(|tensor| tensor.elem_count())
+        .sum();
+    let count = state.tensors.len();
+    writeln!(
+        out,
+        "{count} tensors with {values} values, {}",
+        state.format
+    )?;
+    Ok(())
+}
+
+fn print_json(
+    arguments: &Arguments,
+    metadata: &BTreeMap<String, String>,
+    report: &Report,
+) -> Result<()> {
+    let all = serde_json::json!({
+        "out": arguments.out,
+        "metadata": metadata,
+        "report": report,
+    });
+    println!("{}", serde_json::to_string_pretty(&all)?);
+    Ok(())
+}
+
+fn print_report(
+    arguments: &Arguments,
+    metadata: &BTreeMap<String, String>,
+    report: &Report,
+) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let said = |key: &str| metadata.get(key).map_or("", String::as_str);
+    writeln!(out, "source      {}", said("source"))?;
+    writeln!(
+        out,
+        "            {}, SHA-256 {}",
+        said("source_format"),
+        said("source_sha256")
+    )?;
+    let heads = match report.aux_heads {
+        true => "with auxiliary heads",
+        false => "without auxiliary heads",
+    };
+    writeln!(
+        out,
+        "network     torchvision's GoogLeNet, {} classes, {heads}",
+        report.classes
+    )?;
+    writeln!(
+        out,
+        "tensors     {} loaded, {} missing, {} unexpected, {} misshapen",
+        report.loaded.len(),
+        report.missing.len(),
+        report.unexpected.len(),
+        report.misshapen.len()
+    )?;
+    let misshapen = report.misshapen.iter();
+    let misshapen: Vec<String> = misshapen
+        .map(|m| format!("{} {:?}, expected {:?}", m.name, m.found, m.expected))
+        .collect();
+    for (what, names) in [
+        ("missing", &report.missing),
+        ("unexpected", &report.unexpected),
+        ("misshapen", &misshapen),
+        ("filled with 0", &report.filled),
+        ("no tensors", &report.ignored),
+    ] {
+        if !names.is_empty() {
+            writeln!(out, "            {what}: {}", names.join(", "))?;
+        }
+    }
+    if !report.dropped.is_empty() {
+        let count = report.dropped.len();
+        writeln!(out, "            {count} of the auxiliary heads left out")?;
+    }
+    for (dtype, count) in &report.converted {
+        writeln!(out, "            {count} converted from {dtype}")?;
+    }
+    let shown = arguments.out.display();
+    let size = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
+    writeln!(out, "written     {shown} ({})", HumanBytes(size))?;
+    writeln!(
+        out,
+        "\nNext:\n  cargo run -p finetune-full -- --weights {shown}"
+    )?;
+    writeln!(
+        out,
+        "  cargo run -p predict -- --weights {shown} picture.jpg"
+    )?;
+    Ok(())
+}

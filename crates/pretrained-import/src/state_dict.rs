@@ -1,0 +1,192 @@
+//! Files of weights of any format as tensors under their keys.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+
+use crate::error::{ImportError, Problem};
+use crate::torch::{self, Contents};
+
+/// What a file of weights holds.
+#[derive(Debug, Clone)]
+pub struct StateDict {
+    /// By key, on the CPU, in the file's types: f16, bf16, f32 and f64 as they are, bool and u8 as
+    /// u8, all other integers as i64. A `module.` in front of every key, from
+    /// `nn.DataParallel`, is taken off.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Keys beside them that hold no tensor, such as `epoch`.
+    pub ignored: Vec<String>,
+    /// What a safetensors file says of itself; empty in the others.
+    pub metadata: BTreeMap<String, String>,
+    /// Of the file.
+    pub format: Format,
+}
+
+/// Formats of files of weights, told apart by their first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// PyTorch's until 1.5: pickles, then numbers.
+    TorchLegacy,
+    /// PyTorch's since 1.6.
+    TorchZip,
+    /// Hugging Face's.
+    Safetensors,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TorchLegacy => "PyTorch legacy",
+            Self::TorchZip => "PyTorch zip",
+            Self::Safetensors => "safetensors",
+        })
+    }
+}
+
+impl StateDict {
+    /// Reads a `.pth` file of either format or a safetensors file; its name plays no part.
+    ///
+    /// A PyTorch file is untrusted code: nothing of it is run, only dictionaries of tensors are
+    /// understood, and no size is believed that the file does not back.
+    ///
+    /// # Errors
+    /// [`ImportError`], with the file's name.
+    pub fn read(path: &Path) -> Result<Self, ImportError> {
+        let open = || -> std::io::Result<(File, u64)> {
+            let file = File::open(path)?;
+            let len = file.metadata()?.len();
+            Ok((file, len))
+        };
+        let (file, len) = open().map_err(|source| ImportError::Read {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        Self::read_from(BufReader::with_capacity(1 << 16, file), len, path)
+    }
+
+    /// As [`Self::read`], from bytes in memory; `path` names them in errors.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self, ImportError> {
+        Self::read_from(std::io::Cursor::new(bytes), bytes.len() as u64, path)
+    }
+
+    fn read_from(
+        mut file: impl std::io::BufRead + Seek,
+        len: u64,
+        path: &Path,
+    ) -> Result<Self, ImportError> {
+        let mut start = Vec::new();
+        let peek = file.by_ref().take(16).read_to_end(&mut start);
+        let back = peek.and_then(|_| file.seek(SeekFrom::Start(0)));
+        back.map_err(|source| Problem::Io(source).of(path))?;
+        let contents = match start.as_slice() {
+            [b'P', b'K', 3, 4, ..] => {
+                let contents = torch::read_zip(&mut file, len);
+                contents.map(|contents| (contents, BTreeMap::new(), Format::TorchZip))
+            }
+            [0x80, ..] => {
+                let contents = torch::read_legacy(&mut file, len);
+                contents.map(|contents| (contents, BTreeMap::new(), Format::TorchLegacy))
+            }
+            [_, _, _, _, _, _, _, _, b'{', ..] => {
+                let contents = read_safetensors(&mut file, len);
+                contents.map(|(contents, metadata)| (contents, metadata, Format::Safetensors))
+            }
+            _ => {
+                return Err(ImportError::UnknownFormat {
+                    path: path.to_path_buf(),
+                    found: shown(&start),
+                });
+            }
+        };
+        let (contents, metadata, format) = contents.map_err(|problem| problem.of(path))?;
+        Ok(Self {
+            tensors: without_module(contents.tensors),
+            ignored: contents.ignored,
+            metadata,
+            format,
+        })
+    }
+}
+
+/// First bytes for people: as text if they are.
+fn shown(start: &[u8]) -> String {
+    if start.is_empty() {
+        return "nothing (it is empty)".into();
+    }
+    let is_text = start
+        .iter()
+        .all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace());
+    match str::from_utf8(start) {
+        Ok(text) if is_text => format!("{text:?}"),
+        _ => {
+            let bytes = start.iter().take(8);
+            let bytes: Vec<String> = bytes.map(|byte| format!("{byte:02x}")).collect();
+            format!("the bytes {}", bytes.join(" "))
+        }
+    }
+}
+
+fn without_module(tensors: Vec<(String, Tensor)>) -> BTreeMap<String, Tensor> {
+    const PREFIX: &str = "module.";
+    let all = tensors.iter().all(|(name, _)| name.starts_with(PREFIX));
+    let skip = if all { PREFIX.len() } else { 0 };
+    tensors
+        .into_iter()
+        .map(|(name, tensor)| (name[skip..].to_owned(), tensor))
+        .collect()
+}
+
+type Metadata = BTreeMap<String, String>;
+
+fn read_safetensors(file: &mut impl Read, len: u64) -> Result<(Contents, Metadata), Problem> {
+    let mut bytes = Vec::new();
+    file.take(len).read_to_end(&mut bytes)?;
+    let damaged = |error: safetensors::SafeTensorError| {
+        Problem::damaged(format!("as a safetensors file: {error}"))
+    };
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+    let metadata = header.metadata().clone().unwrap_or_default();
+    let file = SafeTensors::deserialize(&bytes).map_err(damaged)?;
+    let mut tensors = Vec::new();
+    for (name, view) in file.iter() {
+        let problem = |problem: String| Problem::Tensor {
+            name: name.to_owned(),
+            problem,
+        };
+        let (shape, data) = (view.shape(), view.data());
+        let tensor = match view.dtype() {
+            Dtype::F64 => Tensor::from_raw_buffer(data, DType::F64, shape, &Device::Cpu),
+            Dtype::F32 => Tensor::from_raw_buffer(data, DType::F32, shape, &Device::Cpu),
+            Dtype::F16 => Tensor::from_raw_buffer(data, DType::F16, shape, &Device::Cpu),
+            Dtype::BF16 => Tensor::from_raw_buffer(data, DType::BF16, shape, &Device::Cpu),
+            Dtype::I64 => Tensor::from_raw_buffer(data, DType::I64, shape, &Device::Cpu),
+            Dtype::U8 | Dtype::BOOL => {
+                Tensor::from_raw_buffer(data, DType::U8, shape, &Device::Cpu)
+            }
+            other => {
+                return Err(problem(format!(
+                    "type {other:?}, expected F16, BF16, F32, F64, I64, U8 or BOOL"
+                )));
+            }
+        };
+        tensors.push((name.to_owned(), tensor.map_err(|e| problem(e.to_string()))?));
+    }
+    if tensors.is_empty() {
+        return Err(Problem::NoStateDict(
+            "a safetensors file without tensors".into(),
+        ));
+    }
+    let contents = Contents {
+        tensors,
+        ignored: Vec::new(),
+    };
+    Ok((contents, metadata.into_iter().collect()))
+}

@@ -1,0 +1,224 @@
+//! The command, and how a state dict is held against the network.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use candle_core::{DType, Device, Tensor};
+use inception_model::{GoogLeNet, GoogLeNetConfig};
+use predicates::str::contains;
+use pretrained_import::{MatchError, MatchOptions, StateDict, match_googlenet, write_safetensors};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+fn import(arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("pretrained-import").unwrap();
+    command.args(arguments);
+    command
+}
+
+/// A state dict of the right shapes: each tensor filled with its place in the list.
+fn googlenet(classes: usize, aux_heads: bool) -> Vec<(String, Tensor)> {
+    let config = GoogLeNetConfig {
+        num_classes: classes,
+        aux_heads,
+        ..GoogLeNetConfig::default()
+    };
+    GoogLeNet::state_dict_shapes(&config)
+        .into_iter()
+        .enumerate()
+        .map(|(place, (name, shape, dtype))| {
+            let tensor = Tensor::full(place as f32, shape, &Device::Cpu).unwrap();
+            (name, tensor.to_dtype(dtype).unwrap())
+        })
+        .collect()
+}
+
+fn write(path: &Path, tensors: &[(String, Tensor)]) {
+    write_safetensors(path, tensors, &BTreeMap::new(), false).unwrap();
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (
+        dir.path().join("from.safetensors"),
+        dir.path().join("new/to.safetensors"),
+    );
+    let tensors = googlenet(10, true);
+    write(&from, &tensors);
+    import(&[text(&from), "--out", text(&to)])
+        .assert()
+        .success()
+        .stdout(contains("364 loaded, 0 missing, 0 unexpected, 0 misshapen"))
+        .stdout(contains("10 classes, with auxiliary heads"))
+        .stdout(contains(format!(
+            "cargo run -p finetune-full -- --weights {}",
+            text(&to)
+        )));
+    let state = StateDict::read(&to).unwrap();
+    assert_eq!(state.tensors.len(), 364);
+    for (name, tensor) in &tensors {
+        let found = &state.tensors[name];
+        assert_eq!(found.dims(), tensor.dims(), "{name}");
+        let first = |t: &Tensor| {
+            t.to_dtype(DType::F64)?
+                .flatten_all()?
+                .get(0)?
+                .to_scalar::<f64>()
+        };
+        assert_eq!(first(found).unwrap(), first(tensor).unwrap(), "{name}");
+    }
+    for (key, value) in [
+        ("architecture", "googlenet-torchvision"),
+        ("classes", "10"),
+        ("transform_input", "true"),
+        ("source", text(&from)),
+        ("source_format", "safetensors"),
+        ("format", "pt"),
+    ] {
+        assert_eq!(state.metadata[key], value, "{key}");
+    }
+    assert_eq!(state.metadata["source_sha256"].len(), 64);
+    let date: jiff::Timestamp = state.metadata["imported"].parse().unwrap();
+    assert!(date <= jiff::Timestamp::now());
+
+    let before = std::fs::read(&to).unwrap();
+    import(&[text(&from), "--out", text(&to)])
+        .assert()
+        .failure()
+        .stderr(contains("to.safetensors exists already"))
+        .stderr(contains("--force"));
+    assert_eq!(std::fs::read(&to).unwrap(), before);
+    import(&[
+        text(&from),
+        "--out",
+        text(&to),
+        "--force",
+        "--drop-aux",
+        "--no-transform-input",
+        "--json",
+    ])
+    .assert()
+    .success()
+    .stdout(contains("\"transform_input\": \"false\""));
+    let state = StateDict::read(&to).unwrap();
+    assert_eq!(state.tensors.len(), 344);
+    assert!(!state.tensors.keys().any(|name| name.starts_with("aux")));
+    let left: Vec<_> = std::fs::read_dir(to.parent().unwrap()).unwrap().collect();
+    assert_eq!(left.len(), 1, "no temporary file stays");
+}
+
+#[test]
+fn what_does_not_fit_is_listed_and_nothing_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (
+        dir.path().join("from.safetensors"),
+        dir.path().join("to.safetensors"),
+    );
+    let mut tensors = googlenet(5, false);
+    tensors.retain(|(name, _)| name != "conv2.bn.bias");
+    let (_, weight) = tensors
+        .iter_mut()
+        .find(|(name, _)| name == "conv3.conv.weight")
+        .unwrap();
+    *weight = Tensor::zeros((192, 64, 1, 1), DType::F32, &Device::Cpu).unwrap();
+    tensors.push((
+        "extra.weight".into(),
+        Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap(),
+    ));
+    write(&from, &tensors);
+    import(&[text(&from), "--out", text(&to)])
+        .assert()
+        .code(1)
+        .stderr(contains("from.safetensors"))
+        .stderr(contains("missing (1): conv2.bn.bias"))
+        .stderr(contains("unexpected (1): extra.weight"))
+        .stderr(contains(
+            "conv3.conv.weight is [192, 64, 1, 1], expected [192, 64, 3, 3]",
+        ));
+    assert!(!to.exists());
+    import(&[text(&from), "--out", text(&to), "--no-strict"])
+        .assert()
+        .success()
+        .stdout(contains("342 loaded, 1 missing, 1 unexpected, 1 misshapen"));
+    assert_eq!(StateDict::read(&to).unwrap().tensors.len(), 342);
+}
+
+#[test]
+fn bad_input_ends_with_code_1_and_says_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let to = dir.path().join("to.safetensors");
+    let not_a_folder = dir.path().join("file");
+    std::fs::write(&not_a_folder, "x").unwrap();
+    let inside = not_a_folder.join("to.safetensors");
+    for (source, out, expected) in [
+        ("absent.pth", &to, "owner/name[@revision][:file]"),
+        (text(&fixture("hostile.pth")), &to, "is not run"),
+        (text(&fixture("torchscript.pth")), &to, "TorchScript"),
+        (text(&fixture("legacy.pth")), &to, "fc.weight"),
+        (text(dir.path()), &to, "is not a file"),
+        (text(&not_a_folder), &to, "holds no weights"),
+        (text(&fixture("legacy.pth")), &inside, "fc.weight"),
+    ] {
+        let assert = import(&[source, "--out", text(out)]).assert().failure();
+        let stderr = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
+        assert!(stderr.contains(expected), "{source}: {stderr}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+fn any_file_can_be_listed() {
+    import(&[text(&fixture("legacy.pth")), "--list"])
+        .assert()
+        .success()
+        .stdout(contains("half  f16 [3, 4]"))
+        .stdout(contains("counter  i64 []"))
+        .stdout(contains("18 tensors"))
+        .stdout(contains("PyTorch legacy"));
+}
+
+#[test]
+fn small_floats_become_f32_and_absent_counters_0_as_in_pytorch() {
+    let mut tensors: BTreeMap<String, Tensor> = googlenet(3, false).into_iter().collect();
+    tensors.retain(|name, _| !name.ends_with("num_batches_tracked"));
+    for (name, dtype) in [
+        ("fc.weight", DType::BF16),
+        ("conv1.conv.weight", DType::F64),
+    ] {
+        let tensor = tensors[name].to_dtype(dtype).unwrap();
+        tensors.insert(name.into(), tensor);
+    }
+    let state = StateDict {
+        tensors,
+        ignored: vec!["epoch".into()],
+        metadata: BTreeMap::new(),
+        format: pretrained_import::Format::TorchZip,
+    };
+    let matched = match_googlenet(&state, MatchOptions::default()).unwrap();
+    let report = matched.report;
+    assert!(report.is_exact());
+    assert_eq!(report.filled.len(), 57);
+    let converted = BTreeMap::from([("bf16".to_owned(), 1), ("f64".to_owned(), 1)]);
+    assert_eq!(report.converted, converted);
+    assert_eq!(report.classes, 3);
+    for (name, tensor) in &matched.tensors {
+        let is_counter = name.ends_with("num_batches_tracked");
+        let expected = if is_counter { DType::I64 } else { DType::F32 };
+        assert_eq!(tensor.dtype(), expected, "{name}");
+    }
+
+    let mut headless = state;
+    headless.tensors.remove("fc.weight");
+    let error = match_googlenet(&headless, MatchOptions::default()).unwrap_err();
+    assert!(matches!(*error, MatchError::NoHead { .. }));
+}

@@ -1,0 +1,254 @@
+//! The Hugging Face Hub: addresses, the cache that its tools share, and what it states of a file.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hf_hub::HFClient;
+use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, ETAG, HeaderMap, HeaderName};
+use reqwest::redirect;
+
+use crate::error::{DownloadError, RemoteError};
+use crate::transfer::{client_with, excerpt, header, shown_url, wait};
+use crate::{Hints, Options, Pin, Text, Token, parse_url};
+
+/// Where the Hub is and how to use it.
+#[derive(Debug, Clone)]
+pub struct HubSettings {
+    /// Address of the Hub or a mirror of it.
+    pub endpoint: String,
+    /// Access token for [`HubSettings::endpoint`].
+    pub token: Option<Token>,
+    /// The cache folder that Hugging Face tools on this machine share.
+    pub cache: Option<PathBuf>,
+    /// Whether the network must not be used.
+    pub offline: bool,
+}
+
+impl Default for HubSettings {
+    /// The public Hub, whatever the environment says.
+    fn default() -> HubSettings {
+        HubSettings {
+            endpoint: "https://huggingface.co".to_owned(),
+            token: None,
+            cache: None,
+            offline: false,
+        }
+    }
+}
+
+impl HubSettings {
+    /// The Hub's own variables: `HF_ENDPOINT`, `HF_TOKEN`, the cache at `HF_HUB_CACHE` or `HF_HOME`, and
+    /// `HF_HUB_OFFLINE` (`1`, `true`, `yes` or `on`). Empty ones count as unset.
+    pub fn from_env() -> HubSettings {
+        let defaults = HubSettings::default();
+        HubSettings {
+            endpoint: variable("HF_ENDPOINT").unwrap_or(defaults.endpoint),
+            token: variable("HF_TOKEN").map(Token::new),
+            cache: Some(hf_hub::resolve_cache_dir()),
+            offline: variable("HF_HUB_OFFLINE").is_some_and(|value| {
+                matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on")
+            }),
+        }
+    }
+
+    /// As [`HubSettings::from_env`]; without `HF_TOKEN` the token is the one that `hf auth login` stored (at
+    /// `HF_TOKEN_PATH`, or `token` in `HF_HOME`), unless `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set.
+    pub fn from_env_and_login() -> HubSettings {
+        let mut settings = HubSettings::from_env();
+        if settings.token.is_none() && variable("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none() {
+            let file = match variable("HF_TOKEN_PATH") {
+                Some(path) => PathBuf::from(path),
+                None => hf_hub::hf_home().join("token"),
+            };
+            let stored = fs::read_to_string(file).unwrap_or_default();
+            let stored = Some(stored.trim()).filter(|token| !token.is_empty());
+            settings.token = stored.map(Token::new);
+        }
+        settings
+    }
+}
+
+/// The value of an environment variable; an empty one counts as unset.
+fn variable(name: &str) -> Option<String> {
+    let value = env::var(name).ok()?.trim().to_owned();
+    Some(value).filter(|value| !value.is_empty())
+}
+
+/// One file of one revision of a repository.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubFile {
+    /// What the repository holds.
+    pub kind: RepositoryKind,
+    /// `owner/name`.
+    pub repository: Text,
+    /// A commit, branch or tag.
+    pub revision: Text,
+    /// The path in the repository, with `/` between the parts.
+    pub path: Text,
+}
+
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RepositoryKind {
+    /// Weights.
+    Model,
+    /// Data.
+    Dataset,
+}
+
+impl HubFile {
+    /// Its address at `endpoint`.
+    ///
+    /// # Errors
+    /// An `endpoint` that is no address, called by the variable that users set it with: `HF_ENDPOINT`.
+    pub fn url(&self, endpoint: &str) -> Result<String, DownloadError> {
+        let bad_endpoint = || DownloadError::BadAddress {
+            what: Text::Borrowed("HF_ENDPOINT"),
+            address: endpoint.to_owned(),
+        };
+        // On its own: with the path behind it, "http://" would make the path's first part the host.
+        let mut url =
+            parse_url(endpoint.trim_end_matches('/'), "HF_ENDPOINT").map_err(|_| bad_endpoint())?;
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(bad_endpoint());
+        }
+        url.path_segments_mut()
+            .map_err(|()| bad_endpoint())?
+            .pop_if_empty()
+            .extend((self.kind == RepositoryKind::Dataset).then_some("datasets"))
+            .extend(self.repository.split('/'))
+            .extend(["resolve", &self.revision])
+            .extend(self.path.split('/'));
+        Ok(url.into())
+    }
+
+    /// The file in the cache folder `cache`, if it was ever fetched there at this revision. Touches no network.
+    pub fn find_in_cache(&self, cache: &Path) -> Option<PathBuf> {
+        let (owner, name) = self.repository.split_once('/')?;
+        let client = HFClient::builder().cache_dir(cache).build_sync().ok()?;
+        // The two kinds of repository are two types.
+        macro_rules! find {
+            ($repository:expr) => {
+                $repository
+                    .download_file()
+                    .filename(&*self.path)
+                    .revision(&*self.revision)
+                    .local_files_only(true)
+                    .send()
+            };
+        }
+        let found = match self.kind {
+            RepositoryKind::Model => find!(client.model(owner, name)),
+            RepositoryKind::Dataset => find!(client.dataset(owner, name)),
+        };
+        found
+            .inspect_err(|error| tracing::debug!(%error, file = %self.path, "not in the Hub cache"))
+            .ok()
+    }
+
+    /// Asks the Hub for size and hash of the file: the SHA-256 of large files, git's hash of small ones.
+    ///
+    /// hf-hub 1.0.0 cannot: its listing of files drops the SHA-256, and its question for one file follows the
+    /// redirect to the content network, which no longer states it.
+    ///
+    /// # Errors
+    /// A Hub that does not answer, that refuses, or that states no hash.
+    pub fn pin(
+        &self,
+        endpoint: &str,
+        token: Option<&Token>,
+        options: &Options,
+        hints: &Hints,
+    ) -> Result<Pin, DownloadError> {
+        let url = parse_url(&self.url(endpoint)?, "HF_ENDPOINT")?;
+        // A renamed repository redirects within the Hub; the way out of it ends at what the Hub states.
+        let policy = redirect::Policy::custom(|attempt| {
+            let before = attempt.previous().last();
+            let stays = before.is_some_and(|url| url.origin() == attempt.url().origin());
+            match stays && attempt.previous().len() <= 10 {
+                true => attempt.follow(),
+                false => attempt.stop(),
+            }
+        });
+        let client = client_with(&options.network, policy)?;
+        let not_delivered = |cause| DownloadError::NotDelivered {
+            what: hints.not_delivered.clone(),
+            cause: Box::new(cause),
+        };
+        let mut failures = 0;
+        loop {
+            let mut request = client.head(url.clone()).header(ACCEPT_ENCODING, "identity");
+            if let Some(token) = token {
+                request = request.bearer_auth(token.expose());
+            }
+            let error = match request.send() {
+                Ok(answer) if answer.status().is_success() || answer.status().is_redirection() => {
+                    let shown = shown_url(&url, None);
+                    return stated_pin(answer.headers())
+                        .ok_or_else(|| not_delivered(RemoteError::NoHash { url: shown }));
+                }
+                Ok(answer) => {
+                    let message = answer.headers().get("x-error-message");
+                    let message = message.map(|text| excerpt(text.as_bytes()));
+                    RemoteError::Status {
+                        url: shown_url(&url, None),
+                        status: answer.status(),
+                        excerpt: message.unwrap_or_default(),
+                        hint: match answer.status().as_u16() {
+                            401 | 403 => hints.refused.clone(),
+                            _ => Text::Borrowed(""),
+                        },
+                        retry_after: None,
+                    }
+                }
+                Err(source) => RemoteError::NoAnswer {
+                    url: shown_url(&url, None),
+                    source: source.without_url(),
+                },
+            };
+            failures += 1;
+            if !error.is_transient() {
+                return Err(not_delivered(error));
+            }
+            if failures >= options.network.attempts_to_connect {
+                return Err(not_delivered(RemoteError::GaveUp {
+                    attempts: failures,
+                    kept: 0,
+                    last: Box::new(error),
+                }));
+            }
+            if !wait(options.network.backoff(failures), &options.interrupt) {
+                return Err(DownloadError::Interrupted {
+                    path: PathBuf::from(&*self.path),
+                    kept: 0,
+                });
+            }
+        }
+    }
+}
+
+/// Size and hash from the headers of the Hub: `X-Linked-…` for large files, else those of the answer itself.
+fn stated_pin(headers: &HeaderMap) -> Option<Pin> {
+    let linked = |name| header(headers, HeaderName::from_static(name));
+    let hash = linked("x-linked-etag").or_else(|| header(headers, ETAG))?;
+    let hash = hash.trim_start_matches("W/").trim_matches('"');
+    let size = linked("x-linked-size").or_else(|| header(headers, CONTENT_LENGTH))?;
+    let bytes: u64 = size.trim().parse().ok()?;
+    pin_from(hash, bytes)
+}
+
+/// The pin that a name in the cache's folder of blobs, or an `ETag` of the Hub, stands for.
+pub fn pin_from(hash: &str, bytes: u64) -> Option<Pin> {
+    if !hash.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    match hash.len() {
+        64 => Some(Pin::sha256(bytes, hash.to_owned().into())),
+        40 => Some(Pin::GitBlob {
+            bytes,
+            sha1: hash.to_owned().into(),
+        }),
+        _ => None,
+    }
+}
