@@ -302,7 +302,7 @@ impl<T: Element> PackedWeight<T> {
             let factors = &factors[panel.start..factors.len().min(panel.start + width)];
             for row in self.data[start..end].chunks_exact_mut(width) {
                 for (value, &factor) in row.iter_mut().zip(factors) {
-                    *value = *value * factor;
+                    *value *= factor;
                 }
             }
         }

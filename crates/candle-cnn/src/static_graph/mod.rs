@@ -13,6 +13,7 @@ mod arena;
 mod gather;
 mod norm;
 mod outer;
+mod packed;
 mod pool;
 mod run;
 #[cfg(test)]
@@ -327,6 +328,7 @@ impl StaticGraphBuilder {
                 operations: self.operations,
                 output: output.0,
                 arenas: Arenas::default(),
+                packed: packed::Kept::default(),
             }),
         })
     }
@@ -423,6 +425,7 @@ struct Inner {
     operations: Vec<Operation>,
     output: usize,
     arenas: Arenas,
+    packed: packed::Kept,
 }
 
 impl StaticGraph {

@@ -4,6 +4,8 @@
 //! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
 //! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::arena::Layout;
@@ -12,6 +14,7 @@ use super::norm::{
     self, Affine, Between, GradientSpans, GradientSums, InputGradient, MomentSums, Span,
 };
 use super::outer::{self, OuterPass};
+use super::packed::{Packed, Wanted};
 use super::pool::{self, Pool};
 use super::winograd::{self, WinogradOuterPass, WinogradPass};
 use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
@@ -180,6 +183,9 @@ impl<'a, T: Element> Forward<'a, T> {
         let mut normalised = Vec::new();
         let mut moments = Vec::new();
         nodes[0] = Some(self.images(images));
+        if keep {
+            graph.packed.clear();
+        }
         for (index, operation) in graph.operations.iter().enumerate() {
             let (buffer, channel) = graph.place(operation.output());
             let mut y = nodes[buffer].take().unwrap_or_else(|| self.take(buffer));
@@ -189,6 +195,8 @@ impl<'a, T: Element> Forward<'a, T> {
                     let Some(numbers) = numbers.next() else {
                         break;
                     };
+                    let packed = self.packed(c, numbers, (!keep).then_some(moments.len()));
+                    let numbers = (numbers, &*packed);
                     let norm = self.convolution(c, x, numbers, (&mut y, channel), keep);
                     let (x, found) = norm.map_or((None, Vec::new()), |(x, found)| (x, found));
                     moments.push(found.clone());
@@ -255,13 +263,38 @@ impl<'a, T: Element> Forward<'a, T> {
         to
     }
 
+    /// A convolution's weight as the tiles read it; kept for the next time as that of
+    /// convolution `index`, if there is one.
+    fn packed(
+        &self,
+        c: &Convolution,
+        numbers: &Numbers<'_, T>,
+        index: Option<usize>,
+    ) -> Arc<Packed<T>> {
+        let size = self.graph.nodes[c.output].size;
+        let wanted = Wanted {
+            weight: numbers.weight,
+            scale: match &numbers.after {
+                After::Affine { scale, .. } => scale,
+                _ => &[],
+            },
+            shape: (c.c_out, c.kernel * c.kernel, c.c_in),
+            winograd: c.stride == 1 && winograd::pays::<T>(c.kernel, size, self.batch),
+            isa: self.isa,
+        };
+        match index {
+            Some(index) => self.graph.packed.get(index, &wanted),
+            None => Arc::new(wanted.pack(false)),
+        }
+    }
+
     /// Writes a convolution's channels of `y`. With batch norm: its input, if
     /// that is to be kept, and its statistics.
     fn convolution(
         &self,
         c: &Convolution,
         x: &[T],
-        numbers: &Numbers<'_, T>,
+        (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
         (y, channel): (&mut [T], usize),
         keep: bool,
     ) -> Option<(Option<Vec<T>>, Vec<Moments>)> {
@@ -272,11 +305,11 @@ impl<'a, T: Element> Forward<'a, T> {
             channels: c.c_out,
         };
         let &After::BatchNorm { weight, bias, eps } = &numbers.after else {
-            self.convolve(c, x, numbers, (y, y_span), true, |_| ());
+            self.convolve(c, x, (numbers, packed), (y, y_span), true, |_| ());
             return None;
         };
         if !keep {
-            let moments = self.convolve_and_measure(c, x, numbers, (y, y_span));
+            let moments = self.convolve_and_measure(c, x, (numbers, packed), (y, y_span));
             let affine = Affine::new(&moments, weight, bias, eps);
             y[..self.batch * y_layout.image()]
                 .par_chunks_mut(self.images_per_map_task(y_layout) * y_layout.image())
@@ -290,7 +323,7 @@ impl<'a, T: Element> Forward<'a, T> {
         let z_span = self.graph.normalised_span(c);
         let z_layout = z_span.layout;
         let mut z = self.graph.arenas.of::<T>().take(z_layout, self.batch);
-        let moments = self.convolve_and_measure(c, x, numbers, (&mut z, z_span));
+        let moments = self.convolve_and_measure(c, x, (numbers, packed), (&mut z, z_span));
         let affine = Affine::new(&moments, weight, bias, eps);
         let between = Between {
             x: z_span,
@@ -326,7 +359,7 @@ impl<'a, T: Element> Forward<'a, T> {
         &self,
         c: &Convolution,
         x: &[T],
-        numbers: &Numbers<'_, T>,
+        numbers: (&Numbers<'_, T>, &Packed<T>),
         (y, span): (&mut [T], Span),
     ) -> Vec<Moments> {
         let sums = self.convolve(c, x, numbers, (y, span), false, |images| {
@@ -345,26 +378,15 @@ impl<'a, T: Element> Forward<'a, T> {
         &self,
         c: &Convolution,
         x: &[T],
-        numbers: &Numbers<'_, T>,
+        (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
         (y, span): (&mut [T], Span),
         relu: bool,
         measure: impl Fn(&[T]) -> R + Sync,
     ) -> Vec<R> {
-        let taps = c.kernel * c.kernel;
-        let lanes = self.kernels.lanes;
-        let mut packed = PackedWeight::new(
-            numbers.weight,
-            (c.c_out, taps, c.c_in),
-            lanes,
-            |k, tap, i| (k * c.c_in + i) * taps + tap,
-        );
         let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
         match &numbers.after {
             After::Bias(bias) => start[..c.c_out].copy_from_slice(bias),
-            After::Affine { scale, shift } => {
-                packed.scale(scale, lanes);
-                start[..c.c_out].copy_from_slice(shift);
-            }
+            After::Affine { shift, .. } => start[..c.c_out].copy_from_slice(shift),
             After::BatchNorm { .. } => (),
         }
         let (x_layout, y_layout) = (self.graph.layout(c.input), span.layout);
@@ -376,20 +398,15 @@ impl<'a, T: Element> Forward<'a, T> {
             kernel: c.kernel,
             stride: c.stride,
             padding: c.padding,
-            weight: &packed,
+            weight: &packed.direct,
             start: Start::Values(&start),
             relu,
             y: y_layout,
             y_channel: span.channel,
         };
-        let transformed;
-        let winograd_pays =
-            c.stride == 1 && winograd::pays::<T>(c.kernel, y_layout.size, self.batch);
-        let pass = if winograd_pays {
-            transformed = winograd::transform_weight(self.isa, &packed);
-            AnyPass::Winograd(pass.into_winograd(self.isa, &transformed))
-        } else {
-            AnyPass::Direct(pass)
+        let pass = match &packed.transformed {
+            Some(transformed) => AnyPass::Winograd(pass.into_winograd(self.isa, transformed)),
+            None => AnyPass::Direct(pass),
         };
         let images = images_per_task(self.batch, y_layout.size);
         y[..self.batch * y_layout.image()]

@@ -1,0 +1,121 @@
+//! Weights as the tiles read them, kept while they stay the same.
+//!
+//! Training changes every weight in every step, and laying them out anew costs
+//! a few percent of it. Where nobody needs a gradient (evaluation, a frozen
+//! backbone) the same weights come again and again, and over small maps laying
+//! them out is a good part of the work. Candle does not tell when a tensor was
+//! written to, so what is kept is compared with what is given, value by value:
+//! a pass over memory, as cheap as it gets.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex};
+
+use rayon::prelude::*;
+
+use super::winograd;
+use crate::conv2d::PackedWeight;
+use crate::element::Element;
+use crate::simd::Isa;
+
+/// A convolution's weight, ready for the tiles.
+pub(super) struct Packed<T> {
+    /// What it was made from.
+    weight: Vec<T>,
+    scale: Vec<T>,
+    isa: Isa,
+    pub(super) direct: PackedWeight<T>,
+    /// Winograd's, if that was asked for.
+    pub(super) transformed: Option<PackedWeight<T>>,
+}
+
+/// What decides how a weight is laid out.
+pub(super) struct Wanted<'a, T> {
+    /// (K, C, R, S).
+    pub(super) weight: &'a [T],
+    /// A factor for each output channel, or none.
+    pub(super) scale: &'a [T],
+    /// K, R·S, C.
+    pub(super) shape: (usize, usize, usize),
+    pub(super) winograd: bool,
+    pub(super) isa: Isa,
+}
+
+impl<T: Element> Wanted<'_, T> {
+    /// Lays it out.
+    pub(super) fn pack(&self, keep: bool) -> Packed<T> {
+        let lanes = T::kernels(self.isa).lanes;
+        let (_, taps, c_in) = self.shape;
+        let mut direct = PackedWeight::new(self.weight, self.shape, lanes, |k, tap, c| {
+            (k * c_in + c) * taps + tap
+        });
+        if !self.scale.is_empty() {
+            direct.scale(self.scale, lanes);
+        }
+        let copy = |values: &[T]| if keep { values.to_vec() } else { Vec::new() };
+        Packed {
+            weight: copy(self.weight),
+            scale: copy(self.scale),
+            isa: self.isa,
+            transformed: self
+                .winograd
+                .then(|| winograd::transform_weight(self.isa, &direct)),
+            direct,
+        }
+    }
+
+    fn is(&self, packed: &Packed<T>) -> bool {
+        packed.isa == self.isa
+            && packed.transformed.is_some() == self.winograd
+            && equal(&packed.scale, self.scale)
+            && equal(&packed.weight, self.weight)
+    }
+}
+
+/// Without a way out at the first difference, so that the compiler takes many values at once.
+fn equal<T: Element>(a: &[T], b: &[T]) -> bool {
+    const CHUNK: usize = 1 << 14;
+    let same = |(a, b): (&[T], &[T])| a.iter().zip(b).fold(true, |same, (a, b)| same & (a == b));
+    a.len() == b.len() && a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)).all(same)
+}
+
+/// What is kept of each convolution.
+#[derive(Default)]
+pub(super) struct Kept(Mutex<Vec<Option<Arc<dyn Any + Send + Sync>>>>);
+
+impl std::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Kept")
+    }
+}
+
+impl Kept {
+    /// The kept one of convolution `index`, or a new one, which is kept then.
+    pub(super) fn get<T: Element>(&self, index: usize, wanted: &Wanted<'_, T>) -> Arc<Packed<T>> {
+        let lock = || {
+            // Entries are replaced whole.
+            self.0
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner())
+        };
+        let kept = lock().get(index).cloned().flatten();
+        let kept = kept.and_then(|kept| kept.downcast::<Packed<T>>().ok());
+        if let Some(kept) = kept.filter(|kept| wanted.is(kept)) {
+            return kept;
+        }
+        let packed = Arc::new(wanted.pack(true));
+        let mut all = lock();
+        if all.len() <= index {
+            all.resize(index + 1, None);
+        }
+        all[index] = Some(packed.clone());
+        packed
+    }
+
+    /// Frees everything: weights that train never come again.
+    pub(super) fn clear(&self) {
+        self.0
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .clear();
+    }
+}
