@@ -18,7 +18,7 @@ pub(crate) struct Arguments {
     #[arg(required = true, value_name = "PICTURE or FOLDER")]
     pub(crate) pictures: Vec<PathBuf>,
     /// torchvision (ImageNet, fetched and verified), a .pth or .safetensors FILE, a finished RUN, or
-    /// a Hub repository as owner/name[@revision][:file]
+    /// a Hub repository as owner/name, owner/name@revision, owner/name:file or both
     #[arg(long, value_name = "WEIGHTS", default_value = "torchvision")]
     pub(crate) weights: WeightsSource,
     /// Classes to name for each picture

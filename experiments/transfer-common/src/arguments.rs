@@ -16,7 +16,7 @@ use crate::source::WeightsSource;
 pub struct TransferArguments {
     /// The backbone's weights, under a fresh head: torchvision (ImageNet, fetched and verified),
     /// random, a .pth or .safetensors FILE, a finished RUN, or a Hub repository as
-    /// owner/name[@revision][:file]
+    /// owner/name, owner/name@revision, owner/name:file or owner/name@revision:file
     #[arg(long, value_name = "WEIGHTS")]
     pub weights: Option<WeightsSource>,
     /// Begin with exactly this state, head included: a .pth or .safetensors file, or the folder of
