@@ -82,18 +82,18 @@ impl Isa {
 /// that the compiler may vectorise its loops with it. The code itself must be
 /// `#[inline(always)]`; closures would not inherit the instruction set.
 macro_rules! multiversion {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident<$t:ident: $bound:path>($($arg:ident: $ty:ty),* $(,)?) = $body:path) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident<$t:ident: $bound:path>($($arg:ident: $ty:ty),* $(,)?) $(-> $result:ty)? = $body:path) => {
         $(#[$doc])*
         #[allow(unsafe_code)]
-        $vis fn $name<$t: $bound>(isa: $crate::simd::Isa, $($arg: $ty),*) {
+        $vis fn $name<$t: $bound>(isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-                fn avx512<$t: $bound>($($arg: $ty),*) {
+                fn avx512<$t: $bound>($($arg: $ty),*) $(-> $result)? {
                     $body($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2<$t: $bound>($($arg: $ty),*) {
+                fn avx2<$t: $bound>($($arg: $ty),*) $(-> $result)? {
                     $body($($arg),*)
                 }
                 match isa {

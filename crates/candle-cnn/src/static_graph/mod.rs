@@ -533,7 +533,8 @@ impl StaticGraph {
                 numbers.push(Numbers::new(c, &slices));
             }
             let output = with_slice::<T, _>(OP, images, |images| {
-                Ok(Forward::<T>::new(inner, Isa::detect(), batch).run(images, &numbers, false))
+                let pass = Forward::<T>::new(inner, Isa::detect(), batch);
+                Ok(in_pool(|| pass.run(images, &numbers, false)))
             })?;
             let channels = inner.nodes[inner.output].channels;
             Ok(GraphOutput {
@@ -728,6 +729,12 @@ macro_rules! keep {
 keep!(f32, F32);
 keep!(f64, F64);
 
+/// Runs a whole pass on a thread of the pool. From any other thread, each of its hundred parallel
+/// loops would wake the pool and sleep until it is done.
+fn in_pool<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| pass())
+}
+
 /// A value that is only ever replaced whole, so that a panic elsewhere cannot have spoiled it.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
@@ -777,7 +784,8 @@ impl CustomOp2 for Run {
         dispatch!(OP, self.dtype, T => {
             let numbers = self.numbers(slice::<T>(OP, parameters, parameters_layout)?);
             let pass = Forward::<T>::new(&self.graph, Isa::detect(), batch);
-            let output = pass.run(slice::<T>(OP, images, images_layout)?, &numbers, true);
+            let images = slice::<T>(OP, images, images_layout)?;
+            let output = in_pool(|| pass.run(images, &numbers, true));
             *lock(&self.kept) = output.maps.map(Keep::keep);
             *lock(&self.statistics) = output.moments;
             let shape = Shape::from((batch, self.graph.nodes[self.graph.output].channels));
@@ -808,7 +816,8 @@ impl CustomOp2 for Run {
             );
             let (d_images, d_parameters) = with_slice::<T, _>(OP, parameters, |parameters| {
                 with_slice::<T, _>(OP, &gradient, |gradient| {
-                    Ok(pass.run(maps, &self.numbers(parameters), gradient))
+                    let numbers = self.numbers(parameters);
+                    Ok(in_pool(|| pass.run(maps, &numbers, gradient)))
                 })
             })?;
             let d_images = d_images.map(|d| Tensor::from_vec(d, images.shape(), images.device()));

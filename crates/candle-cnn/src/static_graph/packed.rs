@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use super::winograd;
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
-use crate::simd::Isa;
+use crate::simd::{Isa, multiversion};
 
 /// A convolution's weight, ready for the tiles.
 pub(super) struct Packed<T> {
@@ -66,16 +66,32 @@ impl<T: Element> Wanted<'_, T> {
     fn is(&self, packed: &Packed<T>) -> bool {
         packed.isa == self.isa
             && packed.transformed.is_some() == self.winograd
-            && equal(&packed.scale, self.scale)
-            && equal(&packed.weight, self.weight)
+            && equal(self.isa, &packed.scale, self.scale)
+            && equal(self.isa, &packed.weight, self.weight)
     }
 }
 
-/// Without a way out at the first difference, so that the compiler takes many values at once.
-fn equal<T: Element>(a: &[T], b: &[T]) -> bool {
-    const CHUNK: usize = 1 << 14;
-    let same = |(a, b): (&[T], &[T])| a.iter().zip(b).fold(true, |same, (a, b)| same & (a == b));
-    a.len() == b.len() && a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)).all(same)
+fn equal<T: Element>(isa: Isa, a: &[T], b: &[T]) -> bool {
+    /// Elements that are worth a task.
+    const CHUNK: usize = 1 << 15;
+    if a.len() <= CHUNK {
+        return a.len() == b.len() && same(isa, a, b);
+    }
+    let chunks = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
+    a.len() == b.len() && chunks.all(|(a, b)| same(isa, a, b))
+}
+
+multiversion! {
+    /// Without a way out at the first difference, so that the compiler takes many values at once.
+    fn same<T: Element>(a: &[T], b: &[T]) -> bool = same_body
+}
+
+#[inline(always)]
+fn same_body<T: Element>(a: &[T], b: &[T]) -> bool {
+    a.iter()
+        .zip(b)
+        .fold(0u32, |differences, (a, b)| differences | u32::from(a != b))
+        == 0
 }
 
 /// What is kept of each convolution.
