@@ -85,7 +85,17 @@ def make():
     state._metadata = collections.OrderedDict({"": {"version": 1}})
     prefixed = collections.OrderedDict((f"module.{name}", value) for name, value in state.items())
     prefixed._metadata = state._metadata
-    extra = {"epoch": 3, "lr": 0.1, "best": None, "name": "net", "done": True, "history": [1, 2.5], "shape": weight_shape(values)}
+    extra = {
+        "epoch": 3,
+        "lr": 0.1,
+        "best": torch.tensor(75.67),
+        "scheduler": None,
+        "name": "net",
+        "done": True,
+        "history": [1, 2.5],
+        "shape": values["weight"].shape,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    }
     save("legacy.pth", values, **legacy)
     save("zip.pth", values)
     save("protocol4.pth", values, pickle_protocol=4)
@@ -104,7 +114,3 @@ def make():
                 if not entry.filename.endswith(".debug_pkl"):
                     target.writestr(entry.filename, source.read(entry.filename))
     shutil.copymode(folder / "zip.pth", folder / "torchscript.pth")
-
-
-def weight_shape(values):
-    return values["weight"].shape

@@ -103,6 +103,13 @@ impl Problem {
                     problem: "it ends too early (is it truncated?)".into(),
                 }
             }
+            // A wrong checksum, for example.
+            Self::Io(source) if source.kind() == io::ErrorKind::InvalidData => {
+                ImportError::Damaged {
+                    path,
+                    problem: source.to_string(),
+                }
+            }
             Self::Io(source) => ImportError::Read { path, source },
             Self::Pickle { offset, problem } => ImportError::Pickle {
                 path,

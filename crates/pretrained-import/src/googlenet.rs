@@ -10,17 +10,28 @@ use crate::state_dict::StateDict;
 /// What to do with auxiliary heads, and with what does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatchOptions {
-    /// Drop `aux1` and `aux2`, as torchvision does after loading. Otherwise they are kept where the
-    /// file has them.
-    pub drop_aux: bool,
+    /// What becomes of `aux1` and `aux2`.
+    pub aux_heads: AuxHeads,
     /// Anything missing, unexpected or misshapen is an error.
     pub strict: bool,
+}
+
+/// What becomes of the two auxiliary heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AuxHeads {
+    /// They are kept where the file has them.
+    #[default]
+    AsInFile,
+    /// They are kept, and missing where the file has none.
+    Keep,
+    /// They are left out, as torchvision does after loading.
+    Drop,
 }
 
 impl Default for MatchOptions {
     fn default() -> Self {
         Self {
-            drop_aux: false,
+            aux_heads: AuxHeads::default(),
             strict: true,
         }
     }
@@ -54,7 +65,8 @@ pub struct Report {
     pub dropped: Vec<String>,
     /// How many tensors were of another type, by type: they are f32 (counters: i64) now.
     pub converted: BTreeMap<String, usize>,
-    /// Counters of batch norms that were filled with 0: files from before PyTorch 0.4.1 have none.
+    /// Counters of batch norms that were filled with 0, in a file that has none: those from before
+    /// PyTorch 0.4.1.
     pub filled: Vec<String>,
     /// Keys of the file that hold no tensor.
     pub ignored: Vec<String>,
@@ -138,6 +150,10 @@ fn is_aux(name: &str) -> bool {
     name.starts_with("aux1.") || name.starts_with("aux2.")
 }
 
+fn is_counter(name: &str) -> bool {
+    name.ends_with(".num_batches_tracked")
+}
+
 /// Takes torchvision's GoogLeNet out of a state dict. The number of classes is that of `fc.weight`.
 ///
 /// # Errors
@@ -155,10 +171,13 @@ pub fn match_googlenet(
             }));
         }
     };
-    let has_aux = state.tensors.keys().any(|name| is_aux(name));
     let config = GoogLeNetConfig {
         num_classes: classes,
-        aux_heads: has_aux && !options.drop_aux,
+        aux_heads: match options.aux_heads {
+            AuxHeads::AsInFile => state.tensors.keys().any(|name| is_aux(name)),
+            AuxHeads::Keep => true,
+            AuxHeads::Drop => false,
+        },
         ..GoogLeNetConfig::default()
     };
     let mut report = Report {
@@ -167,12 +186,13 @@ pub fn match_googlenet(
         ignored: state.ignored.clone(),
         ..Report::default()
     };
+    let has_counters = state.tensors.keys().any(|name| is_counter(name));
     let mut tensors = Vec::new();
     let mut expected_names = BTreeSet::new();
     for (name, shape, dtype) in GoogLeNet::state_dict_shapes(&config) {
         expected_names.insert(name.clone());
         match state.tensors.get(&name) {
-            None if name.ends_with(".num_batches_tracked") => {
+            None if !has_counters && is_counter(&name) => {
                 report.filled.push(name.clone());
                 tensors.push((name.clone(), zero(&name)?));
             }
@@ -193,7 +213,7 @@ pub fn match_googlenet(
         }
     }
     for name in state.tensors.keys() {
-        if options.drop_aux && is_aux(name) {
+        if options.aux_heads == AuxHeads::Drop && is_aux(name) {
             report.dropped.push(name.clone());
         } else if !expected_names.contains(name) {
             report.unexpected.push(name.clone());

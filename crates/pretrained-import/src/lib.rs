@@ -24,6 +24,8 @@ mod torch;
 
 pub use error::ImportError;
 pub use export::{ExportError, write_safetensors};
-pub use googlenet::{MatchError, MatchOptions, Matched, Misshapen, Report, match_googlenet};
+pub use googlenet::{
+    AuxHeads, MatchError, MatchOptions, Matched, Misshapen, Report, match_googlenet,
+};
 pub use source::{FetchError, FetchOptions, FoundFile, Source};
 pub use state_dict::{Format, StateDict};

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use pretrained_import::{
-    FetchError, FetchOptions, MatchOptions, Report, Source, StateDict, match_googlenet,
+    AuxHeads, FetchError, FetchOptions, MatchOptions, Report, Source, StateDict, match_googlenet,
     write_safetensors,
 };
 use sha2::{Digest, Sha256};
@@ -35,8 +35,11 @@ struct Arguments {
     /// Replace the file if it exists
     #[arg(long)]
     force: bool,
-    /// Leave the two auxiliary heads out, as torchvision does after loading
+    /// Fail where the two auxiliary heads are missing [default: keep them if the file has them]
     #[arg(long)]
+    keep_aux: bool,
+    /// Leave the two auxiliary heads out, as torchvision does after loading
+    #[arg(long, conflicts_with = "keep_aux")]
     drop_aux: bool,
     /// Write what fits, whatever is missing, unexpected or misshapen
     #[arg(long)]
@@ -46,7 +49,7 @@ struct Arguments {
     #[arg(long)]
     no_transform_input: bool,
     /// Only list the tensors of the file, of any network
-    #[arg(long, conflicts_with_all = ["out", "force", "drop_aux", "no_strict"])]
+    #[arg(long, conflicts_with_all = ["out", "force", "keep_aux", "drop_aux", "no_strict"])]
     list: bool,
     /// Print the report as JSON
     #[arg(long)]
@@ -80,7 +83,11 @@ fn run(arguments: &Arguments) -> Result<()> {
         return list(&state, arguments.json);
     }
     let options = MatchOptions {
-        drop_aux: arguments.drop_aux,
+        aux_heads: match (arguments.keep_aux, arguments.drop_aux) {
+            (true, _) => AuxHeads::Keep,
+            (_, true) => AuxHeads::Drop,
+            _ => AuxHeads::AsInFile,
+        },
         strict: !arguments.no_strict,
     };
     let matched = match_googlenet(&state, options)
@@ -274,7 +281,7 @@ fn print_report(
         ("unexpected", &report.unexpected),
         ("misshapen", &misshapen),
         ("filled with 0", &report.filled),
-        ("no tensors", &report.ignored),
+        ("left out", &report.ignored),
     ] {
         if !names.is_empty() {
             writeln!(out, "            {what}: {}", names.join(", "))?;

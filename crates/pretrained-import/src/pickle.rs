@@ -6,9 +6,9 @@
 //! other opcode or name is an error that says which. Nothing is ever executed.
 //!
 //! Values lie in one list and refer to each other by index, so that neither
-//! cycles nor depth can overflow a stack. Every opcode takes at least one byte
-//! and makes at most one value, so that memory is bounded by the pickle's
-//! length, which has a limit.
+//! cycles nor depth can overflow a stack. Memory is bounded by the pickle's
+//! length: an opcode takes at least one byte and makes at most one value, and
+//! the few that make more are counted. Both have a limit, too.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -16,9 +16,12 @@ use std::rc::Rc;
 
 use crate::error::Problem;
 
-/// The longest pickle, and the most values in all its containers. A thousand tensors take
-/// some 200 KiB.
+/// Bytes of the longest pickle. A thousand tensors take some 200 KiB.
 const LONGEST: u64 = 4 << 20;
+
+/// The most values in all containers and shapes together, and the most values on the stack,
+/// marks, containers and remembered values. A thousand tensors take some 20,000.
+const MOST_VALUES: usize = 1 << 20;
 
 /// One value; containers are indices into a [`Pickle`].
 #[derive(Clone, Debug, PartialEq)]
@@ -138,6 +141,7 @@ pub(crate) struct Pickle {
     pub(crate) root: Value,
     pub(crate) storages: Vec<Storage>,
     pub(crate) tensors: Vec<TensorView>,
+    storage_of: HashMap<Rc<str>, usize>,
     containers: Vec<Vec<Value>>,
 }
 
@@ -161,8 +165,14 @@ impl Pickle {
             root,
             storages: machine.storages,
             tensors: machine.tensors,
+            storage_of: machine.storage_of,
             containers: machine.containers,
         })
+    }
+
+    /// Index of the storage of this name.
+    pub(crate) fn storage(&self, key: &str) -> Option<usize> {
+        self.storage_of.get(key).copied()
     }
 
     /// The elements of a list or tuple.
@@ -210,8 +220,8 @@ struct Machine<'a> {
     tensors: Vec<TensorView>,
     /// Elements of lists and tuples, and keys and values of dictionaries by turns.
     containers: Vec<Vec<Value>>,
-    /// In all of them.
-    values: u64,
+    /// In all of them, and in the shapes of tensors.
+    values: usize,
 }
 
 type Step<T> = Result<T, Problem>;
@@ -219,6 +229,7 @@ type Step<T> = Result<T, Problem>;
 impl Machine<'_> {
     fn run(&mut self) -> Step<Value> {
         loop {
+            self.count(0)?;
             let start = self.offset;
             let [opcode] = self.bytes()?;
             match opcode {
@@ -304,15 +315,15 @@ impl Machine<'_> {
                     self.skip(len)?;
                 }
                 // EMPTY_TUPLE, TUPLE1 to 3, TUPLE
-                b')' => self.tuple(Vec::new()),
+                b')' => self.tuple(Vec::new())?,
                 0x85..=0x87 => {
                     let count = usize::from(opcode - 0x84);
                     let values = self.pop_many(count)?;
-                    self.tuple(values);
+                    self.tuple(values)?;
                 }
                 b't' => {
                     let values = self.pop_mark()?;
-                    self.tuple(values);
+                    self.tuple(values)?;
                 }
                 // EMPTY_LIST, APPEND, APPENDS
                 b']' => {
@@ -504,22 +515,31 @@ impl Machine<'_> {
         self.containers.len() - 1
     }
 
-    /// Values that no byte of the pickle stands for.
+    /// Counts values that a container or shape is about to hold.
     fn count(&mut self, values: usize) -> Step<()> {
-        self.values = self.values.saturating_add(values as u64);
-        match self.values <= LONGEST {
+        self.values = self.values.saturating_add(values);
+        let lists = [
+            self.stack.len(),
+            self.marks.len(),
+            self.containers.len(),
+            self.memo.len(),
+            self.values,
+        ];
+        match lists.iter().all(|&len| len <= MOST_VALUES) {
             true => Ok(()),
-            false => self.fail(self.offset, format!("more than {LONGEST} values")),
+            false => self.fail(self.offset, format!("more than {MOST_VALUES} values")),
         }
     }
 
-    fn tuple(&mut self, values: Vec<Value>) {
+    fn tuple(&mut self, values: Vec<Value>) -> Step<()> {
+        self.count(values.len())?;
         let tuple = self.container(values);
         self.stack.push(Value::Tuple(tuple));
+        Ok(())
     }
 
     fn extend(&mut self, start: u64, values: Vec<Value>, is_dict: bool) -> Step<()> {
-        if is_dict && values.len() % 2 != 0 {
+        if is_dict && !values.len().is_multiple_of(2) {
             return self.fail(start, "a key without a value");
         }
         let at = match self.stack.last() {
@@ -531,6 +551,7 @@ impl Machine<'_> {
                 return self.fail(start, format!("items for {found}, expected {expected}"));
             }
         };
+        self.count(values.len())?;
         self.containers[at].extend(values);
         Ok(())
     }
@@ -661,6 +682,8 @@ impl Machine<'_> {
                 ),
             );
         }
+        // The same shape may be given again and again.
+        self.count(shape.len() + strides.len())?;
         self.tensors.push(TensorView {
             storage,
             offset,

@@ -19,7 +19,7 @@ pub struct StateDict {
     /// u8, all other integers as i64. A `module.` in front of every key, from
     /// `nn.DataParallel`, is taken off.
     pub tensors: BTreeMap<String, Tensor>,
-    /// Keys beside them that hold no tensor, such as `epoch`.
+    /// Keys of what else the file holds, such as `epoch` and `optimizer` of a checkpoint.
     pub ignored: Vec<String>,
     /// What a safetensors file says of itself; empty in the others.
     pub metadata: BTreeMap<String, String>,
@@ -162,6 +162,11 @@ fn read_safetensors(file: &mut impl Read, len: u64) -> Result<(Contents, Metadat
             problem,
         };
         let (shape, data) = (view.shape(), view.data());
+        if !torch::is_countable(shape.iter().map(|&d| d as u64)) {
+            return Err(problem(format!(
+                "shape {shape:?} has more elements than can be"
+            )));
+        }
         let tensor = match view.dtype() {
             Dtype::F64 => Tensor::from_raw_buffer(data, DType::F64, shape, &Device::Cpu),
             Dtype::F32 => Tensor::from_raw_buffer(data, DType::F32, shape, &Device::Cpu),

@@ -1,5 +1,6 @@
 //! PyTorch's two file formats: legacy (pickles, then numbers, in one stream) and zip.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Read, Seek};
 use std::rc::Rc;
 
@@ -56,7 +57,7 @@ pub(crate) fn read_legacy(input: &mut dyn BufRead, len: u64) -> Result<Contents,
         let mut count = [0; 8];
         input.read_exact(&mut count)?;
         let count = u64::from_le_bytes(count);
-        let Some(storage) = pickle.storages.iter().position(|s| s.key == *key) else {
+        let Some(storage) = pickle.storage(key) else {
             return Err(Problem::damaged(format!(
                 "storage {key:?} is listed and no tensor has it"
             )));
@@ -74,8 +75,6 @@ pub(crate) fn read_legacy(input: &mut dyn BufRead, len: u64) -> Result<Contents,
 
 /// A zip file of `len` bytes: `<name>/data.pkl` with the object, `<name>/data/<key>` with each storage.
 pub(crate) fn read_zip(file: &mut (impl Read + Seek), len: u64) -> Result<Contents, Problem> {
-    let damaged =
-        |error: zip::result::ZipError| Problem::damaged(format!("as a zip archive: {error}"));
     let mut archive = zip::ZipArchive::new(file).map_err(damaged)?;
     let names = archive
         .file_names()
@@ -102,7 +101,7 @@ pub(crate) fn read_zip(file: &mut (impl Read + Seek), len: u64) -> Result<Conten
     let byte_order = format!("{folder}/byteorder");
     if names.contains(&byte_order) {
         let mut order = String::new();
-        let entry = archive.by_name(&byte_order).map_err(damaged)?;
+        let entry = stored(&mut archive, &byte_order)?;
         entry.take(16).read_to_string(&mut order)?;
         if order != "little" {
             return Err(Problem::damaged(format!(
@@ -110,24 +109,18 @@ pub(crate) fn read_zip(file: &mut (impl Read + Seek), len: u64) -> Result<Conten
             )));
         }
     }
-    let entry = archive.by_name(&format!("{folder}/data.pkl"));
-    let pickle = Pickle::read(&mut entry.map_err(damaged)?)?;
+    let pickle = Pickle::read(&mut stored(&mut archive, &format!("{folder}/data.pkl"))?)?;
     let wanted = Wanted::new(&pickle)?;
     let mut build = Build::new(&pickle, wanted, len);
+    // Entries may overlap: what is read in all is bounded here, not by the archive.
+    let mut unread = len;
     for (index, storage) in pickle.storages.iter().enumerate() {
-        let name = format!("{folder}/data/{}", storage.key);
-        let mut entry = match archive.by_name(&name) {
-            Ok(entry) => entry,
-            Err(zip::result::ZipError::FileNotFound) => {
-                return Err(Problem::damaged(format!("it lacks {name:?}")));
-            }
-            Err(error) => return Err(damaged(error)),
-        };
-        if entry.compression() != zip::CompressionMethod::Stored {
-            return Err(Problem::damaged(format!(
-                "{name:?} is compressed, which torch.save never does"
-            )));
+        if build.views[index].is_empty() {
+            // Of an optimizer, for example.
+            continue;
         }
+        let name = format!("{folder}/data/{}", storage.key);
+        let mut entry = stored(&mut archive, &name)?;
         let expected = storage.len.checked_mul(storage.element.size() as u64);
         if Some(entry.size()) != expected {
             return Err(Problem::damaged(format!(
@@ -137,6 +130,12 @@ pub(crate) fn read_zip(file: &mut (impl Read + Seek), len: u64) -> Result<Conten
                 storage.element.size()
             )));
         }
+        let Some(left) = unread.checked_sub(entry.size()) else {
+            return Err(Problem::damaged(format!(
+                "its storages have more bytes than the file, which has {len}"
+            )));
+        };
+        unread = left;
         build.storage(index, &mut entry)?;
         // The end, where the checksum is compared.
         std::io::copy(&mut entry, &mut std::io::sink())?;
@@ -144,10 +143,34 @@ pub(crate) fn read_zip(file: &mut (impl Read + Seek), len: u64) -> Result<Conten
     build.finish()
 }
 
+fn damaged(error: zip::result::ZipError) -> Problem {
+    Problem::damaged(format!("as a zip archive: {error}"))
+}
+
+/// An entry, which must be as long as its bytes in the file.
+fn stored<'a, R: Read + Seek>(
+    archive: &'a mut zip::ZipArchive<R>,
+    name: &str,
+) -> Result<zip::read::ZipFile<'a, R>, Problem> {
+    let entry = match archive.by_name(name) {
+        Ok(entry) => entry,
+        Err(zip::result::ZipError::FileNotFound) => {
+            return Err(Problem::damaged(format!("it lacks {name:?}")));
+        }
+        Err(error) => return Err(damaged(error)),
+    };
+    match entry.compression() {
+        zip::CompressionMethod::Stored => Ok(entry),
+        _ => Err(Problem::damaged(format!(
+            "{name:?} is compressed, which torch.save never does"
+        ))),
+    }
+}
+
 /// What to take from a pickle.
 struct Wanted {
-    /// Key and index into the pickle's tensors.
-    tensors: Vec<(Rc<str>, usize)>,
+    /// Index into the pickle's tensors by key: of a key given twice the last counts, as in Python.
+    tensors: BTreeMap<Rc<str>, usize>,
     ignored: Vec<String>,
 }
 
@@ -155,40 +178,40 @@ struct Wanted {
 const WRAPPERS: [&str; 4] = ["state_dict", "model", "model_state_dict", "module"];
 
 impl Wanted {
-    /// The state dict: the root, or what lies under the usual keys of a checkpoint.
+    /// The state dict: what lies under the usual keys of a checkpoint, or else the root. A
+    /// checkpoint may have tensors of its own beside it, such as the best accuracy.
     fn new(pickle: &Pickle) -> Result<Self, Problem> {
         let tensors_of = |value: &Value| {
             let mut wanted = Self {
-                tensors: Vec::new(),
+                tensors: BTreeMap::new(),
                 ignored: Vec::new(),
             };
             for (key, value) in pickle.dict(value)? {
                 match (key, value) {
                     (Value::Text(key), Value::Tensor(index)) => {
-                        wanted.tensors.push((key.clone(), *index));
+                        wanted.tensors.insert(key.clone(), *index);
                     }
-                    (Value::Text(key), _) => wanted.ignored.push(key.to_string()),
-                    _ => wanted.ignored.push(kind(Some(key)).to_owned()),
+                    (key, _) => wanted.ignored.push(shown(key)),
                 }
             }
             (!wanted.tensors.is_empty()).then_some(wanted)
         };
-        let candidates = std::iter::once(&pickle.root).chain(
-            WRAPPERS
-                .iter()
-                .filter_map(|key| pickle.get(&pickle.root, key)),
-        );
-        if let Some(wanted) = candidates.into_iter().find_map(tensors_of) {
+        for wrapper in WRAPPERS {
+            let wrapped = pickle.get(&pickle.root, wrapper).and_then(tensors_of);
+            if let (Some(mut wanted), Some(items)) = (wrapped, pickle.dict(&pickle.root)) {
+                let beside = items.map(|(key, _)| shown(key));
+                wanted.ignored.extend(beside.filter(|key| key != wrapper));
+                return Ok(wanted);
+            }
+        }
+        if let Some(wanted) = tensors_of(&pickle.root) {
             return Ok(wanted);
         }
         let mut found = kind(Some(&pickle.root)).to_owned();
         if let Some(items) = pickle.dict(&pickle.root) {
             let keys: Vec<String> = items
                 .take(5)
-                .map(|(key, _)| match key {
-                    Value::Text(key) => format!("{:?}", key.chars().take(40).collect::<String>()),
-                    other => kind(Some(other)).to_owned(),
-                })
+                .map(|(key, _)| format!("{:?}", shown(key)))
                 .collect();
             found = match keys.is_empty() {
                 true => "an empty dictionary".into(),
@@ -199,11 +222,21 @@ impl Wanted {
     }
 }
 
+/// A key for people.
+fn shown(key: &Value) -> String {
+    match key {
+        Value::Text(key) => key.chars().take(100).collect(),
+        other => kind(Some(other)).to_owned(),
+    }
+}
+
 /// Tensors in the making: each storage is read once, and its tensors are made while it is there.
 struct Build<'a> {
     pickle: &'a Pickle,
-    wanted: Wanted,
-    made: Vec<Option<Tensor>>,
+    /// Of each storage: keys and indices of the wanted tensors that view it.
+    views: Vec<Vec<(Rc<str>, usize)>>,
+    made: BTreeMap<Rc<str>, Tensor>,
+    ignored: Vec<String>,
     /// Of the file.
     len: u64,
     /// Bytes that tensors may still take.
@@ -214,10 +247,15 @@ impl<'a> Build<'a> {
     fn new(pickle: &'a Pickle, wanted: Wanted, len: u64) -> Self {
         /// Storages may be shared; a file of tiny ones with many large views is none.
         const SHARED: u64 = 4;
+        let mut views = vec![Vec::new(); pickle.storages.len()];
+        for (name, tensor) in wanted.tensors {
+            views[pickle.tensors[tensor].storage].push((name, tensor));
+        }
         Self {
             pickle,
-            made: vec![None; wanted.tensors.len()],
-            wanted,
+            views,
+            made: BTreeMap::new(),
+            ignored: wanted.ignored,
             len,
             budget: len.saturating_mul(SHARED),
         }
@@ -225,6 +263,8 @@ impl<'a> Build<'a> {
 
     /// Reads one storage and makes the tensors that view it.
     fn storage(&mut self, index: usize, input: &mut dyn Read) -> Result<(), Problem> {
+        /// What a tensor takes beside its elements, at least. A file spends half as much on it.
+        const TENSOR: u64 = 256;
         let storage = &self.pickle.storages[index];
         let size = storage.element.size() as u64;
         let bytes = storage
@@ -237,53 +277,67 @@ impl<'a> Build<'a> {
                 storage.key, storage.len, self.len
             )));
         };
-        let mut data = Vec::with_capacity(bytes as usize);
-        if (input.take(bytes).read_to_end(&mut data)? as u64) < bytes {
+        let views = std::mem::take(&mut self.views[index]);
+        let mut input = input.take(bytes);
+        let mut data = Vec::new();
+        let read = if views.is_empty() {
+            std::io::copy(&mut input, &mut std::io::sink())?
+        } else {
+            data.reserve_exact(bytes as usize);
+            input.read_to_end(&mut data)? as u64
+        };
+        if read < bytes {
             return Err(Problem::Io(std::io::ErrorKind::UnexpectedEof.into()));
         }
-        for ((name, tensor), made) in self.wanted.tensors.iter().zip(&mut self.made) {
-            let view = &self.pickle.tensors[*tensor];
-            if view.storage == index && made.is_none() {
-                let problem = |problem| Problem::Tensor {
-                    name: name.to_string(),
-                    problem,
-                };
-                let elements = check(view, storage).map_err(problem)?;
-                let taken = elements.saturating_mul(size);
-                let Some(left) = self.budget.checked_sub(taken) else {
-                    return Err(problem(format!(
-                        "with it the tensors take more than four times the file's {} bytes",
-                        self.len
-                    )));
-                };
-                self.budget = left;
-                let tensor = make(view, storage.element, &data, elements as usize);
-                *made = Some(tensor.map_err(|error| problem(error.to_string()))?);
-            }
+        for (name, tensor) in views {
+            let problem = |problem| Problem::Tensor {
+                name: name.to_string(),
+                problem,
+            };
+            let view = &self.pickle.tensors[tensor];
+            let elements = check(view, storage).map_err(problem)?;
+            let taken = elements.saturating_mul(size).saturating_add(TENSOR);
+            let Some(left) = self.budget.checked_sub(taken) else {
+                return Err(problem(format!(
+                    "with it the tensors take more than four times the file's {} bytes",
+                    self.len
+                )));
+            };
+            self.budget = left;
+            let tensor = make(view, storage.element, &data, elements as usize);
+            let tensor = tensor.map_err(|error| problem(error.to_string()))?;
+            self.made.insert(name, tensor);
         }
         Ok(())
     }
 
     fn finish(self) -> Result<Contents, Problem> {
-        let mut tensors = Vec::with_capacity(self.made.len());
-        for ((name, index), tensor) in self.wanted.tensors.into_iter().zip(self.made) {
-            let Some(tensor) = tensor else {
-                let storage = self.pickle.tensors[index].storage;
+        for (storage, views) in self.pickle.storages.iter().zip(&self.views) {
+            if let Some((name, _)) = views.first() {
                 return Err(Problem::Tensor {
                     name: name.to_string(),
-                    problem: format!(
-                        "its storage {:?} is not in the file",
-                        self.pickle.storages[storage].key
-                    ),
+                    problem: format!("its storage {:?} is not in the file", storage.key),
                 });
-            };
-            tensors.push((name.to_string(), tensor));
+            }
         }
+        let tensors = self.made.into_iter();
         Ok(Contents {
-            tensors,
-            ignored: self.wanted.ignored,
+            tensors: tensors
+                .map(|(name, tensor)| (name.to_string(), tensor))
+                .collect(),
+            ignored: self.ignored,
         })
     }
+}
+
+/// Whether the product of the dimensions, and of any of them, fits an address. Only shapes that hold no
+/// element can fail this and be backed by a file.
+pub(crate) fn is_countable(mut shape: impl Iterator<Item = u64>) -> bool {
+    /// Bytes.
+    const LARGEST_ELEMENT: u64 = 8;
+    shape
+        .try_fold(LARGEST_ELEMENT, |n, d| n.checked_mul(d.max(1)))
+        .is_some_and(|bytes| isize::try_from(bytes).is_ok())
 }
 
 /// The number of elements, all of which lie inside of the storage.
@@ -294,7 +348,7 @@ fn check(view: &TensorView, storage: &Storage) -> Result<u64, String> {
         at.checked_add(d.saturating_sub(1).checked_mul(stride)?)
     });
     match (elements, last) {
-        (Some(0), _) => Ok(0),
+        (Some(0), _) if is_countable(view.shape.iter().copied()) => Ok(0),
         (Some(elements), Some(last)) if last < storage.len && elements <= storage.len => {
             Ok(elements)
         }

@@ -151,6 +151,12 @@ fn what_does_not_fit_is_listed_and_nothing_is_written() {
         .success()
         .stdout(contains("342 loaded, 1 missing, 1 unexpected, 1 misshapen"));
     assert_eq!(StateDict::read(&to).unwrap().tensors.len(), 342);
+
+    import(&[text(&from), "--out", text(&to), "--force", "--keep-aux"])
+        .assert()
+        .code(1)
+        .stderr(contains("missing (21): "))
+        .stderr(contains("aux1.conv.conv.weight"));
 }
 
 #[test]
@@ -174,6 +180,36 @@ fn bad_input_ends_with_code_1_and_says_what_to_do() {
         assert!(stderr.contains(expected), "{source}: {stderr}");
         assert!(!out.exists());
     }
+}
+
+#[test]
+fn the_same_tensors_give_the_same_bytes_and_names_are_unique() {
+    let dir = tempfile::tempdir().unwrap();
+    let metadata: BTreeMap<_, _> = (0..20).map(|i| (i.to_string(), "x".into())).collect();
+    let [first, second] = ["first", "second"].map(|name| dir.path().join(name));
+    let mut tensors = googlenet(3, false);
+    write_safetensors(&first, &tensors, &metadata, false).unwrap();
+    tensors.reverse();
+    write_safetensors(&second, &tensors, &metadata, false).unwrap();
+    assert_eq!(
+        std::fs::read(&first).unwrap(),
+        std::fs::read(&second).unwrap()
+    );
+
+    let one = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
+    for (names, expected) in [(["a", "a"], "taken"), (["a", "__metadata__"], "taken")] {
+        let tensors = names.map(|name| (name.to_owned(), one.clone()));
+        let error = write_safetensors(&second, &tensors, &metadata, true).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let half = [("h".to_owned(), one.to_dtype(DType::F16).unwrap())];
+    let error = write_safetensors(&second, &half, &metadata, true).unwrap_err();
+    assert!(error.to_string().contains("f16"), "{error}");
+    assert_eq!(
+        std::fs::read(&first).unwrap(),
+        std::fs::read(&second).unwrap(),
+        "what was there is still there"
+    );
 }
 
 #[test]

@@ -86,10 +86,11 @@ fn every_tensor_of_every_format_is_pytorchs_bit_by_bit() {
 #[test]
 fn what_lies_beside_the_tensors_of_a_checkpoint_is_named_and_no_obstacle() {
     let state = StateDict::read(&fixture("wrapped_zip.pth")).unwrap();
-    assert!(
-        state.ignored.is_empty(),
-        "the wrapper's keys are not the state dict's"
-    );
+    assert_eq!(state.tensors.len(), 18);
+    // Tensors of its own among them.
+    for key in ["epoch", "lr", "best", "name", "history", "optimizer"] {
+        assert!(state.ignored.iter().any(|k| k == key), "{key}");
+    }
     let metadata = StateDict::read(&fixture("expected.safetensors"))
         .unwrap()
         .metadata;
@@ -258,6 +259,45 @@ fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
             vec!["does not fit"],
         ),
         (
+            "empty and overflowing",
+            tensor(0, &[0, i32::MAX, i32::MAX, i32::MAX], &[1; 4]),
+            vec!["does not fit"],
+        ),
+        (
+            "empty and overflowing safetensors",
+            safetensors(
+                r#"{"w":{"dtype":"F32","shape":[0,9999999999,9999999999],"data_offsets":[0,0]}}"#,
+                b"",
+            ),
+            vec!["\"w\"", "9999999999"],
+        ),
+        (
+            "safetensors of another type",
+            safetensors(
+                r#"{"w":{"dtype":"I16","shape":[1],"data_offsets":[0,2]}}"#,
+                b"\0\0",
+            ),
+            vec!["\"w\"", "I16"],
+        ),
+        (
+            "safetensors of another length",
+            safetensors(
+                r#"{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}"#,
+                b"\0\0",
+            ),
+            vec!["safetensors file"],
+        ),
+        (
+            "safetensors without tensors",
+            safetensors(r#"{"__metadata__":{}}"#, b""),
+            vec!["without tensors"],
+        ),
+        (
+            "compressed pickle",
+            with_method(&whole, 8),
+            vec!["is damaged", "is compressed"],
+        ),
+        (
             "negative",
             tensor(0, &[-1], &[1]),
             vec!["storage, offset, shape"],
@@ -309,7 +349,7 @@ fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
             truncated("zip.pth", whole.len() - 30),
             vec!["zip archive"],
         ),
-        ("wrong checksum", wrong_crc, vec!["checksum"]),
+        ("wrong checksum", wrong_crc, vec!["is damaged", "checksum"]),
         ("other zip", empty_zip(), vec!["data.pkl"]),
         (
             "safetensors",
@@ -333,11 +373,155 @@ fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
     }
 }
 
+fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
+    let len = (header.len() as u64).to_le_bytes();
+    [&len, header.as_bytes(), data].concat()
+}
+
+/// A zip file whose entries claim another method of compression.
+fn with_method(zip: &[u8], method: u8) -> Vec<u8> {
+    let mut bytes = zip.to_vec();
+    for at in 0..bytes.len() - 4 {
+        match &bytes[at..at + 4] {
+            b"PK\x03\x04" => bytes[at + 8] = method,
+            b"PK\x01\x02" => bytes[at + 10] = method,
+            _ => {}
+        }
+    }
+    bytes
+}
+
 fn empty_zip() -> Vec<u8> {
     let mut bytes = b"PK\x05\x06".to_vec();
     bytes.resize(22, 0);
     // A local header first, by which the format is told.
     [&b"PK\x03\x04"[..], &[0; 26], &bytes].concat()
+}
+
+/// A zip archive of stored entries. Those named as another's place lie where that one does.
+fn zip(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let (mut bytes, mut directory) = (Vec::new(), Vec::new());
+    let mut count = 0u16;
+    for (names, data) in entries {
+        let place = bytes.len() as u32;
+        for (index, name) in names.split(' ').enumerate() {
+            let crc = crc32(data).to_le_bytes();
+            let len = (data.len() as u32).to_le_bytes();
+            let name_len = (name.len() as u16).to_le_bytes();
+            // Version, flags, method, time, date.
+            let common = [
+                &[20, 0, 0, 0, 0, 0, 0, 0, 0x21, 0][..],
+                &crc,
+                &len,
+                &len,
+                &name_len,
+            ]
+            .concat();
+            if index == 0 {
+                bytes.extend([b"PK\x03\x04", &common[..], &[0; 2], name.as_bytes(), data].concat());
+            }
+            directory.extend([b"PK\x01\x02\x14\x00", &common[..], &[0; 12]].concat());
+            directory.extend([&place.to_le_bytes()[..], name.as_bytes()].concat());
+            count += 1;
+        }
+    }
+    let start = (bytes.len() as u32).to_le_bytes();
+    let len = (directory.len() as u32).to_le_bytes();
+    let count = count.to_le_bytes();
+    bytes.extend(directory);
+    bytes.extend(
+        [
+            b"PK\x05\x06\0\0\0\0",
+            &count[..],
+            &count,
+            &len,
+            &start,
+            &[0, 0],
+        ]
+        .concat(),
+    );
+    bytes
+}
+
+fn crc32(data: &[u8]) -> u32 {
+    !data.iter().fold(!0, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            if crc & 1 == 1 {
+                crc >> 1 ^ 0xedb8_8320
+            } else {
+                crc >> 1
+            }
+        })
+    })
+}
+
+#[test]
+fn entries_of_a_zip_file_are_only_names() {
+    let four: Vec<u8> = [1f32, 2., 3., 4.]
+        .iter()
+        .flat_map(|v| v.to_le_bytes())
+        .collect();
+    let pickle = one_tensor(4, 1, &[2], &[2]);
+    // No entry is ever a path of the disk, whatever it is called.
+    for folder in ["a", "..", "C:"] {
+        let [object, storage] = ["data.pkl", "data/0"].map(|name| format!("{folder}/{name}"));
+        let file = zip(&[(&object, &pickle), (&storage, &four)]);
+        let state = StateDict::from_bytes(&file, Path::new("x")).unwrap();
+        assert_eq!(state.tensors["w"].to_vec1::<f32>().unwrap(), [2.0, 4.0]);
+    }
+
+    for (entries, expected) in [
+        (
+            &[("a/data.pkl", &pickle[..]), ("../data/0", &four)][..],
+            "it lacks \"a/data/0\"",
+        ),
+        (
+            &[("/a/data.pkl", &pickle), ("/a/data/0", &four)],
+            "without one <name>/data.pkl",
+        ),
+        (
+            &[("a/data.pkl b/data.pkl", &pickle), ("a/data/0", &four)],
+            "without one <name>/data.pkl",
+        ),
+        (
+            &[("a/data.pkl", &pickle), ("a/data/0", &four[..12])],
+            "has 12 bytes",
+        ),
+        (
+            &[
+                ("a/data.pkl", &pickle),
+                ("a/data/0", &four),
+                ("a/byteorder", b"big"),
+            ],
+            "\"big\"",
+        ),
+    ] {
+        let found = message(&zip(entries));
+        assert!(found.contains(expected), "{expected}: {found}");
+    }
+}
+
+#[test]
+fn entries_of_a_zip_file_that_overlap_are_counted() {
+    // Forty storages in the same 64 KiB, each with a tensor of one element.
+    let one = one_tensor(16_384, 0, &[1], &[1]);
+    let key = one.windows(6).position(|w| w == b"X\x01\0\0\x000").unwrap() + 5;
+    let mut pickle = b"\x80\x02}".to_vec();
+    let mut names = Vec::new();
+    for index in 0..40u8 {
+        let mut item = one.clone();
+        (item[8], item[key]) = (b'0' + index, b'0' + index);
+        pickle.extend(&item[3..item.len() - 2]);
+        pickle.extend(b"s");
+        names.push(format!("a/data/{}", char::from(item[key])));
+    }
+    pickle.extend(b".");
+    let numbers = vec![0; 65_536];
+    let found = message(&zip(&[
+        ("a/data.pkl", &pickle),
+        (&names.join(" "), &numbers),
+    ]));
+    assert!(found.contains("more bytes than the file"), "{found}");
 }
 
 #[test]
@@ -354,6 +538,34 @@ fn lists_given_again_and_again_are_counted() {
         found.contains("more than") && found.contains("values"),
         "{found}"
     );
+}
+
+#[test]
+fn one_shape_given_again_and_again_is_counted() {
+    // A tensor of 60 dimensions by 5 bytes: call and arguments from the memo.
+    let shape: Vec<i32> = vec![1; 60];
+    let one = one_tensor(4, 0, &shape, &shape);
+    // Up to the arguments, which the memo takes before the call.
+    let mut pickle = one[..one.len() - 3].to_vec();
+    let class = b"ctorch._utils\n_rebuild_tensor_v2\n";
+    let at = pickle.windows(class.len()).position(|w| w == class);
+    pickle.splice(at.unwrap()..at.unwrap() + class.len(), []);
+    pickle.extend(b"q\x00");
+    pickle.extend(class);
+    pickle.extend(b"q\x01");
+    pickle.extend(b"h\x01h\x00R0".repeat(100_000));
+    let found = message(&legacy(&pickle, b""));
+    assert!(found.contains("values"), "{found}");
+}
+
+#[test]
+fn containers_without_end_are_counted() {
+    for (opcode, count) in [(b']', 4_000_000), (b'N', 4_000_000), (b'(', 4_000_000)] {
+        let mut pickle = b"\x80\x02".to_vec();
+        pickle.resize(count, opcode);
+        let found = message(&legacy(&pickle, b""));
+        assert!(found.contains("values"), "{found}");
+    }
 }
 
 #[test]
