@@ -393,7 +393,7 @@ impl GoogLeNet {
             true => var.as_tensor().clone(),
             false => var.as_detached_tensor(),
         };
-        let tensors: Vec<_> = convs.iter().map(|conv| conv.tensors(&tensor)).collect();
+        let tensors: Vec<_> = convs.iter().map(|conv| conv.tensors(tensor)).collect();
         let parameters: Vec<_> = tensors
             .iter()
             .map(
