@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 /// Type-check and lint the CUDA build; needs neither a GPU nor CUDA
 ///
-/// Runs `cargo clippy --features cuda` with a stand-in for nvcc that writes empty kernels.
+/// Runs `cargo clippy --features cuda` on the experiments and what they use, with a stand-in for nvcc that writes empty kernels.
 /// The result cannot be run: to build a real binary, install CUDA 13 and run
 /// `cargo build --features cuda`.
 #[derive(clap::Args)]
@@ -30,6 +30,12 @@ pub(crate) fn run(_: &CudaCheck) -> Result<()> {
             "clippy",
             "--package",
             "scratch-train",
+            "--package",
+            "finetune-full",
+            "--package",
+            "finetune-frozen",
+            "--package",
+            "predict",
             "--all-targets",
             "--features",
             "cuda",
