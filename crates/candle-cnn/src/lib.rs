@@ -65,4 +65,6 @@ pub use max_pool2d::{MaxPool2dConfig, max_pool2d};
 pub use mode::Mode;
 pub use relu::relu;
 pub use simd::Isa;
-pub use static_graph::{ConvParameters, GraphOutput, Node, StaticGraph, StaticGraphBuilder};
+pub use static_graph::{
+    ConvParameters, GraphOutput, Node, PROFILE_TARGET, StaticGraph, StaticGraphBuilder,
+};

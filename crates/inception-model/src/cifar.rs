@@ -175,7 +175,11 @@ impl CifarGoogLeNet {
             for stage in &self.body {
                 x = match stage {
                     Stage::Block(block) => block.describe_with(&mut builder, x, Conv::describe)?,
-                    Stage::MaxPool { window, .. } => builder.max_pool2d(x, *window)?,
+                    Stage::MaxPool { name, window } => {
+                        let pooled = builder.max_pool2d(x, *window)?;
+                        builder.name(pooled, name);
+                        pooled
+                    }
                 };
             }
             builder.global_avg_pool2d(x)

@@ -53,7 +53,9 @@ impl Conv {
     /// [`Self::forward`] as part of a graph.
     pub(crate) fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
         let (c_out, _, kernel, _) = self.weight.dims4()?;
-        graph.conv2d_relu(x, c_out, kernel, self.config.padding.0)
+        let y = graph.conv2d_relu(x, c_out, kernel, self.config.padding.0)?;
+        graph.name(y, &self.name);
+        Ok(y)
     }
 
     pub(crate) fn parameters(&self) -> [(String, Var); 2] {
@@ -177,6 +179,7 @@ impl<C> Inception<C> {
         let reduced = conv(&self.branch3[0], graph, x)?;
         let branch3 = conv(&self.branch3[1], graph, reduced)?;
         let pooled = graph.max_pool2d(x, branch4_pool())?;
+        graph.name(pooled, format!("{}.branch4.pool", self.name));
         let branch4 = conv(&self.branch4, graph, pooled)?;
         graph.concat(&[branch1, branch2, branch3, branch4])
     }

@@ -432,15 +432,21 @@ impl GoogLeNet {
             let images = builder.input();
             let mut x = network.conv1.describe(&mut builder, images)?;
             x = builder.max_pool2d(x, POOL3)?;
+            builder.name(x, "maxpool1");
             x = network.conv2.describe(&mut builder, x)?;
             x = network.conv3.describe(&mut builder, x)?;
             x = builder.max_pool2d(x, POOL3)?;
+            builder.name(x, "maxpool2");
             for stage in &network.body {
                 x = match stage {
                     Stage::Block(block) => {
                         block.describe_with(&mut builder, x, ConvNorm::describe)?
                     }
-                    Stage::MaxPool { window, .. } => builder.max_pool2d(x, *window)?,
+                    Stage::MaxPool { name, window } => {
+                        let pooled = builder.max_pool2d(x, *window)?;
+                        builder.name(pooled, name);
+                        pooled
+                    }
                 };
             }
             builder.global_avg_pool2d(x)
@@ -816,7 +822,9 @@ impl ConvNorm {
     fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
         let (c_out, _, kernel, _) = self.weight.dims4()?;
         let window = (self.config.stride.0, self.config.padding.0);
-        graph.conv2d_batch_norm_relu(x, c_out, kernel, window, EPS)
+        let y = graph.conv2d_batch_norm_relu(x, c_out, kernel, window, EPS)?;
+        graph.name(y, &self.name);
+        Ok(y)
     }
 
     /// Weight, norm weight and norm bias by `tensor`; running mean and variance.

@@ -21,6 +21,7 @@ use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
 use crate::model::{Model, TrainOutput};
 use crate::observer::{EpochReport, Observer, StartReport, StepReport};
+use crate::profile::Parts;
 use crate::random::{self, STREAM_SCHEME};
 use crate::run_directory::RunDirectory;
 use crate::schedule::ResolvedSchedule;
@@ -185,8 +186,10 @@ impl<'a> Training<'a> {
                 return Ok(ControlFlow::Break(()));
             }
             let begin = Instant::now();
+            let mut parts = Parts::start();
             let Some(batch) = batches.next() else { break };
-            let step = self.train_step(&batch?)?;
+            parts.end("data");
+            let step = self.train_step(&batch?, &mut parts)?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {
                 self.save_checkpoint(observer)?;
@@ -196,7 +199,7 @@ impl<'a> Training<'a> {
     }
 
     /// One step: forward, loss, backward, update.
-    fn train_step(&mut self, batch: &Examples) -> Result<Step> {
+    fn train_step(&mut self, batch: &Examples, parts: &mut Parts) -> Result<Step> {
         let step = self.position.step;
         let failed = |during| {
             move |source| Error::Tensor {
@@ -209,6 +212,7 @@ impl<'a> Training<'a> {
         let output = self
             .forward_train(&batch.inputs, dropout_seed)
             .map_err(failed("the forward pass"))?;
+        parts.end("forward");
         let loss = self
             .loss(&output, &batch.labels)
             .map_err(failed("the loss"))?;
@@ -226,11 +230,16 @@ impl<'a> Training<'a> {
             });
         }
 
+        parts.end("loss");
         let gradients = loss.backward().map_err(failed("the backward pass"))?;
+        parts.end("backward");
         let lr = self.learning_rate(step);
         self.optimizer
             .step(&gradients, lr)
             .map_err(failed("the update"))?;
+        // What nobody needs any more is freed here, and counted.
+        drop((gradients, output, loss));
+        parts.end("update");
         Ok(Step {
             loss: value,
             correct,

@@ -77,9 +77,13 @@ pub struct RunArguments {
     #[arg(long, value_name = "STEPS")]
     pub checkpoint_every: Option<u64>,
     /// Continue a run that was stopped: the folder it works in. Every setting comes from the run;
-    /// only --data-dir may be given, for data that have moved
+    /// only --data-dir, for data that have moved, and --profile may be given
     #[arg(long, value_name = "RUN")]
     pub resume: Option<PathBuf>,
+    /// Print at the end where the time of the steps went, by layer and pass, and save it as
+    /// profile.csv in the run's folder
+    #[arg(long)]
+    pub profile: bool,
 }
 
 /// What to compute on.
@@ -147,7 +151,7 @@ impl RunArguments {
     /// What `--resume` asks for, if it is there.
     ///
     /// # Errors
-    /// Any other flag but `--data-dir`.
+    /// Any other flag but `--data-dir` and `--profile`.
     pub fn to_resume<M>(
         &self,
         given: &[String],
@@ -158,9 +162,14 @@ impl RunArguments {
         };
         let reason = "a resumed run takes every setting from its config.json, so that it ends as if \
                       it had never stopped";
-        refuse_all_but("--resume", &["--data-dir"], given, reason)?;
+        refuse_all_but("--resume", &["--data-dir", "--profile"], given, reason)?;
         let data_dir = data.data_dir.clone();
-        Ok(Some(Action::Resume { dir, data_dir }))
+        let profile = self.profile;
+        Ok(Some(Action::Resume {
+            dir,
+            data_dir,
+            profile,
+        }))
     }
 
     /// Folder for runs.

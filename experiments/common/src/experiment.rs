@@ -13,6 +13,7 @@ use crate::compute::ComputeConfig;
 use crate::data::DataConfig;
 use crate::logging::start_logging;
 use crate::memory::keep_freed_pages;
+use crate::profile::Profile;
 use crate::progress::{print, say};
 use crate::session::{print_finished, train};
 
@@ -39,6 +40,8 @@ pub enum Action<R> {
         config: Box<RunConfig<R>>,
         /// Folder for runs.
         out: PathBuf,
+        /// Whether to measure where the time goes.
+        profile: bool,
     },
     /// The rest of a run.
     Resume {
@@ -46,6 +49,8 @@ pub enum Action<R> {
         dir: PathBuf,
         /// Where the data are now, if they have moved.
         data_dir: Option<PathBuf>,
+        /// Whether to measure where the time goes.
+        profile: bool,
     },
     /// The table of layers.
     Summary(R),
@@ -108,10 +113,12 @@ pub fn run_experiment<E: Experiment>(
     parse: impl FnOnce() -> Result<Action<E::Request>>,
 ) -> ExitCode {
     keep_freed_pages();
-    start_logging();
-    parse()
-        .and_then(act::<E>)
-        .unwrap_or_else(|error| fail(&error))
+    let act = |action: Action<E::Request>| {
+        let profile = action.is_profiled().then(Profile::default);
+        start_logging(profile.as_ref());
+        act::<E>(action, profile.as_ref())
+    };
+    parse().and_then(act).unwrap_or_else(|error| fail(&error))
 }
 
 /// Prints an error as the last word of a program.
@@ -120,18 +127,31 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn act<E: Experiment>(action: Action<E::Request>) -> Result<ExitCode> {
+impl<R> Action<R> {
+    fn is_profiled(&self) -> bool {
+        match self {
+            Self::Start { profile, .. } | Self::Resume { profile, .. } => *profile,
+            Self::Summary(_) => false,
+        }
+    }
+}
+
+fn act<E: Experiment>(action: Action<E::Request>, profile: Option<&Profile>) -> Result<ExitCode> {
     match action {
         Action::Summary(request) => {
             print(&E::summary(&request)?);
             Ok(ExitCode::SUCCESS)
         }
-        Action::Start { config, out } => start::<E>(*config, &out),
-        Action::Resume { dir, data_dir } => resume::<E>(&dir, data_dir),
+        Action::Start { config, out, .. } => start::<E>(*config, &out, profile),
+        Action::Resume { dir, data_dir, .. } => resume::<E>(&dir, data_dir, profile),
     }
 }
 
-fn start<E: Experiment>(config: RunConfig<E::Request>, out: &Path) -> Result<ExitCode> {
+fn start<E: Experiment>(
+    config: RunConfig<E::Request>,
+    out: &Path,
+    profile: Option<&Profile>,
+) -> Result<ExitCode> {
     let config = RunConfig {
         model: E::resolve(config.model, out)?,
         data: config.data,
@@ -147,11 +167,15 @@ fn start<E: Experiment>(config: RunConfig<E::Request>, out: &Path) -> Result<Exi
     E::load_initial_weights(&network, &config)?;
     let run = RunDirectory::create(out, E::NAME, &config, &data, &environment::<E>(&config))
         .with_context(cannot_start)?;
-    train(&network, data, &device, config.training, run)
+    train(&network, data, &device, config.training, run, profile)
 }
 
 /// Everything comes from the run's config.json, so that it ends as if it had never stopped.
-fn resume<E: Experiment>(dir: &Path, data_dir: Option<PathBuf>) -> Result<ExitCode> {
+fn resume<E: Experiment>(
+    dir: &Path,
+    data_dir: Option<PathBuf>,
+    profile: Option<&Profile>,
+) -> Result<ExitCode> {
     let run = RunDirectory::open(dir, E::NAME).context("cannot resume")?;
     if let Some(summary) = run.finished()? {
         print(&format!("{} is finished already", dir.display()));
@@ -173,7 +197,7 @@ fn resume<E: Experiment>(dir: &Path, data_dir: Option<PathBuf>) -> Result<ExitCo
         E::load_initial_weights(&network, &config)?;
     }
     run.record_resumption(&environment::<E>(&config))?;
-    train(&network, data, &device, config.training, run)
+    train(&network, data, &device, config.training, run, profile)
 }
 
 fn environment<E: Experiment>(config: &RunConfig<E::ModelConfig>) -> Environment {

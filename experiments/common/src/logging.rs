@@ -2,21 +2,29 @@
 
 use std::io::{self, Write};
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
+use crate::profile::Profile;
 use crate::progress::BARS;
 
 /// Warnings and worse. hf-hub logs as an error what it also returns as one.
 const FILTER: &str = "warn,hf_hub=off";
 
-/// Sends the log to standard error, warnings and worse unless `RUST_LOG` says otherwise.
-pub fn start_logging() {
+/// Sends the log to standard error, warnings and worse unless `RUST_LOG` says otherwise, and
+/// times to `profile` where there is one.
+pub fn start_logging(profile: Option<&Profile>) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt::layer()
         .with_target(false)
         .without_time()
         .with_writer(|| AboveBars)
+        .with_filter(filter);
+    let profile = profile.cloned();
+    tracing_subscriber::registry()
+        .with(log)
+        .with(profile.map(|profile| profile.with_filter(Profile::targets())))
         .init();
 }
 

@@ -6,11 +6,12 @@ use anyhow::Result;
 use candle_core::Device;
 use trainer::{DataSets, Model, Outcome, RunDirectory, Summary, Training, TrainingConfig};
 
+use crate::profile::Profile;
 use crate::progress::{Progress, print};
 use crate::signals::StopSignals;
 
 /// Trains until the run is finished (exit code 0) or a signal stops it (130 or 143), and says what
-/// came of it.
+/// came of it. What `profile` has collected is printed and saved in the run's folder.
 ///
 /// # Errors
 /// The trainer's.
@@ -20,6 +21,7 @@ pub fn train(
     device: &Device,
     config: TrainingConfig,
     run: RunDirectory,
+    profile: Option<&Profile>,
 ) -> Result<ExitCode> {
     let (dir, experiment) = (run.path().to_path_buf(), run.experiment().to_string());
     print(&format!("Run: {}", dir.display()));
@@ -28,7 +30,12 @@ pub fn train(
     let outcome = Training::new(model, data, device, config, run)
         .and_then(|mut training| training.run(&mut progress, &|| signals.received().is_some()));
     progress.end();
-    match outcome? {
+    let outcome = outcome?;
+    if let Some(profile) = profile {
+        print(profile.table().trim_end());
+        profile.write(&dir)?;
+    }
+    match outcome {
         Outcome::Finished(summary) => {
             print_finished(&dir.display().to_string(), &summary);
             Ok(ExitCode::SUCCESS)

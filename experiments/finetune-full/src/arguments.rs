@@ -106,6 +106,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>
     Ok(Action::Start {
         config: Box::new(config),
         out: arguments.run.out(),
+        profile: arguments.run.profile,
     })
 }
 

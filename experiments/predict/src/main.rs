@@ -26,7 +26,7 @@ const BATCH: usize = 16;
 
 fn main() -> ExitCode {
     keep_freed_pages();
-    start_logging();
+    start_logging(None);
     run(&Arguments::parse()).unwrap_or_else(|error| fail(&error))
 }
 

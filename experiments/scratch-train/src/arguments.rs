@@ -87,6 +87,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
     Ok(Action::Start {
         config: Box::new(config),
         out: arguments.run.out(),
+        profile: arguments.run.profile,
     })
 }
 

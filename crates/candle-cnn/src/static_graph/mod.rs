@@ -15,11 +15,13 @@ mod norm;
 mod outer;
 mod packed;
 mod pool;
+mod profile;
 mod run;
 #[cfg(test)]
 mod tests;
 mod winograd;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{
@@ -27,7 +29,8 @@ use candle_core::{
 };
 
 use self::arena::Arenas;
-use self::run::{After, Backward, Forward, Numbers};
+pub use self::profile::PROFILE_TARGET;
+use self::run::{Backward, Forward, Numbers};
 use crate::batch_norm::{BatchStatistics, Moments};
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
@@ -50,6 +53,7 @@ pub struct Node(usize);
 pub struct StaticGraphBuilder {
     nodes: Vec<Map>,
     operations: Vec<Operation>,
+    names: BTreeMap<usize, String>,
 }
 
 /// The value of a node. A branch of a concatenation lies inside of the whole.
@@ -101,12 +105,18 @@ impl StaticGraphBuilder {
         Self {
             nodes: vec![Map::new(channels, size)],
             operations: Vec::new(),
+            names: BTreeMap::new(),
         }
     }
 
     /// The images.
     pub fn input(&self) -> Node {
         Node(0)
+    }
+
+    /// Names the operation that makes `node`, for [`PROFILE_TARGET`].
+    pub fn name(&mut self, node: Node, name: impl Into<String>) {
+        self.names.insert(node.0, name.into());
     }
 
     /// A convolution of stride 1 with a square kernel and bias, followed by
@@ -326,6 +336,7 @@ impl StaticGraphBuilder {
             inner: Arc::new(Inner {
                 nodes: self.nodes,
                 operations: self.operations,
+                names: self.names,
                 output: output.0,
                 arenas: Arenas::default(),
                 packed: packed::Kept::default(),
@@ -423,6 +434,8 @@ pub struct StaticGraph {
 struct Inner {
     nodes: Vec<Map>,
     operations: Vec<Operation>,
+    /// Of operations, by the node that they make.
+    names: BTreeMap<usize, String>,
     output: usize,
     arenas: Arenas,
     packed: packed::Kept,
@@ -476,14 +489,26 @@ impl StaticGraph {
             return self.infer(&images, parameters, dtype);
         }
 
-        // Candle gives an operation three inputs at most: all parameters in
-        // one tensor. Running statistics are a part of weight and bias here,
-        // by operations that pass the gradient on.
-        let mut flat = Vec::with_capacity(3 * parameters.len());
+        // Candle gives an operation three inputs at most. So the parameters
+        // hang on a chain of tokens, of which the last is an input. Running
+        // statistics are a part of weight and bias here, by operations that
+        // pass the gradient on.
+        let gradients = Arc::new(Mutex::new(Vec::new()));
+        let mut token = Tensor::zeros(1, dtype, images.device())?;
+        let mut values = Vec::with_capacity(parameters.len());
+        let mut count = 0;
         for (c, parameters) in convolutions.iter().zip(parameters) {
+            let mut contiguous = Vec::with_capacity(3);
             for tensor in parameters.folded(c.eps.unwrap_or(0.0))? {
-                flat.push(tensor.flatten_all()?);
+                if tensor.track_op() {
+                    let gradients = Arc::clone(&gradients);
+                    let index = count;
+                    token = token.apply_op2(&tensor, Token { gradients, index })?;
+                }
+                contiguous.push(tensor.detach().contiguous()?);
+                count += 1;
             }
+            values.push(contiguous);
         }
         let statistics = Arc::new(Mutex::new(Vec::new()));
         let op = Run {
@@ -491,11 +516,12 @@ impl StaticGraph {
             dtype,
             needs_input: images.track_op(),
             trainable,
-            norms: parameters.iter().map(ConvParameters::is_norm).collect(),
+            parameters: values,
+            gradients,
             statistics: Arc::clone(&statistics),
             kept: Mutex::new(None),
         };
-        let features = images.apply_op2(&Tensor::cat(&flat, 0)?, op)?;
+        let features = images.apply_op2(&token, op)?;
         let moments = std::mem::take(&mut *lock(&statistics));
         Ok(GraphOutput {
             features,
@@ -517,24 +543,11 @@ impl StaticGraph {
             .map(|p| p.tensors().into_iter().map(Tensor::contiguous).collect())
             .collect::<Result<_>>()?;
         dispatch!(OP, dtype, T => {
-            let guards: Vec<Vec<_>> = contiguous
-                .iter()
-                .map(|tensors| tensors.iter().map(Tensor::storage_and_layout).collect())
-                .collect();
-            let mut numbers = Vec::with_capacity(guards.len());
-            for (c, guards) in inner.convolutions().iter().zip(&guards) {
-                let mut slices = Vec::with_capacity(guards.len());
-                for (storage, layout) in guards {
-                    let Storage::Cpu(storage) = &**storage else {
-                        return Err(OpError::device(OP, images));
-                    };
-                    slices.push(slice::<T>(OP, storage, layout)?);
-                }
-                numbers.push(Numbers::new(c, &slices));
-            }
-            let output = with_slice::<T, _>(OP, images, |images| {
-                let pass = Forward::<T>::new(inner, Isa::detect(), batch);
-                Ok(in_pool(|| pass.run(images, &numbers, false)))
+            let output = inner.with_numbers::<T, _>(&contiguous, |numbers| {
+                with_slice::<T, _>(OP, images, |images| {
+                    let pass = Forward::<T>::new(inner, Isa::detect(), batch);
+                    Ok(in_pool(|| pass.run(images, numbers, false)))
+                })
             })?;
             let channels = inner.nodes[inner.output].channels;
             Ok(GraphOutput {
@@ -621,6 +634,30 @@ impl Inner {
         self.operations.iter().filter_map(convolution).collect()
     }
 
+    /// Calls `pass` with the numbers of each convolution's tensors, which are contiguous.
+    fn with_numbers<T: Element, R>(
+        &self,
+        parameters: &[Vec<Tensor>],
+        pass: impl FnOnce(&[Numbers<'_, T>]) -> Result<R>,
+    ) -> Result<R> {
+        let guards: Vec<Vec<_>> = parameters
+            .iter()
+            .map(|tensors| tensors.iter().map(Tensor::storage_and_layout).collect())
+            .collect();
+        let mut numbers = Vec::with_capacity(guards.len());
+        for ((c, guards), tensors) in self.convolutions().iter().zip(&guards).zip(parameters) {
+            let mut slices = Vec::with_capacity(guards.len());
+            for ((storage, layout), tensor) in guards.iter().zip(tensors) {
+                let Storage::Cpu(storage) = &**storage else {
+                    return Err(OpError::device(OP, tensor));
+                };
+                slices.push(slice::<T>(OP, storage, layout)?);
+            }
+            numbers.push(Numbers::new(c, &slices));
+        }
+        pass(&numbers)
+    }
+
     fn check_parameters(
         &self,
         c: &Convolution,
@@ -692,8 +729,10 @@ struct Run {
     needs_input: bool,
     /// Whether each convolution's parameters need their gradient.
     trainable: Vec<bool>,
-    /// Whether the batch's own statistics normalise it.
-    norms: Vec<bool>,
+    /// Of each convolution; running statistics are a part of weight and bias.
+    parameters: Vec<Vec<Tensor>>,
+    /// Where the backward pass leaves their gradients for the tokens.
+    gradients: Gradients,
     /// Where the forward pass leaves them: of each convolution, empty where it has none.
     statistics: Arc<Mutex<Vec<Vec<Moments>>>>,
     /// The maps of the forward pass, where somebody needs a gradient.
@@ -742,29 +781,43 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-impl Run {
-    /// The parameters of each convolution in the flat ones.
-    fn numbers<'a, T: Element>(&self, flat: &'a [T]) -> Vec<Numbers<'a, T>> {
-        let mut rest = flat;
-        let mut take = |len: usize| {
-            let (head, tail) = rest.split_at(len);
-            rest = tail;
-            head
-        };
-        let convolutions = self.graph.convolutions();
-        let numbers = convolutions.iter().zip(&self.norms).map(|(c, is_norm)| {
-            let weight = take(c.c_out * c.c_in * c.kernel * c.kernel);
-            let after = match (is_norm, c.eps) {
-                (true, Some(eps)) => After::BatchNorm {
-                    weight: take(c.c_out),
-                    bias: take(c.c_out),
-                    eps,
-                },
-                _ => After::Bias(take(c.c_out)),
-            };
-            Numbers { weight, after }
-        });
-        numbers.collect()
+/// Gradients of the parameters, in order.
+type Gradients = Arc<Mutex<Vec<Option<Tensor>>>>;
+
+/// Ties a parameter to the pass that reads it. As a value it is nothing; its
+/// gradient is what [`Run`] has left for it.
+struct Token {
+    gradients: Gradients,
+    index: usize,
+}
+
+impl CustomOp2 for Token {
+    fn name(&self) -> &'static str {
+        "static_graph_parameter"
+    }
+
+    fn cpu_fwd(
+        &self,
+        token: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((token.clone(), Shape::from(1)))
+    }
+
+    fn bwd(
+        &self,
+        token: &Tensor,
+        _parameter: &Tensor,
+        _result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let of_parameter = lock(&self.gradients)
+            .get_mut(self.index)
+            .and_then(Option::take);
+        let of_token = token.track_op().then(|| gradient.clone());
+        Ok((of_token, of_parameter))
     }
 }
 
@@ -777,15 +830,18 @@ impl CustomOp2 for Run {
         &self,
         images: &CpuStorage,
         images_layout: &Layout,
-        parameters: &CpuStorage,
-        parameters_layout: &Layout,
+        _token: &CpuStorage,
+        _token_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let batch = images_layout.dims()[0];
         dispatch!(OP, self.dtype, T => {
-            let numbers = self.numbers(slice::<T>(OP, parameters, parameters_layout)?);
             let pass = Forward::<T>::new(&self.graph, Isa::detect(), batch);
             let images = slice::<T>(OP, images, images_layout)?;
-            let output = in_pool(|| pass.run(images, &numbers, true));
+            let output = self
+                .graph
+                .with_numbers(&self.parameters, |numbers| {
+                    Ok(in_pool(|| pass.run(images, numbers, true)))
+                })?;
             *lock(&self.kept) = output.maps.map(Keep::keep);
             *lock(&self.statistics) = output.moments;
             let shape = Shape::from((batch, self.graph.nodes[self.graph.output].channels));
@@ -796,7 +852,7 @@ impl CustomOp2 for Run {
     fn bwd(
         &self,
         images: &Tensor,
-        parameters: &Tensor,
+        token: &Tensor,
         _features: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -814,16 +870,25 @@ impl CustomOp2 for Run {
                 self.needs_input,
                 &self.trainable,
             );
-            let (d_images, d_parameters) = with_slice::<T, _>(OP, parameters, |parameters| {
+            let (d_images, d_parameters) = self.graph.with_numbers(&self.parameters, |numbers| {
                 with_slice::<T, _>(OP, &gradient, |gradient| {
-                    let numbers = self.numbers(parameters);
-                    Ok(in_pool(|| pass.run(maps, &numbers, gradient)))
+                    Ok(in_pool(|| pass.run(maps, numbers, gradient)))
                 })
             })?;
             let d_images = d_images.map(|d| Tensor::from_vec(d, images.shape(), images.device()));
-            let d_parameters =
-                Tensor::from_vec(d_parameters, parameters.shape(), parameters.device())?;
-            Ok((d_images.transpose()?, parameters.track_op().then_some(d_parameters)))
+            let d_parameters = self
+                .parameters
+                .iter()
+                .flatten()
+                .zip(d_parameters)
+                .map(|(p, d)| {
+                    let d = d.map(|d| Tensor::from_vec(d, p.shape(), p.device()));
+                    d.transpose()
+                })
+                .collect::<Result<_>>()?;
+            *lock(&self.gradients) = d_parameters;
+            let d_token = token.track_op().then(|| token.zeros_like()).transpose()?;
+            Ok((d_images.transpose()?, d_token))
         })
     }
 }

@@ -5,6 +5,7 @@
 //! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rayon::prelude::*;
 
@@ -16,6 +17,7 @@ use super::norm::{
 use super::outer::{self, OuterPass};
 use super::packed::{Packed, Wanted};
 use super::pool::{self, Pool};
+use super::profile::{self, Cost, Watch};
 use super::winograd::{self, WinogradOuterPass, WinogradPass};
 use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
 use crate::batch_norm::Moments;
@@ -80,12 +82,21 @@ impl<'a, T: Element> Numbers<'a, T> {
         Self { weight, after }
     }
 
-    /// How many numbers per output channel there are beside the weight.
+    /// How many parameters there are beside the weight.
     fn per_channel(&self) -> usize {
         match self.after {
             After::BatchNorm { .. } => 2,
             After::Bias(_) | After::Affine { .. } => 1,
         }
+    }
+
+    /// Zeros for the gradient of the weight and of what follows.
+    fn gradients(&self, c: &Convolution) -> Vec<Vec<T>> {
+        let channels = std::iter::repeat_n(c.c_out, self.per_channel());
+        std::iter::once(self.weight.len())
+            .chain(channels)
+            .map(|len| vec![T::ZERO; len])
+            .collect()
     }
 }
 
@@ -127,14 +138,14 @@ impl Inner {
 }
 
 impl Operation {
-    fn input(&self) -> usize {
+    pub(super) fn input(&self) -> usize {
         match self {
             Self::Convolution(c) => c.input,
             Self::MaxPool(p) => p.input,
         }
     }
 
-    fn output(&self) -> usize {
+    pub(super) fn output(&self) -> usize {
         match self {
             Self::Convolution(c) => c.output,
             Self::MaxPool(p) => p.output,
@@ -187,6 +198,7 @@ impl<'a, T: Element> Forward<'a, T> {
             graph.packed.clear();
         }
         for (index, operation) in graph.operations.iter().enumerate() {
+            let watch = Watch::start();
             let (buffer, channel) = graph.place(operation.output());
             let mut y = nodes[buffer].take().unwrap_or_else(|| self.take(buffer));
             let x = nodes[operation.input()].as_deref().unwrap_or_default();
@@ -205,6 +217,7 @@ impl<'a, T: Element> Forward<'a, T> {
                 Operation::MaxPool(p) => self.max_pool(p, x, &mut y),
             }
             nodes[buffer] = Some(y);
+            profile::forward(graph, index, &watch, || self.cost(operation));
             if !keep {
                 self.release_read(index, &mut nodes);
             }
@@ -223,6 +236,10 @@ impl<'a, T: Element> Forward<'a, T> {
             moments,
             maps,
         }
+    }
+
+    fn cost(&self, operation: &Operation) -> Cost {
+        Cost::of(self.graph, operation, self.batch, size_of::<T>())
     }
 
     fn take(&self, buffer: usize) -> Vec<T> {
@@ -490,46 +507,38 @@ impl<'a, T: Element> Backward<'a, T> {
         }
     }
 
-    /// Gradients of the images, if they are needed, and of the flat parameters.
+    /// Gradients of the images, if they are needed, and of every parameter of
+    /// the convolutions that train, in order.
     pub(super) fn run(
         &self,
         maps: Maps<T>,
         numbers: &[Numbers<'_, T>],
         d_features: &[T],
-    ) -> (Option<Vec<T>>, Vec<T>) {
+    ) -> (Option<Vec<T>>, Vec<Option<Vec<T>>>) {
         let graph = self.forward.graph;
         let Maps {
             nodes: mut maps,
             mut normalised,
         } = maps;
         let mut gradients: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        let convolutions = graph.convolutions();
-        let lens = convolutions
-            .iter()
-            .zip(numbers)
-            .map(|(c, numbers)| c.c_out * (c.c_in * c.kernel * c.kernel + numbers.per_channel()));
-        let mut d_parameters = vec![T::ZERO; lens.clone().sum()];
-        let mut rest = d_parameters.as_mut_slice();
-        let mut slices = Vec::with_capacity(numbers.len());
-        for len in lens {
-            let (head, tail) = std::mem::take(&mut rest).split_at_mut(len);
-            slices.push(head);
-            rest = tail;
-        }
+        let mut d_parameters = Vec::with_capacity(3 * numbers.len());
         if self.needed[graph.output] {
             gradients[graph.output] = Some(self.spread(d_features));
         }
         let mut convolution = numbers.len();
         for (index, operation) in graph.operations.iter().enumerate().rev() {
+            let watch = Watch::start();
+            let mut times = Times::default();
             let (buffer, channel) = graph.place(operation.output());
             let mut kept = None;
-            let mut d_parameters = None;
+            let mut d_numbers = None;
             let is_trainable = match operation {
-                Operation::Convolution(_) => {
+                Operation::Convolution(c) => {
                     convolution -= 1;
                     kept = normalised[convolution].take();
-                    d_parameters = slices.pop().filter(|_| self.trainable[convolution]);
-                    self.trainable[convolution]
+                    let is_trainable = self.trainable[convolution];
+                    d_numbers = is_trainable.then(|| numbers[convolution].gradients(c));
+                    is_trainable
                 }
                 Operation::MaxPool(_) => false,
             };
@@ -556,12 +565,30 @@ impl<'a, T: Element> Backward<'a, T> {
                             numbers: &numbers[convolution],
                             normalised: kept.as_ref(),
                         };
-                        self.convolution(c, &read, &mut dy, dx, d_parameters)
+                        let (dx, spent) =
+                            self.convolution(c, &read, &mut dy, dx, d_numbers.as_mut());
+                        times = spent;
+                        dx
                     }
-                    Operation::MaxPool(p) => dx.map(|dx| self.max_pool(p, x, &dy, dx)),
+                    Operation::MaxPool(p) => {
+                        let dx = dx.map(|dx| self.max_pool(p, x, &dy, dx));
+                        times.input = watch.elapsed();
+                        dx
+                    }
                 };
                 gradients[operation.input()] = dx;
                 gradients[buffer] = Some(dy);
+                profile::backward(graph, index, &watch, (times.input, times.weight), || {
+                    self.forward.cost(operation)
+                });
+            }
+            if let Operation::Convolution(_) = operation {
+                // From the last parameter to the first.
+                match d_numbers {
+                    Some(d) => d_parameters.extend(d.into_iter().rev().map(Some)),
+                    None => d_parameters
+                        .extend((0..1 + numbers[convolution].per_channel()).map(|_| None)),
+                }
             }
             if let (Operation::Convolution(c), Some(kept)) = (operation, kept) {
                 let layout = graph.normalised_span(c).layout;
@@ -579,6 +606,7 @@ impl<'a, T: Element> Backward<'a, T> {
             give_back_gradient(graph, 0, Some(gradient));
             planes
         });
+        d_parameters.reverse();
         (d_images, d_parameters)
     }
 
@@ -663,8 +691,8 @@ impl<'a, T: Element> Backward<'a, T> {
         read: &Read<'_, T>,
         dy: &mut [T],
         dx: Option<(Vec<T>, bool)>,
-        mut d_parameters: Option<&mut [T]>,
-    ) -> Option<Vec<T>> {
+        mut d_parameters: Option<&mut Vec<Vec<T>>>,
+    ) -> (Option<Vec<T>>, Times) {
         let Forward {
             graph,
             isa,
@@ -783,29 +811,41 @@ impl<'a, T: Element> Backward<'a, T> {
                         mask_image(isa, &mask, y, dy, &mut sums.image_bias);
                         sums.add_image_bias();
                     }
+                    let watch = Watch::start();
                     if let (Some(pass), Some(dx)) = (&input_pass, &mut dx) {
                         let dx = &mut dx[index * group * dx_layout.image()..];
                         pass.run(dy, &mut dx[..images * dx_layout.image()], &mut scratch);
                     }
+                    let input = watch.elapsed();
                     if let Some(pass) = &outer_pass {
                         pass.run(x, dy, &mut sums.weight, &mut scratch);
+                    }
+                    if input_pass.is_some() {
+                        sums.times.input += input;
+                    }
+                    if outer_pass.is_some() {
+                        sums.times.weight += watch.elapsed() - input;
                     }
                 }
                 sums
             })
             .collect();
+        let mut times = Times::mean(sums.iter().map(|sums| sums.times));
+        let watch = Watch::start();
         if let (Some(d_parameters), Some(pass)) = (d_parameters, &outer_pass) {
-            let (d_weight, d_bias) = d_parameters.split_at_mut(c.c_out * c.c_in * taps);
-            pass.unpack(&sums, d_weight);
+            pass.unpack(&sums, &mut d_parameters[0]);
             if norm.is_none() {
                 for part in &sums {
-                    for (to, &from) in d_bias.iter_mut().zip(&part.bias) {
+                    for (to, &from) in d_parameters[1].iter_mut().zip(&part.bias) {
                         *to += from;
                     }
                 }
             }
         }
-        dx
+        if outer_pass.is_some() {
+            times.weight += watch.elapsed();
+        }
+        (dx, times)
     }
 
     /// The first half of the way back through a batch norm: masks `dy` by the
@@ -816,7 +856,7 @@ impl<'a, T: Element> Backward<'a, T> {
         read: &Read<'b, T>,
         mask: &Mask,
         dy: &mut [T],
-        d_parameters: Option<&mut [T]>,
+        d_parameters: Option<&mut Vec<Vec<T>>>,
     ) -> Option<NormGradient<'b, T>> {
         let (&After::BatchNorm { weight, bias, eps }, Some(kept)) =
             (&read.numbers.after, read.normalised)
@@ -859,9 +899,8 @@ impl<'a, T: Element> Backward<'a, T> {
         let sums = GradientSums::join(parts, c.c_out);
         if let Some(d_parameters) = d_parameters {
             let (d_weight, d_bias) = norm::parameter_gradients(&kept.moments, &sums, eps);
-            let first = d_parameters.len() - 2 * c.c_out;
-            d_parameters[first..][..c.c_out].copy_from_slice(&d_weight);
-            d_parameters[first + c.c_out..].copy_from_slice(&d_bias);
+            d_parameters[1] = d_weight;
+            d_parameters[2] = d_bias;
         }
         let (height, width) = graph.nodes[c.output].size;
         let count = batch * height * width;
@@ -984,6 +1023,29 @@ struct Sums<T> {
     weight: Vec<T>,
     bias: Vec<T>,
     image_bias: Vec<T>,
+    times: Times,
+}
+
+/// What each gradient of a convolution took; zero while nobody listens.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    input: Duration,
+    weight: Duration,
+}
+
+impl Times {
+    /// Of threads that work side by side.
+    fn mean(parts: impl ExactSizeIterator<Item = Self>) -> Self {
+        let count = parts.len().max(1) as u32;
+        let sum = parts.fold(Self::default(), |sum, part| Self {
+            input: sum.input + part.input,
+            weight: sum.weight + part.weight,
+        });
+        Self {
+            input: sum.input / count,
+            weight: sum.weight / count,
+        }
+    }
 }
 
 impl<T: Element> Sums<T> {
@@ -992,6 +1054,7 @@ impl<T: Element> Sums<T> {
             weight: vec![T::ZERO; pass.map_or(0, AnyOuterPass::sums_len)],
             bias: vec![T::ZERO; c_out],
             image_bias: vec![T::ZERO; c_out],
+            times: Times::default(),
         }
     }
 
