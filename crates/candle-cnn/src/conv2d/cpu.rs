@@ -19,7 +19,7 @@
 
 use rayon::prelude::*;
 
-use super::Conv2dGeometry;
+use super::{Conv2dGeometry, PackedWeight};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap, Transpose};
 
@@ -210,7 +210,7 @@ impl Window {
 }
 
 /// `to[c · to_stride + r] = from[r · from_stride + c]` for r < rows, c < columns.
-fn transpose<T: Element>(
+pub(super) fn transpose<T: Element>(
     kernels: &Kernels<T>,
     from: &[T],
     from_stride: usize,
@@ -234,79 +234,6 @@ fn transpose<T: Element>(
     // SAFETY: the last element of each matrix lies inside its slice, as just
     // asserted, and the slices do not overlap; the kernels are available.
     unsafe { (kernels.transpose)(&args) }
-}
-
-/// Weights in the order that the gather tiles read: `[panel][tap][channel][lane]`.
-pub(crate) struct PackedWeight<T> {
-    pub(crate) panels: Vec<Panel>,
-    pub(crate) offsets: Vec<usize>,
-    pub(crate) data: Vec<T>,
-    /// `Σ vectors × lanes`: output channels rounded up to whole vectors.
-    pub(crate) width: usize,
-}
-
-impl<T: Element> PackedWeight<T> {
-    /// `at(output channel, tap, input channel)` indexes the original weight.
-    pub(crate) fn new(
-        data: &[T],
-        (c_out, taps, c_in): (usize, usize, usize),
-        lanes: usize,
-        at: impl Fn(usize, usize, usize) -> usize + Sync,
-    ) -> Self {
-        let panels = panels(c_out, lanes);
-        let width = c_out.div_ceil(lanes) * lanes;
-        let mut packed = vec![T::ZERO; width * taps * c_in];
-        let mut offsets = Vec::with_capacity(panels.len());
-        let mut rest = packed.as_mut_slice();
-        let mut slices = Vec::with_capacity(panels.len());
-        let mut offset = 0;
-        for panel in &panels {
-            offsets.push(offset);
-            let len = panel.vectors * lanes * taps * c_in;
-            let (head, tail) = rest.split_at_mut(len);
-            slices.push((*panel, head));
-            rest = tail;
-            offset += len;
-        }
-        /// Output channels read side by side: each is a run of its own, and
-        /// the cache must hold a line of all of them.
-        const STREAMS: usize = 16;
-        slices.into_par_iter().for_each(|(panel, to)| {
-            let panel_width = panel.vectors * lanes;
-            let used = panel_width.min(c_out - panel.start);
-            for block in (0..used).step_by(STREAMS) {
-                for c in 0..c_in {
-                    for tap in 0..taps {
-                        let to = &mut to[(tap * c_in + c) * panel_width..][..panel_width];
-                        for k in block..used.min(block + STREAMS) {
-                            to[k] = data[at(panel.start + k, tap, c)];
-                        }
-                    }
-                }
-            }
-        });
-        Self {
-            panels,
-            offsets,
-            data: packed,
-            width,
-        }
-    }
-
-    /// Multiplies each output channel's weights by its factor.
-    pub(crate) fn scale(&mut self, factors: &[T], lanes: usize) {
-        let len = self.data.len();
-        let ends = self.offsets.iter().skip(1).copied().chain([len]);
-        for ((panel, &start), end) in self.panels.iter().zip(&self.offsets).zip(ends) {
-            let width = panel.vectors * lanes;
-            let factors = &factors[panel.start..factors.len().min(panel.start + width)];
-            for row in self.data[start..end].chunks_exact_mut(width) {
-                for (value, &factor) in row.iter_mut().zip(factors) {
-                    *value *= factor;
-                }
-            }
-        }
-    }
 }
 
 /// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.
@@ -450,12 +377,7 @@ pub(super) fn forward<T: Element>(
         return y;
     }
     let taps = g.kernel.0 * g.kernel.1;
-    let packed = PackedWeight::new(
-        weight,
-        (g.c_out, taps, g.c_in),
-        kernels.lanes,
-        |k, tap, c| (k * g.c_in + c) * taps + tap,
-    );
+    let packed = PackedWeight::new(weight, (taps, g.c_out, g.c_in), kernels, Vec::new());
     let mut init = vec![T::ZERO; packed.width];
     if let Some(bias) = bias {
         init[..g.c_out].copy_from_slice(bias);
@@ -500,12 +422,7 @@ pub(super) fn backward<T: Element>(
     let input_pass = needs.input.then(|| InputPass {
         window: Window::input_gradient(g),
         taps: Window::input_gradient(g).taps(g),
-        weight: PackedWeight::new(
-            weight,
-            (g.c_in, taps, g.c_out),
-            kernels.lanes,
-            |c, tap, k| (k * g.c_in + c) * taps + (taps - 1 - tap),
-        ),
+        weight: PackedWeight::turned(weight, (taps, g.c_out, g.c_in), kernels, Vec::new()),
         init: vec![T::ZERO; g.c_in.div_ceil(kernels.lanes) * kernels.lanes],
     });
 
@@ -680,6 +597,7 @@ impl<T: Element> Part<T> {
                             .expect("the last height is 1");
                         let to = (number * g.c_in + c) * width + panel.start;
                         let args = Outer {
+                            fresh: false,
                             rows: rows[p0..p0 + block].as_ptr(),
                             offset: offset + c,
                             pixels: block,

@@ -1,6 +1,7 @@
 //! Two-dimensional convolution (cross-correlation, as `torch.nn.functional.conv2d`).
 
 mod cpu;
+mod packed_weight;
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -13,9 +14,8 @@ use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::simd::Isa;
 
-pub(crate) use cpu::{
-    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, PackedWeight, Panel, keep_positive, panels,
-};
+pub(crate) use cpu::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, keep_positive, panels};
+pub(crate) use packed_weight::PackedWeight;
 pub use reference::{conv2d_backward_reference, conv2d_reference};
 
 const OP: &str = "conv2d";

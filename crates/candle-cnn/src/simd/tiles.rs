@@ -67,6 +67,8 @@ pub(crate) struct Outer<T> {
     pub(crate) dy: *const T,
     /// Elements from one pixel to the next.
     pub(crate) dy_stride: usize,
+    /// Whether the sums start from zero, and not from what is there already.
+    pub(crate) fresh: bool,
     /// First row of the gradient tile; one row per input channel.
     pub(crate) dw: *mut T,
     pub(crate) dw_stride: usize,
@@ -137,7 +139,10 @@ unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Ou
     // SAFETY: forwarded from the caller.
     unsafe {
         let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
-            std::array::from_fn(|j| S::load(args.dw.add(i * args.dw_stride + j * S::LANES)))
+            std::array::from_fn(|j| match args.fresh {
+                true => S::zero(),
+                false => S::load(args.dw.add(i * args.dw_stride + j * S::LANES)),
+            })
         });
         let mut dy = args.dy;
         for p in 0..args.pixels {

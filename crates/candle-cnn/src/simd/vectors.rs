@@ -14,6 +14,7 @@ pub(crate) trait Simd: Copy {
     type Vector: Copy;
     const LANES: usize;
 
+    unsafe fn zero() -> Self::Vector;
     unsafe fn splat(value: Self::Elem) -> Self::Vector;
     /// Reads `LANES` elements; `from` need not be aligned.
     unsafe fn load(from: *const Self::Elem) -> Self::Vector;
@@ -41,6 +42,11 @@ macro_rules! x86_vector {
             type Vector = $vector;
             const LANES: usize = $lanes;
 
+            #[inline(always)]
+            unsafe fn zero() -> $vector {
+                // SAFETY: see above.
+                unsafe { $zero() }
+            }
             #[inline(always)]
             unsafe fn splat(value: $elem) -> $vector {
                 // SAFETY: see above.
@@ -95,6 +101,10 @@ macro_rules! portable_vector {
             type Vector = [$elem; 4];
             const LANES: usize = 4;
 
+            #[inline(always)]
+            unsafe fn zero() -> [$elem; 4] {
+                [0.0; 4]
+            }
             #[inline(always)]
             unsafe fn splat(value: $elem) -> [$elem; 4] {
                 [value; 4]

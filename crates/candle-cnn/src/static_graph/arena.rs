@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use rayon::prelude::*;
 
+use super::run::Scratch;
 use crate::element::Element;
 
 /// What makes two buffers interchangeable: the zeros around their images lie in the same places.
@@ -19,6 +20,15 @@ pub(super) struct Layout {
 }
 
 impl Layout {
+    /// Memory without images.
+    fn flat(len: usize) -> Self {
+        Self {
+            size: (1, 1),
+            halo: 0,
+            width: len,
+        }
+    }
+
     /// Elements per line.
     pub(super) fn line(&self) -> usize {
         (self.size.1 + 2 * self.halo) * self.width
@@ -41,13 +51,28 @@ impl Layout {
 }
 
 /// Free buffers of each element type.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Arenas {
     f32: Mutex<Arena<f32>>,
     f64: Mutex<Arena<f64>>,
 }
 
+impl std::fmt::Debug for Arenas {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Arenas")
+    }
+}
+
 impl Arenas {
+    /// What a task works with, given back when it is dropped.
+    pub(super) fn lend<T: Element>(&self) -> Lent<'_, T> {
+        let scratch = self.of::<T>().scratches.pop().unwrap_or_default();
+        Lent {
+            arenas: self,
+            scratch,
+        }
+    }
+
     pub(super) fn of<T: Element>(&self) -> MutexGuard<'_, Arena<T>> {
         let f64: &dyn Any = &self.f64;
         let arena = match f64.downcast_ref::<Mutex<Arena<T>>>() {
@@ -63,13 +88,32 @@ impl Arenas {
     }
 }
 
-/// Free buffers, and the layout that each was last used with: the zeros of its halo are in place.
-#[derive(Debug)]
-pub(super) struct Arena<T>(Vec<(Layout, Vec<T>)>);
+/// What is free.
+pub(super) struct Arena<T> {
+    /// Buffers, and the layout that each was last used with: the zeros of its halo are in place.
+    buffers: Vec<(Layout, Vec<T>)>,
+    scratches: Vec<Scratch<T>>,
+}
 
 impl<T> Default for Arena<T> {
     fn default() -> Self {
-        Self(Vec::new())
+        Self {
+            buffers: Vec::new(),
+            scratches: Vec::new(),
+        }
+    }
+}
+
+/// What a task works with for the time being.
+pub(super) struct Lent<'a, T: Element> {
+    arenas: &'a Arenas,
+    pub(super) scratch: Scratch<T>,
+}
+
+impl<T: Element> Drop for Lent<'_, T> {
+    fn drop(&mut self) {
+        let scratch = std::mem::take(&mut self.scratch);
+        self.arenas.of::<T>().scratches.push(scratch);
     }
 }
 
@@ -80,8 +124,8 @@ impl<T: Element> Arena<T> {
         // The same layout, or else the smallest that would not waste half of itself.
         let same = |(of, buffer): &(Layout, Vec<T>)| *of == layout && buffer.len() >= len;
         let fits = |buffer: &Vec<T>| (len..=2 * len).contains(&buffer.len());
-        let found = self.0.iter().position(same).or_else(|| {
-            let candidates = self.0.iter().enumerate();
+        let found = self.buffers.iter().position(same).or_else(|| {
+            let candidates = self.buffers.iter().enumerate();
             let candidates = candidates.filter(|(_, (_, buffer))| fits(buffer));
             let smallest = candidates.min_by_key(|(_, (_, buffer))| buffer.len());
             smallest.map(|(index, _)| index)
@@ -89,7 +133,7 @@ impl<T: Element> Arena<T> {
         let Some(found) = found else {
             return vec![T::ZERO; len];
         };
-        let (of, mut buffer) = self.0.swap_remove(found);
+        let (of, mut buffer) = self.buffers.swap_remove(found);
         if of != layout {
             clear_halos(layout, &mut buffer);
         }
@@ -97,7 +141,16 @@ impl<T: Element> Arena<T> {
     }
 
     pub(super) fn give_back(&mut self, layout: Layout, buffer: Vec<T>) {
-        self.0.push((layout, buffer));
+        self.buffers.push((layout, buffer));
+    }
+
+    /// Memory of at least `len` elements, with arbitrary values.
+    pub(super) fn take_flat(&mut self, len: usize) -> Vec<T> {
+        self.take(Layout::flat(len), 1)
+    }
+
+    pub(super) fn give_back_flat(&mut self, memory: Vec<T>) {
+        self.give_back(Layout::flat(memory.len()), memory);
     }
 }
 
@@ -163,6 +216,6 @@ mod tests {
         let large = arena.take(layout(8), 4);
         arena.give_back(layout(8), large);
         assert_eq!(arena.take(layout(4), 4).len(), 4 * 256);
-        assert_eq!(arena.0.len(), 1);
+        assert_eq!(arena.buffers.len(), 1);
     }
 }

@@ -60,6 +60,9 @@ impl<T> Default for Rows<T> {
     }
 }
 
+// SAFETY: the pointers are read only by the `run` that has just written them.
+unsafe impl<T: Send> Send for Rows<T> {}
+
 struct Tile {
     /// Which of the taps.
     taps: std::ops::Range<usize>,

@@ -30,6 +30,9 @@ pub(super) struct Rows<T> {
     packed: Vec<T>,
 }
 
+// SAFETY: the pointers are read only by the `run` that has just written them.
+unsafe impl<T: Send> Send for Rows<T> {}
+
 impl<T> Default for Rows<T> {
     fn default() -> Self {
         Self {
@@ -50,8 +53,14 @@ impl<T: Element> OuterPass<T> {
         self.kernel * self.kernel * self.c_in * self.width()
     }
 
-    /// Adds the products of some images to `sums`.
-    pub(super) fn run(&self, x: &[T], dy: &[T], sums: &mut [T], rows: &mut Rows<T>) {
+    /// Adds the products of some images to `sums`, or with `fresh` begins the sums with them.
+    pub(super) fn run(
+        &self,
+        x: &[T],
+        dy: &[T],
+        (sums, fresh): (&mut [T], bool),
+        rows: &mut Rows<T>,
+    ) {
         let images = dy.len() / self.dy.image();
         // Everything that a tile reads is inside, as in `GatherPass::run`.
         assert!(self.x.halo >= self.padding && x.len() >= images * self.x.image());
@@ -74,14 +83,15 @@ impl<T: Element> OuterPass<T> {
                 let lines: Vec<usize> = inside(r, self.x.size.0, self.dy.size.0).collect();
                 let columns: Vec<usize> = inside(s, self.x.size.1, self.dy.size.1).collect();
                 self.list(x, images, (&lines, &columns), rows);
-                self.blocks(&panels, &[(r, s)], dy, sums, rows);
+                self.blocks(&panels, &[(r, s)], dy, (sums, fresh), rows);
             }
             return;
         }
         let lines: Vec<usize> = (0..self.dy.size.0).collect();
         let columns: Vec<usize> = (0..self.dy.size.1).collect();
         self.list(x, images, (&lines, &columns), rows);
-        self.blocks(&panels, &taps.collect::<Vec<_>>(), dy, sums, rows);
+        let taps: Vec<_> = taps.collect();
+        self.blocks(&panels, &taps, dy, (sums, fresh), rows);
     }
 
     /// The pixels of some lines and columns: the first tap's in `x`, and in `dy`.
@@ -113,14 +123,21 @@ impl<T: Element> OuterPass<T> {
         panels: &[Panel],
         taps: &[(usize, usize)],
         dy: &[T],
-        sums: &mut [T],
+        (sums, fresh): (&mut [T], bool),
         rows: &mut Rows<T>,
     ) {
         let (lanes, width) = (self.kernels.lanes, self.width());
-        for (pointers, offsets) in rows
+        if fresh && rows.pointers.is_empty() {
+            for &(r, s) in taps {
+                let first = (r * self.kernel + s) * self.c_in * width;
+                sums[first..][..self.c_in * width].fill(T::ZERO);
+            }
+        }
+        for (block, (pointers, offsets)) in rows
             .pointers
             .chunks(PIXELS_PER_OUTER_BLOCK)
             .zip(rows.offsets.chunks(PIXELS_PER_OUTER_BLOCK))
+            .enumerate()
         {
             for panel in panels {
                 let panel_width = panel.vectors * lanes;
@@ -142,6 +159,7 @@ impl<T: Element> OuterPass<T> {
                             pixels: pointers.len(),
                             dy: rows.packed.as_ptr(),
                             dy_stride: panel_width,
+                            fresh: fresh && block == 0,
                             dw: sums[row * width + panel.start..].as_mut_ptr(),
                             dw_stride: width,
                         };

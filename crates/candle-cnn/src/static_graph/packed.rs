@@ -34,22 +34,21 @@ pub(super) struct Wanted<'a, T> {
     pub(super) weight: &'a [T],
     /// A factor for each output channel, or none.
     pub(super) scale: &'a [T],
-    /// K, R·S, C.
+    /// R·S, K, C.
     pub(super) shape: (usize, usize, usize),
     pub(super) winograd: bool,
     pub(super) isa: Isa,
 }
 
 impl<T: Element> Wanted<'_, T> {
-    /// Lays it out.
-    pub(super) fn pack(&self, keep: bool) -> Packed<T> {
-        let lanes = T::kernels(self.isa).lanes;
-        let (_, taps, c_in) = self.shape;
-        let mut direct = PackedWeight::new(self.weight, self.shape, lanes, |k, tap, c| {
-            (k * c_in + c) * taps + tap
-        });
+    /// Lays it out, in memory of about the asked length that `memory` gives.
+    pub(super) fn pack(&self, keep: bool, memory: impl Fn(usize) -> Vec<T>) -> Packed<T> {
+        let kernels = T::kernels(self.isa);
+        let (taps, c_out, c_in) = self.shape;
+        let len = c_out.next_multiple_of(kernels.lanes) * taps * c_in;
+        let mut direct = PackedWeight::new(self.weight, self.shape, kernels, memory(len));
         if !self.scale.is_empty() {
-            direct.scale(self.scale, lanes);
+            direct.scale(self.scale);
         }
         let copy = |values: &[T]| if keep { values.to_vec() } else { Vec::new() };
         Packed {
@@ -58,7 +57,7 @@ impl<T: Element> Wanted<'_, T> {
             isa: self.isa,
             transformed: self
                 .winograd
-                .then(|| winograd::transform_weight(self.isa, &direct)),
+                .then(|| winograd::transform_weight(self.isa, &direct, memory(4 * len))),
             direct,
         }
     }
@@ -118,7 +117,7 @@ impl Kept {
         if let Some(kept) = kept.filter(|kept| wanted.is(kept)) {
             return kept;
         }
-        let packed = Arc::new(wanted.pack(true));
+        let packed = Arc::new(wanted.pack(true, |_| Vec::new()));
         let mut all = lock();
         if all.len() <= index {
             all.resize(index + 1, None);

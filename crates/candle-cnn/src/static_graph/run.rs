@@ -208,8 +208,8 @@ impl<'a, T: Element> Forward<'a, T> {
                         break;
                     };
                     let packed = self.packed(c, numbers, (!keep).then_some(moments.len()));
-                    let numbers = (numbers, &*packed);
-                    let norm = self.convolution(c, x, numbers, (&mut y, channel), keep);
+                    let norm = self.convolution(c, x, (numbers, &packed), (&mut y, channel), keep);
+                    self.release_packed(packed);
                     let (x, found) = norm.map_or((None, Vec::new()), |(x, found)| (x, found));
                     moments.push(found.clone());
                     normalised.push(x.map(|x| Normalised { x, moments: found }));
@@ -245,6 +245,17 @@ impl<'a, T: Element> Forward<'a, T> {
     fn take(&self, buffer: usize) -> Vec<T> {
         let layout = self.graph.layout(buffer);
         self.graph.arenas.of::<T>().take(layout, self.batch)
+    }
+
+    /// Gives the memory of weights back that nobody keeps.
+    fn release_packed(&self, packed: Arc<Packed<T>>) {
+        if let Ok(packed) = Arc::try_unwrap(packed) {
+            let mut arena = self.graph.arenas.of::<T>();
+            arena.give_back_flat(packed.direct.data);
+            if let Some(transformed) = packed.transformed {
+                arena.give_back_flat(transformed.data);
+            }
+        }
     }
 
     /// Gives the input of operation `index` back if no later one reads it.
@@ -295,13 +306,16 @@ impl<'a, T: Element> Forward<'a, T> {
                 After::Affine { scale, .. } => scale,
                 _ => &[],
             },
-            shape: (c.c_out, c.kernel * c.kernel, c.c_in),
+            shape: (c.kernel * c.kernel, c.c_out, c.c_in),
             winograd: c.stride == 1 && winograd::pays::<T>(c.kernel, size, self.batch),
             isa: self.isa,
         };
         match index {
             Some(index) => self.graph.packed.get(index, &wanted),
-            None => Arc::new(wanted.pack(false)),
+            None => {
+                let arenas = &self.graph.arenas;
+                Arc::new(wanted.pack(false, |len| arenas.of::<T>().take_flat(len)))
+            }
         }
     }
 
@@ -429,10 +443,13 @@ impl<'a, T: Element> Forward<'a, T> {
         y[..self.batch * y_layout.image()]
             .par_chunks_mut(images * y_layout.image())
             .zip(x.par_chunks(images * x_layout.image()))
-            .map_init(Scratch::default, |scratch, (y, x)| {
-                pass.run(x, y, scratch);
-                measure(y)
-            })
+            .map_init(
+                || self.graph.arenas.lend(),
+                |lent, (y, x)| {
+                    pass.run(x, y, &mut lent.scratch);
+                    measure(y)
+                },
+            )
             .collect()
     }
 
@@ -715,19 +732,21 @@ impl<'a, T: Element> Backward<'a, T> {
             Some((dx, is_first)) => (Some(dx), is_first),
             None => (None, true),
         };
+        let arenas = &graph.arenas;
+        let len = c.c_in.next_multiple_of(kernels.lanes) * taps * c.c_out;
         let packed = dx.is_some().then(|| {
-            PackedWeight::new(
-                read.numbers.weight,
-                (c.c_in, taps, c.c_out),
-                kernels.lanes,
-                |i, tap, k| (k * c.c_in + i) * taps + (taps - 1 - tap),
-            )
+            let shape = (taps, c.c_out, c.c_in);
+            let memory = arenas.of::<T>().take_flat(len);
+            PackedWeight::turned(read.numbers.weight, shape, kernels, memory)
         });
         let zeros = vec![T::ZERO; c.c_in.next_multiple_of(ALIGNMENT)];
         let transformed = packed
             .as_ref()
             .filter(|_| winograd::pays::<T>(c.kernel, dx_layout.size, batch))
-            .map(|packed| winograd::transform_weight(isa, packed));
+            .map(|packed| {
+                let memory = arenas.of::<T>().take_flat(4 * len);
+                winograd::transform_weight(isa, packed, memory)
+            });
         let input_pass = packed.as_ref().map(|packed| GatherPass {
             kernels,
             x: dy_layout,
@@ -795,8 +814,11 @@ impl<'a, T: Element> Backward<'a, T> {
             .zip(dx_parts)
             .enumerate()
             .map(|(part, (dy, mut dx))| {
-                let mut sums = Sums::new(outer_pass.as_ref(), c.c_out);
-                let mut scratch = Scratch::default();
+                let len = outer_pass.as_ref().map(AnyOuterPass::sums_len);
+                let weight = len.map(|len| arenas.of::<T>().take_flat(len));
+                let mut sums = Sums::new(weight.unwrap_or_default(), c.c_out);
+                let mut lent = arenas.lend();
+                let scratch = &mut lent.scratch;
                 for (index, dy) in dy.chunks_mut(group * dy_layout.image()).enumerate() {
                     let first = part * per_part + index * group;
                     let images = dy.len() / dy_layout.image();
@@ -814,11 +836,13 @@ impl<'a, T: Element> Backward<'a, T> {
                     let watch = Watch::start();
                     if let (Some(pass), Some(dx)) = (&input_pass, &mut dx) {
                         let dx = &mut dx[index * group * dx_layout.image()..];
-                        pass.run(dy, &mut dx[..images * dx_layout.image()], &mut scratch);
+                        pass.run(dy, &mut dx[..images * dx_layout.image()], scratch);
                     }
                     let input = watch.elapsed();
                     if let Some(pass) = &outer_pass {
-                        pass.run(x, dy, &mut sums.weight, &mut scratch);
+                        let fresh = index == 0;
+                        let sums = &mut sums.weight[..pass.sums_len()];
+                        pass.run(x, dy, (sums, fresh), scratch);
                     }
                     if input_pass.is_some() {
                         sums.times.input += input;
@@ -844,6 +868,13 @@ impl<'a, T: Element> Backward<'a, T> {
         }
         if outer_pass.is_some() {
             times.weight += watch.elapsed();
+        }
+        drop(input_pass);
+        let mut arena = arenas.of::<T>();
+        let packed = [packed, transformed].into_iter().flatten();
+        let sums = sums.into_iter().map(|sums| sums.weight);
+        for memory in packed.map(|packed| packed.data).chain(sums) {
+            arena.give_back_flat(memory);
         }
         (dx, times)
     }
@@ -958,7 +989,7 @@ impl<T: Element> AnyOuterPass<T> {
         }
     }
 
-    fn run(&self, x: &[T], dy: &[T], sums: &mut [T], scratch: &mut Scratch<T>) {
+    fn run(&self, x: &[T], dy: &[T], sums: (&mut [T], bool), scratch: &mut Scratch<T>) {
         match self {
             Self::Direct(pass) => pass.run(x, dy, sums, &mut scratch.outer),
             Self::Winograd(pass) => pass.run(x, dy, sums, &mut scratch.winograd),
@@ -974,8 +1005,8 @@ impl<T: Element> AnyOuterPass<T> {
     }
 }
 
-/// What a task keeps from one group of images to the next.
-struct Scratch<T> {
+/// What a task works with.
+pub(super) struct Scratch<T> {
     gather: gather::Rows<T>,
     outer: outer::Rows<T>,
     winograd: winograd::Scratch<T>,
@@ -1049,9 +1080,10 @@ impl Times {
 }
 
 impl<T: Element> Sums<T> {
-    fn new(pass: Option<&AnyOuterPass<T>>, c_out: usize) -> Self {
+    /// With memory for the weight's, of arbitrary values.
+    fn new(weight: Vec<T>, c_out: usize) -> Self {
         Self {
-            weight: vec![T::ZERO; pass.map_or(0, AnyOuterPass::sums_len)],
+            weight,
             bias: vec![T::ZERO; c_out],
             image_bias: vec![T::ZERO; c_out],
             times: Times::default(),

@@ -310,32 +310,13 @@ fn output_body<T: Element>(finish: &Finish<'_, T>, from: &[T], y: &mut [T]) {
     }
 }
 
-/// `G g Gᵀ` of packed 3×3 weights.
-pub(super) fn transform_weight<T: Element>(isa: Isa, weight: &PackedWeight<T>) -> PackedWeight<T> {
-    let mut data = vec![T::ZERO; weight.data.len() / 9 * PRODUCTS];
-    let mut rest = data.as_mut_slice();
-    let mut tasks = Vec::new();
-    let mut offsets = Vec::new();
-    let mut offset = 0;
-    for (panel, &from) in weight.offsets.iter().enumerate() {
-        let end = weight.offsets.get(panel + 1).copied();
-        let from = &weight.data[from..end.unwrap_or(weight.data.len())];
-        let len = from.len() / 9 * PRODUCTS;
-        let (to, remaining) = rest.split_at_mut(len);
-        tasks.push((from, to));
-        rest = remaining;
-        offsets.push(offset);
-        offset += len;
-    }
-    tasks
-        .into_par_iter()
-        .for_each(|(from, to)| expand_weight(isa, from, to));
-    PackedWeight {
-        panels: weight.panels.clone(),
-        offsets,
-        data,
-        width: weight.width,
-    }
+/// `G g Gᵀ` of packed 3×3 weights. `data` is memory to use again.
+pub(super) fn transform_weight<T: Element>(
+    isa: Isa,
+    weight: &PackedWeight<T>,
+    data: Vec<T>,
+) -> PackedWeight<T> {
+    weight.expand((9, PRODUCTS), data, |from, to| expand_weight(isa, from, to))
 }
 
 multiversion! {
@@ -367,6 +348,16 @@ pub(super) struct Scratch<T> {
     input: Vec<T>,
     output: Vec<T>,
     rows: Vec<*const T>,
+}
+
+// SAFETY: the pointers are read only by the `run` that has just written them.
+unsafe impl<T: Send> Send for Scratch<T> {}
+
+/// Makes `memory` at least `len` long.
+fn grow<T: Element>(memory: &mut Vec<T>, len: usize) {
+    if memory.len() < len {
+        memory.resize(len, T::ZERO);
+    }
 }
 
 impl<T> Default for Scratch<T> {
@@ -410,10 +401,11 @@ impl<T: Element> WinogradPass<'_, T> {
         // Whole tiles of rows; the rows beyond the last repeat it.
         let padded = patches.len().next_multiple_of(height);
         let width = self.weight.width.next_multiple_of(ALIGNMENT);
-        scratch
-            .input
-            .resize(PRODUCTS * patches.len() * patches.channels, T::ZERO);
-        scratch.output.resize(PRODUCTS * padded * width, T::ZERO);
+        grow(
+            &mut scratch.input,
+            PRODUCTS * patches.len() * patches.channels,
+        );
+        grow(&mut scratch.output, PRODUCTS * padded * width);
         transform_input(self.isa, &patches, x, &mut scratch.input);
 
         let zeros = [T::ZERO; 3 * ALIGNMENT];
@@ -496,8 +488,14 @@ impl<T: Element> WinogradOuterPass<T> {
         PRODUCTS * self.c_in * self.width()
     }
 
-    /// Adds the products of some images to `sums`.
-    pub(super) fn run(&self, x: &[T], dy: &[T], sums: &mut [T], scratch: &mut Scratch<T>) {
+    /// Adds the products of some images to `sums`, or with `fresh` begins the sums with them.
+    pub(super) fn run(
+        &self,
+        x: &[T],
+        dy: &[T],
+        (sums, fresh): (&mut [T], bool),
+        scratch: &mut Scratch<T>,
+    ) {
         let images = dy.len() / self.dy.image();
         let width = self.width();
         let patches = Tiles::new(self.x, (self.padding, 0), self.dy.size, images, self.c_in);
@@ -508,12 +506,11 @@ impl<T: Element> WinogradOuterPass<T> {
             images,
             self.c_out,
         );
-        scratch
-            .input
-            .resize(PRODUCTS * patches.len() * patches.channels, T::ZERO);
-        scratch
-            .output
-            .resize(PRODUCTS * tiles.len() * width, T::ZERO);
+        grow(
+            &mut scratch.input,
+            PRODUCTS * patches.len() * patches.channels,
+        );
+        grow(&mut scratch.output, PRODUCTS * tiles.len() * width);
         transform_input(self.isa, &patches, x, &mut scratch.input);
         transform_gradient(self.isa, &tiles, dy, &mut scratch.output);
         assert_eq!(sums.len(), self.sums_len());
@@ -544,6 +541,7 @@ impl<T: Element> WinogradOuterPass<T> {
                         pixels: tiles.len(),
                         dy: gradient[panel.start..].as_ptr(),
                         dy_stride: width,
+                        fresh,
                         dw: sums[c * width + panel.start..].as_mut_ptr(),
                         dw_stride: width,
                     };
