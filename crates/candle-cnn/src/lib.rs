@@ -35,6 +35,7 @@
 //! ```
 
 mod avg_pool2d;
+mod backward;
 mod batch_norm;
 mod conv2d;
 mod cross_entropy;
@@ -50,6 +51,7 @@ mod static_graph;
 mod window;
 
 pub use avg_pool2d::{AvgPool2dConfig, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d};
+pub use backward::backward;
 pub use batch_norm::{
     BatchStatistics, batch_norm_eval, batch_norm_relu_eval, batch_norm_relu_train,
     batch_norm_train, update_running,

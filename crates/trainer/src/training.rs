@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
+use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{DType, Device, Tensor};
 use cifar_data::{ImageSet, shuffled_order};
 use serde::{Deserialize, Serialize};
@@ -231,7 +231,7 @@ impl<'a> Training<'a> {
         }
 
         parts.end("loss");
-        let gradients = loss.backward().map_err(failed("the backward pass"))?;
+        let gradients = backward(&loss).map_err(failed("the backward pass"))?;
         parts.end("backward");
         let lr = self.learning_rate(step);
         self.optimizer

@@ -8,7 +8,7 @@ use std::io::{BufRead, Write};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
+use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
 use inception_model::{CifarConfig, CifarGoogLeNet, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig};
@@ -217,7 +217,7 @@ impl Bench {
             .model
             .forward(&self.images, Mode::Train { dropout_seed })?;
         let loss = cross_entropy(&logits, &self.labels, CrossEntropyConfig::default())?;
-        let gradients = loss.backward()?;
+        let gradients = backward(&loss)?;
         self.optimizer
             .step(&gradients, self.optimizer.config().lr)?;
         if !loss.to_scalar::<f32>()?.is_finite() {

@@ -210,7 +210,7 @@ impl Window {
 }
 
 /// `to[c · to_stride + r] = from[r · from_stride + c]` for r < rows, c < columns.
-pub(super) fn transpose<T: Element>(
+pub(crate) fn transpose<T: Element>(
     kernels: &Kernels<T>,
     from: &[T],
     from_stride: usize,

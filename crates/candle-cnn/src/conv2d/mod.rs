@@ -14,7 +14,9 @@ use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::simd::Isa;
 
-pub(crate) use cpu::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, keep_positive, panels};
+pub(crate) use cpu::{
+    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, keep_positive, panels, transpose,
+};
 pub(crate) use packed_weight::PackedWeight;
 pub use reference::{conv2d_backward_reference, conv2d_reference};
 

@@ -31,6 +31,7 @@ use candle_core::{
 use self::arena::Arenas;
 pub use self::profile::PROFILE_TARGET;
 use self::run::{Backward, Forward, Numbers};
+use crate::backward::set_aside;
 use crate::batch_norm::{BatchStatistics, Moments};
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
@@ -809,13 +810,14 @@ impl CustomOp2 for Token {
     fn bwd(
         &self,
         token: &Tensor,
-        _parameter: &Tensor,
+        parameter: &Tensor,
         _result: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let of_parameter = lock(&self.gradients)
             .get_mut(self.index)
-            .and_then(Option::take);
+            .and_then(Option::take)
+            .and_then(|gradient| set_aside(parameter, gradient));
         let of_token = token.track_op().then(|| gradient.clone());
         Ok((of_token, of_parameter))
     }

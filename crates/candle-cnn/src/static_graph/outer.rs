@@ -3,9 +3,10 @@
 
 use rayon::prelude::*;
 
+use super::ALIGNMENT;
 use super::arena::Layout;
 use super::gather::{MAX_WIDTH, fits, inside, skips_padding};
-use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels};
+use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels, transpose};
 use crate::element::Element;
 use crate::simd::{Kernels, OUTER_HEIGHTS, Outer};
 
@@ -178,38 +179,49 @@ impl<T: Element> OuterPass<T> {
     }
 
     /// Adds the parts up, in order, in the weight's own layout (K, C, R, S).
-    pub(super) fn unpack<'a>(
-        &self,
-        parts: impl Fn(usize) -> Option<&'a [T]> + Sync,
-        weight: &mut [T],
-    ) {
-        /// Output channels that a task takes side by side: a cache line.
-        const CHANNELS: usize = 16;
+    pub(super) fn unpack(&self, parts: &[&[T]], weight: &mut [T]) {
         let taps = self.kernel * self.kernel;
-        let len = self.c_in * taps;
         let width = self.width();
-        if len == 0 {
-            return;
-        }
-        weight
-            .par_chunks_mut(CHANNELS * len)
-            .enumerate()
-            .for_each(|(block, weight)| {
-                let channels = weight.len() / len;
-                let mut part = 0;
-                while let Some(sums) = parts(part) {
-                    for tap in 0..taps {
-                        for c in 0..self.c_in {
-                            let from = (tap * self.c_in + c) * width + block * CHANNELS;
-                            let from = &sums[from..from + channels];
-                            for (k, &value) in from.iter().enumerate() {
-                                let to = &mut weight[k * len + c * taps + tap];
-                                *to = if part == 0 { value } else { *to + value };
-                            }
-                        }
-                    }
-                    part += 1;
+        let fill = |first: usize, block: usize, rows: &mut [[T; ALIGNMENT]]| {
+            let channels = ALIGNMENT.min(width - block);
+            for (row, at) in rows.iter_mut().zip(first..) {
+                let from = (at % taps * self.c_in + at / taps) * width + block;
+                let row = &mut row[..channels];
+                row.copy_from_slice(&parts[0][from..from + channels]);
+                for part in &parts[1..] {
+                    let sums = &part[from..from + channels];
+                    row.iter_mut().zip(sums).for_each(|(to, &sum)| *to += sum);
                 }
-            });
+            }
+        };
+        if !parts.is_empty() {
+            turn_sums::<T, 64>(self.kernels, self.c_in * taps, weight, fill);
+        }
     }
+}
+
+/// Writes a weight (K, `len`) from rows of 16 output channels, `ROWS` at a time. `fill` is given
+/// the first of the rows' indices into `len`, the first of their channels, and the rows.
+pub(super) fn turn_sums<T: Element, const ROWS: usize>(
+    kernels: &Kernels<T>,
+    len: usize,
+    weight: &mut [T],
+    fill: impl Fn(usize, usize, &mut [[T; ALIGNMENT]]) + Sync,
+) {
+    if len == 0 {
+        return;
+    }
+    weight
+        .par_chunks_mut(ALIGNMENT * len)
+        .enumerate()
+        .for_each(|(block, weight)| {
+            let channels = weight.len() / len;
+            let mut rows = [[T::ZERO; ALIGNMENT]; ROWS];
+            for first in (0..len).step_by(ROWS) {
+                let rows = &mut rows[..ROWS.min(len - first)];
+                fill(first, block * ALIGNMENT, rows);
+                let (sizes, to) = ((rows.len(), channels), &mut weight[first..]);
+                transpose(kernels, rows.as_flattened(), ALIGNMENT, sizes, to, len);
+            }
+        });
 }

@@ -997,10 +997,10 @@ impl<T: Element> AnyOuterPass<T> {
     }
 
     fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
-        let part = |part: usize| parts.get(part).map(|p| p.weight.as_slice());
+        let parts: Vec<&[T]> = parts.iter().map(|p| p.weight.as_slice()).collect();
         match self {
-            Self::Direct(pass) => pass.unpack(part, weight),
-            Self::Winograd(pass) => pass.unpack(part, weight),
+            Self::Direct(pass) => pass.unpack(&parts, weight),
+            Self::Winograd(pass) => pass.unpack(&parts, weight),
         }
     }
 }

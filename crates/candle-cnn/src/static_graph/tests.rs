@@ -476,7 +476,7 @@ fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
         let mut sums = vec![f32::NAN; pass.sums_len()];
         pass.run(&x, &dy, (&mut sums, true), &mut scratch);
         let mut d_weight = vec![0f32; weight.len()];
-        pass.unpack(|part| (part == 0).then_some(sums.as_slice()), &mut d_weight);
+        pass.unpack(&[&sums], &mut d_weight);
         let backward = l2_error(&d_weight, &expected_weight);
         println!("{isa:?}: relative L2 error {forward:.1e}, weight gradient {backward:.1e}");
         assert!(
@@ -652,6 +652,36 @@ fn only_what_can_be_written_in_place_is_joined() {
     let mut empty = StaticGraphBuilder::new(0, (8, 8));
     assert!(empty.conv2d_relu(Node(0), 4, 1, 0).is_err(), "no channels");
     assert!(builder.global_avg_pool2d(whole).is_ok());
+}
+
+#[test]
+fn gradients_that_are_set_aside_equal_those_that_candle_adds_up() -> Result<()> {
+    for stem in [Stem::Bias, Stem::Norm] {
+        let example = example::<f32>(stem, 2, (7, 8), false);
+        let parameters = || example.parameters.iter().flatten();
+        // One parameter has a second gradient from elsewhere; another is no variable there.
+        let shared = &example.parameters[2][0];
+        let doubled = (example.parameters[4][0].as_tensor() * 2.0)?;
+        let mut tensors: Vec<Vec<Tensor>> = example
+            .parameters
+            .iter()
+            .map(|p| p.iter().map(|var| var.as_tensor().clone()).collect())
+            .collect();
+        tensors[4][0] = doubled;
+        let given: Vec<_> = tensors.iter().map(|p| from_tensors(p)).collect();
+        let loss = || -> Result<Tensor> {
+            let features = example.graph.forward(&example.images, &given)?.features;
+            features.sqr()?.sum_all()? + shared.sqr()?.sum_all()?
+        };
+        let (expected, actual) = (loss()?.backward()?, crate::backward(&loss()?)?);
+        for parameter in parameters() {
+            let values = |store: &candle_core::backprop::GradStore| {
+                values::<f32>(store.get(parameter).unwrap())
+            };
+            assert_eq!(values(&actual), values(&expected));
+        }
+    }
+    Ok(())
 }
 
 /// The fields of the events of [`PROFILE_TARGET`].

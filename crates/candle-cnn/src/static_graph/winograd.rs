@@ -17,11 +17,10 @@
 // Loops over registers by constant bounds: what the compiler vectorises surely.
 #![allow(clippy::needless_range_loop)]
 
-use rayon::prelude::*;
-
 use super::ALIGNMENT;
 use super::arena::Layout;
 use super::gather::Start;
+use super::outer::turn_sums;
 use crate::conv2d::{PackedWeight, panels};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, Tap, multiversion};
@@ -557,42 +556,57 @@ impl<T: Element> WinogradOuterPass<T> {
     }
 
     /// Adds the parts up, in order, and writes `Gᵀ M G` in the weight's own layout (K, C, 3, 3).
-    pub(super) fn unpack<'a>(
-        &self,
-        parts: impl Fn(usize) -> Option<&'a [T]> + Sync,
-        weight: &mut [T],
-    ) {
-        let len = self.c_in * 9;
-        let width = self.width();
-        if len == 0 {
-            return;
-        }
-        weight
-            .par_chunks_mut(ALIGNMENT * len)
-            .enumerate()
-            .for_each(|(block, weight)| {
-                for c in 0..self.c_in {
-                    let mut products = [[[T::ZERO; ALIGNMENT]; PATCH]; PATCH];
-                    let mut part = 0;
-                    while let Some(sums) = parts(part) {
-                        for product in 0..PRODUCTS {
-                            let from = (product * self.c_in + c) * width + block * ALIGNMENT;
-                            let sums = load(sums, from);
-                            let to = &mut products[product / PATCH][product % PATCH];
-                            for i in 0..ALIGNMENT {
-                                to[i] += sums[i];
-                            }
-                        }
-                        part += 1;
-                    }
-                    let mut kernels = [[[T::ZERO; ALIGNMENT]; 3]; 3];
-                    both_ways(&products, &mut kernels, to_kernel);
-                    for (k, weight) in weight.chunks_exact_mut(len).enumerate() {
-                        for tap in 0..9 {
-                            weight[c * 9 + tap] = kernels[tap / 3][tap % 3][k];
-                        }
-                    }
+    pub(super) fn unpack(&self, parts: &[&[T]], weight: &mut [T]) {
+        /// Rows of seven input channels.
+        const ROWS: usize = 7 * 9;
+        let sums = Sums {
+            parts,
+            c_in: self.c_in,
+            width: self.width(),
+        };
+        turn_sums::<T, ROWS>(self.kernels, self.c_in * 9, weight, |first, block, rows| {
+            to_kernels(self.isa, &sums, first / 9, block, rows);
+        });
+    }
+}
+
+/// What the threads have added up.
+struct Sums<'a, T> {
+    parts: &'a [&'a [T]],
+    c_in: usize,
+    width: usize,
+}
+
+multiversion! {
+    /// `Gᵀ M G` for some input channels and sixteen output channels, nine rows each.
+    fn to_kernels<T: Element>(
+        sums: &Sums<'_, T>,
+        first: usize,
+        block: usize,
+        rows: &mut [[T; ALIGNMENT]],
+    ) = to_kernels_body
+}
+
+#[inline(always)]
+fn to_kernels_body<T: Element>(
+    sums: &Sums<'_, T>,
+    first: usize,
+    block: usize,
+    rows: &mut [[T; ALIGNMENT]],
+) {
+    let mut kernels = [[[T::ZERO; ALIGNMENT]; 3]; 3];
+    for (rows, c) in rows.chunks_exact_mut(9).zip(first..) {
+        let mut products = [[[T::ZERO; ALIGNMENT]; PATCH]; PATCH];
+        for part in sums.parts {
+            for product in 0..PRODUCTS {
+                let from = load(part, (product * sums.c_in + c) * sums.width + block);
+                let to = &mut products[product / PATCH][product % PATCH];
+                for i in 0..ALIGNMENT {
+                    to[i] += from[i];
                 }
-            });
+            }
+        }
+        both_ways(&products, &mut kernels, to_kernel);
+        rows.copy_from_slice(kernels.as_flattened());
     }
 }

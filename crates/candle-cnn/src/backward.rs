@@ -1,0 +1,67 @@
+//! Backpropagation without needless additions.
+
+use std::cell::RefCell;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor};
+
+/// Parameters and their gradients.
+type Pairs = Vec<(Tensor, Tensor)>;
+
+thread_local! {
+    /// What is set aside while [`backward`] runs.
+    static SET_ASIDE: RefCell<Option<Pairs>> = const { RefCell::new(None) };
+}
+
+/// `loss.backward()`, with the same gradients at less cost where a [`crate::StaticGraph`] is in it.
+///
+/// Candle adds every gradient to zeros. For all parameters of a network that are three passes over
+/// memory of their size, which takes a tenth of a step over small pictures. Here the gradients that
+/// a `StaticGraph` has for its variables go into the result as they are.
+///
+/// ```
+/// use candle_core::{DType, Device, Var};
+///
+/// let x = Var::ones(3, DType::F32, &Device::Cpu)?;
+/// let gradients = candle_cnn::backward(&x.sqr()?.sum_all()?)?;
+/// assert_eq!(gradients.get(&x).unwrap().to_vec1::<f32>()?, [2.0; 3]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of `loss.backward()`.
+pub fn backward(loss: &Tensor) -> Result<GradStore> {
+    let outer = Outer(SET_ASIDE.replace(Some(Pairs::new())));
+    let gradients = loss.backward();
+    let set_aside = SET_ASIDE.take().unwrap_or_default();
+    drop(outer);
+    let mut gradients = gradients?;
+    for (parameter, gradient) in set_aside {
+        let sum = match gradients.remove(&parameter) {
+            Some(other) => (other + gradient)?,
+            None => gradient,
+        };
+        gradients.insert(&parameter, sum);
+    }
+    Ok(gradients)
+}
+
+/// Takes the gradient of a variable aside if [`backward`] runs; else it comes back.
+pub(crate) fn set_aside(parameter: &Tensor, gradient: Tensor) -> Option<Tensor> {
+    SET_ASIDE.with_borrow_mut(|set_aside| match set_aside {
+        Some(set_aside) if parameter.is_variable() => {
+            set_aside.push((parameter.clone(), gradient));
+            None
+        }
+        _ => Some(gradient),
+    })
+}
+
+/// What was set aside before, put back even where a backward pass panics.
+struct Outer(Option<Pairs>);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        SET_ASIDE.set(self.0.take());
+    }
+}
