@@ -43,9 +43,10 @@ pub(super) struct Gradients<T> {
 /// (1,024 pixels × 192 channels × 4 bytes = 768 KiB).
 pub(crate) const PIXELS_PER_TASK: usize = 1024;
 
-/// Pixels per block of the weight gradient: 256 pixels × 48 channels × 4
-/// bytes = 48 KiB of output gradient, read again for every input channel tile.
-pub(crate) const PIXELS_PER_OUTER_BLOCK: usize = 256;
+/// Pixels per block of the weight gradient: 128 pixels × 48 channels × 4
+/// bytes = 24 KiB of output gradient, half of an L1 cache, read again for every
+/// input channel tile.
+pub(crate) const PIXELS_PER_OUTER_BLOCK: usize = 128;
 
 /// Adjacent output channels that one tile computes.
 #[derive(Clone, Copy)]
