@@ -1,6 +1,7 @@
 //! Buffers that are kept from step to step.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
 use rayon::prelude::*;
@@ -44,9 +45,66 @@ impl Layout {
         (self.halo - outside) * (self.line() + self.width)
     }
 
+    /// Where line `h` begins with its halo; the first and the last take what is above and below.
+    pub(super) fn cut(&self, h: usize) -> usize {
+        match h {
+            0 => 0,
+            _ if h == self.size.0 => self.image(),
+            _ => (self.halo + h) * self.line(),
+        }
+    }
+
     /// Where pixel (h, w) begins.
     pub(super) fn at(&self, h: usize, w: usize) -> usize {
         self.first(0) + h * self.line() + w * self.width
+    }
+}
+
+/// What of a buffer one task writes: whole images, or some lines of one.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Part {
+    pub(super) images: usize,
+    pub(super) lines: Range<usize>,
+    /// Where the part begins in its image.
+    pub(super) base: usize,
+}
+
+impl Part {
+    /// All images that a buffer of `len` elements holds.
+    pub(super) fn whole(layout: Layout, len: usize) -> Self {
+        Self {
+            images: len / layout.image().max(1),
+            lines: 0..layout.size.0,
+            base: 0,
+        }
+    }
+
+    /// Cuts `image` into up to `count` runs of lines, of a multiple of `step` lines each.
+    pub(super) fn cut<T>(
+        layout: Layout,
+        image: &mut [T],
+        (count, step): (usize, usize),
+    ) -> Vec<(Self, &mut [T])> {
+        let height = layout.size.0;
+        let lines = height.div_ceil(count.max(1)).next_multiple_of(step).max(1);
+        let mut parts = Vec::with_capacity(count);
+        let mut rest = &mut image[..layout.image()];
+        for first in (0..height).step_by(lines) {
+            let end = height.min(first + lines);
+            let base = layout.cut(first);
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut(layout.cut(end) - base);
+            let lines = first..end;
+            parts.push((
+                Self {
+                    images: 1,
+                    lines,
+                    base,
+                },
+                part,
+            ));
+            rest = tail;
+        }
+        parts
     }
 }
 
@@ -202,6 +260,38 @@ mod tests {
                 let is_inside = (2..6).contains(&line) && (2..5).contains(&column);
                 assert_eq!(value, if is_inside { 1.0 } else { 0.0 }, "{line} {column}");
             }
+        }
+    }
+
+    #[test]
+    fn an_image_is_cut_between_its_lines_and_nothing_is_left_out() {
+        let layout = Layout {
+            size: (6, 2),
+            halo: 1,
+            width: 16,
+        };
+        let mut image: Vec<f32> = (0..layout.image()).map(|at| at as f32).collect();
+        for (cut, expected) in [
+            ((2, 1), vec![0..3, 3..6]),
+            ((4, 1), vec![0..2, 2..4, 4..6]),
+            ((2, 4), vec![0..4, 4..6]),
+            ((1, 1), vec![0..6]),
+            ((100, 1), (0..6).map(|h| h..h + 1).collect()),
+        ] {
+            let parts = Part::cut(layout, &mut image, cut);
+            let lines: Vec<_> = parts.iter().map(|(part, _)| part.lines.clone()).collect();
+            assert_eq!(lines, expected);
+            let mut next = 0;
+            for (part, memory) in parts {
+                assert_eq!((part.images, part.base), (1, next));
+                let within = next..next + memory.len();
+                for h in part.lines {
+                    assert!(within.contains(&layout.at(h, 0)) && within.contains(&layout.at(h, 1)));
+                }
+                assert_eq!(memory[0], next as f32);
+                next = within.end;
+            }
+            assert_eq!(next, layout.image());
         }
     }
 

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::ALIGNMENT;
-use super::arena::Layout;
+use super::arena::{Layout, Part};
 use super::winograd::WinogradPass;
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
@@ -127,19 +127,20 @@ impl<'a, T: Element> GatherPass<'a, T> {
         }
     }
 
-    pub(super) fn run(&self, x: &[T], y: &mut [T], rows: &mut Rows<T>) {
+    /// Computes `part` of the output, which is `y`.
+    pub(super) fn run(&self, x: &[T], (y, part): (&mut [T], &Part), rows: &mut Rows<T>) {
         let height = self.kernels.height;
-        let images = y.len() / self.y.image();
+        let images = part.images;
         // Everything that a tile reads and writes is inside: the taps by the
         // first assertion, the pixels by the second, the channels by the rest.
         assert!(self.x.halo >= self.padding && height <= MAX_HEIGHT);
         let window = (self.kernel, self.stride, self.padding);
         assert!(fits(self.x, self.y, window));
-        assert!(x.len() >= images * self.x.image());
+        assert!(x.len() >= images * self.x.image() && part.lines.end <= self.y.size.0);
         assert!(self.x_channel + self.channels <= self.x.width);
         assert!(self.y_channel + self.weight.width <= self.y.width);
 
-        self.plan(x, images, rows);
+        self.plan(x, part, rows);
         for (panel, &offset) in self.weight.panels.iter().zip(&self.weight.offsets) {
             let width = panel.vectors * self.kernels.lanes;
             let weight = &self.weight.data[offset..];
@@ -201,7 +202,8 @@ impl<'a, T: Element> GatherPass<'a, T> {
     }
 
     /// Which outputs make a tile, and which taps they need.
-    fn plan(&self, x: &[T], images: usize, rows: &mut Rows<T>) {
+    fn plan(&self, x: &[T], part: &Part, rows: &mut Rows<T>) {
+        let images = part.images;
         rows.pointers.clear();
         rows.outputs.clear();
         rows.tiles.clear();
@@ -215,21 +217,23 @@ impl<'a, T: Element> GatherPass<'a, T> {
                 + self.x.first(self.padding)
                 + self.x_channel
                 + self.stride * (h * self.x.line() + w * self.x.width);
-            let to = image * self.y.image() + self.y.at(h, w) + self.y_channel;
+            let to = image * self.y.image() + self.y.at(h, w) + self.y_channel - part.base;
             (from, to)
         };
-        let (height, width) = self.y.size;
+        let width = self.y.size.1;
         if !skips_padding(self.y.size, self.padding, images, self.kernels.height) {
             let taps = (0..self.kernel).flat_map(|r| (0..self.kernel).map(move |s| (r, s)));
             rows.taps.extend(taps.map(|(r, s)| tap(r, s)));
             let pixels = (0..images).flat_map(|image| {
-                (0..height).flat_map(move |h| (0..width).map(move |w| (image, h, w)))
+                part.lines
+                    .clone()
+                    .flat_map(move |h| (0..width).map(move |w| (image, h, w)))
             });
             let pixels = pixels.map(|(image, h, w)| pixel(image, h, w));
             self.tiles(0..rows.taps.len(), pixels, x, rows);
             return;
         }
-        for h in 0..height {
+        for h in part.lines.clone() {
             for w in 0..width {
                 let first = rows.taps.len();
                 let inside =

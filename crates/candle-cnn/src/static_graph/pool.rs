@@ -7,7 +7,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::ALIGNMENT;
-use super::arena::Layout;
+use super::arena::{Layout, Part};
 use crate::element::Element;
 use crate::simd::multiversion;
 use crate::window::Axis;
@@ -24,8 +24,8 @@ pub(super) struct Pool {
 }
 
 multiversion! {
-    /// `y` of one image `x`.
-    pub(super) fn forward<T: Element>(pool: &Pool, x: &[T], y: &mut [T]) = forward_image
+    /// The `part` of one image's output that is `y`.
+    pub(super) fn forward<T: Element>(pool: &Pool, x: &[T], y: &mut [T], part: &Part) = forward_image
 }
 
 multiversion! {
@@ -65,12 +65,12 @@ fn winners<T: Element>(
 }
 
 #[inline(always)]
-fn forward_image<T: Element>(pool: &Pool, x: &[T], y: &mut [T]) {
-    for oh in 0..pool.h.output {
+fn forward_image<T: Element>(pool: &Pool, x: &[T], y: &mut [T], part: &Part) {
+    for oh in part.lines.clone() {
         for ow in 0..pool.w.output {
             for c in (0..pool.x.width).step_by(ALIGNMENT) {
                 let (best, _) = winners(pool, x, (oh, ow), c);
-                let to = pool.y.at(oh, ow) + c;
+                let to = pool.y.at(oh, ow) + c - part.base;
                 y[to..to + ALIGNMENT].copy_from_slice(&best);
             }
         }

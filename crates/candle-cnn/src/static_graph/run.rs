@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::arena::Layout;
+use super::arena::{Layout, Part};
 use super::gather::{self, GatherPass, Start};
 use super::norm::{
     self, Affine, Between, GradientSpans, GradientSums, InputGradient, MomentSums, Span,
@@ -439,6 +439,19 @@ impl<'a, T: Element> Forward<'a, T> {
             Some(transformed) => AnyPass::Winograd(pass.into_winograd(self.isa, transformed)),
             None => AnyPass::Direct(pass),
         };
+        let threads = rayon::current_num_threads();
+        if self.batch < threads {
+            let step = match &pass {
+                AnyPass::Direct(_) => 1,
+                AnyPass::Winograd(_) => winograd::TILE,
+            };
+            let parts = self.parts((y, y_layout), step);
+            parts.into_par_iter().for_each(|(image, part, y)| {
+                let x = &x[image * x_layout.image()..];
+                pass.run(x, (y, &part), &mut self.graph.arenas.lend().scratch);
+            });
+            return vec![measure(&y[..self.batch * y_layout.image()])];
+        }
         let images = images_per_task(self.batch, y_layout.size);
         y[..self.batch * y_layout.image()]
             .par_chunks_mut(images * y_layout.image())
@@ -446,19 +459,46 @@ impl<'a, T: Element> Forward<'a, T> {
             .map_init(
                 || self.graph.arenas.lend(),
                 |lent, (y, x)| {
-                    pass.run(x, y, &mut lent.scratch);
+                    let part = Part::whole(y_layout, y.len());
+                    pass.run(x, (y, &part), &mut lent.scratch);
                     measure(y)
                 },
             )
             .collect()
     }
 
+    /// Fewer images than threads in parts for all of them: image, lines, memory.
+    fn parts<'y>(
+        &self,
+        (y, layout): (&'y mut [T], Layout),
+        step: usize,
+    ) -> Vec<(usize, Part, &'y mut [T])> {
+        let count = rayon::current_num_threads().div_ceil(self.batch.max(1));
+        y[..self.batch * layout.image()]
+            .chunks_mut(layout.image())
+            .enumerate()
+            .flat_map(|(image, y)| {
+                let parts = Part::cut(layout, y, (count, step));
+                parts.into_iter().map(move |(part, y)| (image, part, y))
+            })
+            .collect()
+    }
+
     fn max_pool(&self, p: &MaxPool, x: &[T], y: &mut [T]) {
         let pool = max_pool_of(self.graph, p);
+        if self.batch < rayon::current_num_threads() {
+            let parts = self.parts((y, pool.y), 1);
+            parts.into_par_iter().for_each(|(image, part, y)| {
+                let x = &x[image * pool.x.image()..];
+                pool::forward(self.isa, &pool, x, y, &part);
+            });
+            return;
+        }
+        let whole = Part::whole(pool.y, pool.y.image());
         y[..self.batch * pool.y.image()]
             .par_chunks_mut(pool.y.image())
             .zip(x.par_chunks(pool.x.image()))
-            .for_each(|(y, x)| pool::forward(self.isa, &pool, x, y));
+            .for_each(|(y, x)| pool::forward(self.isa, &pool, x, y, &whole));
     }
 
     fn global_average(&self, x: &[T]) -> Vec<T> {
@@ -836,7 +876,9 @@ impl<'a, T: Element> Backward<'a, T> {
                     let watch = Watch::start();
                     if let (Some(pass), Some(dx)) = (&input_pass, &mut dx) {
                         let dx = &mut dx[index * group * dx_layout.image()..];
-                        pass.run(dy, &mut dx[..images * dx_layout.image()], scratch);
+                        let dx = &mut dx[..images * dx_layout.image()];
+                        let whole = Part::whole(dx_layout, dx.len());
+                        pass.run(dy, (dx, &whole), scratch);
                     }
                     let input = watch.elapsed();
                     if let Some(pass) = &outer_pass {
@@ -967,7 +1009,7 @@ enum AnyPass<'a, T: 'static> {
 }
 
 impl<T: Element> AnyPass<'_, T> {
-    fn run(&self, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) {
+    fn run(&self, x: &[T], y: (&mut [T], &Part), scratch: &mut Scratch<T>) {
         match self {
             Self::Direct(pass) => pass.run(x, y, &mut scratch.gather),
             Self::Winograd(pass) => pass.run(x, y, &mut scratch.winograd),

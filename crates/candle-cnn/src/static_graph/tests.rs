@@ -1,7 +1,7 @@
 use candle_core::{Device, Result, Tensor, Var};
 use test_support::{check_gradients, relative_error, seeded_values};
 
-use super::arena::Layout;
+use super::arena::{Layout, Part};
 use super::run::{Backward, Forward, Numbers};
 use super::*;
 use crate::element::Element;
@@ -458,7 +458,11 @@ fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
             y: y_layout,
             y_channel: 32,
         }
-        .run(&x, &mut y, &mut scratch);
+        .run(
+            &x,
+            (&mut y, &Part::whole(y_layout, batch * y_layout.image())),
+            &mut scratch,
+        );
         let expected: Vec<f32> = expected_y.iter().map(|&v| v as f32).collect();
         let expected = lay_out(y_layout, &expected, (batch, c_out, 32));
         let forward = l2_error(&y, &widen(&expected));
@@ -679,6 +683,44 @@ fn gradients_that_are_set_aside_equal_those_that_candle_adds_up() -> Result<()> 
                 values::<f32>(store.get(parameter).unwrap())
             };
             assert_eq!(values(&actual), values(&expected));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn fewer_images_than_threads_are_cut_into_lines_and_give_the_same_bits() -> Result<()> {
+    // With so many pixels one image is enough for Winograd's tiles; 9 lines are odd to cut.
+    for (stem, size) in [
+        (Stem::Bias, (33, 33)),
+        (Stem::Bias, (9, 8)),
+        (Stem::Norm, (9, 8)),
+    ] {
+        for batch in [1, 2] {
+            let example = example::<f32>(stem, batch, size, true);
+            let features = |threads: usize| -> Result<Vec<f32>> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+                let tensors: Vec<Vec<Tensor>> = example
+                    .parameters
+                    .iter()
+                    .map(|p| p.iter().map(|var| var.as_detached_tensor()).collect())
+                    .collect();
+                let given: Vec<_> = tensors.iter().map(|p| from_tensors(p)).collect();
+                let images = example.images.detach();
+                let output = pool
+                    .build()
+                    .unwrap()
+                    .install(|| example.graph.forward(&images, &given));
+                Ok(values(&output?.features))
+            };
+            let whole = features(1)?;
+            for threads in [2, 3, 5] {
+                assert_eq!(
+                    features(threads)?,
+                    whole,
+                    "{stem:?} {size:?} {batch} {threads}"
+                );
+            }
         }
     }
     Ok(())

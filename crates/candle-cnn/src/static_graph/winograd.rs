@@ -18,7 +18,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::ALIGNMENT;
-use super::arena::Layout;
+use super::arena::{Layout, Part};
 use super::gather::Start;
 use super::outer::turn_sums;
 use crate::conv2d::{PackedWeight, panels};
@@ -26,7 +26,7 @@ use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, Tap, multiversion};
 
 /// Height and width of an output tile.
-const TILE: usize = 4;
+pub(super) const TILE: usize = 4;
 /// Height and width of the patch that it depends on.
 const PATCH: usize = 6;
 /// Elements of a patch, and matrix products.
@@ -170,15 +170,15 @@ impl Tiles {
     fn new(
         layout: Layout,
         (outside, channel): (usize, usize),
-        output: (usize, usize),
-        images: usize,
+        part: &Part,
+        width: usize,
         channels: usize,
     ) -> Self {
         Self {
             layout,
-            first: layout.first(outside) + channel,
-            count: (output.0 / TILE, output.1 / TILE),
-            images,
+            first: layout.first(outside) + channel + part.lines.start * layout.line(),
+            count: (part.lines.len() / TILE, width / TILE),
+            images: part.images,
             channels: channels.next_multiple_of(ALIGNMENT),
         }
     }
@@ -387,13 +387,14 @@ pub(super) struct WinogradPass<'a, T: 'static> {
 }
 
 impl<T: Element> WinogradPass<'_, T> {
-    pub(super) fn run(&self, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) {
-        let images = y.len() / self.y.image();
+    /// Computes `part` of the output, which is `y`.
+    pub(super) fn run(&self, x: &[T], (y, part): (&mut [T], &Part), scratch: &mut Scratch<T>) {
+        let map_width = self.y.size.1;
         let patches = Tiles::new(
             self.x,
             (self.padding, self.x_channel),
-            self.y.size,
-            images,
+            part,
+            map_width,
             self.channels,
         );
         let (lanes, height) = (self.kernels.lanes, self.kernels.height);
@@ -450,13 +451,10 @@ impl<T: Element> WinogradPass<'_, T> {
             }
         }
         let finish = Finish {
-            tiles: Tiles::new(
-                self.y,
-                (0, self.y_channel),
-                self.y.size,
-                images,
-                self.weight.width,
-            ),
+            tiles: Tiles {
+                first: self.y.at(part.lines.start, 0) + self.y_channel - part.base,
+                ..Tiles::new(self.y, (0, 0), part, map_width, self.weight.width)
+            },
             strides: (padded * width, width),
             start: self.start,
             relu: self.relu,
@@ -495,16 +493,11 @@ impl<T: Element> WinogradOuterPass<T> {
         (sums, fresh): (&mut [T], bool),
         scratch: &mut Scratch<T>,
     ) {
-        let images = dy.len() / self.dy.image();
         let width = self.width();
-        let patches = Tiles::new(self.x, (self.padding, 0), self.dy.size, images, self.c_in);
-        let tiles = Tiles::new(
-            self.dy,
-            (0, self.dy_channel),
-            self.dy.size,
-            images,
-            self.c_out,
-        );
+        let part = Part::whole(self.dy, dy.len());
+        let map_width = self.dy.size.1;
+        let patches = Tiles::new(self.x, (self.padding, 0), &part, map_width, self.c_in);
+        let tiles = Tiles::new(self.dy, (0, self.dy_channel), &part, map_width, self.c_out);
         grow(
             &mut scratch.input,
             PRODUCTS * patches.len() * patches.channels,
