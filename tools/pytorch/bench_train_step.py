@@ -74,7 +74,7 @@ def inference(arguments):
 def prepare(arguments):
     layout = LAYOUTS[arguments.layout]
     model = MODELS[arguments.model]().to(memory_format=layout)
-    images = (torch.rand(arguments.batch, 3, 32, 32) * 2 - 1).to(memory_format=layout)
+    images = (torch.rand(arguments.batch, 3, arguments.image_size, arguments.image_size) * 2 - 1).to(memory_format=layout)
     return model, images, torch.randint(10, (arguments.batch,))
 
 
@@ -105,6 +105,7 @@ def parse_arguments():
     parser.add_argument("--mode", choices=MODES, default="train")
     parser.add_argument("--layout", choices=LAYOUTS, default="nchw")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=32, help="height and width of the pictures")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     if arguments.frozen and arguments.model != "torchvision":

@@ -1,9 +1,11 @@
-//! `cargo xtask bench train-step`: our training step beside PyTorch's.
+//! `cargo xtask bench`: our training step beside PyTorch's, one kind of it or all.
 //!
 //! Every side is a process that lives for the whole run and steps on request (`run <steps>` on its
 //! standard input, one line of JSON back). In each round every side steps once, one after the
 //! other, so that a paired ratio compares two stretches of time that lie close together: on a
 //! machine that others use, times drift and only such ratios count.
+
+mod cpu;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -21,6 +23,10 @@ use trainer::Environment;
 pub(crate) enum Bench {
     /// Time a training step of a GoogLeNet, alternating with PyTorch where it is at hand
     TrainStep(TrainStep),
+    /// Time every kind of step that the README tells of, and keep one record of all
+    Cpu(cpu::Cpu),
+    /// Rewrite the README's table of performance from a record of `bench cpu`
+    Readme(cpu::Readme),
 }
 
 #[derive(Debug, Args)]
@@ -37,13 +43,16 @@ pub(crate) struct TrainStep {
     /// Images in a step
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
+    /// Height and width of the pictures
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(15..))]
+    image_size: u32,
     /// Threads of every side [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
     /// The whole step, or only the forward pass without gradients
     #[arg(long, value_enum, default_value_t = Mode::Train)]
     mode: Mode,
-    /// The network, on 32×32 pictures
+    /// The network
     #[arg(long, value_enum, default_value_t = Model::Lesson)]
     model: Model,
     /// Train the head alone, in training mode
@@ -72,6 +81,8 @@ enum Model {
 pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::TrainStep(arguments) => train_step(arguments),
+        Bench::Cpu(arguments) => cpu::run(arguments),
+        Bench::Readme(arguments) => cpu::update_readme(arguments),
     }
 }
 
@@ -87,12 +98,6 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
     let out = new_directory(arguments.out.clone(), &arguments.subject(), &environment)?;
 
     let python = pytorch(arguments.pytorch.as_deref())?;
-    if python.is_none() {
-        eprintln!(
-            "No PyTorch: python3 cannot import torch, and no --pytorch is given. Only our side is \
-             timed; tools/pytorch/README.md says how to install the other."
-        );
-    }
     let mut sides = vec![Side::start(OURS, our_side(arguments, threads))?];
     if let Some(python) = &python {
         for layout in ["nchw", "channels_last"] {
@@ -222,6 +227,7 @@ fn common_arguments(arguments: &TrainStep, threads: u32) -> Vec<String> {
         ("--model", arguments.model.name().to_string()),
         ("--mode", arguments.mode.name().to_string()),
         ("--batch", arguments.batch.to_string()),
+        ("--image-size", arguments.image_size.to_string()),
         ("--threads", threads.to_string()),
     ];
     let frozen = arguments.frozen.then(|| "--frozen".to_string());
@@ -246,14 +252,14 @@ impl TrainStep {
     }
 
     /// The network in words.
-    fn network(&self) -> &'static str {
-        match (self.model, self.frozen) {
+    fn network(&self) -> String {
+        let network = match (self.model, self.frozen) {
             (Model::Lesson, _) => "the lesson's GoogLeNet",
-            (Model::Torchvision, false) => "torchvision's GoogLeNet on 32×32 pictures",
-            (Model::Torchvision, true) => {
-                "torchvision's GoogLeNet on 32×32 pictures, all but `fc` frozen"
-            }
-        }
+            (Model::Torchvision, false) => "torchvision's GoogLeNet",
+            (Model::Torchvision, true) => "torchvision's GoogLeNet with all but `fc` frozen",
+        };
+        let size = self.image_size;
+        format!("{network} on {size}×{size} pictures")
     }
 }
 
@@ -277,6 +283,17 @@ impl Mode {
 
 /// The Python to use: the given one must be able to import torch, the default one may.
 fn pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
+    let found = find_pytorch(given)?;
+    if found.is_none() {
+        eprintln!(
+            "No PyTorch: python3 cannot import torch, and no --pytorch is given. Only our side is \
+             timed; tools/pytorch/README.md says how to install the other."
+        );
+    }
+    Ok(found)
+}
+
+fn find_pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
     let python = given.unwrap_or(Path::new("python3"));
     let attempt = Command::new(python).args(["-c", "import torch"]).output();
     match (attempt, given) {

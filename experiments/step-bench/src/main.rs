@@ -35,6 +35,9 @@ struct Arguments {
     /// Images in a step
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
+    /// Height and width of the pictures
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(15..))]
+    image_size: u32,
     /// Threads that compute [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
@@ -186,7 +189,8 @@ impl Bench {
         };
         let optimizer = Sgd::new(model.trainable_parameters(), config)?;
         let batch = arguments.batch as usize;
-        let pixels: Vec<f32> = (0..batch * 3 * 32 * 32)
+        let size = arguments.image_size as usize;
+        let pixels: Vec<f32> = (0..batch * 3 * size * size)
             .map(|_| random.random_range(-1.0..1.0))
             .collect();
         let labels: Vec<u32> = (0..batch).map(|_| random.random_range(0..10)).collect();
@@ -194,7 +198,7 @@ impl Bench {
             work: arguments.mode,
             model,
             optimizer,
-            images: Tensor::from_vec(pixels, (batch, 3, 32, 32), &Device::Cpu)?,
+            images: Tensor::from_vec(pixels, (batch, 3, size, size), &Device::Cpu)?,
             labels: Tensor::from_vec(labels, batch, &Device::Cpu)?,
             steps_done: 0,
         })
@@ -256,6 +260,7 @@ mod tests {
             frozen,
             mode,
             batch: 2,
+            image_size: 32,
             threads: None,
         }
     }

@@ -275,7 +275,7 @@ mod tests {
             ((2, 1), vec![0..3, 3..6]),
             ((4, 1), vec![0..2, 2..4, 4..6]),
             ((2, 4), vec![0..4, 4..6]),
-            ((1, 1), vec![0..6]),
+            ((1, 1), std::iter::once(0..6).collect()),
             ((100, 1), (0..6).map(|h| h..h + 1).collect()),
         ] {
             let parts = Part::cut(layout, &mut image, cut);

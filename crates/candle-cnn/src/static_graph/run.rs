@@ -911,7 +911,6 @@ impl<'a, T: Element> Backward<'a, T> {
         if outer_pass.is_some() {
             times.weight += watch.elapsed();
         }
-        drop(input_pass);
         let mut arena = arenas.of::<T>();
         let packed = [packed, transformed].into_iter().flatten();
         let sums = sums.into_iter().map(|sums| sums.weight);
