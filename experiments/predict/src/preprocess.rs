@@ -1,12 +1,13 @@
 //! From a file to the network's input, as the network was trained or evaluated.
 
-use std::fs::File;
-use std::io::BufReader;
+use std::fs;
+use std::io::Cursor;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use cifar_data::{Normalization, SIDE};
 use image::{ImageFormat, ImageReader, RgbImage};
+use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, PixelFormat};
 use transfer_common::Resampling;
 
 /// What is done to a picture before the network sees it.
@@ -62,8 +63,8 @@ impl Preprocessing {
 /// A file that cannot be read, is no picture of a known format, is damaged, or would take more than
 /// half a gigabyte.
 pub(crate) fn read(path: &Path) -> Result<RgbImage> {
-    let file = File::open(path).context("cannot be read")?;
-    let reader = ImageReader::new(BufReader::new(file));
+    let file = fs::read(path).context("cannot be read")?;
+    let reader = ImageReader::new(Cursor::new(&file));
     let reader = reader.with_guessed_format().context("cannot be read")?;
     let known = [
         ImageFormat::Jpeg,
@@ -77,10 +78,34 @@ pub(crate) fn read(path: &Path) -> Result<RgbImage> {
             .is_some_and(|format| known.contains(&format)),
         "is no JPEG, PNG, WebP or BMP picture"
     );
-    // The reader's own limits hold: 512 MiB for the pixels.
-    let picture = reader.decode().context("cannot be decoded")?.into_rgb8();
+    let is_jpeg = reader.format() == Some(ImageFormat::Jpeg);
+    let jpeg = is_jpeg.then(|| decode_jpeg(&file)).transpose();
+    let picture = match jpeg.context("cannot be decoded")?.flatten() {
+        Some(picture) => picture,
+        // The reader's own limits hold: 512 MiB for the pixels.
+        None => reader.decode().context("cannot be decoded")?.into_rgb8(),
+    };
     ensure!(picture.width() > 0 && picture.height() > 0, "has no pixels");
     Ok(picture)
+}
+
+/// Decodes a JPEG to the bytes that libjpeg-turbo makes of it, which Pillow and torchvision use. None
+/// for the colour spaces of printing, which it leaves as they are.
+fn decode_jpeg(file: &[u8]) -> Result<Option<RgbImage>> {
+    let limits = DecodeLimits {
+        max_memory: Some(512 << 20),
+        ..DecodeLimits::default()
+    };
+    let mut decoder = Decoder::new_with_limits(file, limits)?;
+    let space = decoder.jpeg_color_space();
+    if matches!(space, ColorSpace::Cmyk | ColorSpace::Ycck) {
+        return Ok(None);
+    }
+    decoder.set_output_format(PixelFormat::Rgb);
+    let image = decoder.decode_image()?;
+    let (width, height) = (u32::try_from(image.width)?, u32::try_from(image.height)?);
+    let picture = RgbImage::from_raw(width, height, image.data);
+    Ok(Some(picture.context("the decoder gave too few pixels")?))
 }
 
 /// Resized so that the shorter side has 256 pixels: torchvision's `resize` cuts the other to a
