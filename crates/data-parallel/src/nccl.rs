@@ -4,9 +4,9 @@
 //! also the limit of what is noticed: a rank that dies while the others' GPUs wait for it leaves them
 //! waiting, until their next exchange over TCP or until their launcher ends them.
 
+use candle_core::cuda_backend::CudaStorage;
 use candle_core::cuda_backend::cudarc::nccl::result::NcclError;
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp};
-use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{Device, Storage, Tensor};
 
@@ -95,7 +95,7 @@ impl Communicator {
         let source = storage.as_cuda_slice::<f32>().map_err(failed)?;
         let source = source.slice(begin..end);
         let cuda = storage.device.clone();
-        let mut sums = cuda.alloc_zeros::<f32>(end - begin).w().map_err(failed)?;
+        let mut sums = cuda.alloc_zeros::<f32>(end - begin).map_err(failed)?;
         self.comm
             .all_reduce(&source, &mut sums, &ReduceOp::Sum)
             .map_err(nccl("ncclAllReduce"))?;

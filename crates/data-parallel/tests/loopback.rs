@@ -145,7 +145,8 @@ fn a_rank_that_ends_is_an_error_on_all_others_at_once() {
                 return None;
             }
             let tensor = Tensor::zeros(100_000, DType::F32, &Device::Cpu).unwrap();
-            let failed = (0..10).find_map(|_| group.all_reduce_mean(&[tensor.clone()]).err());
+            let failed =
+                (0..10).find_map(|_| group.all_reduce_mean(std::slice::from_ref(&tensor)).err());
             let error = failed.expect("the group must not go on");
             // The group stays unusable.
             assert!(matches!(group.barrier(), Err(Error::Failed(_))));

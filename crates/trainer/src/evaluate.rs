@@ -47,11 +47,31 @@ pub fn evaluate(
     let order = (0..images.len() as u32).collect();
     let batches = batches(name, images, order, batch_size, normalization, device, 0)?;
     let batches = batches.map(|batch| batch.map(Examples::from).map_err(Error::data(name)));
-    evaluate_examples(
+    let sums = evaluate_examples(
         batches,
         |images| model.forward(images, Mode::Eval),
         progress,
-    )
+    )?;
+    Ok(sums.map(EvaluationSums::mean))
+}
+
+/// What an [`Evaluation`] is made of, over a part of a set or all of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct EvaluationSums {
+    /// Σ over the batches of mean loss × images.
+    pub(crate) loss: f64,
+    pub(crate) correct: u64,
+    pub(crate) images: u64,
+}
+
+impl EvaluationSums {
+    pub(crate) fn mean(self) -> Evaluation {
+        Evaluation {
+            loss: self.loss / self.images as f64,
+            correct: self.correct,
+            images: self.images,
+        }
+    }
 }
 
 /// [`evaluate`] on whatever `logits` are made of.
@@ -59,8 +79,8 @@ pub(crate) fn evaluate_examples(
     batches: impl Iterator<Item = Result<Examples>>,
     logits: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
-) -> Result<Option<Evaluation>> {
-    let (mut loss_sum, mut correct, mut done) = (0.0, 0, 0);
+) -> Result<Option<EvaluationSums>> {
+    let mut sums = EvaluationSums::default();
     for (index, batch) in batches.enumerate() {
         let Examples {
             inputs,
@@ -77,18 +97,14 @@ pub(crate) fn evaluate_examples(
             step: index as u64 + 1,
             source,
         })?;
-        loss_sum += f64::from(loss) * count as f64;
-        correct += batch_correct;
-        done += count;
-        if progress(done).is_break() {
+        sums.loss += f64::from(loss) * count as f64;
+        sums.correct += batch_correct;
+        sums.images += count;
+        if progress(sums.images).is_break() {
             return Ok(None);
         }
     }
-    Ok(Some(Evaluation {
-        loss: loss_sum / done as f64,
-        correct,
-        images: done,
-    }))
+    Ok(Some(sums))
 }
 
 /// The value of a scalar tensor. Waits for the device.
