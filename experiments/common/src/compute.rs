@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use crate::arguments::ComputeArguments;
+use crate::arguments::{ComputeArguments, ParallelArguments};
+use crate::parallel::Role;
 
 /// The value of `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,8 +54,20 @@ impl fmt::Display for DeviceChoice {
 pub struct ComputeConfig {
     /// `cpu` or `cuda:N`.
     pub device: String,
-    /// Threads that compute.
+    /// Threads that compute, in each process.
     pub threads: usize,
+    /// Processes that train together. `device` is that of the first; the others on its machine take
+    /// the GPUs that follow.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub processes: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(processes: &usize) -> bool {
+    *processes == 1
 }
 
 impl ComputeArguments {
@@ -63,18 +76,48 @@ impl ComputeArguments {
     /// # Errors
     /// A GPU that was asked for and cannot be used.
     pub fn resolve(&self) -> Result<ComputeConfig> {
-        let choice = match self.device.unwrap_or_default() {
-            DeviceChoice::Auto if cfg!(feature = "cuda") && open(DeviceChoice::Cuda(0)).is_ok() => {
-                DeviceChoice::Cuda(0)
-            }
-            DeviceChoice::Auto => DeviceChoice::Cpu,
-            choice => choice,
+        self.resolve_as(Role::Alone, self.device.unwrap_or_default())
+    }
+
+    /// The same for a process that may train together with others. One that only launches them opens
+    /// no device.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`]; another number of processes than the environment says, and an environment
+    /// that makes no sense.
+    pub fn resolve_for(&self, parallel: &ParallelArguments) -> Result<ComputeConfig> {
+        let choice = match parallel.gpus {
+            Some(_) => DeviceChoice::Cuda(0),
+            None => self.device.unwrap_or_default(),
         };
-        open(choice)?;
-        let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        self.resolve_as(Role::asked_for(parallel)?, choice)
+    }
+
+    fn resolve_as(&self, role: Role, choice: DeviceChoice) -> Result<ComputeConfig> {
+        let on_this_machine = role.processes_on_this_machine();
+        let threads = || {
+            let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+            (cores / on_this_machine).max(1)
+        };
+        let usable = |choice| open(nth(choice, role.local_rank()));
+        let choice = match (choice, &role) {
+            (choice, Role::Launcher { .. }) => choice,
+            (DeviceChoice::Auto, _) => {
+                let first = DeviceChoice::Cuda(0);
+                let gpu = cfg!(feature = "cuda") && usable(first).is_ok();
+                if gpu { first } else { DeviceChoice::Cpu }
+            }
+            (choice, _) => {
+                usable(choice)?;
+                choice
+            }
+        };
         Ok(ComputeConfig {
             device: choice.to_string(),
-            threads: self.threads.map_or_else(cores, |threads| threads as usize),
+            threads: self
+                .threads
+                .map_or_else(threads, |threads| threads as usize),
+            processes: role.processes(),
         })
     }
 }
@@ -90,7 +133,19 @@ impl ComputeConfig {
             .build_global()
             .with_context(|| format!("cannot start {} threads", self.threads))?;
         let choice = self.device.parse().map_err(anyhow::Error::msg)?;
-        open(choice)
+        let local_rank = match self.processes {
+            1 => 0,
+            _ => Role::from_environment()?.local_rank(),
+        };
+        open(nth(choice, local_rank))
+    }
+}
+
+/// The device of a process, by its number on its machine.
+fn nth(choice: DeviceChoice, local_rank: usize) -> DeviceChoice {
+    match choice {
+        DeviceChoice::Cuda(first) => DeviceChoice::Cuda(first + local_rank),
+        choice => choice,
     }
 }
 
