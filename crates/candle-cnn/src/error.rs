@@ -104,6 +104,40 @@ pub enum OpError {
         /// The device.
         device: String,
     },
+    /// A call of cuDNN that did not succeed.
+    #[error("{op}: {call} failed with {status}{details}, for {problem}")]
+    Cudnn {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The function of cuDNN.
+        call: &'static str,
+        /// The status that it returned.
+        status: String,
+        /// What cuDNN says of its last error, in brackets, or nothing.
+        details: String,
+        /// Shapes, settings and dtype that it was called for.
+        problem: String,
+    },
+    /// A computation for which cuDNN has no algorithm.
+    #[error("{op}: cuDNN has no {deterministic}algorithm for {problem}")]
+    NoAlgorithm {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// `"deterministic "` where only such were asked for, else empty.
+        deterministic: &'static str,
+        /// Shapes, settings and dtype.
+        problem: String,
+    },
+    /// A size beyond what cuDNN can be told, which is a C `int`.
+    #[error("{op}: {what} is {found}, cuDNN takes at most {limit}", limit = i32::MAX)]
+    CudnnSize {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// What is too large.
+        what: &'static str,
+        /// Its size.
+        found: usize,
+    },
     /// A layout that should have been made contiguous: a defect of this crate.
     #[error("{op}: layout {layout} is not contiguous")]
     NotContiguous {

@@ -2,6 +2,8 @@
 
 mod cpu;
 mod packed_weight;
+#[cfg(any(feature = "cuda", test))]
+mod plan;
 mod reference;
 #[cfg(test)]
 mod tests;
@@ -60,7 +62,7 @@ impl Conv2dConfig {
 }
 
 /// All the sizes of one convolution, checked against each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dGeometry {
     /// Images in the batch.
     pub batch: usize,
