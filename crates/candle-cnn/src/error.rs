@@ -65,7 +65,7 @@ pub enum OpError {
         padding: (usize, usize),
     },
     /// An element type without an implementation.
-    #[error("{op}: dtype {found:?} is not supported, expected F32 or F64")]
+    #[error("{op}: dtype {found:?} is not supported, expected F32 or F64 (or on CUDA BF16)")]
     DType {
         /// The operation, as PyTorch names it.
         op: &'static str,
@@ -117,6 +117,14 @@ pub enum OpError {
         details: String,
         /// Shapes, settings and dtype that it was called for.
         problem: String,
+    },
+    /// A CUDA kernel of this crate that NVRTC does not compile.
+    #[error("{file} does not compile: {log}")]
+    Kernel {
+        /// The source, under `src`.
+        file: &'static str,
+        /// What NVRTC says.
+        log: String,
     },
     /// A computation for which cuDNN has no algorithm.
     #[error("{op}: cuDNN has no {deterministic}algorithm for {problem}")]

@@ -1,6 +1,8 @@
 //! Two-dimensional convolution (cross-correlation, as `torch.nn.functional.conv2d`).
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod packed_weight;
 #[cfg(any(feature = "cuda", test))]
 mod plan;
@@ -8,6 +10,8 @@ mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType,
 };
@@ -201,7 +205,7 @@ fn output_size(
 /// `H' = ⌊(H + 2·padding − dilation·(R − 1) − 1) / stride⌋ + 1`.
 ///
 /// Same definition as `torch.nn.functional.conv2d` with one group. f32 and
-/// f64; any strides. Gradients of `x`, `weight` and `bias` come through
+/// f64, on CUDA also bf16 (with sums in f32); any strides. Gradients of `x`, `weight` and `bias` come through
 /// `backward()`; one that nobody needs is not computed.
 ///
 /// # Errors
@@ -229,8 +233,8 @@ pub fn conv2d(
 
 /// [`conv2d`] followed by [`crate::relu`], in one pass over the output.
 ///
-/// Equal to the two operations one after the other, bit for bit, with the
-/// mask applied inside the convolution's backward.
+/// Equal to the two operations one after the other, on the CPU bit for bit,
+/// with the mask applied inside the convolution's backward.
 ///
 /// # Errors
 /// As [`conv2d`].
@@ -331,6 +335,10 @@ impl Conv2d {
             bias: bias.is_some_and(Tensor::track_op),
         };
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::backward(self, [x, weight, y, &dy], needs);
+        }
         dispatch!(OP, self.dtype, T => self.backward_typed::<T>(x, weight, y, &dy, needs))
     }
 
@@ -388,6 +396,17 @@ impl CustomOp2 for Conv2d {
         self.forward((x, x_layout), (weight, weight_layout), None)
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(self, (x, x_layout), (weight, weight_layout), None)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -415,6 +434,24 @@ impl CustomOp3 for Conv2d {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.forward(
+            (x, x_layout),
+            (weight, weight_layout),
+            Some((bias, bias_layout)),
+        )
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(
+            self,
             (x, x_layout),
             (weight, weight_layout),
             Some((bias, bias_layout)),

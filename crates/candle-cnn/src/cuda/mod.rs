@@ -12,6 +12,12 @@
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cudnn;
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(feature = "cuda")]
+pub(crate) mod kernels;
 mod settings;
 
+#[cfg(feature = "cuda")]
+pub use device::{DeviceInfo, device_info, memory, open_device, synchronize};
 pub use settings::{F32Math, Settings, set_settings, settings};
