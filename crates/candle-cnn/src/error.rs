@@ -146,6 +146,14 @@ pub enum OpError {
         /// Its size.
         found: usize,
     },
+    /// A tensor with more elements than the CUDA kernels count.
+    #[error("{op}: {elements} elements, the CUDA kernels count to {limit}", limit = i32::MAX)]
+    KernelSize {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// Its elements.
+        elements: usize,
+    },
     /// A layout that should have been made contiguous: a defect of this crate.
     #[error("{op}: layout {layout} is not contiguous")]
     NotContiguous {

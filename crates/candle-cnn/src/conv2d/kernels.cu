@@ -1,27 +1,7 @@
 // What surrounds a convolution: bias and ReLU behind it, the ReLU's mask and the bias gradient before its backward pass.
 //
 // Tensors are (images, channels, pixels), contiguous, of fewer than 2^31 elements. Every sum has an order that does not
-// depend on timing. bf16 is taken apart by hand, so that no header is needed; its sums are float.
-
-#define THREADS 256
-
-struct bf16 {
-    unsigned short bits;
-};
-
-static __device__ __forceinline__ float widen(float value) { return value; }
-static __device__ __forceinline__ double widen(double value) { return value; }
-static __device__ __forceinline__ float widen(bf16 value) {
-    return __uint_as_float(static_cast<unsigned int>(value.bits) << 16);
-}
-
-static __device__ __forceinline__ void store(float *to, float value) { *to = value; }
-static __device__ __forceinline__ void store(double *to, double value) { *to = value; }
-// To the nearest, ties to even. A NaN keeps its sign and is made quiet: rounding could carry it to infinity.
-static __device__ __forceinline__ void store(bf16 *to, float value) {
-    unsigned int bits = __float_as_uint(value);
-    to->bits = static_cast<unsigned short>(value != value ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+// depend on timing; those of bf16 are float.
 
 // y = activation(y + bias of its channel), in place. `bias` may be null, for none.
 template <typename T>

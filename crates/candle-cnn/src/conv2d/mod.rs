@@ -16,6 +16,9 @@ use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType,
 };
 
+#[cfg(feature = "cuda")]
+pub(crate) use plan::parts_of;
+
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::simd::Isa;

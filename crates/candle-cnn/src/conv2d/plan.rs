@@ -173,7 +173,7 @@ pub(super) fn by_preference<A: Copy>(offered: &[Candidate<A>], key: &PlanKey) ->
 
 /// Into how many parts the sum over `values` of one channel is cut, and how many values each has; the last may
 /// have fewer, and none is empty. Both depend on the number alone, hence the bits of the sum as well.
-pub(super) fn parts_of(values: usize) -> (usize, usize) {
+pub(crate) fn parts_of(values: usize) -> (usize, usize) {
     // 16 values for each of a block's 256 threads, before a second block is worth its sum's way through memory. 64
     // parts of 16 channels and more keep all processors of a large GPU busy.
     let wanted = values.div_ceil(16 * 256).clamp(1, 64);

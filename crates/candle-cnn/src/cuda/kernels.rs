@@ -14,9 +14,12 @@ use crate::error::OpError;
 pub(crate) struct Source {
     /// Its path under `src`, which also is its name among the device's modules.
     pub(crate) file: &'static str,
-    /// What it holds. NVRTC has no header to include.
+    /// What it holds, behind [`PRELUDE`].
     pub(crate) text: &'static str,
 }
+
+/// What every kernel begins with. NVRTC has no header to include, so that it comes before the text.
+pub(crate) const PRELUDE: &str = include_str!("prelude.cuh");
 
 /// PTX by device and file.
 type Compiled = HashMap<(DeviceId, &'static str), Arc<str>>;
@@ -51,7 +54,9 @@ fn compile(device: &CudaDevice, source: &Source) -> Result<String> {
         name: Some(source.file.to_owned()),
         ..Default::default()
     };
-    match nvrtc::compile_ptx_with_opts(source.text, options) {
+    // So that NVRTC names the lines of the file.
+    let text = format!("{PRELUDE}\n#line 1 \"{}\"\n{}", source.file, source.text);
+    match nvrtc::compile_ptx_with_opts(text, options) {
         Ok(ptx) => Ok(ptx.to_src()),
         Err(error) => {
             let log = match &error {

@@ -16,8 +16,17 @@ pub(crate) mod cudnn;
 mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod kernels;
+#[cfg(feature = "cuda")]
+pub(crate) mod launch;
 mod settings;
+#[cfg(feature = "cuda")]
+mod training;
 
 #[cfg(feature = "cuda")]
 pub use device::{DeviceInfo, device_info, memory, open_device, synchronize};
 pub use settings::{F32Math, Settings, set_settings, settings};
+#[cfg(feature = "cuda")]
+pub use training::{SgdHyperparameters, SgdTensor, count_correct, gather_normalized, sgd_step};
+
+#[cfg(feature = "cuda")]
+pub use crate::dropout::with_dropout_seed;
