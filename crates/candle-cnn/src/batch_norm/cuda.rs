@@ -151,10 +151,9 @@ impl CudaBatchNorm {
         let statistic = compute_dtype(dtype);
         let channels = c.channels as usize;
         let new = |elements: usize| alloc(OP, device, statistic, elements);
-        let (mut means, mut squares) = (
-            new(channels * c.parts as usize)?,
-            new(channels * c.parts as usize)?,
-        );
+        let parts = channels * c.parts as usize;
+        let mut means = alloc(OP, device, DType::F64, parts)?;
+        let mut squares = new(parts)?;
         let launch = kernel(device, &stream, "moments", dtype)?
             .read(x)?
             .write(&mut means)?

@@ -8,9 +8,10 @@ static __device__ __forceinline__ unsigned int index_of(unsigned int value, unsi
     return (value / pixels * channels + channel) * pixels + value % pixels;
 }
 
-// means[channel][part], squares[channel][part] = the part's mean and its sum of squared differences from that.
+// means[channel][part], squares[channel][part] = the part's mean and its sum of squared differences from that. The mean that
+// S can hold is off by its last digit, which beside a small deviation counts: what the differences still sum to mends both.
 template <typename T, typename S>
-static __device__ __forceinline__ void moments(const T *x, S *means, S *squares, unsigned int images, unsigned int channels,
+static __device__ __forceinline__ void moments(const T *x, double *means, S *squares, unsigned int images, unsigned int channels,
                                                unsigned int pixels, unsigned int per_part) {
     __shared__ S shared[THREADS];
     unsigned int values = images * pixels, start = blockIdx.y * per_part;
@@ -20,21 +21,23 @@ static __device__ __forceinline__ void moments(const T *x, S *means, S *squares,
         sum += widen(x[index_of(start + v, blockIdx.x, channels, pixels)]);
     }
     S mean = block_sum<S>(sum, shared) / static_cast<S>(count);
-    S square = 0;
+    S square = 0, rest = 0;
     for (unsigned int v = threadIdx.x; v < count; v += THREADS) {
         S difference = widen(x[index_of(start + v, blockIdx.x, channels, pixels)]) - mean;
         square += difference * difference;
+        rest += difference;
     }
-    square = block_sum<S>(square, shared);
+    rest = block_sum<S>(rest, shared);
+    square = block_sum<S>(square, shared) - rest * rest / static_cast<S>(count);
     if (threadIdx.x == 0) {
-        means[blockIdx.x * gridDim.y + blockIdx.y] = mean;
+        means[blockIdx.x * gridDim.y + blockIdx.y] = mean + static_cast<double>(rest) / count;
         squares[blockIdx.x * gridDim.y + blockIdx.y] = square;
     }
 }
 
 // Joins a channel's parts, a thread a channel.
 template <typename S>
-static __device__ __forceinline__ void join_moments(const S *means, const S *squares, S *mean, S *inverse_std, S *unbiased,
+static __device__ __forceinline__ void join_moments(const double *means, const S *squares, S *mean, S *inverse_std, S *unbiased,
                                                     unsigned int values, unsigned int channels, unsigned int parts,
                                                     unsigned int per_part, double eps) {
     unsigned int channel = thread_of_grid();
@@ -44,7 +47,7 @@ static __device__ __forceinline__ void join_moments(const S *means, const S *squ
     double total = 0, joined = 0;
     for (unsigned int part = 0; part < parts; part++) {
         unsigned int start = part * per_part;
-        total += static_cast<double>(means[channel * parts + part]) * (values - start < per_part ? values - start : per_part);
+        total += means[channel * parts + part] * (values - start < per_part ? values - start : per_part);
     }
     double all = total / values;
     for (unsigned int part = 0; part < parts; part++) {
@@ -156,7 +159,7 @@ static __device__ __forceinline__ void input_gradient(const T *x, const T *dy, T
 }
 
 #define KERNELS(NAME, T, S)                                                                                            \
-    extern "C" __global__ void batch_norm_moments_##NAME(const T *x, S *means, S *squares, unsigned int images,        \
+    extern "C" __global__ void batch_norm_moments_##NAME(const T *x, double *means, S *squares, unsigned int images,   \
                                                          unsigned int channels, unsigned int pixels,                   \
                                                          unsigned int per_part) {                                      \
         moments<T, S>(x, means, squares, images, channels, pixels, per_part);                                          \
@@ -184,7 +187,7 @@ KERNELS(f64, double, double)
 KERNELS(bf16, bf16, float)
 
 #define CHANNEL_KERNELS(NAME, S)                                                                                       \
-    extern "C" __global__ void batch_norm_join_moments_##NAME(const S *means, const S *squares, S *mean,               \
+    extern "C" __global__ void batch_norm_join_moments_##NAME(const double *means, const S *squares, S *mean,          \
                                                               S *inverse_std, S *unbiased, unsigned int values,        \
                                                               unsigned int channels, unsigned int parts,               \
                                                               unsigned int per_part, double eps) {                     \
