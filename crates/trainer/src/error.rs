@@ -188,7 +188,7 @@ pub enum Error {
         /// Images a batch.
         batch_size: usize,
         /// Candle's error.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
     /// A value cannot be written as JSON.
     #[error("cannot encode {what}")]
@@ -212,7 +212,7 @@ impl Error {
                 during,
                 step,
                 batch_size,
-                source,
+                source: Box::new(source),
             },
             false => Self::Tensor {
                 during,

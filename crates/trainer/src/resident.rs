@@ -18,6 +18,9 @@ enum Inputs {
     Pictures {
         /// `u8`, (images, 3, 32, 32)
         bytes: Tensor,
+        /// `scale` as the kernel takes it.
+        #[cfg(feature = "cuda")]
+        normalization: Normalization,
         scale: Scale,
         dtype: DType,
     },
@@ -53,6 +56,8 @@ impl ResidentSet {
                     mean: per_channel(&normalization.mean)?,
                     std: per_channel(&normalization.std)?,
                 },
+                #[cfg(feature = "cuda")]
+                normalization,
                 dtype,
             },
             labels: Tensor::new(labels, device)?,
@@ -72,10 +77,20 @@ impl ResidentSet {
     pub(crate) fn batch(&self, indices: &Tensor) -> Result<(Tensor, Tensor)> {
         let inputs = match &self.inputs {
             Inputs::Features(features) => features.index_select(indices, 0)?,
+            #[cfg(feature = "cuda")]
+            Inputs::Pictures {
+                bytes,
+                normalization: Normalization { mean, std },
+                dtype,
+                ..
+            } if bytes.device().is_cuda() => {
+                candle_cnn::cuda::gather_normalized(bytes, indices, *mean, *std, *dtype)?
+            }
             Inputs::Pictures {
                 bytes,
                 scale,
                 dtype,
+                ..
             } => scale
                 .normalized(&bytes.index_select(indices, 0)?)?
                 .to_dtype(*dtype)?,
@@ -98,6 +113,10 @@ impl Scale {
 /// Rows of `logits` (n, classes) whose largest value stands at the label, as one f32 (1,). The host
 /// does not wait for it.
 pub(crate) fn correct_on_device(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda() {
+        return candle_cnn::cuda::count_correct(&logits.detach(), labels);
+    }
     let answers = logits.detach().to_dtype(DType::F32)?.argmax(D::Minus1)?;
     let right = answers.eq(labels)?.to_dtype(DType::F32)?;
     right.sum_all()?.reshape(1)

@@ -160,12 +160,58 @@ impl Sgd {
         grads: &GradStore,
         lr: &Tensor,
     ) -> candle_core::Result<()> {
+        #[cfg(feature = "cuda")]
+        if lr.device().is_cuda() {
+            return self.step_by_kernel(grads, lr);
+        }
         for slot in &mut self.slots {
             if let Some(grad) = grads.get(&slot.parameter) {
                 slot.step_with_tensor_ops(grad, &self.config, lr)?;
             }
         }
         Ok(())
+    }
+
+    /// All parameters in a few launches.
+    #[cfg(feature = "cuda")]
+    fn step_by_kernel(&mut self, grads: &GradStore, lr: &Tensor) -> candle_core::Result<()> {
+        use candle_cnn::cuda::{SgdHyperparameters, SgdTensor, sgd_step};
+
+        let mut moved = Vec::with_capacity(self.slots.len());
+        for slot in &mut self.slots {
+            let Some(grad) = grads.get(&slot.parameter) else {
+                continue;
+            };
+            let buffer = slot.device_buffer()?;
+            let first = buffer.is_none();
+            let buffer = match buffer {
+                None if self.config.momentum != 0.0 => {
+                    let buffer = on_its_own(&slot.parameter.as_tensor().zeros_like()?)?;
+                    slot.buffer = Some(Buffer::Device(buffer.clone()));
+                    Some(buffer)
+                }
+                buffer => buffer,
+            };
+            let parameter = slot.parameter.as_detached_tensor();
+            let buffer = buffer.map(|buffer| buffer.as_detached_tensor());
+            moved.push((parameter, grad.contiguous()?, buffer, first));
+        }
+        let tensors: Vec<SgdTensor<'_>> = moved
+            .iter()
+            .map(|(parameter, gradient, buffer, first)| SgdTensor {
+                parameter,
+                gradient,
+                momentum_buffer: buffer.as_ref(),
+                first: *first,
+            })
+            .collect();
+        let hyper = SgdHyperparameters {
+            momentum: self.config.momentum,
+            dampening: self.config.dampening,
+            nesterov: self.config.nesterov,
+            weight_decay: self.config.weight_decay,
+        };
+        sgd_step(&tensors, lr, &hyper)
     }
 
     /// The momentum buffers as tensors named `<parameter>.momentum_buffer`; parameters that have

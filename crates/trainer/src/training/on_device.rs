@@ -195,7 +195,7 @@ impl Training<'_> {
     }
 
     /// Everything of a step that runs on the device, from gathering `count` images to the update.
-    /// With `seed` the host gives the seed of the dropout masks.
+    /// On a GPU the seed of the dropout masks is that of the step's inputs, which equals `seed`.
     fn compute_step(&mut self, state: &OnDevice, count: usize, seed: u64) -> Result<()> {
         let unread = state.unread.len() as u64;
         let step = self.position.step + unread + 1;
@@ -205,9 +205,16 @@ impl Training<'_> {
         let batch = || state.set.batch(&state.inputs.indices.narrow(0, 0, count)?);
         let (images, labels) = batch().map_err(failed("the data"))?;
         parts.end("data");
-        let output = self
-            .forward_train(&images, seed)
-            .map_err(failed("the forward pass"))?;
+        let forward = || self.forward_train(&images, seed);
+        // A recorded step must find its seed on the device: the host's would be part of the recording.
+        #[cfg(feature = "cuda")]
+        let output = match images.device().is_cuda() {
+            true => candle_cnn::cuda::with_dropout_seed(&state.inputs.seed, forward),
+            false => forward(),
+        };
+        #[cfg(not(feature = "cuda"))]
+        let output = forward();
+        let output = output.map_err(failed("the forward pass"))?;
         parts.end("forward");
         let loss = self.loss(&output, &labels).map_err(failed("the loss"))?;
         let keep = || {
