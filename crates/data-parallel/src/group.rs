@@ -131,6 +131,14 @@ impl ProcessGroup {
         self.rank == 0
     }
 
+    /// Whether tensors are reduced from GPU to GPU, as work on the device's stream that the host does not wait for.
+    pub fn reduces_on_gpu(&self) -> bool {
+        #[cfg(feature = "nccl")]
+        return self.nccl.is_some();
+        #[cfg(not(feature = "nccl"))]
+        return false;
+    }
+
     /// The mean over all ranks of each tensor, all f32, in new tensors on the same devices.
     ///
     /// # Errors

@@ -34,9 +34,22 @@ pub(crate) struct BatchSums {
     /// Mean over the batch.
     pub(crate) loss: f32,
     pub(crate) correct: u64,
+    pub(crate) batch: Share,
+}
+
+/// This rank's part of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Share {
+    /// Images of this rank.
+    pub(crate) own: u64,
+    /// Images of the batch.
     pub(crate) images: u64,
-    /// This rank's images, as a share of the batch.
-    pub(crate) share: f64,
+}
+
+impl Share {
+    fn weight(self) -> f64 {
+        self.own as f64 / self.images as f64
+    }
 }
 
 impl Together<'_> {
@@ -86,10 +99,23 @@ impl Together<'_> {
         if self.0.is_none() {
             return (order, batch_size);
         }
-        let part = |len| shard(len, self.rank(), self.world_size());
         let batches = order.chunks(batch_size);
-        let order = batches.flat_map(|batch| &batch[part(batch.len())]).copied();
-        (order.collect(), part(batch_size).len())
+        let order = batches.flat_map(|batch| &batch[self.share_of_batch(batch.len())]);
+        (
+            order.copied().collect(),
+            self.share_of_batch(batch_size).len(),
+        )
+    }
+
+    /// This rank's part of one batch of `images`, which begins at the first of the range.
+    pub(crate) fn share_of_batch(self, images: usize) -> std::ops::Range<usize> {
+        shard(images, self.rank(), self.world_size())
+    }
+
+    /// Whether gradients are averaged without the host, so that a CUDA graph can hold it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn stays_on_device(self) -> bool {
+        self.0.is_none_or(ProcessGroup::reduces_on_gpu)
     }
 
     /// This rank's part of a set that is gone through in order: whole batches, so that each is the
@@ -102,27 +128,34 @@ impl Together<'_> {
 
     /// Loss and counts of the whole batch from those of this rank's part, whose loss is its mean.
     pub(crate) fn sum_batch(self, loss: f32, correct: u64, images: u64) -> Result<BatchSums> {
-        let Some(group) = self.0 else {
-            return Ok(BatchSums {
-                loss,
-                correct,
-                images,
-                share: 1.0,
-            });
-        };
+        Ok(self.sum_batches(&[(loss, correct, images)])?[0])
+    }
+
+    /// The same for the parts of several batches: loss, right answers and images of each.
+    pub(crate) fn sum_batches(self, parts: &[(f32, u64, u64)]) -> Result<Vec<BatchSums>> {
         // Counts are far below 2^53, so that an f64 holds them exactly.
-        let mut sums = [
-            f64::from(loss) * images as f64,
-            correct as f64,
-            images as f64,
-        ];
-        group.all_reduce_sum_f64(&mut sums)?;
-        Ok(BatchSums {
-            loss: (sums[0] / sums[2]) as f32,
-            correct: sums[1] as u64,
-            images: sums[2] as u64,
-            share: images as f64 / sums[2],
-        })
+        let numbers = parts.iter().flat_map(|&(loss, correct, images)| {
+            let loss = if images == 0 { 0.0 } else { f64::from(loss) };
+            [loss * images as f64, correct as f64, images as f64]
+        });
+        let mut sums: Vec<f64> = numbers.collect();
+        if let Some(group) = self.0 {
+            group.all_reduce_sum_f64(&mut sums)?;
+        }
+        let sums = parts.iter().zip(sums.chunks_exact(3));
+        Ok(sums
+            .map(|(&(loss, _, own), sum)| BatchSums {
+                loss: match self.is_alone() {
+                    true => loss,
+                    false => (sum[0] / sum[2]) as f32,
+                },
+                correct: sum[1] as u64,
+                batch: Share {
+                    own,
+                    images: sum[2] as u64,
+                },
+            })
+            .collect())
     }
 
     /// The gradients of the whole batch from those of this rank's part of it. Without images of its
@@ -131,7 +164,7 @@ impl Together<'_> {
         self,
         mut gradients: GradStore,
         parameters: &[Var],
-        batch: &BatchSums,
+        batch: Share,
     ) -> Result<GradStore> {
         let Some(group) = self.0 else {
             return Ok(gradients);
@@ -157,7 +190,7 @@ impl Together<'_> {
                 None => parameter.zeros_like(),
             })
             .collect();
-        let averaged = group.all_reduce_weighted(&given.map_err(unreadable)?, batch.share)?;
+        let averaged = group.all_reduce_weighted(&given.map_err(unreadable)?, batch.weight())?;
         for (parameter, gradient) in parameters.into_iter().zip(averaged) {
             gradients.insert(parameter, gradient);
         }

@@ -19,16 +19,19 @@ use crate::distributed::Together;
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, EvaluationSums, count_correct, evaluate_examples, scalar};
+use crate::execution::Execution;
 use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
 use crate::model::{Model, TrainOutput};
 use crate::observer::{EpochReport, Observer, StartReport, StepReport};
 use crate::profile::Parts;
 use crate::random::{self, STREAM_SCHEME};
+use crate::resident::ResidentSet;
 use crate::run_directory::RunDirectory;
 use crate::schedule::ResolvedSchedule;
 use crate::sgd::Sgd;
 use crate::weights;
+use on_device::OnDevice;
 
 /// A run in progress.
 ///
@@ -52,6 +55,9 @@ pub struct Training<'a> {
     last_evaluation: BTreeMap<String, Evaluation>,
     /// Of networks with [`Model::fixed_features`]. Computed by each process anew.
     features: FeatureCache,
+    execution: Execution,
+    /// Of a [resident](Execution::resident) run.
+    on_device: Option<OnDevice>,
 }
 
 /// How [`Training::run`] ended.
@@ -167,6 +173,8 @@ impl<'a> Training<'a> {
             position: Position::default(),
             last_evaluation: BTreeMap::new(),
             features: FeatureCache::default(),
+            execution: Execution::on(device),
+            on_device: None,
             data,
             config,
             run,
@@ -175,6 +183,12 @@ impl<'a> Training<'a> {
             training.load_checkpoint(&checkpoint)?;
         }
         Ok(training)
+    }
+
+    /// Carries the steps out in this way instead of the device's own, [`Execution::on`].
+    pub fn executed(mut self, execution: Execution) -> Self {
+        self.execution = execution;
+        self
     }
 
     /// Trains until all steps are made or `stop`, asked before each step and within evaluations,
@@ -246,6 +260,9 @@ impl<'a> Training<'a> {
             }
             self.position.epoch_seconds += begin.elapsed().as_secs_f64();
         }
+        if self.execution.resident {
+            return self.train_epoch_on_device(observer, stop);
+        }
         let mut batches = self.remaining_batches()?;
         while !self.epoch_is_over() {
             if self.together.any(stop())? {
@@ -272,14 +289,8 @@ impl<'a> Training<'a> {
     /// of it, None where it is so small that this rank has none.
     fn train_step(&mut self, batch: Option<&Examples>, parts: &mut Parts) -> Result<Step> {
         let step = self.position.step;
-        let failed = |during| {
-            move |source| Error::Tensor {
-                during,
-                step: step + 1,
-                source,
-            }
-        };
-        let seed = random::dropout_seed_of_rank(self.config.seed, step, self.together.rank());
+        let failed = |during| Error::tensor(during, step + 1, self.config.batch_size);
+        let seed = self.dropout_seed(step);
         let output = batch
             .map(|batch| self.forward_train(&batch.inputs, seed))
             .transpose()
@@ -304,6 +315,7 @@ impl<'a> Training<'a> {
                 epoch: self.position.epoch + 1,
                 step: step + 1,
                 loss: sums.loss,
+                steps_made: step,
                 last_checkpoint: run.and_then(|run| checkpoint::newest_path(&run.checkpoints())),
             });
         }
@@ -313,7 +325,7 @@ impl<'a> Training<'a> {
         parts.end("backward");
         let gradients = self
             .together
-            .average_gradients(gradients, &self.trainable, &sums)?;
+            .average_gradients(gradients, &self.trainable, sums.batch)?;
         let lr = self.learning_rate(step);
         self.optimizer
             .step(&gradients, lr)
@@ -324,7 +336,7 @@ impl<'a> Training<'a> {
         Ok(Step {
             loss: sums.loss,
             correct: sums.correct,
-            images: sums.images,
+            images: sums.batch.images,
             lr,
         })
     }
@@ -585,22 +597,10 @@ impl<'a> Training<'a> {
 
     /// The batches of the current epoch that are still to come, in the epoch's own order.
     fn remaining_batches(&self) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
-        let Position {
-            epoch,
-            batch_in_epoch,
-            ..
-        } = self.position;
-        let images = self.data.train.len();
-        let order = match self.config.shuffle {
-            true => {
-                let mut rng = random::stream(self.config.seed, random::SHUFFLE, epoch);
-                shuffled_order(images, &mut rng)
-            }
-            false => (0..images as u32).collect(),
-        };
+        let batch_in_epoch = self.position.batch_in_epoch;
         let (order, batch_size) = self
             .together
-            .share_of_batches(order, self.config.batch_size);
+            .share_of_batches(self.epoch_order(), self.config.batch_size);
         if self.features.contains("train") {
             let batches = self
                 .features
@@ -619,6 +619,29 @@ impl<'a> Training<'a> {
         Ok(Box::new(batches.map(|batch| {
             batch.map(Examples::from).map_err(Error::data("train"))
         })))
+    }
+
+    /// The images of the current epoch in its own order.
+    fn epoch_order(&self) -> Vec<u32> {
+        let images = self.data.train.len();
+        match self.config.shuffle {
+            true => {
+                let epoch = self.position.epoch;
+                let mut rng = random::stream(self.config.seed, random::SHUFFLE, epoch);
+                shuffled_order(images, &mut rng)
+            }
+            false => (0..images as u32).collect(),
+        }
+    }
+
+    /// Of this rank's masks.
+    fn dropout_seed(&self, step: u64) -> u64 {
+        random::dropout_seed_of_rank(self.config.seed, step, self.together.rank())
+    }
+
+    fn upload_set(&self, set: &ImageSet) -> candle_core::Result<ResidentSet> {
+        let activations = self.execution.activations;
+        ResidentSet::upload(set, self.data.normalization, activations, &self.device)
     }
 
     /// Rank 0 saves for all; the others have no path to tell.
@@ -789,6 +812,8 @@ struct Step {
     images: u64,
     lr: f64,
 }
+
+mod on_device;
 
 #[cfg(test)]
 mod distributed_tests;

@@ -189,7 +189,7 @@ fn start<E: Experiment>(
         train(
             &network,
             data,
-            &device,
+            (&device, config.compute.execution(&device)),
             training,
             run,
             group.as_ref(),
@@ -252,7 +252,7 @@ fn resume<E: Experiment>(
         train(
             &network,
             data,
-            &device,
+            (&device, config.compute.execution(&device)),
             training,
             run,
             group.as_ref(),

@@ -152,7 +152,10 @@ pub(crate) fn facts<M: Serialize>(
 ) -> Result<BTreeMap<String, String>> {
     let mut settings = serde_json::to_value(config).context("cannot write the settings")?;
     if let Value::Object(groups) = &mut settings {
-        groups.remove("compute");
+        if let Some(Value::Object(compute)) = groups.get_mut("compute") {
+            compute.remove("device");
+            compute.remove("threads");
+        }
         // What lies in the folder is compared instead.
         if let Some(Value::Object(data)) = groups.get_mut("data") {
             data.remove("data_dir");

@@ -6,7 +6,8 @@ use anyhow::Result;
 use candle_core::Device;
 use data_parallel::ProcessGroup;
 use trainer::{
-    DataSets, Model, Observer, Outcome, RunDirectory, Silent, Summary, Training, TrainingConfig,
+    DataSets, Execution, Model, Observer, Outcome, RunDirectory, Silent, Summary, Training,
+    TrainingConfig,
 };
 
 use crate::profile::Profile;
@@ -22,7 +23,7 @@ use crate::signals::StopSignals;
 pub fn train(
     model: &dyn Model,
     data: DataSets,
-    device: &Device,
+    (device, execution): (&Device, Execution),
     config: TrainingConfig,
     run: Option<RunDirectory>,
     group: Option<&ProcessGroup>,
@@ -31,7 +32,7 @@ pub fn train(
     let signals = StopSignals::install()?;
     let stop = || signals.received().is_some();
     let run_with = |training: trainer::Result<Training<'_>>, observer: &mut dyn Observer| {
-        training.and_then(|mut training| training.run(observer, &stop))
+        training.and_then(|training| training.executed(execution).run(observer, &stop))
     };
     let (run, group) = match (run, group) {
         (Some(run), group) => (run, group),

@@ -73,6 +73,7 @@ struct Run<'a> {
     config: &'a (dyn Fn(usize) -> TrainingConfig + Sync),
     /// Asked with the rank and how often it has been asked.
     stop: &'a (dyn Fn(usize, u64) -> bool + Sync),
+    resident: bool,
 }
 
 impl Run<'_> {
@@ -82,6 +83,7 @@ impl Run<'_> {
             model: &plain,
             config: &|_| config(),
             stop: &|_, _| false,
+            resident: false,
         }
     }
 
@@ -154,7 +156,12 @@ impl Run<'_> {
             asked.set(asked.get() + 1);
             (self.stop)(rank, asked.get())
         };
-        let outcome = training.and_then(|mut training| training.run(&mut Silent, &stop));
+        let execution = Execution {
+            resident: self.resident,
+            ..Execution::on(&device)
+        };
+        let outcome =
+            training.and_then(|training| training.executed(execution).run(&mut Silent, &stop));
         Rank {
             outcome,
             state: model.bits(),
@@ -299,6 +306,65 @@ fn a_run_stopped_on_one_rank_stops_on_all_and_resumes_to_the_same_bits() {
     }
     stopped_at.dedup();
     assert_eq!(stopped_at, (0..=9).collect::<Vec<_>>());
+}
+
+#[test]
+fn ranks_whose_data_stay_on_the_device_leave_the_same_bits() {
+    let frozen = || {
+        let mut model = plain();
+        model.frozen = true;
+        model
+    };
+    // Of four ranks three have no image of the last batch.
+    for (ranks, model) in [
+        (2, &whole as &(dyn Fn() -> TinyModel + Sync)),
+        (4, &whole),
+        (3, &frozen),
+    ] {
+        let run = Run {
+            model,
+            ..Run::new(ranks)
+        };
+        let (_out, dir, expected) = run.start();
+        let resident = Run {
+            resident: true,
+            ..run
+        };
+        let (_out, resident_dir, mut found) = resident.start();
+        let same = |found: &[Rank], found_dir: &Path| {
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(
+                    found.outcome.as_ref().unwrap(),
+                    expected.outcome.as_ref().unwrap()
+                );
+                assert!(found.state == expected.state, "{ranks} ranks");
+            }
+            assert_eq!(
+                fs::read(found_dir.join("metrics.jsonl")).unwrap(),
+                fs::read(dir.join("metrics.jsonl")).unwrap()
+            );
+        };
+        same(&found, &resident_dir);
+        // Stopped by the last rank, when it is asked for the third time.
+        let stopping = Run {
+            stop: &|rank, count| rank == ranks - 1 && count == 3,
+            ..resident
+        };
+        let (_out, dir_of_stopped, stopped) = stopping.start();
+        for rank in &stopped {
+            assert!(
+                matches!(rank.outcome, Ok(Outcome::Stopped { .. })),
+                "{rank:?}"
+            );
+        }
+        found = Run {
+            model,
+            resident: true,
+            ..Run::new(ranks)
+        }
+        .resume(&dir_of_stopped);
+        same(&found, &dir_of_stopped);
+    }
 }
 
 #[test]
