@@ -1148,7 +1148,12 @@ struct Mask {
 }
 
 multiversion! {
-    /// Sets the gradient to zero where the output is not positive, and adds it up by channel.
+    /// Sets the gradient to zero where the output is not positive or the gradient negligible, and
+    /// adds it up by channel.
+    ///
+    /// The gradient of an image that the network has long got right is tiny, and the products with
+    /// it are subnormal: those cost a processor 3 to 5 times as much as other products, and change
+    /// no sum.
     fn mask_image<T: Element>(mask: &Mask, y: &[T], dy: &mut [T], sums: &mut [T]) = mask_pixels
 }
 
@@ -1160,7 +1165,10 @@ fn mask_pixels<T: Element>(mask: &Mask, y: &[T], dy: &mut [T], sums: &mut [T]) {
             let y = &y[mask.y.at(h, w) + mask.channel..][..mask.channels];
             let dy = &mut dy[mask.dy.at(h, w) + mask.channel..][..mask.channels];
             for ((dy, &y), sum) in dy.iter_mut().zip(y).zip(sums.iter_mut()) {
-                *dy = keep_positive(*dy, y);
+                *dy = match dy.is_negligible() {
+                    true => T::ZERO,
+                    false => keep_positive(*dy, y),
+                };
                 *sum += *dy;
             }
         }
