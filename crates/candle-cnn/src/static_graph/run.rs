@@ -153,9 +153,9 @@ impl Operation {
     }
 }
 
-/// Images per task: about [`PIXELS_PER_TASK`] pixels, but work for every thread.
-fn images_per_task(batch: usize, (height, width): (usize, usize)) -> usize {
-    let wanted = PIXELS_PER_TASK.div_ceil((height * width).max(1));
+/// Images per task: about so many `pixels`, but work for every thread.
+fn images_per_task(pixels: usize, batch: usize, (height, width): (usize, usize)) -> usize {
+    let wanted = pixels.div_ceil((height * width).max(1));
     wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
 }
 
@@ -325,7 +325,7 @@ impl<'a, T: Element> Forward<'a, T> {
                     if let (Some((x_image, x)), Some((y_image, y))) = (&maps[operation.input()], y)
                     {
                         let size = graph.nodes[operation.output()].size;
-                        let images = images_per_task(self.batch, size);
+                        let images = images_per_task(PIXELS_PER_TASK, self.batch, size);
                         for (x, y) in x
                             .chunks(images * x_image)
                             .zip(y.chunks_mut(images * y_image))
@@ -580,7 +580,7 @@ impl<'a, T: Element> Forward<'a, T> {
             });
             return vec![measure(&y[..self.batch * y_layout.image()])];
         }
-        let images = images_per_task(self.batch, y_layout.size);
+        let images = images_per_task(PIXELS_PER_TASK, self.batch, y_layout.size);
         y[..self.batch * y_layout.image()]
             .par_chunks_mut(images * y_layout.image())
             .zip(x.par_chunks(images * x_layout.image()))
@@ -1306,13 +1306,15 @@ impl<T: Element> Way<'_, T> {
 
 /// Images that operations with the same input take back one after the other.
 fn images_at_once<T: Element>(batch: usize, ways: &[Way<'_, T>]) -> usize {
-    let images = |way: &Way<'_, T>| images_per_task(batch, way.output_size());
-    let least = ways.iter().map(images).min().unwrap_or(1);
-    match ways {
-        [_] => least,
+    let pixels = match ways {
+        [_] => PIXELS_PER_TASK,
         // Their input, its gradient and their own maps share the L2 cache.
-        _ => least.div_ceil(2),
-    }
+        _ => PIXELS_PER_TASK / 2,
+    };
+    let images = ways
+        .iter()
+        .map(|way| images_per_task(pixels, batch, way.output_size()));
+    images.min().unwrap_or(1)
 }
 
 /// What the second half of the way back through a batch norm needs.
