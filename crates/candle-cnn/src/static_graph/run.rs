@@ -303,7 +303,7 @@ impl<'a, T: Element> Forward<'a, T> {
                 ))
             })
             .collect();
-        let parts: Vec<Vec<Option<(usize, &mut [T])>>> = (0..self.batch)
+        let parts: Vec<Vec<Option<ImageMaps<'_, T>>>> = (0..self.batch)
             .step_by(per_part)
             .map(|_| {
                 let part = maps.iter_mut().map(|map| {
@@ -864,10 +864,10 @@ impl<'a, T: Element> Backward<'a, T> {
                     }
                     let d_numbers = d_numbers[number].as_mut();
                     let way = self.prepare(c, number, read, branch, (needs, is_first), d_numbers);
-                    PreparedWay::Convolution(way)
+                    PreparedWay::Convolution(Box::new(way))
                 }
                 Operation::MaxPool(p) => PreparedWay::MaxPool {
-                    pool: max_pool_of(graph, p),
+                    pool: Box::new(max_pool_of(graph, p)),
                     is_first,
                 },
             };
@@ -877,11 +877,11 @@ impl<'a, T: Element> Backward<'a, T> {
         let ways: Vec<Way<'_, T>> = prepared
             .iter()
             .map(|(way, _)| match way {
-                PreparedWay::Convolution(prepared) => Way::Convolution {
+                PreparedWay::Convolution(prepared) => Way::Convolution(Box::new(ConvolutionWay {
                     prepared,
                     input: prepared.input_pass(&self.forward),
                     weight: prepared.trains.then(|| prepared.weight_pass(&self.forward)),
-                },
+                })),
                 PreparedWay::MaxPool { pool, is_first } => Way::MaxPool {
                     pool,
                     is_first: *is_first,
@@ -957,15 +957,12 @@ impl<'a, T: Element> Backward<'a, T> {
             let mut times = Times::mean(parts.iter().map(|part| part.times));
             times.other += *preparation;
             let watch = Watch::start();
-            if let Way::Convolution {
-                prepared,
-                weight: Some(pass),
-                ..
-            } = way
+            if let Way::Convolution(way) = way
+                && let Some(pass) = &way.weight
                 && let Some(d) = graph.numbers[branch.index].and_then(|n| d_numbers[n].as_mut())
             {
                 pass.unpack(&parts, &mut d[0]);
-                if prepared.norm.is_none() {
+                if way.prepared.norm.is_none() {
                     for part in &parts {
                         for (to, &from) in d[1].iter_mut().zip(&part.bias) {
                             *to += from;
@@ -1132,8 +1129,8 @@ struct Branch<T> {
 }
 
 enum PreparedWay<'a, T> {
-    Convolution(Prepared<'a, T>),
-    MaxPool { pool: Pool, is_first: bool },
+    Convolution(Box<Prepared<'a, T>>),
+    MaxPool { pool: Box<Pool>, is_first: bool },
 }
 
 /// A convolution's way back, and what it works with.
@@ -1209,21 +1206,20 @@ impl<T: Element> Prepared<'_, T> {
 
 /// How one operation of some takes a few images back.
 enum Way<'a, T: 'static> {
-    Convolution {
-        prepared: &'a Prepared<'a, T>,
-        input: Option<AnyPass<'a, T>>,
-        weight: Option<AnyOuterPass<T>>,
-    },
-    MaxPool {
-        pool: &'a Pool,
-        is_first: bool,
-    },
+    Convolution(Box<ConvolutionWay<'a, T>>),
+    MaxPool { pool: &'a Pool, is_first: bool },
+}
+
+struct ConvolutionWay<'a, T: 'static> {
+    prepared: &'a Prepared<'a, T>,
+    input: Option<AnyPass<'a, T>>,
+    weight: Option<AnyOuterPass<T>>,
 }
 
 impl<T: Element> Way<'_, T> {
     fn output_size(&self) -> (usize, usize) {
         match self {
-            Self::Convolution { prepared, .. } => prepared.mask.y.size,
+            Self::Convolution(way) => way.prepared.mask.y.size,
             Self::MaxPool { pool, .. } => pool.y.size,
         }
     }
@@ -1231,12 +1227,10 @@ impl<T: Element> Way<'_, T> {
     /// For what a thread adds up, with memory of arbitrary values.
     fn sums(&self, graph: &Inner) -> Sums<T> {
         match self {
-            Self::Convolution {
-                prepared, weight, ..
-            } => {
-                let len = weight.as_ref().map(AnyOuterPass::sums_len);
+            Self::Convolution(way) => {
+                let len = way.weight.as_ref().map(AnyOuterPass::sums_len);
                 let memory = len.map(|len| graph.arenas.of::<T>().take_flat(len));
-                Sums::new(memory.unwrap_or_default(), prepared.c.c_out)
+                Sums::new(memory.unwrap_or_default(), way.prepared.c.c_out)
             }
             Self::MaxPool { .. } => Sums::new(Vec::new(), 0),
         }
@@ -1256,7 +1250,11 @@ impl<T: Element> Way<'_, T> {
         scratch: &mut Scratch<T>,
     ) {
         let watch = Watch::start();
-        let (prepared, input, weight) = match self {
+        let ConvolutionWay {
+            prepared,
+            input,
+            weight,
+        } = match self {
             Self::MaxPool { pool, is_first } => {
                 let gradients = dx
                     .into_iter()
@@ -1271,11 +1269,7 @@ impl<T: Element> Way<'_, T> {
                 sums.times.input += watch.elapsed();
                 return;
             }
-            Self::Convolution {
-                prepared,
-                input,
-                weight,
-            } => (prepared, input, weight),
+            Self::Convolution(way) => way.as_ref(),
         };
         let mask = &prepared.mask;
         for (image, dy) in images.zip(dy.chunks_exact_mut(mask.dy.image())) {
@@ -1323,6 +1317,9 @@ struct NormGradient<'a, T> {
     gradient: InputGradient<T>,
     x: &'a [T],
 }
+
+/// The values of one image in a buffer, and the buffer's maps of some images.
+type ImageMaps<'a, T> = (usize, &'a mut [T]);
 
 /// An operation on some images.
 enum ForwardStep<'a, T: 'static> {
