@@ -117,7 +117,7 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
 const OURS: &str = "ours";
 
 /// A competitor: a process that steps when told to.
-struct Side {
+pub(crate) struct Side {
     name: String,
     process: Child,
     orders: ChildStdin,
@@ -126,9 +126,9 @@ struct Side {
 
 /// What a side says about the steps it was told to make.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-struct Answer {
+pub(crate) struct Answer {
     seconds_per_step: f64,
-    images_per_second: f64,
+    pub(crate) images_per_second: f64,
     /// The most memory the process has held so far; absent where the system does not tell.
     peak_mib: Option<f64>,
     threads: usize,
@@ -139,7 +139,7 @@ struct Answer {
 type Round = BTreeMap<String, Answer>;
 
 impl Side {
-    fn start(name: &str, mut command: Command) -> Result<Self> {
+    pub(crate) fn start(name: &str, mut command: Command) -> Result<Self> {
         let mut process = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -155,7 +155,7 @@ impl Side {
         })
     }
 
-    fn run(&mut self, steps: u32) -> Result<Answer> {
+    pub(crate) fn run(&mut self, steps: u32) -> Result<Answer> {
         let name = &self.name;
         // A side that has died cannot be written to; what its end says is the better error.
         let order = writeln!(self.orders, "run {steps}").and_then(|()| self.orders.flush());
@@ -282,7 +282,7 @@ impl Mode {
 }
 
 /// The Python to use: the given one must be able to import torch, the default one may.
-fn pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
+pub(crate) fn pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
     let found = find_pytorch(given)?;
     if found.is_none() {
         eprintln!(
@@ -358,7 +358,7 @@ fn side_names(rounds: &[Round]) -> Vec<&str> {
     names
 }
 
-fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
@@ -426,7 +426,7 @@ fn write_record(
     Ok(out.to_path_buf())
 }
 
-fn environment(threads: usize) -> Environment {
+pub(crate) fn environment(threads: usize) -> Environment {
     let package = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
     let mut environment = Environment::capture(package, "cpu", threads, 0);
     // Records are committed: a path on somebody's machine says nothing there.
@@ -441,6 +441,7 @@ fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
         command.push(match argument.split_once('=') {
             _ if flag == Some("--pytorch") => "PYTHON".to_string(),
             _ if flag == Some("--out") => "DIR".to_string(),
+            _ if flag == Some("--binaries") || flag == Some("--accuracy") => "DIR".to_string(),
             Some(("--pytorch", _)) => "--pytorch=PYTHON".to_string(),
             Some(("--out", _)) => "--out=DIR".to_string(),
             _ => argument,
@@ -450,7 +451,7 @@ fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 /// The folder of the record, checked before the minutes of measuring: nothing is overwritten.
-fn new_directory(
+pub(crate) fn new_directory(
     given: Option<PathBuf>,
     subject: &str,
     environment: &Environment,
@@ -488,7 +489,7 @@ fn slug(text: &str) -> String {
         .join("-")
 }
 
-fn repository() -> &'static Path {
+pub(crate) fn repository() -> &'static Path {
     let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
     xtask.parent().unwrap_or(xtask)
 }

@@ -1,5 +1,7 @@
 //! `cargo xtask cuda-check`: lints `--features cuda` on a machine without CUDA.
 
+mod kernels;
+
 use std::env;
 use std::path::Path;
 use std::process::Command;
@@ -12,9 +14,17 @@ use anyhow::{Context, Result, bail};
 /// The result cannot be run: to build a real binary, install CUDA 13 and run
 /// `cargo build --features cuda`.
 #[derive(clap::Args)]
-pub(crate) struct CudaCheck {}
+pub(crate) struct CudaCheck {
+    /// Compile our CUDA kernels instead, and print what each takes of a GPU. Needs a real nvcc ($NVCC, else
+    /// $CUDA_HOME/bin/nvcc, else the PATH's), but no GPU
+    #[arg(long)]
+    kernels: bool,
+}
 
-pub(crate) fn run(_: &CudaCheck) -> Result<()> {
+pub(crate) fn run(arguments: &CudaCheck) -> Result<()> {
+    if arguments.kernels {
+        return kernels::run();
+    }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("xtask lies in the workspace")?;

@@ -3,6 +3,7 @@
 mod bench;
 mod cuda_check;
 mod download_data;
+mod gpu_report;
 
 use std::process::ExitCode;
 
@@ -14,6 +15,7 @@ use clap::Parser;
 enum Command {
     DownloadData(download_data::DownloadData),
     CudaCheck(cuda_check::CudaCheck),
+    GpuReport(gpu_report::GpuReport),
     /// Time our code beside PyTorch's
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::DownloadData(arguments) => download_data::run(arguments),
         Command::CudaCheck(check) => cuda_check::run(&check).map(|()| ExitCode::SUCCESS),
+        Command::GpuReport(report) => gpu_report::run(&report).map(|()| ExitCode::SUCCESS),
         Command::Bench(bench) => bench::run(&bench).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

@@ -87,11 +87,14 @@ pub(crate) fn with_slice<T: Element, R>(
     }
 }
 
-/// Checks that every tensor has the dtype of the first, and that it is f32 or f64.
+/// Checks that every tensor has the dtype of the first, and that it is f32 or
+/// f64, or on CUDA bf16.
 pub(crate) fn float_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<DType> {
     let dtype = tensors[0].dtype();
-    if !matches!(dtype, DType::F32 | DType::F64) {
-        return Err(OpError::dtype(op, dtype));
+    match dtype {
+        DType::F32 | DType::F64 => {}
+        DType::BF16 if tensors[0].device().is_cuda() => {}
+        other => return Err(OpError::dtype(op, other)),
     }
     for tensor in tensors {
         if tensor.dtype() != dtype {

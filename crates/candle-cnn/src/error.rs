@@ -65,7 +65,7 @@ pub enum OpError {
         padding: (usize, usize),
     },
     /// An element type without an implementation.
-    #[error("{op}: dtype {found:?} is not supported, expected F32 or F64")]
+    #[error("{op}: dtype {found:?} is not supported, expected F32 or F64 (or on CUDA BF16)")]
     DType {
         /// The operation, as PyTorch names it.
         op: &'static str,
@@ -103,6 +103,56 @@ pub enum OpError {
         op: &'static str,
         /// The device.
         device: String,
+    },
+    /// A call of cuDNN that did not succeed.
+    #[error("{op}: {call} failed with {status}{details}, for {problem}")]
+    Cudnn {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The function of cuDNN.
+        call: &'static str,
+        /// The status that it returned.
+        status: String,
+        /// What cuDNN says of its last error, in brackets, or nothing.
+        details: String,
+        /// Shapes, settings and dtype that it was called for.
+        problem: String,
+    },
+    /// A CUDA kernel of this crate that NVRTC does not compile.
+    #[error("{file} does not compile: {log}")]
+    Kernel {
+        /// The source, under `src`.
+        file: &'static str,
+        /// What NVRTC says.
+        log: String,
+    },
+    /// A computation for which cuDNN has no algorithm.
+    #[error("{op}: cuDNN has no {deterministic}algorithm for {problem}")]
+    NoAlgorithm {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// `"deterministic "` where only such were asked for, else empty.
+        deterministic: &'static str,
+        /// Shapes, settings and dtype.
+        problem: String,
+    },
+    /// A size beyond what cuDNN can be told, which is a C `int`.
+    #[error("{op}: {what} is {found}, cuDNN takes at most {limit}", limit = i32::MAX)]
+    CudnnSize {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// What is too large.
+        what: &'static str,
+        /// Its size.
+        found: usize,
+    },
+    /// A tensor with more elements than the CUDA kernels count.
+    #[error("{op}: {elements} elements, the CUDA kernels count to {limit}", limit = i32::MAX)]
+    KernelSize {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// Its elements.
+        elements: usize,
     },
     /// A layout that should have been made contiguous: a defect of this crate.
     #[error("{op}: layout {layout} is not contiguous")]

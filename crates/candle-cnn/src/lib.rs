@@ -39,6 +39,7 @@ mod backward;
 mod batch_norm;
 mod conv2d;
 mod cross_entropy;
+pub mod cuda;
 mod dropout;
 mod element;
 mod error;

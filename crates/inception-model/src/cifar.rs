@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
 use crate::init::Init;
-use crate::layers::{Conv, GraphCache, Inception, Linear, Stage};
+use crate::layers::{Conv, GraphCache, Inception, Linear, Stage, for_head};
 use crate::summary::{Summary, summarise};
 use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
@@ -164,7 +164,8 @@ impl CifarGoogLeNet {
     }
 
     fn head(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.fc.forward(&dropout(features, self.dropout, 0, mode)?)
+        let features = for_head(features)?;
+        self.fc.forward(&dropout(&features, self.dropout, 0, mode)?)
     }
 
     fn graph(&self, size: (usize, usize)) -> Result<StaticGraph> {

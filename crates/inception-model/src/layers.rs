@@ -6,7 +6,7 @@ use candle_cnn::{
     Conv2dConfig, MaxPool2dConfig, Node, StaticGraph, StaticGraphBuilder, conv2d_relu, linear,
     max_pool2d,
 };
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
 use crate::init::{Init, uniform, zero_bias};
@@ -42,12 +42,13 @@ impl Conv {
         })
     }
 
-    /// (N, C_in, H, W) → (N, C_out, H, W).
+    /// (N, C_in, H, W) → (N, C_out, H, W), weights rounded to bf16 where `x` is.
     ///
     /// # Errors
     /// Another number of channels than the weight's.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        conv2d_relu(x, &self.weight, Some(&self.bias), self.config)
+        let (weight, bias) = (at_use(&self.weight, x)?, at_use(&self.bias, x)?);
+        conv2d_relu(x, &weight, Some(&bias), self.config)
     }
 
     /// [`Self::forward`] as part of a graph.
@@ -63,6 +64,23 @@ impl Conv {
             (format!("{}.weight", self.name), self.weight.clone()),
             (format!("{}.bias", self.name), self.bias.clone()),
         ]
+    }
+}
+
+/// A weight beside activations: rounded to bf16 where they are, so that the weight itself, its
+/// gradient and its updates keep f32.
+pub(crate) fn at_use(weight: &Tensor, activations: &Tensor) -> Result<Tensor> {
+    match activations.dtype() {
+        DType::BF16 => weight.to_dtype(DType::BF16),
+        _ => Ok(weight.clone()),
+    }
+}
+
+/// Features as a head takes them: in f32 where the activations are bf16.
+pub(crate) fn for_head(features: &Tensor) -> Result<Tensor> {
+    match features.dtype() {
+        DType::BF16 => features.to_dtype(DType::F32),
+        _ => Ok(features.clone()),
     }
 }
 
@@ -284,5 +302,26 @@ impl Linear {
             (format!("{}.weight", self.name), self.weight.clone()),
             (format!("{}.bias", self.name), self.bias.clone()),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beside_bf16_activations_a_weight_is_rounded_and_its_gradient_is_f32() -> Result<()> {
+        let weight = Var::new(&[1.001f32, -2.003], &Device::Cpu)?;
+        let activations = Tensor::ones(2, DType::BF16, &Device::Cpu)?;
+        let used = at_use(&weight, &activations)?;
+        assert_eq!(used.dtype(), DType::BF16);
+        let loss = for_head(&(used * activations)?)?.sum_all()?;
+        let gradients = loss.backward()?;
+        let gradient = gradients.get(&weight).map(Tensor::dtype);
+        assert_eq!(gradient, Some(DType::F32));
+        let f32s = Tensor::ones(2, DType::F32, &Device::Cpu)?;
+        let unchanged = at_use(&weight, &f32s)?.to_vec1::<f32>()?;
+        assert_eq!(unchanged, [1.001, -2.003]);
+        Ok(())
     }
 }

@@ -12,7 +12,7 @@ use rand::Rng;
 
 use crate::error::ModelError;
 use crate::init::{truncated_normal, uniform};
-use crate::layers::{GraphCache, Inception, Linear, Stage};
+use crate::layers::{GraphCache, Inception, Linear, Stage, at_use, for_head};
 use crate::summary::{Summary, summarise_torchvision};
 use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
@@ -229,7 +229,8 @@ impl GoogLeNet {
     /// # Errors
     /// Features of another shape than (N, 1024).
     pub fn classify(&self, features: &Tensor, mode: Mode) -> Result<Tensor> {
-        let features = dropout(features, self.config.dropout, MAIN_DROPOUT, mode)?;
+        let features = for_head(features)?;
+        let features = dropout(&features, self.config.dropout, MAIN_DROPOUT, mode)?;
         self.network.fc.forward(&features)
     }
 
@@ -756,7 +757,7 @@ impl<C, L> Network<C, L> {
 impl AuxHead<ConvNorm, Linear> {
     fn forward(&self, x: &Tensor, p: f64, salt: u64, mode: Mode) -> Result<Tensor> {
         let x = adaptive_avg_pool2d(x, (AUX_POOL, AUX_POOL))?;
-        let x = self.conv.forward(&x, mode)?.flatten_from(1)?;
+        let x = for_head(&self.conv.forward(&x, mode)?.flatten_from(1)?)?;
         let x = relu(&self.fc1.forward(&x)?)?;
         self.fc2.forward(&dropout(&x, p, salt, mode)?)
     }
@@ -811,9 +812,10 @@ impl ConvNorm {
         })
     }
 
-    /// (N, C_in, H, W) → (N, C_out, H', W').
+    /// (N, C_in, H, W) → (N, C_out, H', W'), the convolution's weights rounded to bf16
+    /// where `x` is.
     fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
-        let x = conv2d(x, &self.weight, None, self.config)?;
+        let x = conv2d(x, &at_use(&self.weight, x)?, None, self.config)?;
         self.norm
             .forward(&x, &self.norm.weight, &self.norm.bias, mode)
     }
@@ -842,7 +844,8 @@ impl ConvNorm {
     /// The same by weights that nobody tracks.
     fn forward_frozen(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let norm = &self.norm;
-        let x = conv2d(x, &self.weight.as_detached_tensor(), None, self.config)?;
+        let weight = at_use(&self.weight.as_detached_tensor(), x)?;
+        let x = conv2d(x, &weight, None, self.config)?;
         let (weight, bias) = (
             norm.weight.as_detached_tensor(),
             norm.bias.as_detached_tensor(),

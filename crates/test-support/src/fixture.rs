@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 /// The tensors and metadata of one fixture file.
 pub struct Fixture {
@@ -34,6 +34,21 @@ impl Fixture {
             tensors,
             metadata: header.metadata().clone().unwrap_or_default(),
         }
+    }
+
+    /// The same fixture with its tensors on `device`.
+    ///
+    /// # Errors
+    /// Those of the copy.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = |(name, tensor): (&String, &Tensor)| {
+            let tensor = tensor.to_device(device)?;
+            Ok((name.clone(), tensor))
+        };
+        Ok(Self {
+            tensors: self.tensors.iter().map(moved).collect::<Result<_>>()?,
+            metadata: self.metadata.clone(),
+        })
     }
 
     /// The tensor of that name.

@@ -4,11 +4,13 @@
 
 pub mod http;
 
+mod devices;
 mod fixture;
 mod gradient;
 mod seeded;
 mod torch_file;
 
+pub use devices::devices;
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};

@@ -35,7 +35,12 @@ pub enum Error {
     /// The loss became infinite or not a number.
     #[error(
         "the loss is {loss} at step {step} (epoch {epoch}): training has diverged and was stopped \
-         before this step moved a weight; {}. A smaller learning rate or another seed may help",
+         {}; {}. A smaller learning rate or another seed may help",
+        if steps_made < step {
+            "before this step moved a weight".to_string()
+        } else {
+            format!("when the loss was read, after step {steps_made}; no checkpoint was written of it")
+        },
         last_checkpoint.as_ref().map_or_else(
             || "no checkpoint had been saved yet".to_string(),
             |path| format!("the last good checkpoint is {}", path.display())
@@ -48,6 +53,8 @@ pub enum Error {
         step: u64,
         /// The value.
         loss: f32,
+        /// Steps that had moved the weights when the value was read: on a GPU it is read later.
+        steps_made: u64,
         /// The newest checkpoint of the run.
         last_checkpoint: Option<PathBuf>,
     },
@@ -168,6 +175,21 @@ pub enum Error {
         /// Candle's error.
         source: candle_core::Error,
     },
+    /// A device has too little memory.
+    #[error(
+        "{during} ran out of memory at step {step}, with batches of {batch_size} images: a smaller \
+         --batch-size needs less, and so do smaller images (--image-size) and, on a GPU, --precision bf16"
+    )]
+    OutOfMemory {
+        /// Which part of the work.
+        during: &'static str,
+        /// 1-based.
+        step: u64,
+        /// Images a batch.
+        batch_size: usize,
+        /// Candle's error.
+        source: Box<candle_core::Error>,
+    },
     /// A value cannot be written as JSON.
     #[error("cannot encode {what}")]
     Encode {
@@ -179,11 +201,60 @@ pub enum Error {
 }
 
 impl Error {
+    /// An operation on tensors failed at `step` (1-based).
+    pub(crate) fn tensor(
+        during: &'static str,
+        step: u64,
+        batch_size: usize,
+    ) -> impl Fn(candle_core::Error) -> Self {
+        move |source| match is_out_of_memory(&source) {
+            true => Self::OutOfMemory {
+                during,
+                step,
+                batch_size,
+                source: Box::new(source),
+            },
+            false => Self::Tensor {
+                during,
+                step,
+                source,
+            },
+        }
+    }
+
     /// Wraps what the data crate says about a set.
     pub(crate) fn data(set: &'static str) -> impl Fn(cifar_data::DataError) -> Self {
         move |source| Self::Data {
             set,
             source: Box::new(source),
         }
+    }
+}
+
+/// Whether a device had too little memory. Candle boxes what the CUDA libraries say, each its own
+/// type; what they share is the name of the status.
+fn is_out_of_memory(error: &candle_core::Error) -> bool {
+    let text = format!("{error:?}");
+    let statuses = ["OUT_OF_MEMORY", "STATUS_ALLOC_FAILED"];
+    statuses.iter().any(|status| text.contains(status))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_memory_names_step_and_batch_and_what_to_lower() {
+        let cuda = |status: &str| candle_core::Error::Cuda(status.into());
+        let failed = Error::tensor("the forward pass", 7, 512);
+        let error = failed(cuda(
+            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+        ));
+        let text = error.to_string();
+        for part in ["the forward pass", "step 7", "512", "--batch-size"] {
+            assert!(text.contains(part), "{text}");
+        }
+        let other = failed(cuda("CUDA_ERROR_ILLEGAL_ADDRESS"));
+        assert!(matches!(other, Error::Tensor { .. }), "{other}");
     }
 }

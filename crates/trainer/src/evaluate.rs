@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::{Examples, batches};
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::resident::correct_on_device;
 
 /// What a network makes of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -60,35 +61,74 @@ pub(crate) fn evaluate_examples(
     logits: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Option<Evaluation>> {
-    let (mut loss_sum, mut correct, mut done) = (0.0, 0, 0);
+    let (mut tally, mut done) = (Tally::default(), 0);
     for (index, batch) in batches.enumerate() {
         let Examples {
             inputs,
             labels,
             count,
         } = batch?;
-        let evaluated = || {
+        let mut evaluated = || {
             let logits = logits(&inputs)?;
             let loss = cross_entropy(&logits, &labels, CrossEntropyConfig::default())?;
-            Ok((scalar(&loss)?, count_correct(&logits, &labels)?))
+            match inputs.device().is_cpu() {
+                true => tally.add(scalar(&loss)?, count_correct(&logits, &labels)?, count),
+                false => tally.defer(&loss, correct_on_device(&logits, &labels)?, count)?,
+            }
+            Ok(())
         };
-        let (loss, batch_correct) = evaluated().map_err(|source| Error::Tensor {
-            during: "the evaluation",
-            step: index as u64 + 1,
-            source,
-        })?;
-        loss_sum += f64::from(loss) * count as f64;
-        correct += batch_correct;
+        let failed = Error::tensor("the evaluation", index as u64 + 1, count as usize);
+        evaluated().map_err(failed)?;
         done += count;
         if progress(done).is_break() {
             return Ok(None);
         }
     }
+    let failed = Error::tensor("the evaluation", 0, 0);
+    tally.read().map_err(failed)?;
     Ok(Some(Evaluation {
-        loss: loss_sum / done as f64,
-        correct,
+        loss: tally.loss_sum / done as f64,
+        correct: tally.correct,
         images: done,
     }))
+}
+
+/// Loss and right answers of the batches so far.
+#[derive(Default)]
+struct Tally {
+    loss_sum: f64,
+    correct: u64,
+    /// Of batches that the host has not waited for: loss, right answers (each f32, (1,)), images.
+    deferred: Vec<(Tensor, Tensor, u64)>,
+}
+
+impl Tally {
+    fn add(&mut self, loss: f32, correct: u64, images: u64) {
+        self.loss_sum += f64::from(loss) * images as f64;
+        self.correct += correct;
+    }
+
+    fn defer(&mut self, loss: &Tensor, correct: Tensor, images: u64) -> candle_core::Result<()> {
+        let loss = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
+        self.deferred.push((loss, correct, images));
+        Ok(())
+    }
+
+    /// Adds what was deferred, in its order. The only wait for the device.
+    fn read(&mut self) -> candle_core::Result<()> {
+        let deferred = std::mem::take(&mut self.deferred);
+        if deferred.is_empty() {
+            return Ok(());
+        }
+        let losses: Vec<&Tensor> = deferred.iter().map(|(loss, _, _)| loss).collect();
+        let corrects: Vec<&Tensor> = deferred.iter().map(|(_, correct, _)| correct).collect();
+        let losses = Tensor::cat(&losses, 0)?.to_vec1::<f32>()?;
+        let corrects = Tensor::cat(&corrects, 0)?.to_vec1::<f32>()?;
+        for ((loss, correct), (_, _, images)) in losses.into_iter().zip(corrects).zip(&deferred) {
+            self.add(loss, correct as u64, *images);
+        }
+        Ok(())
+    }
 }
 
 /// The value of a scalar tensor. Waits for the device.
@@ -122,5 +162,20 @@ mod tests {
             Tensor::new(&[[0f32, 2., 2.], [1., 0., 3.], [5., 5., 5.]], &Device::Cpu).unwrap();
         let labels = Tensor::new(&[1u32, 0, 0], &Device::Cpu).unwrap();
         assert_eq!(count_correct(&logits, &labels).unwrap(), 2);
+    }
+
+    #[test]
+    fn batches_that_are_read_at_the_end_add_up_as_those_read_at_once() {
+        let (mut at_once, mut deferred) = (Tally::default(), Tally::default());
+        for (loss, correct, images) in [(2.25f32, 3u64, 5u64), (0.1, 1, 5), (1.7, 2, 2)] {
+            at_once.add(loss, correct, images);
+            let loss = Tensor::new(loss, &Device::Cpu).unwrap();
+            let correct = Tensor::new(&[correct as f32], &Device::Cpu).unwrap();
+            deferred.defer(&loss, correct, images).unwrap();
+        }
+        assert_eq!(deferred.correct, 0);
+        deferred.read().unwrap();
+        assert_eq!(deferred.loss_sum.to_bits(), at_once.loss_sum.to_bits());
+        assert_eq!(deferred.correct, at_once.correct);
     }
 }

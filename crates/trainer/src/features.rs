@@ -61,6 +61,12 @@ impl FeatureCache {
         Ok(ControlFlow::Continue(()))
     }
 
+    /// Features and labels of a set, where they are there.
+    pub(crate) fn set(&self, name: &str) -> Option<(Tensor, Tensor)> {
+        let set = self.0.get(name)?;
+        Some((set.features.clone(), set.labels.clone()))
+    }
+
     /// Batches of a set in `order`, beginning with batch number `first`; none where its features
     /// are not there.
     pub(crate) fn batches(
@@ -70,8 +76,7 @@ impl FeatureCache {
         batch_size: usize,
         first: u64,
     ) -> impl Iterator<Item = Result<Examples>> + use<> {
-        let cached = self.0.get(set);
-        let cached = cached.map(|set| (set.features.clone(), set.labels.clone()));
+        let cached = self.set(set);
         let count = order.len().div_ceil(batch_size);
         let first = (first as usize).min(count);
         cached.into_iter().flat_map(move |(features, labels)| {

@@ -107,7 +107,8 @@ struct Slot {
 enum Buffer {
     F32(Vec<f32>),
     F64(Vec<f64>),
-    Device(Tensor),
+    /// At an address that stays.
+    Device(Var),
 }
 
 impl Sgd {
@@ -148,6 +149,71 @@ impl Sgd {
         Ok(())
     }
 
+    /// [`Self::step`] at a learning rate that is on the parameters' device, f32 (1,), and without
+    /// waiting for the device. Parameters and momentum buffers stay where they are in memory, so that
+    /// a CUDA graph can repeat the step.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub(crate) fn step_on_device(
+        &mut self,
+        grads: &GradStore,
+        lr: &Tensor,
+    ) -> candle_core::Result<()> {
+        #[cfg(feature = "cuda")]
+        if lr.device().is_cuda() {
+            return self.step_by_kernel(grads, lr);
+        }
+        for slot in &mut self.slots {
+            if let Some(grad) = grads.get(&slot.parameter) {
+                slot.step_with_tensor_ops(grad, &self.config, lr)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All parameters in a few launches.
+    #[cfg(feature = "cuda")]
+    fn step_by_kernel(&mut self, grads: &GradStore, lr: &Tensor) -> candle_core::Result<()> {
+        use candle_cnn::cuda::{SgdHyperparameters, SgdTensor, sgd_step};
+
+        let mut moved = Vec::with_capacity(self.slots.len());
+        for slot in &mut self.slots {
+            let Some(grad) = grads.get(&slot.parameter) else {
+                continue;
+            };
+            let buffer = slot.device_buffer()?;
+            let first = buffer.is_none();
+            let buffer = match buffer {
+                None if self.config.momentum != 0.0 => {
+                    let buffer = on_its_own(&slot.parameter.as_tensor().zeros_like()?)?;
+                    slot.buffer = Some(Buffer::Device(buffer.clone()));
+                    Some(buffer)
+                }
+                buffer => buffer,
+            };
+            let parameter = slot.parameter.as_detached_tensor();
+            let buffer = buffer.map(|buffer| buffer.as_detached_tensor());
+            moved.push((parameter, grad.contiguous()?, buffer, first));
+        }
+        let tensors: Vec<SgdTensor<'_>> = moved
+            .iter()
+            .map(|(parameter, gradient, buffer, first)| SgdTensor {
+                parameter,
+                gradient,
+                momentum_buffer: buffer.as_ref(),
+                first: *first,
+            })
+            .collect();
+        let hyper = SgdHyperparameters {
+            momentum: self.config.momentum,
+            dampening: self.config.dampening,
+            nesterov: self.config.nesterov,
+            weight_decay: self.config.weight_decay,
+        };
+        sgd_step(&tensors, lr, &hyper)
+    }
+
     /// The momentum buffers as tensors named `<parameter>.momentum_buffer`; parameters that have
     /// made no step have none.
     ///
@@ -162,7 +228,7 @@ impl Sgd {
                 None => continue,
                 Some(Buffer::F32(b)) => Tensor::from_slice(b, shape, device)?,
                 Some(Buffer::F64(b)) => Tensor::from_slice(b, shape, device)?,
-                Some(Buffer::Device(b)) => b.clone(),
+                Some(Buffer::Device(b)) => b.as_detached_tensor(),
             };
             state.push((format!("{}{SUFFIX}", slot.name), tensor));
         }
@@ -191,7 +257,7 @@ impl Sgd {
             slot.buffer = Some(match (parameter.device().is_cpu(), tensor.dtype()) {
                 (true, DType::F32) => Buffer::F32(tensor.flatten_all()?.to_vec1()?),
                 (true, DType::F64) => Buffer::F64(tensor.flatten_all()?.to_vec1()?),
-                _ => Buffer::Device(tensor.to_device(parameter.device())?),
+                _ => Buffer::Device(on_its_own(&tensor.to_device(parameter.device())?)?),
             });
         }
         match state.into_keys().next() {
@@ -233,7 +299,8 @@ impl Slot {
         let fused_on_cpu =
             parameter.device().is_cpu() && matches!(parameter.dtype(), DType::F32 | DType::F64);
         if !fused_on_cpu {
-            return self.step_with_tensor_ops(grad, config, lr);
+            let lr = Tensor::new(&[lr], parameter.device())?;
+            return self.step_with_tensor_ops(grad, config, &lr);
         }
         let first = self.buffer.is_none();
         if first && config.momentum != 0.0 {
@@ -251,12 +318,13 @@ impl Slot {
         parameter.inplace_op2(&grad.contiguous()?, &update)
     }
 
-    /// The same update for devices other than the CPU, one kernel an operation.
+    /// The same update for devices other than the CPU, one kernel an operation, at the learning rate
+    /// `lr` (1,) on the device.
     fn step_with_tensor_ops(
         &mut self,
         grad: &Tensor,
         config: &SgdConfig,
-        lr: f64,
+        lr: &Tensor,
     ) -> candle_core::Result<()> {
         let parameter = self.parameter.as_detached_tensor();
         let mut direction = grad.detach();
@@ -264,20 +332,47 @@ impl Slot {
             direction = (direction + (&parameter * config.weight_decay)?)?;
         }
         if config.momentum != 0.0 {
-            let buffer = match &self.buffer {
-                Some(Buffer::Device(old)) => {
-                    ((old * config.momentum)? + (&direction * (1.0 - config.dampening))?)?
+            let velocity = match self.device_buffer()? {
+                Some(buffer) => {
+                    let old = buffer.as_detached_tensor();
+                    let velocity =
+                        ((old * config.momentum)? + (&direction * (1.0 - config.dampening))?)?;
+                    buffer.set(&velocity)?;
+                    velocity
                 }
-                _ => direction.copy()?,
+                None => {
+                    self.buffer = Some(Buffer::Device(on_its_own(&direction)?));
+                    direction.clone()
+                }
             };
             direction = match config.nesterov {
-                true => (direction + (&buffer * config.momentum)?)?,
-                false => buffer.clone(),
+                true => (direction + (velocity * config.momentum)?)?,
+                false => velocity,
             };
-            self.buffer = Some(Buffer::Device(buffer));
         }
-        self.parameter.set(&(parameter - (direction * lr)?)?)
+        let lr = lr.to_dtype(direction.dtype())?;
+        let scaled = direction.flatten_all()?.broadcast_mul(&lr)?;
+        let moved = (&parameter - scaled.reshape(parameter.shape())?)?;
+        self.parameter.set(&moved)
     }
+
+    /// The momentum buffer as a tensor, which it becomes if it was plain memory.
+    fn device_buffer(&mut self) -> candle_core::Result<Option<Var>> {
+        let (shape, device) = (self.parameter.shape(), self.parameter.device());
+        let buffer = match self.buffer.take() {
+            None => return Ok(None),
+            Some(Buffer::Device(buffer)) => buffer,
+            Some(Buffer::F32(values)) => Var::from_vec(values, shape, device)?,
+            Some(Buffer::F64(values)) => Var::from_vec(values, shape, device)?,
+        };
+        self.buffer = Some(Buffer::Device(buffer.clone()));
+        Ok(Some(buffer))
+    }
+}
+
+/// A copy with memory of its own.
+fn on_its_own(tensor: &Tensor) -> candle_core::Result<Var> {
+    Var::from_tensor(&tensor.copy()?)
 }
 
 struct FusedUpdate<'a> {
@@ -492,11 +587,10 @@ mod tests {
             buffer: None,
         };
         let (mut fused, mut plain) = (slot(), slot());
+        let lr = Tensor::new(&[config.lr], &Device::Cpu).unwrap();
         for _ in 0..3 {
             fused.step(&grad, &config, config.lr).unwrap();
-            plain
-                .step_with_tensor_ops(&grad, &config, config.lr)
-                .unwrap();
+            plain.step_with_tensor_ops(&grad, &config, &lr).unwrap();
         }
         let [fused, plain] = [fused, plain].map(|s| s.parameter.to_vec1::<f32>().unwrap());
         assert_ne!(fused, values);

@@ -17,16 +17,19 @@ use crate::data::{DataSets, Examples, batches};
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, count_correct, evaluate_examples, scalar};
+use crate::execution::Execution;
 use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
 use crate::model::{Model, TrainOutput};
 use crate::observer::{EpochReport, Observer, StartReport, StepReport};
 use crate::profile::Parts;
 use crate::random::{self, STREAM_SCHEME};
+use crate::resident::ResidentSet;
 use crate::run_directory::RunDirectory;
 use crate::schedule::ResolvedSchedule;
 use crate::sgd::Sgd;
 use crate::weights;
+use on_device::OnDevice;
 
 /// A run in progress.
 ///
@@ -46,6 +49,9 @@ pub struct Training<'a> {
     last_evaluation: BTreeMap<String, Evaluation>,
     /// Of networks with [`Model::fixed_features`]. Computed by each process anew.
     features: FeatureCache,
+    execution: Execution,
+    /// Of a [resident](Execution::resident) run.
+    on_device: Option<OnDevice>,
 }
 
 /// How [`Training::run`] ended.
@@ -113,6 +119,8 @@ impl<'a> Training<'a> {
             position: Position::default(),
             last_evaluation: BTreeMap::new(),
             features: FeatureCache::default(),
+            execution: Execution::on(device),
+            on_device: None,
             data,
             config,
             run,
@@ -121,6 +129,12 @@ impl<'a> Training<'a> {
             training.load_checkpoint(&checkpoint)?;
         }
         Ok(training)
+    }
+
+    /// Carries the steps out in this way instead of the device's own, [`Execution::on`].
+    pub fn executed(mut self, execution: Execution) -> Self {
+        self.execution = execution;
+        self
     }
 
     /// Trains until all steps are made or `stop`, asked before each step and within evaluations,
@@ -180,6 +194,9 @@ impl<'a> Training<'a> {
             }
             self.position.epoch_seconds += begin.elapsed().as_secs_f64();
         }
+        if self.execution.resident {
+            return self.train_epoch_on_device(observer, stop);
+        }
         let mut batches = self.remaining_batches()?;
         while !self.epoch_is_over() {
             if stop() {
@@ -201,13 +218,7 @@ impl<'a> Training<'a> {
     /// One step: forward, loss, backward, update.
     fn train_step(&mut self, batch: &Examples, parts: &mut Parts) -> Result<Step> {
         let step = self.position.step;
-        let failed = |during| {
-            move |source| Error::Tensor {
-                during,
-                step: step + 1,
-                source,
-            }
-        };
+        let failed = |during| Error::tensor(during, step + 1, self.config.batch_size);
         let dropout_seed = random::dropout_seed(self.config.seed, step);
         let output = self
             .forward_train(&batch.inputs, dropout_seed)
@@ -226,6 +237,7 @@ impl<'a> Training<'a> {
                 epoch: self.position.epoch + 1,
                 step: step + 1,
                 loss: value,
+                steps_made: step,
                 last_checkpoint: checkpoint::newest_path(&self.run.checkpoints()),
             });
         }
@@ -477,19 +489,8 @@ impl<'a> Training<'a> {
 
     /// The batches of the current epoch that are still to come, in the epoch's own order.
     fn remaining_batches(&self) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
-        let Position {
-            epoch,
-            batch_in_epoch,
-            ..
-        } = self.position;
-        let images = self.data.train.len();
-        let order = match self.config.shuffle {
-            true => {
-                let mut rng = random::stream(self.config.seed, random::SHUFFLE, epoch);
-                shuffled_order(images, &mut rng)
-            }
-            false => (0..images as u32).collect(),
-        };
+        let batch_in_epoch = self.position.batch_in_epoch;
+        let order = self.epoch_order();
         let batch_size = self.config.batch_size;
         if self.features.contains("train") {
             let batches = self
@@ -509,6 +510,24 @@ impl<'a> Training<'a> {
         Ok(Box::new(batches.map(|batch| {
             batch.map(Examples::from).map_err(Error::data("train"))
         })))
+    }
+
+    /// The images of the current epoch in its own order.
+    fn epoch_order(&self) -> Vec<u32> {
+        let images = self.data.train.len();
+        match self.config.shuffle {
+            true => {
+                let epoch = self.position.epoch;
+                let mut rng = random::stream(self.config.seed, random::SHUFFLE, epoch);
+                shuffled_order(images, &mut rng)
+            }
+            false => (0..images as u32).collect(),
+        }
+    }
+
+    fn upload_set(&self, set: &ImageSet) -> candle_core::Result<ResidentSet> {
+        let activations = self.execution.activations;
+        ResidentSet::upload(set, self.data.normalization, activations, &self.device)
     }
 
     fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
@@ -668,6 +687,8 @@ struct Step {
     images: u64,
     lr: f64,
 }
+
+mod on_device;
 
 #[cfg(test)]
 mod tests;

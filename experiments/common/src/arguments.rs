@@ -7,7 +7,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command};
 use trainer::{Schedule, SgdConfig, TrainingConfig};
 
-use crate::compute::DeviceChoice;
+use crate::compute::{DeviceChoice, Precision};
 use crate::data::Dataset;
 use crate::experiment::Action;
 
@@ -96,6 +96,16 @@ pub struct ComputeArguments {
     /// Threads that compute [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<u64>,
+    /// How a GPU computes; the CPU knows f32 alone
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub precision: Option<Precision>,
+    /// Let a GPU use only algorithms that give the same bits in each run; the CPU always does
+    #[arg(long)]
+    pub deterministic: bool,
+    /// Launch each operation of a GPU's training step anew, instead of replaying a CUDA graph of
+    /// the whole step
+    #[arg(long)]
+    pub no_cuda_graph: bool,
 }
 
 /// What [`TrainingArguments`] that are not given become. An experiment has one set of them, or one
@@ -216,9 +226,14 @@ pub fn common_defaults(training: &TrainingDefaults) -> Vec<(&'static str, String
         ("validation", "0".to_string()),
         ("out", "runs".to_string()),
         ("device", "auto".to_string()),
+        ("precision", DEFAULT_PRECISION.to_string()),
     ]);
     defaults
 }
+
+/// What `--precision` is when it is not given.
+const DEFAULT_PRECISION: &str =
+    "as PyTorch: TF32 in convolutions, f32 in matrix products; on the CPU f32";
 
 impl TrainingDefaults {
     /// Flag and value of each.

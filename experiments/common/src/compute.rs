@@ -1,13 +1,17 @@
-//! Device and threads.
+//! Device, threads and precision.
 
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
-use candle_core::Device;
+use anyhow::{Context, Result, bail};
+use candle_cnn::cuda::{F32Math, Settings, set_settings};
+use candle_core::{DType, Device};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use trainer::Execution;
 
 use crate::arguments::ComputeArguments;
+use crate::progress::say;
 
 /// The value of `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,39 +52,103 @@ impl fmt::Display for DeviceChoice {
     }
 }
 
-/// Device and threads of a run, resolved.
+/// The types a device computes in. Weights, batch-norm statistics, the loss and the optimiser are
+/// f32 in all of them, and so are checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// f32, neither convolutions nor matrix products rounded to TF32
+    #[default]
+    F32,
+    /// PyTorch's default: factors of convolutions rounded to TF32, matrix products not.
+    #[value(skip)]
+    Tf32Convolutions,
+    /// f32 whose factors are rounded to TF32 in convolutions and matrix products
+    Tf32,
+    /// Activations and their gradients are bf16, and weights are rounded to it where they are used; the head is f32
+    Bf16,
+}
+
+impl Precision {
+    /// The settings of CUDA's convolutions and matrix products.
+    fn settings(self, deterministic: bool) -> Settings {
+        let (convolution, matmul) = match self {
+            Self::F32 => (F32Math::Full, F32Math::Full),
+            Self::Tf32Convolutions | Self::Bf16 => (F32Math::Tf32, F32Math::Full),
+            Self::Tf32 => (F32Math::Tf32, F32Math::Tf32),
+        };
+        Settings {
+            convolution,
+            matmul,
+            deterministic,
+            ..Settings::default()
+        }
+    }
+
+    /// The type of activations.
+    pub fn activations(self) -> DType {
+        match self {
+            Self::Bf16 => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+}
+
+/// Device, threads and precision of a run, resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ComputeConfig {
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// Threads that compute.
     pub threads: usize,
+    /// The types to compute in; absent in runs from before there was a choice.
+    #[serde(default)]
+    pub precision: Precision,
+    /// Whether the GPU may use only algorithms that repeat their bits.
+    #[serde(default)]
+    pub deterministic: bool,
+    /// Whether the GPU's training step is replayed as a CUDA graph.
+    #[serde(default)]
+    pub cuda_graph: bool,
 }
 
 impl ComputeArguments {
-    /// Decides the device and the number of threads.
+    /// Decides device, threads and precision, and says which GPU was taken, or why none was.
     ///
     /// # Errors
-    /// A GPU that was asked for and cannot be used.
+    /// A GPU that was asked for and cannot be used, a precision that the device does not have.
     pub fn resolve(&self) -> Result<ComputeConfig> {
-        let choice = match self.device.unwrap_or_default() {
-            DeviceChoice::Auto if cfg!(feature = "cuda") && open(DeviceChoice::Cuda(0)).is_ok() => {
-                DeviceChoice::Cuda(0)
+        let device = match self.device.unwrap_or_default() {
+            DeviceChoice::Auto => automatic_device(),
+            DeviceChoice::Cuda(number) => {
+                say(&format!("Device: {}", cuda_device(number)?));
+                DeviceChoice::Cuda(number)
             }
-            DeviceChoice::Auto => DeviceChoice::Cpu,
-            choice => choice,
+            DeviceChoice::Cpu => DeviceChoice::Cpu,
         };
-        open(choice)?;
+        let on_gpu = matches!(device, DeviceChoice::Cuda(_));
+        let precision = match (self.precision, on_gpu) {
+            (Some(precision), true) => precision,
+            (None, true) => Precision::Tf32Convolutions,
+            (None | Some(Precision::F32), false) => Precision::F32,
+            (Some(_), false) => bail!(
+                "--precision tf32 and bf16 need a GPU, and this run is on the CPU, which computes in f32: \
+                 leave --precision out, or name a GPU with --device cuda"
+            ),
+        };
         let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
         Ok(ComputeConfig {
-            device: choice.to_string(),
+            device: device.to_string(),
             threads: self.threads.map_or_else(cores, |threads| threads as usize),
+            precision,
+            deterministic: self.deterministic,
+            cuda_graph: on_gpu && !self.no_cuda_graph,
         })
     }
 }
 
 impl ComputeConfig {
-    /// Starts the threads and opens the device. Call it once, before any tensor is made.
+    /// Starts the threads, opens the device and sets its precision. Call it once, before any tensor is made.
     ///
     /// # Errors
     /// Threads that cannot be started, a device that cannot be used.
@@ -89,29 +157,70 @@ impl ComputeConfig {
             .num_threads(self.threads)
             .build_global()
             .with_context(|| format!("cannot start {} threads", self.threads))?;
-        let choice = self.device.parse().map_err(anyhow::Error::msg)?;
-        open(choice)
+        set_settings(self.precision.settings(self.deterministic));
+        match self.device.parse().map_err(anyhow::Error::msg)? {
+            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(number) => open_cuda(number),
+        }
+    }
+
+    /// How the trainer is to run its steps.
+    pub fn execution(&self, device: &Device) -> Execution {
+        Execution {
+            activations: self.precision.activations(),
+            cuda_graph: self.cuda_graph,
+            ..Execution::on(device)
+        }
     }
 }
 
-fn open(choice: DeviceChoice) -> Result<Device> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda(number) => open_cuda(number),
+/// GPU 0 if it can be used. A program that was not built for CUDA has nothing to say about it.
+fn automatic_device() -> DeviceChoice {
+    if !cfg!(feature = "cuda") {
+        return DeviceChoice::Cpu;
     }
+    match cuda_device(0) {
+        Ok(description) => {
+            say(&format!("Device: {description}"));
+            DeviceChoice::Cuda(0)
+        }
+        Err(error) => {
+            say(&format!("Device: the CPU; no GPU can be used: {error:#}"));
+            DeviceChoice::Cpu
+        }
+    }
+}
+
+/// Describes a GPU that can be used.
+#[cfg(feature = "cuda")]
+fn cuda_device(number: usize) -> Result<String> {
+    let info = candle_cnn::cuda::device_info(number)
+        .with_context(|| format!("cannot use --device cuda:{number}"))?;
+    let (major, minor) = info.compute_capability;
+    Ok(format!(
+        "cuda:{number}, {} with {:.1} GiB, compute capability {major}.{minor}",
+        info.name,
+        info.memory as f64 / (1u64 << 30) as f64
+    ))
 }
 
 #[cfg(feature = "cuda")]
 fn open_cuda(number: usize) -> Result<Device> {
-    Device::new_cuda(number).with_context(|| format!("cannot use --device cuda:{number}"))
+    candle_cnn::cuda::open_device(number)
+        .with_context(|| format!("cannot use --device cuda:{number}"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_device(number: usize) -> Result<String> {
+    bail!(
+        "--device cuda:{number} needs a program built for CUDA: add --features cuda to cargo run \
+         (before the --)"
+    )
 }
 
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(number: usize) -> Result<Device> {
-    anyhow::bail!(
-        "--device cuda:{number} needs a program built for CUDA: add --features cuda to cargo run \
-         (before the --)"
-    )
+    cuda_device(number).map(|_| Device::Cpu)
 }
 
 #[cfg(test)]
@@ -129,14 +238,59 @@ mod tests {
         }
     }
 
+    fn arguments(device: DeviceChoice) -> ComputeArguments {
+        ComputeArguments {
+            device: Some(device),
+            ..ComputeArguments::default()
+        }
+    }
+
     #[test]
     #[cfg(not(feature = "cuda"))]
     fn cuda_without_cuda_says_how_to_build() {
-        let arguments = ComputeArguments {
-            device: Some(DeviceChoice::Cuda(0)),
-            threads: None,
+        let error = arguments(DeviceChoice::Cuda(0)).resolve().unwrap_err();
+        assert!(error.to_string().contains("--features cuda"), "{error}");
+    }
+
+    #[test]
+    fn the_cpu_computes_in_f32_and_says_so() {
+        let on_cpu = |precision| {
+            ComputeArguments {
+                precision,
+                ..arguments(DeviceChoice::Cpu)
+            }
+            .resolve()
         };
-        let error = arguments.resolve().unwrap_err().to_string();
-        assert!(error.contains("--features cuda"), "{error}");
+        for precision in [None, Some(Precision::F32)] {
+            let config = on_cpu(precision).unwrap();
+            assert_eq!(config.precision, Precision::F32);
+            assert!(!config.cuda_graph);
+        }
+        for precision in [Precision::Tf32, Precision::Bf16] {
+            let error = on_cpu(Some(precision)).unwrap_err().to_string();
+            assert!(error.contains("--device cuda"), "{error}");
+        }
+    }
+
+    #[test]
+    fn precisions_mean_what_pytorch_means_by_them() {
+        let math = |precision: Precision| {
+            let settings = precision.settings(false);
+            (settings.convolution, settings.matmul)
+        };
+        assert_eq!(math(Precision::F32), (F32Math::Full, F32Math::Full));
+        let pytorch = (F32Math::Tf32, F32Math::Full);
+        assert_eq!(math(Precision::Tf32Convolutions), pytorch);
+        assert_eq!(math(Precision::Tf32), (F32Math::Tf32, F32Math::Tf32));
+        assert_eq!(Precision::Bf16.activations(), DType::BF16);
+        assert!(Precision::F32.settings(true).deterministic);
+    }
+
+    #[test]
+    fn a_run_from_before_there_was_a_choice_can_still_be_read() {
+        let config: ComputeConfig =
+            serde_json::from_str(r#"{"device": "cpu", "threads": 2}"#).unwrap();
+        assert_eq!(config.precision, Precision::F32);
+        assert!(!config.deterministic && !config.cuda_graph);
     }
 }

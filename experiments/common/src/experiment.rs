@@ -167,7 +167,15 @@ fn start<E: Experiment>(
     E::load_initial_weights(&network, &config)?;
     let run = RunDirectory::create(out, E::NAME, &config, &data, &environment::<E>(&config))
         .with_context(cannot_start)?;
-    train(&network, data, &device, config.training, run, profile)
+    let execution = config.compute.execution(&device);
+    train(
+        &network,
+        data,
+        (&device, execution),
+        config.training,
+        run,
+        profile,
+    )
 }
 
 /// Everything comes from the run's config.json, so that it ends as if it had never stopped.
@@ -197,7 +205,15 @@ fn resume<E: Experiment>(
         E::load_initial_weights(&network, &config)?;
     }
     run.record_resumption(&environment::<E>(&config))?;
-    train(&network, data, &device, config.training, run, profile)
+    let execution = config.compute.execution(&device);
+    train(
+        &network,
+        data,
+        (&device, execution),
+        config.training,
+        run,
+        profile,
+    )
 }
 
 fn environment<E: Experiment>(config: &RunConfig<E::ModelConfig>) -> Environment {

@@ -20,7 +20,7 @@ pub use arguments::{
     ComputeArguments, DataArguments, RunArguments, TrainingArguments, TrainingDefaults,
     at_least_one, common_defaults, describe_defaults, flags_given, probability, refuse_all_but,
 };
-pub use compute::{ComputeConfig, DeviceChoice};
+pub use compute::{ComputeConfig, DeviceChoice, Precision};
 pub use data::{DataConfig, Dataset};
 pub use experiment::{Action, Experiment, RunConfig, fail, run_experiment};
 pub use init_file::InitFile;

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_core::Device;
-use trainer::{DataSets, Model, Outcome, RunDirectory, Summary, Training, TrainingConfig};
+use trainer::{
+    DataSets, Execution, Model, Outcome, RunDirectory, Summary, Training, TrainingConfig,
+};
 
 use crate::profile::Profile;
 use crate::progress::{Progress, print};
@@ -18,7 +20,7 @@ use crate::signals::StopSignals;
 pub fn train(
     model: &dyn Model,
     data: DataSets,
-    device: &Device,
+    (device, execution): (&Device, Execution),
     config: TrainingConfig,
     run: RunDirectory,
     profile: Option<&Profile>,
@@ -28,6 +30,7 @@ pub fn train(
     let signals = StopSignals::install()?;
     let mut progress = Progress::new();
     let outcome = Training::new(model, data, device, config, run)
+        .map(|training| training.executed(execution))
         .and_then(|mut training| training.run(&mut progress, &|| signals.received().is_some()));
     progress.end();
     let outcome = outcome?;

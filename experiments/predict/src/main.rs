@@ -9,9 +9,11 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser;
-use experiment_common::{bar_of_files, fail, keep_freed_pages, print, say, start_logging};
+use experiment_common::{
+    Precision, bar_of_files, fail, keep_freed_pages, print, say, start_logging,
+};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -41,7 +43,12 @@ struct Line<'a> {
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let device = arguments.compute.resolve()?.start()?;
+    let compute = arguments.compute.resolve()?;
+    ensure!(
+        compute.precision != Precision::Bf16,
+        "--precision bf16 is for training: predict computes in f32, with or without TF32"
+    );
+    let device = compute.start()?;
     let found = pictures::find(&arguments.pictures);
     let classifier = Classifier::load(&arguments.weights, &device)?;
     say(&classifier.description());

@@ -1,6 +1,6 @@
 //! Bilinear resizing, as PIL and PyTorch do it with antialiasing.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 /// How one row of pixels becomes one of another length: each output is a weighted mean of
 /// neighbouring inputs.
@@ -64,7 +64,7 @@ impl Resampling {
     }
 }
 
-/// Images `(N, C, H, W)` of another size, in f32. The same images where the size is theirs.
+/// Images `(N, C, H, W)` of another size, resized in f32. The same images where the size is theirs.
 ///
 /// # Errors
 /// A tensor of another rank or type.
@@ -77,6 +77,7 @@ pub fn resize_batch(images: &Tensor, height: usize, width: usize) -> Result<Tens
     let across = Resampling::new(w, width).matrix(device)?;
     let down = Resampling::new(h, height).matrix(device)?;
     let rows = images
+        .to_dtype(DType::F32)?
         .contiguous()?
         .reshape((n * c * h, w))?
         .matmul(&across)?;
@@ -86,7 +87,8 @@ pub fn resize_batch(images: &Tensor, height: usize, width: usize) -> Result<Tens
         .contiguous()?;
     let resized = columns.reshape((n * c * width, h))?.matmul(&down)?;
     let resized = resized.reshape((n * c, width, height))?.transpose(1, 2)?;
-    resized.contiguous()?.reshape((n, c, height, width))
+    let resized = resized.contiguous()?.reshape((n, c, height, width))?;
+    resized.to_dtype(images.dtype())
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Average pooling: fixed windows, adaptive windows, and the whole image.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -11,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
-use crate::window::Planes;
+use crate::window::{Axis, Planes};
 
 /// Window of an average pooling, vertical then horizontal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,30 +68,11 @@ pub fn avg_pool2d(x: &Tensor, config: AvgPool2dConfig) -> Result<Tensor> {
         count_include_pad,
     } = config;
     let planes = Planes::new(OP, x, kernel_size, stride, padding, ceil_mode)?;
-    let axis = |axis: crate::window::Axis| -> Vec<Bin> {
-        (0..axis.output)
-            .map(|o| {
-                let range = axis.range(o);
-                // The padded window ends at the padded border at the latest.
-                let start = o * axis.stride;
-                let end = (start + axis.kernel).min(axis.input + 2 * axis.padding);
-                let padded = end - start;
-                Bin {
-                    count: if count_include_pad {
-                        padded
-                    } else {
-                        range.len()
-                    },
-                    range,
-                }
-            })
-            .collect()
+    let rule = |axis: Axis| Rule::Windows {
+        axis,
+        count_include_pad,
     };
-    let pool = AvgPool2d {
-        op: OP,
-        h: axis(planes.h),
-        w: axis(planes.w),
-    };
+    let pool = AvgPool2d::new(OP, rule(planes.h), rule(planes.w));
     x.contiguous()?.apply_op1(pool)
 }
 
@@ -118,22 +101,8 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
     if height == 0 || width == 0 {
         return Err(OpError::rank(OP, "input", x, "at least one pixel"));
     }
-    let axis = |size: usize, bins: usize| -> Vec<Bin> {
-        (0..bins)
-            .map(|i| {
-                let range = i * size / bins..((i + 1) * size).div_ceil(bins);
-                Bin {
-                    count: range.len(),
-                    range,
-                }
-            })
-            .collect()
-    };
-    let pool = AvgPool2d {
-        op: OP,
-        h: axis(height, output.0),
-        w: axis(width, output.1),
-    };
+    let rule = |input: usize, output: usize| Rule::Adaptive { input, output };
+    let pool = AvgPool2d::new(OP, rule(height, output.0), rule(width, output.1));
     x.contiguous()?.apply_op1(pool)
 }
 
@@ -153,14 +122,70 @@ struct Bin {
     count: usize,
 }
 
+/// How an axis is cut into bins.
+#[derive(Clone, Copy, Debug)]
+enum Rule {
+    Windows { axis: Axis, count_include_pad: bool },
+    Adaptive { input: usize, output: usize },
+}
+
+impl Rule {
+    fn bins(self) -> Vec<Bin> {
+        match self {
+            Self::Windows {
+                axis,
+                count_include_pad,
+            } => (0..axis.output)
+                .map(|o| {
+                    let range = axis.range(o);
+                    // The padded window ends at the padded border at the latest.
+                    let start = o * axis.stride;
+                    let end = (start + axis.kernel).min(axis.input + 2 * axis.padding);
+                    let padded = end - start;
+                    Bin {
+                        count: if count_include_pad {
+                            padded
+                        } else {
+                            range.len()
+                        },
+                        range,
+                    }
+                })
+                .collect(),
+            Self::Adaptive { input, output } => (0..output)
+                .map(|i| {
+                    let range = i * input / output..((i + 1) * input).div_ceil(output);
+                    Bin {
+                        count: range.len(),
+                        range,
+                    }
+                })
+                .collect(),
+        }
+    }
+}
+
 /// Means over a grid of bins, which may overlap.
 struct AvgPool2d {
     op: &'static str,
     h: Vec<Bin>,
     w: Vec<Bin>,
+    /// Of the two axes; the CUDA kernels make the bins themselves.
+    #[cfg(feature = "cuda")]
+    rules: [Rule; 2],
 }
 
 impl AvgPool2d {
+    fn new(op: &'static str, h: Rule, w: Rule) -> Self {
+        Self {
+            op,
+            h: h.bins(),
+            w: w.bins(),
+            #[cfg(feature = "cuda")]
+            rules: [h, w],
+        }
+    }
+
     fn forward<T: Element>(&self, x: &[T], (height, width): (usize, usize)) -> Vec<T> {
         let planes = x.len() / (height * width);
         let output_plane = self.h.len() * self.w.len();
@@ -220,12 +245,27 @@ impl CustomOp1 for AvgPool2d {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (batch, channels, _, _) = layout.shape().dims4()?;
+        let shape = Shape::from((batch, channels, self.h.len(), self.w.len()));
+        Ok((cuda::forward(self, (x, layout), &shape)?, shape))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         if !x.track_op() {
             return Ok(None);
         }
         let (_, _, height, width) = x.dims4()?;
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::backward(self, x, &dy).map(Some);
+        }
         dispatch!(self.op, x.dtype(), T => {
             let dx = with_slice::<T, _>(self.op, &dy, |dy| Ok(self.backward(dy, (height, width))))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))

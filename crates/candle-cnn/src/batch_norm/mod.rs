@@ -1,6 +1,8 @@
 //! Batch normalisation over channels, training and inference.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -9,7 +11,7 @@ mod tests;
 use std::sync::OnceLock;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
@@ -141,6 +143,10 @@ fn train(
             "more than one value per channel in training",
         ));
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return cuda::train([x, weight, bias], sizes, eps, activation);
+    }
     let statistics = std::sync::Arc::new(OnceLock::new());
     let op = BatchNorm {
         sizes,
@@ -179,7 +185,7 @@ fn evaluate(
     activation: Activation,
 ) -> Result<Tensor> {
     let sizes = Sizes::new(x, weight, bias, eps)?;
-    let values = |name, tensor: &Tensor| -> Result<Vec<f64>> {
+    let check = |name, tensor: &Tensor| -> Result<()> {
         if tensor.dims() != [sizes.channels] {
             return Err(OpError::Shapes {
                 op: OP,
@@ -191,10 +197,21 @@ fn evaluate(
             }
             .into());
         }
-        tensor.to_dtype(candle_core::DType::F64)?.to_vec1()
+        Ok(())
     };
-    let means = values("running mean", running_mean)?;
-    let variances = values("running variance", running_variance)?;
+    check("running mean", running_mean)?;
+    check("running variance", running_variance)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let dtype = weight.dtype();
+        let running = (
+            &running_mean.to_dtype(dtype)?,
+            &running_variance.to_dtype(dtype)?,
+        );
+        return cuda::evaluate([x, weight, bias], sizes, running, eps, activation);
+    }
+    let values = |tensor: &Tensor| tensor.to_dtype(DType::F64)?.to_vec1::<f64>();
+    let (means, variances) = (values(running_mean)?, values(running_variance)?);
     let moments = means
         .into_iter()
         .zip(variances)
@@ -220,7 +237,15 @@ struct Sizes {
 
 impl Sizes {
     fn new(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
-        float_dtype(OP, &[x, weight, bias])?;
+        // Parameters of activations in bf16, which only CUDA has, are f32.
+        let dtype = float_dtype(OP, &[x])?;
+        let expected = match dtype {
+            DType::BF16 => DType::F32,
+            same => same,
+        };
+        if float_dtype(OP, &[weight, bias])? != expected {
+            return Err(OpError::dtype_mismatch(OP, dtype, weight.dtype()));
+        }
         let [batch, channels, rest @ ..] = x.dims() else {
             return Err(OpError::rank(OP, "input", x, "(N, C) or (N, C, …)"));
         };

@@ -1,14 +1,23 @@
 //! Two-dimensional convolution (cross-correlation, as `torch.nn.functional.conv2d`).
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod packed_weight;
+#[cfg(any(feature = "cuda", test))]
+mod plan;
 mod reference;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType,
 };
+
+#[cfg(feature = "cuda")]
+pub(crate) use plan::parts_of;
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
@@ -60,7 +69,7 @@ impl Conv2dConfig {
 }
 
 /// All the sizes of one convolution, checked against each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dGeometry {
     /// Images in the batch.
     pub batch: usize,
@@ -199,7 +208,7 @@ fn output_size(
 /// `H' = ⌊(H + 2·padding − dilation·(R − 1) − 1) / stride⌋ + 1`.
 ///
 /// Same definition as `torch.nn.functional.conv2d` with one group. f32 and
-/// f64; any strides. Gradients of `x`, `weight` and `bias` come through
+/// f64, on CUDA also bf16 (with sums in f32); any strides. Gradients of `x`, `weight` and `bias` come through
 /// `backward()`; one that nobody needs is not computed.
 ///
 /// # Errors
@@ -227,8 +236,8 @@ pub fn conv2d(
 
 /// [`conv2d`] followed by [`crate::relu`], in one pass over the output.
 ///
-/// Equal to the two operations one after the other, bit for bit, with the
-/// mask applied inside the convolution's backward.
+/// Equal to the two operations one after the other, on the CPU bit for bit,
+/// with the mask applied inside the convolution's backward.
 ///
 /// # Errors
 /// As [`conv2d`].
@@ -329,6 +338,10 @@ impl Conv2d {
             bias: bias.is_some_and(Tensor::track_op),
         };
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::backward(self, [x, weight, y, &dy], needs);
+        }
         dispatch!(OP, self.dtype, T => self.backward_typed::<T>(x, weight, y, &dy, needs))
     }
 
@@ -386,6 +399,17 @@ impl CustomOp2 for Conv2d {
         self.forward((x, x_layout), (weight, weight_layout), None)
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(self, (x, x_layout), (weight, weight_layout), None)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -413,6 +437,24 @@ impl CustomOp3 for Conv2d {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.forward(
+            (x, x_layout),
+            (weight, weight_layout),
+            Some((bias, bias_layout)),
+        )
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::forward(
+            self,
             (x, x_layout),
             (weight, weight_layout),
             Some((bias, bias_layout)),

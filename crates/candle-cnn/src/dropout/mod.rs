@@ -9,8 +9,13 @@ use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::mode::Mode;
 
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
+
+#[cfg(feature = "cuda")]
+pub use cuda::with_dropout_seed;
 
 const OP: &str = "dropout";
 
@@ -46,6 +51,8 @@ pub fn dropout(x: &Tensor, p: f64, salt: u64, mode: Mode) -> Result<Tensor> {
             p,
             seed: dropout_seed,
             salt,
+            #[cfg(feature = "cuda")]
+            device_seed: cuda::device_seed(),
         }),
         _ => Ok(x.clone()),
     }
@@ -55,16 +62,23 @@ struct Dropout {
     p: f64,
     seed: u64,
     salt: u64,
+    /// The seed of CUDA tensors, where it is not `seed`.
+    #[cfg(feature = "cuda")]
+    device_seed: Option<Tensor>,
 }
 
 impl Dropout {
+    /// An element is dropped when 32 random bits lie below it: p · 2³².
+    fn threshold(&self) -> u64 {
+        (self.p * 4_294_967_296.0) as u64
+    }
+
     fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(self.salt);
         // p = 1 drops everything; its scale is never used.
         let scale = T::real(1.0 / (1.0 - self.p));
-        // An element is dropped when 32 random bits lie below p · 2³².
-        let threshold = (self.p * 4_294_967_296.0) as u64;
+        let threshold = self.threshold();
         x.iter()
             .map(|&x| {
                 let dropped = u64::from(rng.next_u32()) < threshold;
@@ -86,11 +100,24 @@ impl CustomOp1 for Dropout {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        Ok((cuda::apply(self, (x, layout))?, layout.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         if !x.track_op() {
             return Ok(None);
         }
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::backward(self, &dy).map(Some);
+        }
         dispatch!(OP, x.dtype(), T => {
             let dx = with_slice::<T, _>(OP, &dy, |dy| Ok(self.apply(dy)))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))

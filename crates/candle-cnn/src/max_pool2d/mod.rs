@@ -1,6 +1,8 @@
 //! Maximum pooling with PyTorch's gradient: all of it to the first maximum.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -98,11 +100,25 @@ impl CustomOp1 for MaxPool2d {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let y = cuda::forward(&self.planes, (x, layout))?;
+        Ok((y, Shape::from(self.planes.output_shape())))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         if !x.track_op() {
             return Ok(None);
         }
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return cuda::backward(&self.planes, x, &dy).map(Some);
+        }
         dispatch!(OP, x.dtype(), T => {
             let dx = with_slice::<T, _>(OP, x, |x| {
                 with_slice::<T, _>(OP, &dy, |dy| {

@@ -7,6 +7,8 @@ use rayon::prelude::*;
 use crate::conv2d::keep_positive;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -51,11 +53,25 @@ impl CustomOp1 for Relu {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let y = cuda::keep_positive((x, layout), (x, layout))?;
+        Ok((y, layout.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         if !x.track_op() {
             return Ok(None);
         }
         let dy = dy.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if y.device().is_cuda() {
+            return cuda::backward(y, &dy).map(Some);
+        }
         dispatch!(OP, y.dtype(), T => {
             let dx = with_slice::<T, _>(OP, y, |y| {
                 with_slice::<T, _>(OP, &dy, |dy| Ok(map2(dy, y, keep_positive)))

@@ -63,6 +63,20 @@ fn go_on(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outco
     (model, outcome)
 }
 
+/// [`go_on`] with the data resident on the device, and nothing read before it must be.
+fn go_on_resident(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
+    let model = TinyModel::new(config().seed);
+    let config = run.config().unwrap();
+    let resident = Execution {
+        resident: true,
+        ..Execution::on(&Device::Cpu)
+    };
+    let outcome = Training::new(&model, data(), &Device::Cpu, config, run)
+        .map(|training| training.executed(resident))
+        .and_then(|mut training| training.run(&mut Silent, stop));
+    (model, outcome)
+}
+
 fn resume(dir: &Path, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
     go_on(RunDirectory::open(dir, EXPERIMENT).unwrap(), stop)
 }
@@ -616,4 +630,75 @@ fn metrics_csv_has_one_line_an_epoch_under_one_header() {
     assert_eq!(lines.len(), 3, "{text}");
     assert!(lines[0].starts_with("epoch,step,lr,train_loss,"), "{text}");
     assert!(lines[2].starts_with("2,8,0.05,"), "{text}");
+}
+
+#[test]
+fn steps_that_stay_on_the_device_end_with_the_same_bits_wherever_they_are_stopped() {
+    let settings = [
+        config(),
+        TrainingConfig {
+            // No checkpoint makes it read in the middle of an epoch.
+            checkpoint_every_steps: 0,
+            optimizer: SgdConfig {
+                nesterov: true,
+                ..config().optimizer
+            },
+            ..config()
+        },
+    ];
+    for config in settings {
+        let (_out, expected) = uninterrupted(&config);
+        for n in 0.. {
+            let out = tempfile::tempdir().unwrap();
+            let run = create(out.path(), &config);
+            let dir = run.path().to_path_buf();
+            let (model, outcome) = go_on_resident(run, &after(n));
+            let finished = matches!(outcome, Ok(Outcome::Finished(_)));
+            let (model, outcome) = match finished {
+                true => (model, outcome),
+                false => {
+                    outcome.unwrap();
+                    go_on_resident(RunDirectory::open(&dir, EXPERIMENT).unwrap(), &|| false)
+                }
+            };
+            let found = traces(&dir, &model, outcome);
+            assert_eq!(found, expected, "stopped at ask {n}");
+            if finished {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_is_read_late_ends_the_run_at_its_own_step_and_leaves_no_checkpoint_after_it() {
+    let out = tempfile::tempdir().unwrap();
+    let config = TrainingConfig {
+        checkpoint_every_steps: 0,
+        ..config()
+    };
+    let run = create(out.path(), &config);
+    let dir = run.path().to_path_buf();
+    let mut model = TinyModel::new(config.seed);
+    model.gain = 1e30;
+    let resident = Execution {
+        resident: true,
+        ..Execution::on(&Device::Cpu)
+    };
+    let outcome = Training::new(&model, data(), &Device::Cpu, config, run)
+        .map(|training| training.executed(resident))
+        .and_then(|mut training| training.run(&mut Silent, &|| false));
+    let Err(Error::NonFiniteLoss {
+        step, steps_made, ..
+    }) = &outcome
+    else {
+        panic!("{outcome:?}");
+    };
+    assert!(step <= steps_made && *steps_made == 4, "{outcome:?}");
+    let text = outcome.unwrap_err().to_string();
+    assert!(
+        text.contains("when the loss was read, after step 4"),
+        "{text}"
+    );
+    assert!(checkpoint::newest_path(&dir.join("checkpoints")).is_none());
 }

@@ -1,0 +1,65 @@
+//! Finding a GPU, and opening it as training wants it.
+
+#![allow(unsafe_code)]
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::CudaContext;
+use candle_core::{Device, Result};
+
+/// What the driver says of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its number, as in `cuda:0`.
+    pub ordinal: usize,
+    /// Its model, such as `NVIDIA H200`.
+    pub name: String,
+    /// All of its memory, in bytes.
+    pub memory: usize,
+    /// Major and minor compute capability; (9, 0) on Hopper.
+    pub compute_capability: (i32, i32),
+}
+
+/// What the driver says of GPU number `ordinal`. Allocates nothing on it.
+///
+/// # Errors
+/// No driver, no such GPU, or one that cannot be used.
+pub fn device_info(ordinal: usize) -> Result<DeviceInfo> {
+    let context = CudaContext::new(ordinal).w()?;
+    Ok(DeviceInfo {
+        ordinal,
+        name: context.name().w()?,
+        memory: context.total_mem().w()?,
+        compute_capability: context.compute_capability().w()?,
+    })
+}
+
+/// Memory of a device that is free now and all that it has, in bytes, other processes' included.
+///
+/// # Errors
+/// A tensor device that is no GPU, or a driver that does not tell.
+pub fn memory(device: &Device) -> Result<(usize, usize)> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    stream.context().mem_get_info().w()
+}
+
+/// Waits until all work given to the device is done.
+///
+/// # Errors
+/// A kernel that failed since the last wait.
+pub fn synchronize(device: &Device) -> Result<()> {
+    device.as_cuda_device()?.cuda_stream().synchronize().w()
+}
+
+/// Opens GPU number `ordinal` with one stream for all threads, which a CUDA graph can capture, and
+/// without the two events per allocation that would order several streams.
+///
+/// # Errors
+/// As [`device_info`], and libraries (cuBLAS, cuRAND) that cannot be used.
+pub fn open_device(ordinal: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    // SAFETY: everything that computes on this device does so on its one stream, which Candle's tensors, cuBLAS,
+    // cuDNN and our kernels share. No work on another stream has to be waited for, so that no event is needed.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
+}

@@ -1,0 +1,264 @@
+//! Operands, results and arguments of kernels, by element type.
+
+#![allow(unsafe_code)]
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+    SyncOnDrop,
+};
+use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use half::bf16;
+
+use super::kernels::{self, Source};
+use crate::error::OpError;
+
+/// Threads of every block, as in `prelude.cuh`.
+pub(crate) const THREADS: u32 = 256;
+
+/// A contiguous operand and where it lies.
+pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
+
+/// The ending of the kernels' names for a type.
+pub(crate) fn suffix(op: &'static str, dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::F64 => Ok("f64"),
+        DType::BF16 => Ok("bf16"),
+        other => Err(OpError::dtype(op, other)),
+    }
+}
+
+/// The type in which statistics, parameters and losses of a type's activations are kept.
+pub(crate) fn compute_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::BF16 => DType::F32,
+        other => other,
+    }
+}
+
+/// A number that the kernels count in 32 bits, and to which a block's threads may be added.
+pub(crate) fn count(op: &'static str, elements: usize) -> Result<u32> {
+    match u32::try_from(elements) {
+        Ok(count) if count <= i32::MAX as u32 => Ok(count),
+        _ => Err(OpError::KernelSize { op, elements }.into()),
+    }
+}
+
+/// A tensor's memory, held against being written from elsewhere.
+pub(crate) struct Held<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Held<'a> {
+    pub(crate) fn new(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    /// The tensor as an operand; an error where it is not on CUDA.
+    pub(crate) fn operand(&self, op: &'static str) -> Result<Operand<'_>> {
+        match &*self.storage {
+            Storage::Cuda(storage) => Ok((storage, self.layout)),
+            other => Err(OpError::Device {
+                op,
+                device: format!("{:?}", other.device().location()),
+            }
+            .into()),
+        }
+    }
+}
+
+/// Runs an expression with the typed slice of a storage.
+macro_rules! typed {
+    ($op:expr, $storage:expr, $slice:ident => $body:expr) => {
+        match $storage {
+            CudaStorageSlice::F32($slice) => $body,
+            CudaStorageSlice::F64($slice) => $body,
+            CudaStorageSlice::BF16($slice) => $body,
+            CudaStorageSlice::U8($slice) => $body,
+            CudaStorageSlice::U32($slice) => $body,
+            _ => Err(OpError::dtype($op, DType::F16)),
+        }
+    };
+}
+
+/// Memory for `elements` numbers that a kernel is about to write.
+pub(crate) fn alloc(
+    op: &'static str,
+    device: &CudaDevice,
+    dtype: DType,
+    elements: usize,
+) -> Result<CudaStorage> {
+    // CUDA allocates nothing of size 0.
+    let elements = elements.max(1);
+    // SAFETY: the caller has a kernel write every element before anything reads them.
+    let slice = unsafe {
+        match dtype {
+            DType::F32 => CudaStorageSlice::F32(device.alloc::<f32>(elements)?),
+            DType::F64 => CudaStorageSlice::F64(device.alloc::<f64>(elements)?),
+            DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(elements)?),
+            DType::U32 => CudaStorageSlice::U32(device.alloc::<u32>(elements)?),
+            other => return Err(OpError::dtype(op, other)),
+        }
+    };
+    let device = device.clone();
+    Ok(CudaStorage { slice, device })
+}
+
+/// A result as a tensor, outside of any graph of gradients.
+pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// An argument: CUDA takes as many of its bytes as the parameter has, from the lowest on.
+#[repr(C)]
+struct Argument([u64; 4]);
+
+// SAFETY: plain numbers without padding.
+unsafe impl DeviceRepr for Argument {}
+
+/// A kernel and its arguments, in the order of its parameters.
+pub(crate) struct Launch<'a> {
+    op: &'static str,
+    function: CudaFunction,
+    stream: &'a CudaStream,
+    arguments: Vec<Argument>,
+    held: Vec<SyncOnDrop<'a>>,
+}
+
+impl<'a> Launch<'a> {
+    /// Of the kernel `name` in `source`.
+    pub(crate) fn new(
+        op: &'static str,
+        device: &CudaDevice,
+        stream: &'a CudaStream,
+        source: &Source,
+        name: &str,
+    ) -> Result<Self> {
+        Ok(Self {
+            op,
+            function: kernels::function(device, source, name)?,
+            stream,
+            arguments: Vec::new(),
+            held: Vec::new(),
+        })
+    }
+
+    /// A pointer to what is read.
+    pub(crate) fn read(mut self, operand: Operand<'a>) -> Result<Self> {
+        let (pointer, held) = address(self.op, operand, self.stream)?;
+        self.held.push(held);
+        Ok(self.long(pointer))
+    }
+
+    /// A pointer to the whole of a storage that another kernel has written.
+    pub(crate) fn read_all(mut self, storage: &'a CudaStorage) -> Result<Self> {
+        let (pointer, held) = typed!(self.op, &storage.slice, slice => Ok::<_, candle_core::Error>(
+            slice.device_ptr(self.stream)
+        ))?;
+        self.held.push(held);
+        Ok(self.long(pointer))
+    }
+
+    /// A pointer to what is written.
+    pub(crate) fn write(mut self, storage: &'a mut CudaStorage) -> Result<Self> {
+        let (pointer, held) = typed!(self.op, &mut storage.slice, slice => Ok::<_, candle_core::Error>(
+            slice.device_ptr_mut(self.stream)
+        ))?;
+        self.held.push(held);
+        Ok(self.long(pointer))
+    }
+
+    /// A null pointer.
+    pub(crate) fn null(self) -> Self {
+        self.long(0)
+    }
+
+    /// An `unsigned int`.
+    pub(crate) fn number(self, number: u32) -> Self {
+        self.long(number.into())
+    }
+
+    /// An `unsigned long long`.
+    pub(crate) fn long(mut self, number: u64) -> Self {
+        self.arguments.push(Argument([number, 0, 0, 0]));
+        self
+    }
+
+    /// A structure of `unsigned int`s, eight at most.
+    pub(crate) fn structure<const N: usize>(mut self, numbers: [u32; N]) -> Self {
+        const { assert!(N <= 8) };
+        let mut words = [0; 4];
+        for (i, number) in numbers.into_iter().enumerate() {
+            words[i / 2] |= u64::from(number) << (32 * (i % 2));
+        }
+        self.arguments.push(Argument(words));
+        self
+    }
+
+    /// A `float`.
+    pub(crate) fn float(self, number: f32) -> Self {
+        self.number(number.to_bits())
+    }
+
+    /// A `double`.
+    pub(crate) fn double(self, number: f64) -> Self {
+        self.long(number.to_bits())
+    }
+
+    /// Launches a thread for each of `threads`, of which there is at least one.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel, and the memory behind the pointers of the sizes that it goes by.
+    pub(crate) unsafe fn run(self, threads: u32) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.run_blocks((threads.div_ceil(THREADS), 1), None::<&u8>) }
+    }
+
+    /// Launches `grid` blocks. A structure, where the kernel has one, comes before the other arguments.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    pub(crate) unsafe fn run_blocks<S: DeviceRepr>(
+        self,
+        (x, y): (u32, u32),
+        first: Option<&S>,
+    ) -> Result<()> {
+        let mut arguments = self.stream.launch_builder(&self.function);
+        if let Some(first) = first {
+            arguments.arg(first);
+        }
+        for argument in &self.arguments {
+            arguments.arg(argument);
+        }
+        let grid = LaunchConfig {
+            grid_dim: (x, y, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { arguments.launch(grid) }.w()?;
+        Ok(())
+    }
+}
+
+/// The address of a contiguous operand's first element, and what holds it against being freed.
+pub(crate) fn address<'a>(
+    op: &'static str,
+    (storage, layout): Operand<'a>,
+    stream: &'a CudaStream,
+) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
+    let (start, _) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| OpError::not_contiguous(op, layout))?;
+    let bytes = (start * storage.dtype().size_in_bytes()) as u64;
+    typed!(op, &storage.slice, slice => {
+        let (pointer, held) = slice.device_ptr(stream);
+        Ok((pointer + bytes, held))
+    })
+}

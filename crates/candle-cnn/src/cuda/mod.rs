@@ -1,0 +1,32 @@
+//! What is special to CUDA: the settings of its convolutions and matrix products.
+//!
+//! The operations of this crate take tensors of a CUDA device as they take those of the CPU, where it is built with the
+//! feature `cuda`. Without the feature the settings can be set, and nothing reads them.
+//!
+//! Nothing waits for the device, except that the first pass of each shape may time the algorithms it has
+//! ([`Settings::benchmark`]). After that a step can be captured in a CUDA graph. A shape first met while a stream is
+//! being captured gets its algorithm by rules of thumb.
+//!
+//! What cuDNN needs (a handle, one workspace, the algorithms chosen) is kept for each thread and device, and freed at the
+//! thread's end: a captured graph must not be launched after the thread that captured it has ended.
+
+#[cfg(feature = "cuda")]
+pub(crate) mod cudnn;
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(feature = "cuda")]
+pub(crate) mod kernels;
+#[cfg(feature = "cuda")]
+pub(crate) mod launch;
+mod settings;
+#[cfg(feature = "cuda")]
+mod training;
+
+#[cfg(feature = "cuda")]
+pub use device::{DeviceInfo, device_info, memory, open_device, synchronize};
+pub use settings::{F32Math, Settings, set_settings, settings};
+#[cfg(feature = "cuda")]
+pub use training::{SgdHyperparameters, SgdTensor, count_correct, gather_normalized, sgd_step};
+
+#[cfg(feature = "cuda")]
+pub use crate::dropout::with_dropout_seed;

@@ -1,0 +1,52 @@
+// What every kernel of this crate begins with: NVRTC gets it before the kernel's own file.
+//
+// bf16 is taken apart by hand, so that no header is needed. A thread counts in 32 bits: no tensor has 2^31 elements.
+
+// Threads of every block.
+#define THREADS 256
+
+struct bf16 {
+    unsigned short bits;
+};
+
+static __device__ __forceinline__ float widen(float value) { return value; }
+static __device__ __forceinline__ double widen(double value) { return value; }
+static __device__ __forceinline__ float widen(bf16 value) {
+    return __uint_as_float(static_cast<unsigned int>(value.bits) << 16);
+}
+
+static __device__ __forceinline__ void store(float *to, float value) { *to = value; }
+static __device__ __forceinline__ void store(double *to, double value) { *to = value; }
+// To the nearest, ties to even. A NaN keeps its sign and is made quiet: rounding could carry it to infinity.
+static __device__ __forceinline__ void store(bf16 *to, float value) {
+    unsigned int bits = __float_as_uint(value);
+    to->bits = static_cast<unsigned short>(value != value ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// What numbers of a type are computed in.
+template <typename T> struct Compute { typedef float Type; };
+template <> struct Compute<double> { typedef double Type; };
+
+// `value` where `by` is not at most 0, else 0: a NaN keeps it.
+template <typename T> static __device__ __forceinline__ T keep_positive(T value, T by) { return by <= 0 ? 0 : value; }
+
+// Fused by name, so that it is the same in every kernel.
+static __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+static __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// This thread's number in the grid.
+static __device__ __forceinline__ unsigned int thread_of_grid() { return blockIdx.x * THREADS + threadIdx.x; }
+
+// The sum of `value` over the block, in an order that does not change; for every thread.
+template <typename T> static __device__ __forceinline__ T block_sum(T value, T *shared) {
+    __syncthreads();
+    shared[threadIdx.x] = value;
+    __syncthreads();
+    for (unsigned int half = THREADS / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) {
+            shared[threadIdx.x] += shared[threadIdx.x + half];
+        }
+        __syncthreads();
+    }
+    return shared[0];
+}

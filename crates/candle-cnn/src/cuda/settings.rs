@@ -1,0 +1,75 @@
+//! How exact, how repeatable and how large the computations on CUDA may be.
+
+use std::sync::{PoisonError, RwLock};
+
+/// How the factors of an f32 product are taken on CUDA; sums are f32 in either case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum F32Math {
+    /// Rounded to TF32's 10 bits of mantissa, on the tensor cores.
+    Tf32,
+    /// As they are.
+    Full,
+}
+
+/// How CUDA computes, for the whole process.
+///
+/// The defaults are PyTorch's (`torch.backends.cudnn`, `torch.backends.cuda.matmul`), but for `benchmark`, which is on:
+/// the shapes of training do not change from step to step.
+///
+/// ```
+/// use candle_cnn::cuda::{F32Math, Settings, set_settings, settings};
+/// assert_eq!(settings().convolution, F32Math::Tf32);
+/// set_settings(Settings { deterministic: true, ..Settings::default() });
+/// assert!(settings().deterministic);
+/// # set_settings(Settings::default());
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Settings {
+    /// f32 convolutions (`torch.backends.cudnn.allow_tf32`).
+    pub convolution: F32Math,
+    /// f32 matrix products of Candle, [`crate::linear`] among them (`torch.backends.cuda.matmul.allow_tf32`).
+    pub matmul: F32Math,
+    /// Only algorithms that give the same bits each time, and the same algorithms each time: none is chosen by its
+    /// time (`torch.backends.cudnn.deterministic`, and `benchmark` off).
+    pub deterministic: bool,
+    /// Time the algorithms of a convolution when its shape is first met, instead of going by cuDNN's rules of thumb
+    /// (`torch.backends.cudnn.benchmark`).
+    pub benchmark: bool,
+    /// Let cuDNN add the bias and take the ReLU inside the convolution, where its algorithm can.
+    pub fused_epilogue: bool,
+    /// Most bytes of device memory that an algorithm may ask for to work in. Each thread keeps one buffer
+    /// per device, of the size its algorithms have asked for. Where no algorithm stays below, the most modest one is taken.
+    pub workspace_limit: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            convolution: F32Math::Tf32,
+            matmul: F32Math::Full,
+            deterministic: false,
+            benchmark: true,
+            fused_epilogue: true,
+            workspace_limit: 1 << 30,
+        }
+    }
+}
+
+static SETTINGS: RwLock<Option<Settings>> = RwLock::new(None);
+
+/// The settings in force.
+pub fn settings() -> Settings {
+    SETTINGS
+        .read()
+        .unwrap_or_else(PoisonError::into_inner)
+        .unwrap_or_default()
+}
+
+/// Puts settings into force, for all threads, from the next operation on.
+///
+/// A CUDA graph keeps those under which it was captured.
+pub fn set_settings(settings: Settings) {
+    #[cfg(feature = "cuda")]
+    candle_core::cuda::set_gemm_reduced_precision_f32(settings.matmul == F32Math::Tf32);
+    *SETTINGS.write().unwrap_or_else(PoisonError::into_inner) = Some(settings);
+}

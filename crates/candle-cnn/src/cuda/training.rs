@@ -1,0 +1,309 @@
+//! What a training step does besides its network: the batch, the right answers, the update.
+//!
+//! Nothing waits for the device or uploads to it, so that a CUDA graph can hold it.
+
+#![allow(unsafe_code)]
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{DType, Result, Tensor};
+
+use super::kernels::Source;
+use super::launch::{Held, Launch, THREADS, address, alloc, count, suffix, tensor};
+use crate::error::OpError;
+
+const SOURCE: Source = Source {
+    file: "cuda/training.cu",
+    text: include_str!("training.cu"),
+};
+
+/// A batch from images that stay on the device: `(image / 255 − mean) / std` by channel, rounded after each operation
+/// as on the CPU, then to `dtype` (f32, f64 or bf16).
+///
+/// `images` is u8 (N, 3, H, W), `indices` u32 (n); returns (n, 3, H, W). An index that is not below N gives NaN.
+///
+/// # Errors
+/// [`OpError`] for other shapes, types and devices.
+pub fn gather_normalized(
+    images: &Tensor,
+    indices: &Tensor,
+    mean: [f32; 3],
+    std: [f32; 3],
+    dtype: DType,
+) -> Result<Tensor> {
+    const OP: &str = "gather_normalized";
+    let (total, height, width) = match images.dims() {
+        &[total, 3, height, width] => (total, height, width),
+        _ => return Err(OpError::rank(OP, "images", images, "(N, 3, H, W)")),
+    };
+    let Ok(n) = indices.dims1() else {
+        return Err(OpError::rank(OP, "indices", indices, "(n)"));
+    };
+    of_type(OP, "dtype of images", images, DType::U8)?;
+    of_type(OP, "dtype of indices", indices, DType::U32)?;
+    let (images, indices) = (images.contiguous()?, indices.contiguous()?);
+    let held = [&images, &indices].map(Held::new);
+    let operand = held[0].operand(OP)?;
+    let device = operand.0.device();
+    let pixels = count(OP, height * width)?;
+    let elements = count(OP, n * 3 * height * width)?;
+    let mut out = alloc(OP, device, dtype, elements as usize)?;
+    if elements > 0 {
+        let stream = device.cuda_stream();
+        let name = format!("gather_normalized_{}", suffix(OP, dtype)?);
+        let mut launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+            .read(operand)?
+            .read(held[1].operand(OP)?)?
+            .write(&mut out)?
+            .number(count(OP, total)?)
+            .number(pixels);
+        for number in mean.into_iter().chain(std) {
+            launch = launch.float(number);
+        }
+        let launch = launch.number(elements);
+        // SAFETY: the arguments of `gather`: `total` images of 3 × `pixels` bytes, one index for each of the images
+        // that `out` has room for.
+        unsafe { launch.run(elements) }?;
+    }
+    Ok(tensor(out, (n, 3, height, width)))
+}
+
+/// How many rows of `logits` (n, C) have their first largest value at the label, as f32 of shape (1).
+///
+/// `labels` is u32 (n). A label that is no class is not right.
+///
+/// # Errors
+/// [`OpError`] for other shapes, types and devices.
+pub fn count_correct(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    const OP: &str = "count_correct";
+    let Ok((n, classes)) = logits.dims2() else {
+        return Err(OpError::rank(OP, "logits", logits, "(n, C)"));
+    };
+    if labels.dims() != [n] || classes == 0 {
+        return Err(OpError::Shapes {
+            op: OP,
+            left_name: "logits",
+            left: logits.dims().to_vec(),
+            right_name: "labels",
+            right: labels.dims().to_vec(),
+            rule: "logits are (n, C), labels (n), with C at least 1",
+        }
+        .into());
+    }
+    of_type(OP, "dtype of labels", labels, DType::U32)?;
+    let (logits, labels) = (logits.contiguous()?, labels.contiguous()?);
+    let held = [&logits, &labels].map(Held::new);
+    let operand = held[0].operand(OP)?;
+    let device = operand.0.device();
+    count(OP, logits.elem_count())?;
+    let mut correct = alloc(OP, device, DType::F32, 1)?;
+    let stream = device.cuda_stream();
+    let name = format!("count_correct_{}", suffix(OP, logits.dtype())?);
+    let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        .read(operand)?
+        .read(held[1].operand(OP)?)?
+        .write(&mut correct)?
+        .number(count(OP, n)?)
+        .number(count(OP, classes)?);
+    // SAFETY: the arguments of `count_correct`: (n, classes), (n), and one number. One block.
+    unsafe { launch.run_blocks((1, 1), None::<&u8>) }?;
+    Ok(tensor(correct, 1))
+}
+
+/// A parameter with what its update needs: contiguous tensors of one shape and type, f32 or f64.
+#[derive(Clone, Copy, Debug)]
+pub struct SgdTensor<'a> {
+    /// Moved in place.
+    pub parameter: &'a Tensor,
+    /// Its gradient, without the weight decay's part.
+    pub gradient: &'a Tensor,
+    /// The velocity, changed in place; none without momentum.
+    pub momentum_buffer: Option<&'a Tensor>,
+    /// The velocity becomes the gradient undampened, whatever the buffer holds.
+    pub first: bool,
+}
+
+/// The settings of `torch.optim.SGD`, but for the learning rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SgdHyperparameters {
+    /// Share of the old velocity that is kept.
+    pub momentum: f64,
+    /// Share of the gradient that is withheld from the velocity, after the first step.
+    pub dampening: f64,
+    /// Looks one momentum step ahead.
+    pub nesterov: bool,
+    /// L2 penalty, added to the gradient.
+    pub weight_decay: f64,
+}
+
+/// A step of `torch.optim.SGD` for all `tensors`, in a few launches, at the learning rate in `lr` (f32 of shape (1)).
+///
+/// Addresses go into the launches, so that a captured graph repeats the step on the same memory.
+///
+/// # Errors
+/// [`OpError`] for tensors that do not fit one another; nothing is moved then.
+pub fn sgd_step(
+    tensors: &[SgdTensor<'_>],
+    lr: &Tensor,
+    hyperparameters: &SgdHyperparameters,
+) -> Result<()> {
+    let Some(one) = tensors.first() else {
+        return Ok(());
+    };
+    of_type(SGD, "dtype of lr", lr, DType::F32)?;
+    if lr.elem_count() != 1 {
+        return Err(OpError::rank(SGD, "lr", lr, "(1)"));
+    }
+    let dtype = one.parameter.dtype();
+    if !matches!(dtype, DType::F32 | DType::F64) {
+        return Err(OpError::dtype(SGD, dtype));
+    }
+    for tensor in tensors {
+        tensor.check(dtype)?;
+    }
+    for chunk in tensors.chunks(TENSORS) {
+        step_chunk(chunk, lr, dtype, hyperparameters)?;
+    }
+    Ok(())
+}
+
+const SGD: &str = "sgd";
+
+/// Parameters of one launch, as in `training.cu`.
+const TENSORS: usize = 96;
+
+/// Elements of a block.
+const PER_BLOCK: u32 = 4 * THREADS;
+
+/// `Chunk` of `training.cu`.
+#[repr(C)]
+struct Chunk {
+    parameter: [u64; TENSORS],
+    gradient: [u64; TENSORS],
+    buffer: [u64; TENSORS],
+    elements: [u32; TENSORS],
+    end: [u32; TENSORS],
+    first: [u8; TENSORS],
+}
+
+// SAFETY: plain numbers, in C's order; 96 is a multiple of 8, so that there is no padding.
+unsafe impl DeviceRepr for Chunk {}
+
+// CUDA takes 4 KiB of arguments; 64 bytes are for the others.
+const _: () = assert!(size_of::<Chunk>() <= 4096 - 64);
+
+impl SgdTensor<'_> {
+    fn check(&self, dtype: DType) -> Result<()> {
+        count(SGD, self.parameter.elem_count())?;
+        for (name, other) in [
+            ("parameter", Some(self.parameter)),
+            ("gradient", Some(self.gradient)),
+            ("momentum buffer", self.momentum_buffer),
+        ] {
+            let Some(other) = other else { continue };
+            if other.dtype() != dtype {
+                return Err(OpError::dtype_mismatch(SGD, dtype, other.dtype()));
+            }
+            if other.shape() != self.parameter.shape() {
+                return Err(OpError::Shapes {
+                    op: SGD,
+                    left_name: "parameter",
+                    left: self.parameter.dims().to_vec(),
+                    right_name: name,
+                    right: other.dims().to_vec(),
+                    rule: "one shape",
+                }
+                .into());
+            }
+            if !other.is_contiguous() {
+                return Err(OpError::not_contiguous(SGD, other.layout()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn step_chunk(
+    tensors: &[SgdTensor<'_>],
+    lr: &Tensor,
+    dtype: DType,
+    hyperparameters: &SgdHyperparameters,
+) -> Result<()> {
+    let held_lr = Held::new(lr);
+    let lr = held_lr.operand(SGD)?;
+    let device = lr.0.device();
+    let stream = device.cuda_stream();
+    let held: Vec<[Option<Held<'_>>; 3]> = tensors
+        .iter()
+        .map(|tensor| {
+            [
+                Some(tensor.parameter),
+                Some(tensor.gradient),
+                tensor.momentum_buffer,
+            ]
+            .map(|tensor| tensor.map(Held::new))
+        })
+        .collect();
+    let mut chunk = Chunk {
+        parameter: [0; TENSORS],
+        gradient: [0; TENSORS],
+        buffer: [0; TENSORS],
+        elements: [0; TENSORS],
+        end: [0; TENSORS],
+        first: [0; TENSORS],
+    };
+    let mut guards = Vec::new();
+    let mut blocks = 0u32;
+    for (i, (tensor, held)) in tensors.iter().zip(&held).enumerate() {
+        let pointers = [
+            &mut chunk.parameter[i],
+            &mut chunk.gradient[i],
+            &mut chunk.buffer[i],
+        ];
+        for (pointer, held) in pointers.into_iter().zip(held) {
+            if let Some(held) = held {
+                let (at, guard) = address(SGD, held.operand(SGD)?, &stream)?;
+                *pointer = at;
+                guards.push(guard);
+            }
+        }
+        let elements = count(SGD, tensor.parameter.elem_count())?;
+        // 96 parameters of 2^31 elements have fewer than 2^28 blocks.
+        blocks += elements.div_ceil(PER_BLOCK);
+        chunk.elements[i] = elements;
+        chunk.end[i] = blocks;
+        chunk.first[i] = tensor.first.into();
+    }
+    if blocks == 0 {
+        return Ok(());
+    }
+    let SgdHyperparameters {
+        momentum,
+        dampening,
+        nesterov,
+        weight_decay,
+    } = *hyperparameters;
+    let name = format!("sgd_{}", suffix(SGD, dtype)?);
+    let launch = Launch::new(SGD, device, &stream, &SOURCE, &name)?
+        .read(lr)?
+        .double(momentum)
+        .double(dampening)
+        .double(weight_decay)
+        .number(nesterov.into());
+    // SAFETY: the arguments of `sgd`: the tensors of each parameter have its number of elements, and lr one. Parameters
+    // and buffers are written although only read locks are held: device memory is ordered by the stream, and nobody but
+    // the optimiser writes them.
+    unsafe { launch.run_blocks((blocks, 1), Some(&chunk)) }
+}
+
+fn of_type(op: &'static str, name: &'static str, tensor: &Tensor, dtype: DType) -> Result<()> {
+    if tensor.dtype() != dtype {
+        let expected = match dtype {
+            DType::U8 => "U8",
+            DType::U32 => "U32",
+            _ => "F32",
+        };
+        return Err(OpError::setting(op, name, tensor.dtype(), expected));
+    }
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! Maximum pooling on CUDA. As on the CPU, the backward pass finds the winners again.
+
+#![allow(unsafe_code)]
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaStorage, DType, Result, Tensor};
+
+use super::OP;
+use crate::cuda::kernels::Source;
+use crate::cuda::launch::{Held, Launch, Operand, alloc, count, suffix, tensor};
+use crate::window::{Axis, Planes};
+
+const SOURCE: Source = Source {
+    file: "max_pool2d/kernels.cu",
+    text: include_str!("kernels.cu"),
+};
+
+pub(super) fn forward(planes: &Planes, x: Operand) -> Result<CudaStorage> {
+    let (device, dtype) = (x.0.device(), x.0.dtype());
+    let (inputs, outputs) = sizes(planes)?;
+    let mut y = alloc(OP, device, dtype, outputs as usize)?;
+    if inputs > 0 && outputs > 0 {
+        let stream = device.cuda_stream();
+        let name = format!("max_pool2d_forward_{}", suffix(OP, dtype)?);
+        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+            .read(x)?
+            .write(&mut y)?
+            .structure(axis(&planes.h)?)
+            .structure(axis(&planes.w)?)
+            .number(outputs);
+        // SAFETY: the arguments of `forward`; x and y are planes of the axes' inputs and outputs.
+        unsafe { launch.run(outputs) }?;
+    }
+    Ok(y)
+}
+
+pub(super) fn backward(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let (held_x, held_dy) = (Held::new(x), Held::new(dy));
+    let (x_operand, dy_operand) = (held_x.operand(OP)?, held_dy.operand(OP)?);
+    let (device, dtype) = (x_operand.0.device(), x.dtype());
+    let (inputs, outputs) = sizes(planes)?;
+    let mut dx = alloc(OP, device, dtype, inputs as usize)?;
+    if inputs > 0 {
+        let mut winners = alloc(OP, device, DType::U32, outputs as usize)?;
+        let stream = device.cuda_stream();
+        let (suffix, h, w) = (suffix(OP, dtype)?, axis(&planes.h)?, axis(&planes.w)?);
+        let name = format!("max_pool2d_winners_{suffix}");
+        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+            .read(x_operand)?
+            .write(&mut winners)?
+            .structure(h)
+            .structure(w)
+            .number(outputs);
+        // SAFETY: the arguments of `find_winners`; x and winners are planes of the axes' inputs and outputs.
+        unsafe { launch.run(outputs) }?;
+        let name = format!("max_pool2d_backward_{suffix}");
+        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+            .read_all(&winners)?
+            .read(dy_operand)?
+            .write(&mut dx)?
+            .structure(h)
+            .structure(w)
+            .number(inputs);
+        // SAFETY: the arguments of `backward`; dx and dy are planes of the axes' inputs and outputs.
+        unsafe { launch.run(inputs) }?;
+    }
+    Ok(tensor(dx, x.shape()))
+}
+
+/// Elements of input and output.
+fn sizes(planes: &Planes) -> Result<(u32, u32)> {
+    let images = planes.batch * planes.channels;
+    Ok((
+        count(OP, images * planes.input_plane())?,
+        count(OP, images * planes.output_plane())?,
+    ))
+}
+
+/// `Axis` of kernels.cu.
+fn axis(axis: &Axis) -> Result<[u32; 5]> {
+    let reach = axis.output * axis.stride + axis.kernel;
+    count(OP, reach.max(axis.input + 2 * axis.padding))?;
+    Ok([
+        axis.input,
+        axis.output,
+        axis.kernel,
+        axis.stride,
+        axis.padding,
+    ]
+    .map(|number| number as u32))
+}

@@ -1,0 +1,98 @@
+// Maximum pooling over planes, a thread an element.
+
+// A window along one axis, as `Axis` in window.rs.
+struct Axis {
+    unsigned int input, output, kernel, stride, padding;
+
+    // Positions start..end of window o that lie inside the input.
+    __device__ unsigned int start(unsigned int o) const { return o * stride > padding ? o * stride - padding : 0; }
+    __device__ unsigned int end(unsigned int o) const {
+        unsigned int end = o * stride + kernel - padding;
+        return end < input ? end : input;
+    }
+    // Windows first..last+1 that see position i.
+    __device__ unsigned int first(unsigned int i) const {
+        return i + padding < kernel ? 0 : (i + padding - kernel) / stride + 1;
+    }
+    __device__ unsigned int last(unsigned int i) const {
+        unsigned int last = (i + padding) / stride;
+        return last < output ? last : output - 1;
+    }
+};
+
+// Index in the plane of the window's first maximum in row-major order, or of its last NaN.
+template <typename T>
+static __device__ __forceinline__ unsigned int winner(const T *plane, Axis h, Axis w, unsigned int oh, unsigned int ow) {
+    unsigned int best_at = h.start(oh) * w.input + w.start(ow);
+    auto best = widen(plane[best_at]);
+    for (unsigned int ih = h.start(oh); ih < h.end(oh); ih++) {
+        for (unsigned int iw = w.start(ow); iw < w.end(ow); iw++) {
+            auto value = widen(plane[ih * w.input + iw]);
+            if (value > best || value != value) {
+                best = value;
+                best_at = ih * w.input + iw;
+            }
+        }
+    }
+    return best_at;
+}
+
+template <typename T>
+static __device__ __forceinline__ void forward(const T *x, T *y, Axis h, Axis w, unsigned int elements) {
+    unsigned int i = thread_of_grid();
+    if (i < elements) {
+        const T *plane = x + i / (h.output * w.output) * (h.input * w.input);
+        y[i] = plane[winner<T>(plane, h, w, i / w.output % h.output, i % w.output)];
+    }
+}
+
+// winners[window] = where in its plane the window's maximum is.
+template <typename T>
+static __device__ __forceinline__ void find_winners(const T *x, unsigned int *winners, Axis h, Axis w, unsigned int elements) {
+    unsigned int i = thread_of_grid();
+    if (i < elements) {
+        const T *plane = x + i / (h.output * w.output) * (h.input * w.input);
+        winners[i] = winner<T>(plane, h, w, i / w.output % h.output, i % w.output);
+    }
+}
+
+// dx of a pixel = the sum of dy over the windows that it won, in their order.
+template <typename T>
+static __device__ __forceinline__ void backward(const unsigned int *winners, const T *dy, T *dx, Axis h, Axis w,
+                                                unsigned int elements) {
+    unsigned int i = thread_of_grid();
+    if (i >= elements) {
+        return;
+    }
+    unsigned int input_plane = h.input * w.input;
+    unsigned int plane = i / input_plane * (h.output * w.output);
+    unsigned int pixel = i % input_plane;
+    unsigned int ih = pixel / w.input, iw = pixel % w.input;
+    typename Compute<T>::Type sum = 0;
+    for (unsigned int oh = h.first(ih); oh <= h.last(ih); oh++) {
+        for (unsigned int ow = w.first(iw); ow <= w.last(iw); ow++) {
+            unsigned int window = plane + oh * w.output + ow;
+            if (winners[window] == pixel) {
+                sum += widen(dy[window]);
+            }
+        }
+    }
+    store(&dx[i], sum);
+}
+
+#define KERNELS(NAME, T)                                                                                               \
+    extern "C" __global__ void max_pool2d_forward_##NAME(const T *x, T *y, Axis h, Axis w, unsigned int elements) {    \
+        forward<T>(x, y, h, w, elements);                                                                              \
+    }                                                                                                                  \
+    extern "C" __global__ void max_pool2d_winners_##NAME(const T *x, unsigned int *winners, Axis h, Axis w,            \
+                                                         unsigned int elements) {                                      \
+        find_winners<T>(x, winners, h, w, elements);                                                                   \
+    }                                                                                                                  \
+    extern "C" __global__ void max_pool2d_backward_##NAME(const unsigned int *winners, const T *dy, T *dx, Axis h,     \
+                                                          Axis w, unsigned int elements) {                             \
+        backward<T>(winners, dy, dx, h, w, elements);                                                                  \
+    }
+
+KERNELS(f32, float)
+KERNELS(f64, double)
+KERNELS(bf16, bf16)

@@ -1,0 +1,32 @@
+//! How the steps of a run are carried out on its device.
+
+use candle_core::{DType, Device};
+
+/// How the steps of a run are carried out; [`Training::executed`](crate::Training::executed) takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Execution {
+    /// Type of the images that the network gets, and so of its activations. Features that are
+    /// computed once keep their own.
+    pub activations: DType,
+    /// Pictures stay on the device as bytes and are made into batches there, and the host waits for
+    /// the device only to read the losses of many steps at once.
+    ///
+    /// Each step computes what it computes without. But a loss that is not finite is noticed only when it is
+    /// read: the weights have moved by then, and no checkpoint is written of them.
+    pub resident: bool,
+    /// Record a step as a CUDA graph and replay it: one launch instead of some hundreds. Needs
+    /// `resident`; devices other than a GPU have none.
+    pub cuda_graph: bool,
+}
+
+impl Execution {
+    /// What suits a device: on a GPU everything stays there.
+    pub fn on(device: &Device) -> Self {
+        let on_gpu = device.is_cuda();
+        Self {
+            activations: DType::F32,
+            resident: on_gpu,
+            cuda_graph: on_gpu,
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! Steps that the host does not wait for: data, loss and learning rate stay on the device.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use candle_cnn::backward;
+use candle_core::{DType, Device, Tensor};
+
+use super::{Step, Training};
+use crate::checkpoint;
+use crate::error::{Error, Result};
+use crate::observer::Observer;
+use crate::profile::Parts;
+use crate::random;
+use crate::resident::{ResidentSet, correct_on_device};
+
+#[cfg(feature = "cuda")]
+mod graph;
+
+/// Most steps between two readings of their losses.
+const READ_EVERY_STEPS: usize = 64;
+/// And most time, so that slow steps are seen to advance.
+const READ_EVERY: Duration = Duration::from_millis(200);
+/// Steps made as usual before one is recorded as a graph: the first makes the momentum buffers and chooses cuDNN's
+/// algorithms, the second runs as all that follow.
+#[cfg(feature = "cuda")]
+const WARM_UP_STEPS: usize = 2;
+
+/// What a run keeps on its device from step to step.
+pub(super) struct OnDevice {
+    set: ResidentSet,
+    inputs: StepInputs,
+    outputs: StepOutputs,
+    /// Losses of the steps that have not been read, (READ_EVERY_STEPS,).
+    losses: Tensor,
+    /// Right answers of the same.
+    corrects: Tensor,
+    unread: Vec<Unread>,
+    #[cfg(feature = "cuda")]
+    graph: graph::StepGraph,
+}
+
+/// What changes from step to step, at addresses that stay: a recorded step reads it there.
+pub(super) struct StepInputs {
+    /// Of a whole batch, `u32`.
+    indices: Tensor,
+    /// f32, (1,)
+    lr: Tensor,
+    /// The step's dropout seed in two halves, the lower first: `u32`, (2,).
+    seed: Tensor,
+}
+
+/// What a step leaves behind, at addresses that stay; f32, (1,).
+struct StepOutputs {
+    loss: Tensor,
+    correct: Tensor,
+}
+
+/// A step that was given to the device.
+struct Unread {
+    lr: f64,
+    images: u64,
+}
+
+/// What an epoch's steps take, uploaded at its beginning.
+struct EpochInputs {
+    /// All images in the epoch's order, `u32`.
+    order: Tensor,
+    /// Of each step of the epoch from `first` on, f32.
+    lr: Tensor,
+    /// Likewise, (steps, 2).
+    seeds: Tensor,
+    /// Batch of the epoch at which the others begin.
+    first: u64,
+}
+
+impl OnDevice {
+    pub(super) fn new(
+        set: ResidentSet,
+        batch_size: usize,
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        let f32s = |n: usize| Tensor::zeros(n, DType::F32, device);
+        Ok(Self {
+            set,
+            inputs: StepInputs {
+                indices: Tensor::zeros(batch_size, DType::U32, device)?,
+                lr: f32s(1)?,
+                seed: Tensor::zeros(2, DType::U32, device)?,
+            },
+            outputs: StepOutputs {
+                loss: f32s(1)?,
+                correct: f32s(1)?,
+            },
+            losses: f32s(READ_EVERY_STEPS)?,
+            corrects: f32s(READ_EVERY_STEPS)?,
+            unread: Vec::with_capacity(READ_EVERY_STEPS),
+            #[cfg(feature = "cuda")]
+            graph: graph::StepGraph::default(),
+        })
+    }
+}
+
+impl Training<'_> {
+    /// The steps of the current epoch that are still to be made, without waiting for each.
+    pub(super) fn train_epoch_on_device(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<ControlFlow<()>> {
+        let mut state = match self.on_device.take() {
+            Some(state) => state,
+            None => self
+                .upload()
+                .map_err(self.failed("the upload of the data"))?,
+        };
+        let flow = self.steps_on_device(&mut state, observer, stop);
+        self.on_device = Some(state);
+        flow
+    }
+
+    fn steps_on_device(
+        &mut self,
+        state: &mut OnDevice,
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<ControlFlow<()>> {
+        let epoch = self
+            .upload_epoch()
+            .map_err(self.failed("the upload of the order"))?;
+        let mut read = Instant::now();
+        while !self.epoch_will_be_over(state) {
+            if stop() {
+                self.read_steps(state, &mut read, observer)?;
+                return Ok(ControlFlow::Break(()));
+            }
+            let unread = self.step_on_device(state, &epoch)?;
+            state.unread.push(unread);
+            let full = state.unread.len() == READ_EVERY_STEPS;
+            if full || read.elapsed() >= READ_EVERY || self.checkpoint_will_be_due(state) {
+                self.read_steps(state, &mut read, observer)?;
+                if self.checkpoint_is_due() {
+                    self.save_checkpoint(observer)?;
+                    read = Instant::now();
+                }
+            }
+        }
+        self.read_steps(state, &mut read, observer)?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Gives one step to the device.
+    fn step_on_device(&mut self, state: &mut OnDevice, epoch: &EpochInputs) -> Result<Unread> {
+        let ahead = state.unread.len() as u64;
+        let (step, batch) = (
+            self.position.step + ahead,
+            self.position.batch_in_epoch + ahead,
+        );
+        let batch_size = self.config.batch_size;
+        let begin = batch as usize * batch_size;
+        let count = batch_size.min(self.data.train.len() - begin);
+        let lr = self.learning_rate(step);
+        let failed = |during| Error::tensor(during, step + 1, batch_size);
+        let mut parts = Parts::start();
+        let row = (batch - epoch.first) as usize;
+        let set_inputs = || {
+            let inputs = &state.inputs;
+            inputs
+                .indices
+                .slice_set(&epoch.order.narrow(0, begin, count)?, 0, 0)?;
+            inputs.lr.slice_set(&epoch.lr.narrow(0, row, 1)?, 0, 0)?;
+            inputs.seed.slice_set(&epoch.seeds.get(row)?, 0, 0)
+        };
+        set_inputs().map_err(failed("the data"))?;
+        parts.end("data");
+        let seed = random::dropout_seed(self.config.seed, step);
+        #[cfg(feature = "cuda")]
+        if count == batch_size && self.execution.cuda_graph {
+            self.replay_or_record(state, seed)?;
+        } else {
+            self.compute_step(state, count, seed)?;
+        }
+        #[cfg(not(feature = "cuda"))]
+        self.compute_step(state, count, seed)?;
+        let slot = state.unread.len();
+        let keep = || {
+            state.losses.slice_set(&state.outputs.loss, 0, slot)?;
+            state.corrects.slice_set(&state.outputs.correct, 0, slot)
+        };
+        keep().map_err(failed("the loss"))?;
+        Ok(Unread {
+            lr,
+            images: count as u64,
+        })
+    }
+
+    /// Everything of a step that runs on the device, from gathering `count` images to the update.
+    /// On a GPU the seed of the dropout masks is that of the step's inputs, which equals `seed`.
+    fn compute_step(&mut self, state: &OnDevice, count: usize, seed: u64) -> Result<()> {
+        let unread = state.unread.len() as u64;
+        let step = self.position.step + unread + 1;
+        let batch_size = self.config.batch_size;
+        let failed = |during| Error::tensor(during, step, batch_size);
+        let mut parts = Parts::start();
+        let batch = || state.set.batch(&state.inputs.indices.narrow(0, 0, count)?);
+        let (images, labels) = batch().map_err(failed("the data"))?;
+        parts.end("data");
+        let forward = || self.forward_train(&images, seed);
+        // A recorded step must find its seed on the device: the host's would be part of the recording.
+        #[cfg(feature = "cuda")]
+        let output = match images.device().is_cuda() {
+            true => candle_cnn::cuda::with_dropout_seed(&state.inputs.seed, forward),
+            false => forward(),
+        };
+        #[cfg(not(feature = "cuda"))]
+        let output = forward();
+        let output = output.map_err(failed("the forward pass"))?;
+        parts.end("forward");
+        let loss = self.loss(&output, &labels).map_err(failed("the loss"))?;
+        let keep = || {
+            let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
+            state.outputs.loss.slice_set(&value, 0, 0)?;
+            let correct = correct_on_device(&output.logits, &labels)?;
+            state.outputs.correct.slice_set(&correct, 0, 0)
+        };
+        keep().map_err(failed("the loss"))?;
+        parts.end("loss");
+        let gradients = backward(&loss).map_err(failed("the backward pass"))?;
+        parts.end("backward");
+        self.optimizer
+            .step_on_device(&gradients, &state.inputs.lr)
+            .map_err(failed("the update"))?;
+        drop((gradients, output, loss));
+        parts.end("update");
+        Ok(())
+    }
+
+    /// Reads the losses of all steps that the device was given since the last time, and records them. This is the
+    /// only wait for the device within an epoch.
+    fn read_steps(
+        &mut self,
+        state: &mut OnDevice,
+        last: &mut Instant,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let unread = std::mem::take(&mut state.unread);
+        if unread.is_empty() {
+            return Ok(());
+        }
+        let read = || {
+            Ok((
+                state.losses.to_vec1::<f32>()?,
+                state.corrects.to_vec1::<f32>()?,
+            ))
+        };
+        let (losses, corrects) = read().map_err(self.failed("a step"))?;
+        let time = last.elapsed() / unread.len() as u32;
+        *last = Instant::now();
+        let steps_made = self.position.step + unread.len() as u64;
+        for ((step, loss), correct) in unread.iter().zip(losses).zip(corrects) {
+            if !loss.is_finite() {
+                return Err(Error::NonFiniteLoss {
+                    epoch: self.position.epoch + 1,
+                    step: self.position.step + 1,
+                    loss,
+                    steps_made,
+                    last_checkpoint: checkpoint::newest_path(&self.run.checkpoints()),
+                });
+            }
+            let step = Step {
+                loss,
+                correct: correct as u64,
+                images: step.images,
+                lr: step.lr,
+            };
+            self.record_step(&step, time, observer)?;
+        }
+        Ok(())
+    }
+
+    fn upload(&self) -> candle_core::Result<OnDevice> {
+        let set = match self.features.set("train") {
+            Some((features, labels)) => ResidentSet::of_features(features, labels),
+            None => self.upload_set(&self.data.train)?,
+        };
+        OnDevice::new(set, self.config.batch_size, &self.device)
+    }
+
+    /// Order, learning rates and seeds of the rest of the epoch.
+    fn upload_epoch(&self) -> candle_core::Result<EpochInputs> {
+        let first = self.position.batch_in_epoch;
+        let left = self.steps_per_epoch().saturating_sub(first).max(1);
+        let steps = self.position.step..self.position.step + left;
+        let lr: Vec<f32> = steps
+            .clone()
+            .map(|step| self.learning_rate(step) as f32)
+            .collect();
+        let seeds: Vec<u32> = steps
+            .flat_map(|step| {
+                let seed = random::dropout_seed(self.config.seed, step);
+                [seed as u32, (seed >> 32) as u32]
+            })
+            .collect();
+        Ok(EpochInputs {
+            order: Tensor::new(self.epoch_order(), &self.device)?,
+            lr: Tensor::new(lr, &self.device)?,
+            seeds: Tensor::from_vec(seeds, (left as usize, 2), &self.device)?,
+            first,
+        })
+    }
+
+    fn failed(&self, during: &'static str) -> impl Fn(candle_core::Error) -> Error + use<> {
+        Error::tensor(during, self.position.step + 1, self.config.batch_size)
+    }
+
+    /// No step of this epoch is left to be given to the device.
+    fn epoch_will_be_over(&self, state: &OnDevice) -> bool {
+        let ahead = state.unread.len() as u64;
+        self.position.batch_in_epoch + ahead >= self.steps_per_epoch()
+            || self.position.step + ahead >= self.total_steps()
+    }
+
+    /// A checkpoint is due once the steps given to the device are recorded.
+    fn checkpoint_will_be_due(&self, state: &OnDevice) -> bool {
+        let every = self.config.checkpoint_every_steps;
+        let step = self.position.step + state.unread.len() as u64;
+        every > 0 && step.is_multiple_of(every)
+    }
+}

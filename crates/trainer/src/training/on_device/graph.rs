@@ -1,0 +1,107 @@
+//! A training step recorded as a CUDA graph, and replayed.
+
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::CudaGraph;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
+
+use super::{OnDevice, Training, WARM_UP_STEPS};
+use crate::error::{Error, Result};
+
+/// How far the recording has come.
+pub(super) enum StepGraph {
+    /// Steps made as usual.
+    WarmingUp(usize),
+    Recorded(CudaGraph),
+    /// Recording failed; every step is made as usual.
+    Unavailable,
+}
+
+impl Default for StepGraph {
+    fn default() -> Self {
+        Self::WarmingUp(0)
+    }
+}
+
+impl Training<'_> {
+    /// One step of a whole batch: replayed if it is recorded, recorded if it was made often enough, else made as
+    /// usual. A step that cannot be recorded is made as usual, and so are all that follow.
+    pub(super) fn replay_or_record(&mut self, state: &mut OnDevice, seed: u64) -> Result<()> {
+        let batch_size = self.config.batch_size;
+        match &state.graph {
+            StepGraph::Recorded(_) => {}
+            StepGraph::Unavailable => return self.compute_step(state, batch_size, seed),
+            &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
+                // Small uploads, such as the strides of a tensor, are kept: the recording finds them on the device.
+                let device = self.device.clone();
+                let _cache = device
+                    .as_cuda_device()
+                    .map_err(self.failed("the step"))?
+                    .enable_cuda_graph_htod_cache();
+                self.compute_step(state, batch_size, seed)?;
+                state.graph = StepGraph::WarmingUp(steps + 1);
+                return Ok(());
+            }
+            StepGraph::WarmingUp(_) => match self.record(state, seed) {
+                Ok(graph) => state.graph = StepGraph::Recorded(graph),
+                Err(error) => {
+                    let reason = with_sources(&error);
+                    tracing::warn!(
+                        "the training step cannot be recorded as a CUDA graph, and is launched operation by operation: \
+                         {reason}"
+                    );
+                    state.graph = StepGraph::Unavailable;
+                    return self.compute_step(state, batch_size, seed);
+                }
+            },
+        }
+        match &state.graph {
+            // Recording computes nothing: the step that was recorded is replayed, too.
+            StepGraph::Recorded(graph) => graph
+                .launch()
+                .w()
+                .map_err(self.failed("the replay of the step")),
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&mut self, state: &OnDevice, seed: u64) -> Result<CudaGraph> {
+        let failed = self.failed("the recording");
+        let device = self.device.clone();
+        let cuda = device.as_cuda_device().map_err(&failed)?;
+        let stream = cuda.cuda_stream();
+        let _cache = cuda.enable_cuda_graph_htod_cache();
+        // What the step allocates becomes part of the graph, and what a library allocates aside may do so at once:
+        // no other thread works on this device.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        stream.begin_capture(mode).w().map_err(&failed)?;
+        let computed = self.compute_step(state, self.config.batch_size, seed);
+        // Ends the capture also where the step failed: the stream could not be used any more.
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags);
+        let recorded = computed.and_then(|()| {
+            let graph = graph.w().map_err(&failed)?;
+            let nothing = || failed(candle_core::Error::msg("nothing was recorded"));
+            let graph = graph.ok_or_else(nothing)?;
+            graph.upload().w().map_err(&failed)?;
+            Ok(graph)
+        });
+        if recorded.is_err() {
+            // Errors of memory freed in a capture that failed wait in the context for the next call.
+            let _ = stream.context().check_err();
+        }
+        recorded
+    }
+}
+
+/// An error and what caused it, in a line.
+fn with_sources(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}

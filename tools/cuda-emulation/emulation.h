@@ -1,0 +1,33 @@
+// The part of CUDA C++ that the kernels use, for one block at a time on the CPU.
+#pragma once
+
+#include <barrier>
+#include <cmath>
+#include <cstring>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+// One block runs at a time, so that what it shares can be the process's.
+#define __shared__ static
+
+struct Index {
+    unsigned int x, y, z;
+};
+inline thread_local Index threadIdx, blockIdx;
+inline Index blockDim, gridDim;
+inline std::barrier<> *block_barrier = nullptr;
+
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+
+inline float __uint_as_float(unsigned int bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline unsigned int __float_as_uint(float value) {
+    unsigned int bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+using std::exp, std::fma, std::fmax, std::log, std::sqrt;

@@ -1,0 +1,830 @@
+//! `cargo xtask gpu-report`: everything that has to be shown on a GPU, in one command and one record.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::bench::{Side, environment, median, new_directory, pytorch, repository};
+
+/// Run the CUDA tests, compare CPU and GPU, time us beside PyTorch, and record it all
+///
+/// Needs a GPU with its driver, CUDA 13 with nvcc (or programs built elsewhere, see --binaries), and for the other half of the
+/// table a PyTorch that was built for CUDA. Takes some minutes, without --accuracy.
+#[derive(Debug, clap::Args)]
+pub(crate) struct GpuReport {
+    /// Python that can import torch [default: python3, if it can; else only our side is timed]
+    #[arg(long, value_name = "PYTHON")]
+    pytorch: Option<PathBuf>,
+    /// Folder with scratch-train, finetune-full and finetune-frozen, and with tests/ of programs that
+    /// test, all built with --features cuda [default: builds them]
+    #[arg(long, value_name = "DIR")]
+    binaries: Option<PathBuf>,
+    /// Rounds of each row; each side runs once in each
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Also train the lesson's 7 epochs on CIFAR-10 in this folder, with seeds 0 to 2
+    #[arg(long, value_name = "DIR")]
+    accuracy: Option<PathBuf>,
+    /// Leave the tests out
+    #[arg(long)]
+    skip_tests: bool,
+    /// Where the record goes; must not exist yet [default: `results/DATE-gpu-MACHINE`]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// One kind of work.
+struct Row {
+    name: &'static str,
+    what: &'static str,
+    program: &'static str,
+    arguments: &'static [&'static str],
+    batch: u32,
+    /// Pictures of an epoch of our side.
+    images: u32,
+    model: &'static str,
+    frozen: bool,
+    bf16: bool,
+    /// Least images/s as a multiple of PyTorch eager's, and of the fastest PyTorch's.
+    targets: (Option<f64>, Option<f64>),
+}
+
+const ROWS: [Row; 4] = [
+    Row {
+        name: "lesson-32",
+        what: "lesson's net, batch 32, TF32 in convolutions",
+        program: "scratch-train",
+        arguments: &[],
+        batch: 32,
+        images: 12_800,
+        model: "lesson",
+        frozen: false,
+        bf16: false,
+        targets: (Some(3.0), Some(1.0)),
+    },
+    Row {
+        name: "lesson-512-bf16",
+        what: "lesson's net, batch 512, bf16",
+        program: "scratch-train",
+        arguments: &["--precision", "bf16"],
+        batch: 512,
+        images: 51_200,
+        model: "lesson",
+        frozen: false,
+        bf16: true,
+        targets: (None, Some(1.0)),
+    },
+    Row {
+        name: "torchvision-full-32",
+        what: "torchvision's net, 32×32, batch 32",
+        program: "finetune-full",
+        arguments: &["--weights", "random"],
+        batch: 32,
+        images: 12_800,
+        model: "torchvision",
+        frozen: false,
+        bf16: false,
+        targets: (Some(3.0), None),
+    },
+    Row {
+        name: "torchvision-frozen-32",
+        what: "torchvision's net, 32×32, the head alone, batch 32",
+        program: "finetune-frozen",
+        arguments: &["--weights", "random"],
+        batch: 32,
+        images: 12_800,
+        model: "torchvision",
+        frozen: true,
+        bf16: false,
+        targets: (Some(3.0), None),
+    },
+];
+
+const OURS: &str = "ours";
+const EAGER: &str = "PyTorch, eager";
+/// PyTorch's variants and their flags.
+const VARIANTS: [(&str, &[&str]); 3] = [
+    (EAGER, &[]),
+    ("PyTorch, channels_last", &["--layout", "channels_last"]),
+    (
+        "PyTorch, channels_last, compiled",
+        &["--layout", "channels_last", "--compile"],
+    ),
+];
+
+/// Speed of a side in a round, and the GPU memory that it took beyond what was taken before.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Timing {
+    images_per_second: f64,
+    gpu_mib: u64,
+}
+
+type Round = BTreeMap<String, Timing>;
+
+/// What the report found out.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Report {
+    gpu: Gpu,
+    tests: Option<String>,
+    parity: Vec<Parity>,
+    rows: BTreeMap<String, Vec<Round>>,
+    accuracy: Vec<f64>,
+    /// What failed, in words.
+    failures: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Gpu {
+    name: String,
+    driver: String,
+    memory: String,
+}
+
+/// Two runs of the same steps.
+#[derive(Debug, Serialize, Deserialize)]
+struct Parity {
+    what: String,
+    /// Of the losses of all steps.
+    largest_relative_difference: f64,
+    bound: f64,
+    first: Vec<f64>,
+    second: Vec<f64>,
+}
+
+impl Parity {
+    fn new(what: &str, bound: f64, first: Vec<f64>, second: Vec<f64>) -> Result<Self> {
+        ensure!(
+            !first.is_empty() && first.len() == second.len(),
+            "{what}: {} and {} steps cannot be compared",
+            first.len(),
+            second.len()
+        );
+        let pairs = first.iter().zip(&second);
+        let largest = pairs
+            .map(|(a, b)| (a - b).abs() / a.abs().max(f64::MIN_POSITIVE))
+            .fold(0.0, |largest: f64, d| {
+                if d > largest || d.is_nan() {
+                    d
+                } else {
+                    largest
+                }
+            });
+        Ok(Self {
+            what: what.to_string(),
+            largest_relative_difference: largest,
+            bound,
+            first,
+            second,
+        })
+    }
+
+    fn holds(&self) -> bool {
+        self.largest_relative_difference <= self.bound
+    }
+}
+
+pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
+    let gpu = find_gpu()?;
+    eprintln!("GPU: {}, driver {}, {}", gpu.name, gpu.driver, gpu.memory);
+    let mut environment = environment(std::thread::available_parallelism().map_or(1, |n| n.get()));
+    environment.device = gpu.name.clone();
+    let out = new_directory(arguments.out.clone(), "gpu", &environment)?;
+    let python = pytorch(arguments.pytorch.as_deref())?;
+    let work = out.join("runs");
+    fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    let mut report = Report {
+        gpu,
+        ..Report::default()
+    };
+    let programs = match &arguments.binaries {
+        Some(dir) => dir.clone(),
+        None => build()?,
+    };
+    let write = |report: &Report| write(&out, report, &environment);
+    if !arguments.skip_tests {
+        attempt(&mut report, "the tests", |report| {
+            report.tests = Some(tests(arguments.binaries.as_deref())?);
+            Ok(())
+        });
+        write(&report)?;
+    }
+    let runs = Runs {
+        programs: &programs,
+        work: &work,
+    };
+    attempt(&mut report, "the parity of CPU and GPU", |report| {
+        let parity = runs.parity()?;
+        for parity in parity.iter().filter(|parity| !parity.holds()) {
+            report
+                .failures
+                .push(format!("{}: beyond the bound", parity.what));
+        }
+        report.parity = parity;
+        Ok(())
+    });
+    write(&report)?;
+    for row in &ROWS {
+        eprintln!("{}: {}", row.name, row.what);
+        attempt(&mut report, row.name, |report| {
+            runs.row(row, python.as_deref(), arguments.rounds, report)
+        });
+        // After each row, so that a failure later loses nothing.
+        write(&report)?;
+    }
+    if let Some(data) = &arguments.accuracy {
+        for seed in 0..3 {
+            attempt(&mut report, "the accuracy", |report| {
+                report.accuracy.push(runs.accuracy(data, seed)?);
+                Ok(())
+            });
+            write(&report)?;
+        }
+    }
+    let _ = fs::remove_dir_all(&work);
+    print!("{}", summary(&report));
+    println!("\nRecorded in {}", out.display());
+    ensure!(
+        report.failures.is_empty(),
+        "{} part(s) of the report failed: {}",
+        report.failures.len(),
+        report.failures.join("; ")
+    );
+    Ok(())
+}
+
+/// Does one part of the report. Its failure is recorded and does not keep the others from being done.
+fn attempt(report: &mut Report, part: &str, f: impl FnOnce(&mut Report) -> Result<()>) {
+    if let Err(error) = f(report) {
+        let failure = format!("{part}: {error:#}");
+        eprintln!("failed: {failure}");
+        report.failures.push(failure);
+    }
+}
+
+fn find_gpu() -> Result<Gpu> {
+    let none = "this machine has no NVIDIA GPU that can be used, and gpu-report shows nothing without one \
+                (`cargo xtask cuda-check` needs none)";
+    let output = Command::new("nvidia-smi")
+        .args([
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ])
+        .output()
+        .with_context(|| format!("{none}: cannot start nvidia-smi"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        bail!("{none}: nvidia-smi says {:?}", text.trim());
+    }
+    parse_gpu(&text).with_context(|| format!("{none}: nvidia-smi lists {:?}", text.trim()))
+}
+
+/// The first line of nvidia-smi's list.
+fn parse_gpu(text: &str) -> Option<Gpu> {
+    let mut fields = text
+        .lines()
+        .next()?
+        .split(',')
+        .map(|f| f.trim().to_string());
+    let gpu = Gpu {
+        name: fields.next().filter(|name| !name.is_empty())?,
+        driver: fields.next()?,
+        memory: fields.next()?,
+    };
+    Some(gpu)
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(repository());
+    command
+}
+
+/// Builds the experiments and says where they are.
+fn build() -> Result<PathBuf> {
+    let status = cargo()
+        .args(["build", "--features", "cuda", "--package", "scratch-train"])
+        .args(["--package", "finetune-full", "--package", "finetune-frozen"])
+        .status()
+        .context("cannot start cargo")?;
+    ensure!(
+        status.success(),
+        "the programs cannot be built for CUDA: see above, and CONTRIBUTING.md for what it needs"
+    );
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| repository().join("target"), PathBuf::from);
+    Ok(target.join("debug"))
+}
+
+/// Runs the CUDA tests and counts them.
+fn tests(binaries: Option<&Path>) -> Result<String> {
+    let mut commands = Vec::new();
+    match binaries {
+        None => {
+            let mut command = cargo();
+            command
+                .args(["test", "--features", "cuda", "--package", "candle-cnn"])
+                .args(["--package", "inception-model", "--package", "trainer"]);
+            commands.push(command);
+        }
+        Some(dir) => {
+            let dir = dir.join("tests");
+            let entries =
+                fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+            for entry in entries {
+                commands.push(Command::new(entry?.path()));
+            }
+        }
+    }
+    let (mut text, mut success) = (String::new(), true);
+    for mut command in commands {
+        let output = command
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot start {command:?}"))?;
+        text += &String::from_utf8_lossy(&output.stdout);
+        success &= output.status.success();
+    }
+    let counted = count_tests(&text);
+    print!("{text}");
+    ensure!(success, "{counted}: see above");
+    ensure!(
+        !text.contains("skipped: CUDA"),
+        "the tests found no GPU: {counted}"
+    );
+    Ok(counted)
+}
+
+/// Sums up the lines `test result: …`.
+fn count_tests(text: &str) -> String {
+    let (mut passed, mut failed) = (0, 0);
+    for line in text.lines().filter(|line| line.starts_with("test result:")) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        for pair in words.windows(2) {
+            let number = pair[0].parse().unwrap_or(0);
+            match pair[1] {
+                "passed;" => passed += number,
+                "failed;" => failed += number,
+                _ => {}
+            }
+        }
+    }
+    format!("{passed} passed, {failed} failed")
+}
+
+/// Our programs and where they may work.
+struct Runs<'a> {
+    programs: &'a Path,
+    work: &'a Path,
+}
+
+impl Runs<'_> {
+    /// Runs a program to its end; its run directory.
+    fn train(&self, program: &str, name: &str, arguments: &[OsString]) -> Result<PathBuf> {
+        let out = self.work.join(name);
+        let output = Command::new(self.programs.join(program))
+            .args(arguments)
+            .arg("--out")
+            .arg(&out)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .output()
+            .with_context(|| format!("cannot start {program}"))?;
+        ensure!(
+            output.status.success(),
+            "{program} failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        let runs = out.join(program);
+        let mut entries =
+            fs::read_dir(&runs).with_context(|| format!("cannot read {}", runs.display()))?;
+        let run = entries.next().context("the program made no run")??;
+        Ok(run.path())
+    }
+
+    /// The losses of the same steps on both devices, and with and without the graph.
+    fn parity(&self) -> Result<Vec<Parity>> {
+        let losses = |name: &str, extra: &str| -> Result<Vec<f64>> {
+            let arguments = format!(
+                "--dataset shapes --train-limit 640 --test-limit 100 --epochs 1 --seed 3 {extra}"
+            );
+            let run = self.train("scratch-train", name, &words(&arguments))?;
+            let path = run.join("metrics.jsonl");
+            let text = fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            step_losses(&text)
+        };
+        let cpu = losses("parity-cpu", "--device cpu")?;
+        let f32 = losses(
+            "parity-f32",
+            "--device cuda --precision f32 --deterministic",
+        )?;
+        let eager = losses(
+            "parity-eager",
+            "--device cuda --precision f32 --deterministic --no-cuda-graph",
+        )?;
+        let default = losses("parity-default", "--device cuda")?;
+        let bf16 = losses("parity-bf16", "--device cuda --precision bf16")?;
+        // Rounding grows from step to step; the bounds leave room for it and none for a wrong gradient.
+        Ok(vec![
+            Parity::new(
+                "20 steps, GPU in f32 against the CPU",
+                2e-3,
+                cpu.clone(),
+                f32.clone(),
+            )?,
+            Parity::new(
+                "the same, CUDA graph against one operation at a time",
+                0.0,
+                eager,
+                f32,
+            )?,
+            Parity::new(
+                "the same, GPU with TF32 in convolutions against the CPU",
+                5e-2,
+                cpu.clone(),
+                default,
+            )?,
+            Parity::new("the same, GPU in bf16 against the CPU", 0.2, cpu, bf16)?,
+        ])
+    }
+
+    fn row(
+        &self,
+        row: &Row,
+        python: Option<&Path>,
+        rounds: u32,
+        report: &mut Report,
+    ) -> Result<()> {
+        for number in 0..rounds {
+            let mut round = Round::new();
+            let idle = gpu_mib()?;
+            let (speed, peak) = with_peak_memory(|| self.our_speed(row, number))?;
+            round.insert(OURS.to_string(), timing(speed, peak, idle));
+            for (name, flags) in VARIANTS.iter().filter(|_| python.is_some()) {
+                let Some(python) = python else { continue };
+                let (speed, peak) = with_peak_memory(|| pytorch_speed(row, python, name, flags))?;
+                round.insert((*name).to_string(), timing(speed, peak, idle));
+            }
+            let text: Vec<String> = round
+                .iter()
+                .map(|(name, t)| format!("{name} {:.0} images/s", t.images_per_second))
+                .collect();
+            eprintln!("round {}/{rounds}: {}", number + 1, text.join(", "));
+            let kept = report.rows.entry(row.name.to_string()).or_default();
+            kept.push(round);
+        }
+        Ok(())
+    }
+
+    /// Of the second epoch: the first has the warm-up.
+    fn our_speed(&self, row: &Row, number: u32) -> Result<f64> {
+        let mut arguments = words(&format!(
+            "--device cuda --dataset shapes --train-limit {} --test-limit 100 --epochs 2 --batch-size {} \
+             --eval-every 0 --checkpoint-every 0",
+            row.images, row.batch
+        ));
+        arguments.extend(row.arguments.iter().map(OsString::from));
+        let run = self.train(row.program, &format!("{}-{number}", row.name), &arguments)?;
+        let path = run.join("metrics.csv");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        last_speed(&text)
+    }
+
+    fn accuracy(&self, data: &Path, seed: u32) -> Result<f64> {
+        let mut arguments = words(&format!("--device cuda --seed {seed}"));
+        arguments.extend(["--data-dir".into(), data.into()]);
+        let run = self.train("scratch-train", &format!("accuracy-{seed}"), &arguments)?;
+        let path = run.join("finished.json");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let summary: trainer::Summary = serde_json::from_str(&text)?;
+        let test = summary
+            .evaluations
+            .get("test")
+            .context("no test evaluation")?;
+        Ok(100.0 * test.accuracy())
+    }
+}
+
+fn words(text: &str) -> Vec<OsString> {
+    text.split_whitespace().map(OsString::from).collect()
+}
+
+fn timing(images_per_second: f64, peak: u64, idle: u64) -> Timing {
+    Timing {
+        images_per_second,
+        gpu_mib: peak.saturating_sub(idle),
+    }
+}
+
+/// Losses of the steps in `metrics.jsonl`.
+fn step_losses(text: &str) -> Result<Vec<f64>> {
+    let mut losses = Vec::new();
+    for line in text.lines() {
+        let metric: trainer::Metric =
+            serde_json::from_str(line).with_context(|| format!("no metric: {line:?}"))?;
+        if let trainer::Metric::Step { loss, .. } = metric {
+            losses.push(f64::from(loss));
+        }
+    }
+    Ok(losses)
+}
+
+/// `images_per_second` of the last line of `metrics.csv`.
+fn last_speed(text: &str) -> Result<f64> {
+    let mut lines = text.lines();
+    let header = lines.next().context("metrics.csv is empty")?;
+    let column = header
+        .split(',')
+        .position(|name| name == "images_per_second")
+        .context("metrics.csv has no column images_per_second")?;
+    let last = lines.last().context("metrics.csv has no epoch")?;
+    let value = last.split(',').nth(column).context("a line is too short")?;
+    value
+        .parse()
+        .with_context(|| format!("no number: {value:?}"))
+}
+
+fn pytorch_speed(row: &Row, python: &Path, name: &str, flags: &[&str]) -> Result<f64> {
+    let mut command = Command::new(python);
+    command
+        .arg(repository().join("tools/pytorch/bench_train_step.py"))
+        .args(["--device", "cuda", "--model", row.model])
+        .args(["--batch", &row.batch.to_string()])
+        .args(flags);
+    if row.frozen {
+        command.arg("--frozen");
+    }
+    if row.bf16 {
+        command.args(["--precision", "bf16"]);
+    }
+    let mut side = Side::start(name, command)?;
+    // Chooses algorithms, compiles, and records its graphs.
+    side.run(10)?;
+    Ok(side.run(row.images / row.batch)?.images_per_second)
+}
+
+/// What all processes hold of the first GPU.
+fn gpu_mib() -> Result<u64> {
+    let output = Command::new("nvidia-smi")
+        .args(["--query-gpu=memory.used", "--format=csv,noheader,nounits"])
+        .output()
+        .context("cannot start nvidia-smi")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let first = text.lines().next().unwrap_or_default().trim();
+    first
+        .parse()
+        .with_context(|| format!("nvidia-smi says {first:?} of the memory in use"))
+}
+
+/// The most that is held of the GPU while `f` runs, looked at five times a second.
+fn with_peak_memory<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    let (done, peak) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                if let Ok(mib) = gpu_mib() {
+                    peak.fetch_max(mib, Ordering::Relaxed);
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        });
+        let result = f();
+        done.store(true, Ordering::Relaxed);
+        result
+    })
+    .map(|value| (value, peak.load(Ordering::Relaxed)))
+}
+
+/// Images per second of each side, and how ours compares.
+fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    if let Some(tests) = &report.tests {
+        let _ = writeln!(text, "CUDA tests: {tests}.\n");
+    }
+    if !report.parity.is_empty() {
+        text += "| the same steps twice | largest relative difference of the loss | bound | |\n| --- | ---: | ---: | --- |\n";
+    }
+    for parity in &report.parity {
+        let verdict = if parity.holds() { "holds" } else { "**fails**" };
+        let _ = writeln!(
+            text,
+            "| {} | {:.1e} | {:.1e} | {verdict} |",
+            parity.what, parity.largest_relative_difference, parity.bound
+        );
+    }
+    text += "\n| work | ours, images/s | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
+             | --- | ---: | ---: | ---: | ---: | --- |\n";
+    for row in &ROWS {
+        let Some(rounds) = report
+            .rows
+            .get(row.name)
+            .filter(|rounds| !rounds.is_empty())
+        else {
+            let _ = writeln!(text, "| {} | not measured | | | | |", row.what);
+            continue;
+        };
+        let ours: Vec<f64> = rounds.iter().map(|r| r[OURS].images_per_second).collect();
+        let eager = ratio(rounds, |round| Some(round.get(EAGER)?.images_per_second));
+        let fastest = ratio(rounds, |round| {
+            others(round).map(|t| t.images_per_second).reduce(f64::max)
+        });
+        let memory = rounds.last().and_then(|round| {
+            let least = others(round).map(|t| t.gpu_mib).min()?;
+            let ours = round[OURS].gpu_mib;
+            Some(format!(
+                "{:.2} ({ours} of {least} MiB)",
+                ours as f64 / least as f64
+            ))
+        });
+        let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "| {} | {:.0} | {} | {} | {} | {} |",
+            row.what,
+            median(&ours),
+            show(eager),
+            show(fastest),
+            memory.unwrap_or_default(),
+            verdict(row.targets, (eager, fastest)),
+        );
+    }
+    if !report.accuracy.is_empty() {
+        let seeds: Vec<String> = report
+            .accuracy
+            .iter()
+            .map(|a| format!("{a:.2} %"))
+            .collect();
+        let _ = writeln!(
+            text,
+            "\nTest accuracy after the lesson's 7 epochs, by seed: {}.",
+            seeds.join(", ")
+        );
+    }
+    for failure in &report.failures {
+        let _ = writeln!(text, "\nFailed: {failure}.");
+    }
+    text
+}
+
+/// PyTorch's sides of a round.
+fn others(round: &Round) -> impl Iterator<Item = &Timing> {
+    round
+        .iter()
+        .filter(|(name, _)| *name != OURS)
+        .map(|(_, timing)| timing)
+}
+
+/// Median of our speed over another's of the same round.
+fn ratio(rounds: &[Round], other: impl Fn(&Round) -> Option<f64>) -> Option<f64> {
+    let ratios: Option<Vec<f64>> = rounds
+        .iter()
+        .map(|round| Some(round[OURS].images_per_second / other(round)?))
+        .collect();
+    ratios
+        .filter(|ratios| !ratios.is_empty())
+        .map(|ratios| median(&ratios))
+}
+
+fn verdict(targets: (Option<f64>, Option<f64>), found: (Option<f64>, Option<f64>)) -> String {
+    let one = |name: &str, target: Option<f64>, found: Option<f64>| {
+        let target = target?;
+        let verdict = match found {
+            Some(found) if found >= target => "reached",
+            Some(_) => "missed",
+            None => "not measured",
+        };
+        Some(format!("{target} × {name}: {verdict}"))
+    };
+    let lines = [
+        one("eager", targets.0, found.0),
+        one("the fastest", targets.1, found.1),
+    ];
+    lines.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+fn write(out: &Path, report: &Report, environment: &trainer::Environment) -> Result<()> {
+    let readme = format!(
+        "# CUDA on {}\n\n`{}`, commit {}{}, driver {}, {}\n\n{}\n\
+         Our speed is that of a run's second epoch, data and logging included; PyTorch's that of steps on one batch that is\n\
+         on the GPU already. Sides take turns; ratios are of the same round, as the median of the rounds: above 1 we are faster.\n\
+         Memory is the most that nvidia-smi showed beyond what was taken before. Each number is in `report.json`, the\n\
+         machine in `environment.json`.\n",
+        report.gpu.name,
+        environment.command.join(" "),
+        environment.git_commit.as_deref().unwrap_or("unknown"),
+        if environment.git_dirty == Some(true) {
+            " with changes"
+        } else {
+            ""
+        },
+        report.gpu.driver,
+        report.gpu.memory,
+        summary(report),
+    );
+    let files = [
+        ("README.md", readme),
+        ("report.json", serde_json::to_string_pretty(report)? + "\n"),
+        (
+            "environment.json",
+            serde_json::to_string_pretty(environment)? + "\n",
+        ),
+    ];
+    for (name, text) in files {
+        let path = out.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(sides: &[(&str, f64, u64)]) -> Round {
+        let timing = |&(name, images_per_second, gpu_mib): &(&str, f64, u64)| {
+            let timing = Timing {
+                images_per_second,
+                gpu_mib,
+            };
+            (name.to_string(), timing)
+        };
+        sides.iter().map(timing).collect()
+    }
+
+    #[test]
+    fn the_table_holds_each_target_against_the_median_of_its_rounds() {
+        let compiled = VARIANTS[2].0;
+        let rounds = vec![
+            round(&[
+                (OURS, 400.0, 500),
+                (EAGER, 100.0, 1000),
+                (compiled, 300.0, 2000),
+            ]),
+            round(&[
+                (OURS, 100.0, 500),
+                (EAGER, 100.0, 1000),
+                (compiled, 300.0, 2000),
+            ]),
+            round(&[
+                (OURS, 350.0, 500),
+                (EAGER, 100.0, 1000),
+                (compiled, 400.0, 2000),
+            ]),
+        ];
+        let report = Report {
+            rows: BTreeMap::from([("lesson-32".to_string(), rounds)]),
+            ..Report::default()
+        };
+        let text = summary(&report);
+        let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
+                    3 × eager: reached, 1 × the fastest: missed |";
+        assert!(text.contains(line), "{text}");
+        assert!(text.contains("32×32, batch 32 | not measured"), "{text}");
+    }
+
+    #[test]
+    fn without_pytorch_our_speed_stands_alone() {
+        let rounds = vec![round(&[(OURS, 400.0, 500)])];
+        assert_eq!(
+            ratio(&rounds, |round| Some(round.get(EAGER)?.images_per_second)),
+            None
+        );
+        let text = verdict((Some(3.0), None), (None, None));
+        assert_eq!(text, "3 × eager: not measured");
+    }
+
+    #[test]
+    fn curves_that_differ_or_are_not_numbers_fail() {
+        let parity =
+            |second: f64| Parity::new("a", 1e-3, vec![2.0, 1.0], vec![2.0, second]).unwrap();
+        assert!(parity(1.0005).holds());
+        assert!(!parity(1.01).holds());
+        assert!(!parity(f64::NAN).holds());
+        assert!(Parity::new("a", 1.0, vec![1.0], Vec::new()).is_err());
+    }
+
+    #[test]
+    fn what_programs_write_is_read() {
+        let csv = "epoch,images_per_second,x\n1,10.5,0\n2,20.25,0\n";
+        assert_eq!(last_speed(csv).unwrap(), 20.25);
+        assert!(last_speed("epoch\n").is_err());
+        let tests = "test result: ok. 5 passed; 0 failed; 0 ignored\ntest result: FAILED. 2 passed; 1 failed;";
+        assert_eq!(count_tests(tests), "7 passed, 1 failed");
+        let gpu = parse_gpu("NVIDIA H200, 580.1, 143771 MiB\n").unwrap();
+        assert_eq!(
+            (gpu.name.as_str(), gpu.driver.as_str()),
+            ("NVIDIA H200", "580.1")
+        );
+        assert_eq!(parse_gpu(""), None);
+    }
+}
