@@ -25,16 +25,20 @@ pub(crate) trait Real:
 {
     const ZERO: Self;
     const NEG_INFINITY: Self;
+    /// Below this, gradients of [`crate::StaticGraph`]'s maps are taken as zeros.
+    const NEGLIGIBLE: Self;
     fn real(value: f64) -> Self;
     fn as_f64(self) -> f64;
     fn is_nan(self) -> bool;
+    fn is_negligible(self) -> bool;
 }
 
 macro_rules! real {
-    ($t:ty) => {
+    ($t:ty, negligible $negligible:expr) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const NEG_INFINITY: Self = <$t>::NEG_INFINITY;
+            const NEGLIGIBLE: Self = $negligible;
             #[inline(always)]
             fn real(value: f64) -> Self {
                 value as $t
@@ -47,11 +51,16 @@ macro_rules! real {
             fn is_nan(self) -> bool {
                 self != self
             }
+            #[inline(always)]
+            fn is_negligible(self) -> bool {
+                self.abs() < Self::NEGLIGIBLE
+            }
         }
     };
 }
-real!(f32);
-real!(f64);
+// 2⁻¹⁰⁰ or 8e-31: no sum of f32 that holds a gradient of 1e-23 notices it.
+real!(f32, negligible f32::from_bits((127 - 100) << 23));
+real!(f64, negligible 0.0);
 
 /// The elements of a contiguous CPU storage.
 pub(crate) fn slice<'a, T: Element>(

@@ -256,6 +256,7 @@ fn gather<T: Element>(
         for (tile, rows) in rows.chunks_exact(height).enumerate() {
             let args = Gather {
                 rows: rows.as_ptr(),
+                next_rows: rows.as_ptr(),
                 taps: taps.as_ptr(),
                 tap_count: taps.len(),
                 channels,

@@ -40,6 +40,8 @@ pub(crate) struct Tap {
 pub(crate) struct Gather<T> {
     /// `tile height` pointers to the tap at offset 0.
     pub(crate) rows: *const *const T,
+    /// The rows of the tile that comes next; those of this one where none does.
+    pub(crate) next_rows: *const *const T,
     pub(crate) taps: *const Tap,
     pub(crate) tap_count: usize,
     pub(crate) channels: usize,
@@ -106,12 +108,29 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
         let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
             std::array::from_fn(|j| S::load(args.init.add(i * args.init_stride + j * S::LANES)))
         });
+        for i in 0..ROWS {
+            for j in 0..VECTORS {
+                S::prefetch(
+                    args.out
+                        .wrapping_add((ROWS + i) * args.out_stride + j * S::LANES),
+                );
+            }
+        }
+        // Where a tile reads each row once, the next one's are asked for while this one computes.
+        let prefetches = args.tap_count == 1;
         for tap in 0..args.tap_count {
             let tap = *args.taps.add(tap);
             let rows: [*const S::Elem; ROWS] =
                 std::array::from_fn(|i| (*args.rows.add(i)).add(tap.offset));
+            let next_rows: [*const S::Elem; ROWS] =
+                std::array::from_fn(|i| (*args.next_rows.add(i)).wrapping_add(tap.offset));
             let mut panel = args.panel.add(tap.number * args.channels * width);
             for c in 0..args.channels {
+                if prefetches && c % 16 == 0 {
+                    for row in next_rows {
+                        S::prefetch(row.wrapping_add(c));
+                    }
+                }
                 let weights: [S::Vector; VECTORS] =
                     std::array::from_fn(|j| S::load(panel.add(j * S::LANES)));
                 for i in 0..ROWS {
@@ -149,6 +168,8 @@ unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Ou
             let x = (*args.rows.add(p)).add(args.offset);
             let gradients: [S::Vector; VECTORS] =
                 std::array::from_fn(|j| S::load(dy.add(j * S::LANES)));
+            // The line that the tile after the next begins with.
+            S::prefetch(x.wrapping_add(16));
             for i in 0..ROWS {
                 let x = S::splat(*x.add(i));
                 for j in 0..VECTORS {

@@ -24,6 +24,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// `max(value, 0)` that keeps NaN, as PyTorch's relu does.
     unsafe fn relu(value: Self::Vector) -> Self::Vector;
+    /// Asks for the cache line of `at`, which need not be readable.
+    unsafe fn prefetch(at: *const Self::Elem);
 }
 
 macro_rules! x86_vector {
@@ -72,6 +74,11 @@ macro_rules! x86_vector {
                 // The instruction returns its second operand when one is NaN.
                 // SAFETY: see above.
                 unsafe { $max($zero(), value) }
+            }
+            #[inline(always)]
+            unsafe fn prefetch(at: *const $elem) {
+                // SAFETY: a prefetch never faults.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
             }
         }
     };
@@ -128,6 +135,8 @@ macro_rules! portable_vector {
             unsafe fn relu(value: [$elem; 4]) -> [$elem; 4] {
                 value.map(|v| if v <= 0.0 { 0.0 } else { v })
             }
+            #[inline(always)]
+            unsafe fn prefetch(_: *const $elem) {}
         }
     };
 }

@@ -146,11 +146,17 @@ impl<'a, T: Element> GatherPass<'a, T> {
             let weight = &self.weight.data[offset..];
             assert!(weight.len() >= self.kernel * self.kernel * self.channels * width);
             let run = self.kernels.gather[panel.vectors - 1];
-            for (pointers, tile) in rows.pointers.chunks_exact(height).zip(&rows.tiles) {
+            for (index, tile) in rows.tiles.iter().enumerate() {
+                let pointers = &rows.pointers[index * height..][..height];
+                let next = rows
+                    .pointers
+                    .get((index + 1) * height..(index + 2) * height);
+                let next = next.unwrap_or(pointers);
                 let outputs = &rows.outputs[tile.first..tile.first + tile.len];
                 let taps = &rows.taps[tile.taps.clone()];
                 let mut args = Gather {
                     rows: pointers.as_ptr(),
+                    next_rows: next.as_ptr(),
                     taps: taps.as_ptr(),
                     tap_count: taps.len(),
                     channels: self.channels,

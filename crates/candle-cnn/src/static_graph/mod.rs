@@ -333,8 +333,15 @@ impl StaticGraphBuilder {
                 return Err(OpError::setting(OP, "node", index, "to be read by another"));
             }
         }
+        let mut convolutions = 0..;
+        let number = |operation: &Operation| match operation {
+            Operation::Convolution(_) => convolutions.next(),
+            Operation::MaxPool(_) => None,
+        };
         Ok(StaticGraph {
             inner: Arc::new(Inner {
+                groups: groups(&self.nodes, &self.operations),
+                numbers: self.operations.iter().map(number).collect(),
                 nodes: self.nodes,
                 operations: self.operations,
                 names: self.names,
@@ -435,11 +442,37 @@ pub struct StaticGraph {
 struct Inner {
     nodes: Vec<Map>,
     operations: Vec<Operation>,
+    /// In the order in which they can run: operations that read the same map and write different
+    /// buffers run together, and back together.
+    groups: Vec<Vec<usize>>,
+    /// Of each operation that is a convolution: how many of those come before it.
+    numbers: Vec<Option<usize>>,
     /// Of operations, by the node that they make.
     names: BTreeMap<usize, String>,
     output: usize,
     arenas: Arenas,
     packed: packed::Kept,
+}
+
+/// See [`Inner::groups`]. An operation joins the first of those that share its input: that is
+/// complete there, and whoever reads its own output comes later than all of them.
+fn groups(nodes: &[Map], operations: &[Operation]) -> Vec<Vec<usize>> {
+    let buffer = |index: usize| {
+        let output = operations[index].output();
+        nodes[output].within.map_or(output, |(whole, _)| whole)
+    };
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (index, operation) in operations.iter().enumerate() {
+        let fits = |group: &&mut Vec<usize>| {
+            operations[group[0]].input() == operation.input()
+                && group.iter().all(|&other| buffer(other) != buffer(index))
+        };
+        match groups.iter_mut().find(fits) {
+            Some(group) => group.push(index),
+            None => groups.push(vec![index]),
+        }
+    }
+    groups
 }
 
 impl StaticGraph {

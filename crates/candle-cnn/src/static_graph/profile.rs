@@ -66,34 +66,65 @@ impl Cost {
     const NONE: Self = Self { flop: 0, bytes: 0 };
 }
 
-/// Tells of a forward pass through operation `index`.
-pub(super) fn forward(graph: &Inner, index: usize, watch: &Watch, cost: impl Fn() -> Cost) {
+/// Tells of a forward pass through operation `index`, if anybody listens.
+pub(super) fn forward(
+    graph: &Inner,
+    index: usize,
+    (watch, time): (&Watch, Duration),
+    cost: impl Fn() -> Cost,
+) {
     if watch.is_on() {
-        emit(graph, index, "forward", watch.elapsed(), cost());
+        emit(graph, index, "forward", time, cost());
     }
 }
 
-/// Tells of the way back through operation `index`, of which the gradients of input and weight
-/// took `input` and `weight`.
+/// What each gradient of an operation took; zero while nobody listens.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Times {
+    pub(super) input: Duration,
+    pub(super) weight: Duration,
+    pub(super) other: Duration,
+}
+
+impl Times {
+    /// Of threads that work side by side.
+    pub(super) fn mean(parts: impl ExactSizeIterator<Item = Self>) -> Self {
+        let count = parts.len().max(1) as u32;
+        let sum = parts.fold(Self::default(), |sum, part| Self {
+            input: sum.input + part.input,
+            weight: sum.weight + part.weight,
+            other: sum.other + part.other,
+        });
+        Self {
+            input: sum.input / count,
+            weight: sum.weight / count,
+            other: sum.other / count,
+        }
+    }
+}
+
+/// Tells of the way back through operation `index`.
 pub(super) fn backward(
     graph: &Inner,
     index: usize,
     watch: &Watch,
-    (input, weight): (Duration, Duration),
+    times: &Times,
     cost: impl Fn() -> Cost,
 ) {
     if !watch.is_on() {
         return;
     }
-    let other = watch.elapsed().saturating_sub(input + weight);
-    let parts = [("input gradient", input), ("weight gradient", weight)];
+    let parts = [
+        ("input gradient", times.input),
+        ("weight gradient", times.weight),
+    ];
     for (pass, time) in parts {
         if !time.is_zero() {
             emit(graph, index, pass, time, cost());
         }
     }
     if let Operation::Convolution(_) = &graph.operations[index] {
-        emit(graph, index, "other gradient", other, Cost::NONE);
+        emit(graph, index, "other gradient", times.other, Cost::NONE);
     }
 }
 

@@ -524,6 +524,48 @@ fn gradients_agree_with_finite_differences() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_gradient_below_2_to_the_minus_100_is_zero_in_f32_and_kept_in_f64() -> Result<()> {
+    fn weight_gradient<T: Element>(scale: f64) -> Result<f64> {
+        let example = example::<T>(Stem::Bias, 2, (9, 9), false);
+        let features = example
+            .graph
+            .forward(&example.images, &example.parameters())?;
+        // In two steps: 1e-40 itself is no normal number of f32.
+        let scaled = ((features.features.sum_all()? * (scale * 1e20))? * 1e-20)?;
+        let gradients = scaled.backward()?;
+        let gradient = gradients.get(&example.parameters[2][0]).unwrap();
+        Ok(values::<T>(&gradient.abs()?.max_all()?)[0].as_f64())
+    }
+    let (kept, negligible) = (
+        weight_gradient::<f32>(1e-25)?,
+        weight_gradient::<f32>(1e-36)?,
+    );
+    assert!(kept > 1e-28 && negligible == 0.0, "{kept:e} {negligible:e}");
+    let exact = weight_gradient::<f64>(1e-25)?;
+    assert!((kept / exact - 1.0).abs() < 1e-4, "{kept:e} {exact:e}");
+    assert!(weight_gradient::<f64>(1e-36)? > 0.0);
+    Ok(())
+}
+
+#[test]
+fn operations_with_the_same_input_form_a_group_unless_they_write_the_same_buffer() -> Result<()> {
+    let mut builder = StaticGraphBuilder::new(3, (8, 8));
+    let stem = builder.conv2d_relu(builder.input(), 16, 3, 1)?;
+    let one = builder.conv2d_relu(stem, 16, 1, 0)?;
+    let reduced = builder.conv2d_relu(stem, 16, 1, 0)?;
+    let two = builder.conv2d_relu(reduced, 16, 3, 1)?;
+    let pooled = builder.max_pool2d(stem, MaxPool2dConfig::square(3, 1, 1))?;
+    let three = builder.conv2d_relu(pooled, 16, 1, 0)?;
+    let four = builder.conv2d_relu(stem, 16, 3, 1)?;
+    let whole = builder.concat(&[one, two, three, four])?;
+    let graph = builder.global_avg_pool2d(whole)?;
+    // `four` reads what `one` reads, and writes where it writes.
+    let expected: [&[usize]; 5] = [&[0], &[1, 2, 4], &[3], &[5], &[6]];
+    assert_eq!(graph.inner.groups, expected);
+    Ok(())
+}
+
 fn from_tensors(tensors: &[Tensor]) -> ConvParameters<'_> {
     match tensors {
         [weight, bias] => ConvParameters::Bias { weight, bias },

@@ -431,6 +431,7 @@ impl<T: Element> WinogradPass<'_, T> {
                 for (block, rows) in scratch.rows.chunks_exact(height).enumerate() {
                     let args = Gather {
                         rows: rows.as_ptr(),
+                        next_rows: rows.as_ptr(),
                         taps: &tap,
                         tap_count: 1,
                         channels: self.channels,
