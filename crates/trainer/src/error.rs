@@ -175,6 +175,17 @@ pub enum Error {
         /// Candle's error.
         source: candle_core::Error,
     },
+    /// The processes that train together cannot go on together.
+    #[error(transparent)]
+    Group(#[from] data_parallel::Error),
+    /// What rank 0 sent cannot be used.
+    #[error("rank 0 sent {what} that cannot be read")]
+    Received {
+        /// Which part of its state.
+        what: &'static str,
+        /// Why.
+        source: serde_json::Error,
+    },
     /// A device has too little memory.
     #[error(
         "{during} ran out of memory at step {step}, with batches of {batch_size} images: a smaller \

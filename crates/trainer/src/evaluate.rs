@@ -48,11 +48,31 @@ pub fn evaluate(
     let order = (0..images.len() as u32).collect();
     let batches = batches(name, images, order, batch_size, normalization, device, 0)?;
     let batches = batches.map(|batch| batch.map(Examples::from).map_err(Error::data(name)));
-    evaluate_examples(
+    let sums = evaluate_examples(
         batches,
         |images| model.forward(images, Mode::Eval),
         progress,
-    )
+    )?;
+    Ok(sums.map(EvaluationSums::mean))
+}
+
+/// What an [`Evaluation`] is made of, over a part of a set or all of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct EvaluationSums {
+    /// Σ over the batches of mean loss × images.
+    pub(crate) loss: f64,
+    pub(crate) correct: u64,
+    pub(crate) images: u64,
+}
+
+impl EvaluationSums {
+    pub(crate) fn mean(self) -> Evaluation {
+        Evaluation {
+            loss: self.loss / self.images as f64,
+            correct: self.correct,
+            images: self.images,
+        }
+    }
 }
 
 /// [`evaluate`] on whatever `logits` are made of.
@@ -60,7 +80,7 @@ pub(crate) fn evaluate_examples(
     batches: impl Iterator<Item = Result<Examples>>,
     logits: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
-) -> Result<Option<Evaluation>> {
+) -> Result<Option<EvaluationSums>> {
     let (mut tally, mut done) = (Tally::default(), 0);
     for (index, batch) in batches.enumerate() {
         let Examples {
@@ -86,26 +106,22 @@ pub(crate) fn evaluate_examples(
     }
     let failed = Error::tensor("the evaluation", 0, 0);
     tally.read().map_err(failed)?;
-    Ok(Some(Evaluation {
-        loss: tally.loss_sum / done as f64,
-        correct: tally.correct,
-        images: done,
-    }))
+    Ok(Some(tally.sums))
 }
 
 /// Loss and right answers of the batches so far.
 #[derive(Default)]
 struct Tally {
-    loss_sum: f64,
-    correct: u64,
+    sums: EvaluationSums,
     /// Of batches that the host has not waited for: loss, right answers (each f32, (1,)), images.
     deferred: Vec<(Tensor, Tensor, u64)>,
 }
 
 impl Tally {
     fn add(&mut self, loss: f32, correct: u64, images: u64) {
-        self.loss_sum += f64::from(loss) * images as f64;
-        self.correct += correct;
+        self.sums.loss += f64::from(loss) * images as f64;
+        self.sums.correct += correct;
+        self.sums.images += images;
     }
 
     fn defer(&mut self, loss: &Tensor, correct: Tensor, images: u64) -> candle_core::Result<()> {
@@ -173,9 +189,13 @@ mod tests {
             let correct = Tensor::new(&[correct as f32], &Device::Cpu).unwrap();
             deferred.defer(&loss, correct, images).unwrap();
         }
-        assert_eq!(deferred.correct, 0);
+        assert_eq!(deferred.sums.correct, 0);
         deferred.read().unwrap();
-        assert_eq!(deferred.loss_sum.to_bits(), at_once.loss_sum.to_bits());
-        assert_eq!(deferred.correct, at_once.correct);
+        let (deferred, at_once) = (deferred.sums, at_once.sums);
+        assert_eq!(deferred.loss.to_bits(), at_once.loss.to_bits());
+        assert_eq!(
+            (deferred.correct, deferred.images),
+            (at_once.correct, at_once.images)
+        );
     }
 }

@@ -11,6 +11,7 @@ use candle_core::{Device, Tensor};
 use cifar_data::ImageSet;
 
 use crate::data::Examples;
+use crate::distributed::Together;
 use crate::error::{Error, Result};
 
 /// Features and labels of the sets that have been asked for.
@@ -30,34 +31,36 @@ impl FeatureCache {
         self.0.contains_key(set)
     }
 
-    /// Computes the features of a set from its batches in order. `progress` may break off, which
+    /// Computes the features of a set from its batches in order; of several processes each computes
+    /// a part, which begins at picture `begin`, and gets the others'. `progress` may break off, which
     /// keeps nothing.
     pub(crate) fn fill(
         &mut self,
         (name, set): (&'static str, &Arc<ImageSet>),
+        (group, begin): (Together<'_>, usize),
         batches: impl Iterator<Item = Result<Examples>>,
         features: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
         device: &Device,
         progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
-        let (mut parts, mut done) = (Vec::new(), 0);
+        let (mut parts, mut done, mut stopped) = (Vec::new(), 0, false);
         for (index, batch) in batches.enumerate() {
             let batch = batch?;
             let part = features(&batch.inputs).map_err(failed(index as u64 + 1))?;
             parts.push(part.detach());
             done += batch.count;
             if progress(done).is_break() {
-                return Ok(ControlFlow::Break(()));
+                stopped = true;
+                break;
             }
         }
+        if group.any(stopped)? {
+            return Ok(ControlFlow::Break(()));
+        }
+        let features = group.gather_rows(&parts, begin, set.len(), device)?;
         let labels: Vec<u32> = set.labels().iter().map(|&label| label.into()).collect();
-        let together = || {
-            Ok(SetFeatures {
-                features: Tensor::cat(&parts, 0)?,
-                labels: Tensor::new(labels, device)?,
-            })
-        };
-        self.0.insert(name, together().map_err(failed(0))?);
+        let labels = Tensor::new(labels, device).map_err(failed(0))?;
+        self.0.insert(name, SetFeatures { features, labels });
         Ok(ControlFlow::Continue(()))
     }
 

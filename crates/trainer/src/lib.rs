@@ -12,6 +12,7 @@
 mod checkpoint;
 mod config;
 mod data;
+mod distributed;
 mod durable;
 mod environment;
 mod error;

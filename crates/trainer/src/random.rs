@@ -41,6 +41,16 @@ pub fn dropout_seed(seed: u64, step: u64) -> u64 {
     stream(seed, DROPOUT, step).next_u64()
 }
 
+/// The same for one process of several that train together, see
+/// [`Training::distributed`](crate::Training::distributed): rank 0 has the seed of a process that is
+/// alone, every other a stream of its own, since equal masks would be no independent draws.
+pub fn dropout_seed_of_rank(seed: u64, step: u64, rank: usize) -> u64 {
+    match rank {
+        0 => dropout_seed(seed, step),
+        _ => stream(seed, &format!("{DROPOUT}.rank{rank}"), step).next_u64(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,11 +72,21 @@ mod tests {
         assert_ne!(base, first(7, SHUFFLE, 4));
     }
 
+    #[test]
+    fn the_ranks_draw_different_masks_and_the_first_those_of_a_single_process() {
+        assert_eq!(dropout_seed_of_rank(42, 1, 0), dropout_seed(42, 1));
+        let others = [1, 2].map(|rank| dropout_seed_of_rank(42, 1, rank));
+        assert_ne!(others[0], others[1]);
+        assert_ne!(others[0], dropout_seed(42, 1));
+        assert_ne!(others[0], dropout_seed_of_rank(42, 2, 1));
+    }
+
     /// Frozen values: a change here breaks the resumption of every existing run and must come
     /// with a new `STREAM_SCHEME`.
     #[test]
     fn the_derivation_is_frozen() {
         assert_eq!(first(0, INIT, 0), 12_767_145_550_975_993_265);
         assert_eq!(dropout_seed(42, 1), 4_951_222_040_109_721_163);
+        assert_eq!(dropout_seed_of_rank(42, 1, 1), 17_220_715_353_952_281_996);
     }
 }

@@ -49,6 +49,38 @@ struct ConfigFile {
     config: serde_json::Value,
 }
 
+impl ConfigFile {
+    fn read(dir: &Path, experiment: &str) -> Result<Self> {
+        let not_a_run = |reason: String| Error::NotARun {
+            dir: dir.to_path_buf(),
+            reason,
+        };
+        if !dir.is_dir() {
+            return Err(not_a_run("there is no such folder".into()));
+        }
+        let path = dir.join("config.json");
+        if !path.is_file() {
+            return Err(not_a_run("it has no config.json".into()));
+        }
+        let file: Self = serde_json::from_slice(&read(&path)?)
+            .map_err(|error| not_a_run(format!("its config.json cannot be read ({error})")))?;
+        if file.experiment != experiment {
+            return Err(Error::OtherExperiment {
+                dir: dir.to_path_buf(),
+                found: file.experiment,
+                expected: experiment.into(),
+            });
+        }
+        if file.format_version != FORMAT_VERSION {
+            return Err(not_a_run(format!(
+                "its format is version {}, this program knows version {FORMAT_VERSION}",
+                file.format_version
+            )));
+        }
+        Ok(file)
+    }
+}
+
 impl RunDirectory {
     /// Makes `<out>/<experiment>/` and finds out whether files can be written there: to be asked
     /// before work that takes time, such as a download.
@@ -103,32 +135,7 @@ impl RunDirectory {
     /// # Errors
     /// [`Error::NotARun`], [`Error::OtherExperiment`], [`Error::InUse`], [`Error::Io`].
     pub fn open(dir: &Path, experiment: &str) -> Result<Self> {
-        let not_a_run = |reason: String| Error::NotARun {
-            dir: dir.to_path_buf(),
-            reason,
-        };
-        if !dir.is_dir() {
-            return Err(not_a_run("there is no such folder".into()));
-        }
-        let path = dir.join("config.json");
-        if !path.is_file() {
-            return Err(not_a_run("it has no config.json".into()));
-        }
-        let file: ConfigFile = serde_json::from_slice(&read(&path)?)
-            .map_err(|error| not_a_run(format!("its config.json cannot be read ({error})")))?;
-        if file.experiment != experiment {
-            return Err(Error::OtherExperiment {
-                dir: dir.to_path_buf(),
-                found: file.experiment,
-                expected: experiment.into(),
-            });
-        }
-        if file.format_version != FORMAT_VERSION {
-            return Err(not_a_run(format!(
-                "its format is version {}, this program knows version {FORMAT_VERSION}",
-                file.format_version
-            )));
-        }
+        let file = ConfigFile::read(dir, experiment)?;
         Ok(Self {
             dir: dir.to_path_buf(),
             experiment: file.experiment,
@@ -136,6 +143,14 @@ impl RunDirectory {
             config: file.config,
             _lock: lock(dir)?,
         })
+    }
+
+    /// The configuration of a run that another process works on, or may.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`], [`Error::OtherExperiment`], [`Error::Io`].
+    pub fn config_of<C: DeserializeOwned>(dir: &Path, experiment: &str) -> Result<C> {
+        config(&ConfigFile::read(dir, experiment)?.config, dir)
     }
 
     /// The run of `experiment` under `out` that began last among those that are finished.
@@ -172,10 +187,7 @@ impl RunDirectory {
     /// # Errors
     /// [`Error::NotARun`] when it is not one of this experiment's.
     pub fn config<C: DeserializeOwned>(&self) -> Result<C> {
-        C::deserialize(&self.config).map_err(|error| Error::NotARun {
-            dir: self.dir.clone(),
-            reason: format!("its config.json does not fit this experiment ({error})"),
-        })
+        config(&self.config, &self.dir)
     }
 
     /// Records where the run is resumed, in `environment-<time>.json`.
@@ -219,6 +231,13 @@ impl RunDirectory {
     pub(crate) fn check_data(&self, data: &DataSets) -> Result<()> {
         self.data.check(&data.fingerprints())
     }
+}
+
+fn config<C: DeserializeOwned>(value: &serde_json::Value, dir: &Path) -> Result<C> {
+    C::deserialize(value).map_err(|error| Error::NotARun {
+        dir: dir.to_path_buf(),
+        reason: format!("its config.json does not fit this experiment ({error})"),
+    })
 }
 
 /// A time as a folder's name: to the second, in UTC, without the colons that Windows refuses.

@@ -24,6 +24,8 @@ pub(crate) struct TinyModel {
     pub(crate) pictures_seen: Cell<usize>,
     /// Trains the last layer only, by the running mean.
     pub(crate) frozen: bool,
+    /// Without dropout and batch statistics, so that an image's gradient depends on that image alone.
+    pub(crate) plain: bool,
     /// Multiplies the logits; a large one makes training diverge.
     pub(crate) gain: f64,
 }
@@ -49,6 +51,7 @@ impl TinyModel {
             batches_tracked: Var::zeros((), DType::I64, &Device::Cpu).unwrap(),
             pictures_seen: Cell::new(0),
             frozen: false,
+            plain: false,
             gain: 1.0,
         }
     }
@@ -78,6 +81,9 @@ impl TinyModel {
         };
         let hidden = images.flatten_from(1)?.matmul(&w1.t()?)?;
         let hidden = hidden.broadcast_add(&b1)?.tanh()?;
+        if self.plain {
+            return Ok(hidden);
+        }
         let mean = match mode {
             Mode::Train { .. } if !self.frozen => {
                 let mean = hidden.mean(0)?;
@@ -133,7 +139,7 @@ impl FixedFeatures for TinyModel {
     fn classify(&self, hidden: &Tensor, mode: Mode) -> Result<Tensor> {
         let [w2, b2] = [2, 3].map(|i| self.parameters[i].1.as_tensor());
         let mut hidden = hidden.clone();
-        if let Mode::Train { dropout_seed } = mode {
+        if let (Mode::Train { dropout_seed }, false) = (mode, self.plain) {
             let mut rng = ChaCha8Rng::seed_from_u64(dropout_seed);
             let mask: Vec<f32> = (0..hidden.elem_count())
                 .map(|_| if rng.random_bool(0.5) { 2.0 } else { 0.0 })

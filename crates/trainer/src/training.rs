@@ -1,22 +1,24 @@
 //! The loop: steps, epochs, evaluations, checkpoints.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use cifar_data::{ImageSet, shuffled_order};
+use data_parallel::ProcessGroup;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint, Position, State};
 use crate::config::TrainingConfig;
 use crate::data::{DataSets, Examples, batches};
+use crate::distributed::Together;
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, count_correct, evaluate_examples, scalar};
+use crate::evaluate::{Evaluation, EvaluationSums, count_correct, evaluate_examples, scalar};
 use crate::execution::Execution;
 use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
@@ -43,8 +45,12 @@ pub struct Training<'a> {
     config: TrainingConfig,
     optimizer: Sgd,
     schedule: ResolvedSchedule,
-    run: RunDirectory,
-    metrics: MetricsFiles,
+    /// None on all ranks but the first, and so are the metrics.
+    run: Option<RunDirectory>,
+    metrics: Option<MetricsFiles>,
+    together: Together<'a>,
+    /// Those that the optimiser moves, in an order that all ranks have.
+    trainable: Vec<Var>,
     position: Position,
     last_evaluation: BTreeMap<String, Evaluation>,
     /// Of networks with [`Model::fixed_features`]. Computed by each process anew.
@@ -95,27 +101,75 @@ impl<'a> Training<'a> {
         config: TrainingConfig,
         run: RunDirectory,
     ) -> Result<Self> {
+        Self::with(model, data, device, config, Some(run), Together(None))
+    }
+
+    /// Prepares to train `model` together with the other processes of `group`. All of them call this,
+    /// with the same data and settings; only rank 0 has a `run`, and only it writes. Without a
+    /// checkpoint all begin with rank 0's weights.
+    ///
+    /// The batch size is that of all ranks together: each takes its contiguous part of every batch,
+    /// so that the steps are those of one process with the same settings, up to rounding. Three
+    /// things are not: batch norm takes its statistics from a rank's own part (the running ones that
+    /// are evaluated and saved are rank 0's), dropout has masks of its own on each rank
+    /// ([`random::dropout_seed_of_rank`]), and sums are made in another order.
+    ///
+    /// # Errors
+    /// As [`Training::new`]; [`Error::Group`], and [`Error::Config`] for batches with fewer images
+    /// than there are ranks.
+    pub fn distributed(
+        model: &'a dyn Model,
+        data: DataSets,
+        device: &Device,
+        config: TrainingConfig,
+        run: Option<RunDirectory>,
+        group: &'a ProcessGroup,
+    ) -> Result<Self> {
+        let together = Together((group.world_size() > 1).then_some(group));
+        together.tell(Self::with(model, data, device, config, run, together))
+    }
+
+    fn with(
+        model: &'a dyn Model,
+        data: DataSets,
+        device: &Device,
+        config: TrainingConfig,
+        run: Option<RunDirectory>,
+        together: Together<'a>,
+    ) -> Result<Self> {
         config.validate()?;
         data.check_not_empty()?;
-        run.check_data(&data)?;
+        together.check(&config, &data)?;
         let trainable = model.named_parameters();
-        let trainable = trainable
+        let trainable: Vec<(String, Var)> = trainable
             .into_iter()
-            .filter(|(name, _)| model.is_trainable(name));
+            .filter(|(name, _)| model.is_trainable(name))
+            .collect();
         let images = data.train.len();
         let schedule = config.schedule.resolve(
             config.total_steps(images),
             config.steps_per_epoch(images),
             config.batch_size,
         )?;
-        let checkpoint = checkpoint::load_newest(&run.checkpoints())?;
+        let mut checkpoint = None;
+        if let Some(run) = &run {
+            run.check_data(&data)?;
+            checkpoint = checkpoint::load_newest(&run.checkpoints())?;
+        }
         let covered = checkpoint.as_ref().map(|c| c.state.metrics);
+        let metrics = run
+            .as_ref()
+            .map(|run| MetricsFiles::open(run.path(), covered.unwrap_or_default()))
+            .transpose()?;
+        let checkpoint = together.share_beginning(checkpoint, model)?;
         let mut training = Self {
             model,
             device: device.clone(),
-            optimizer: Sgd::new(trainable.collect(), config.optimizer)?,
+            trainable: trainable.iter().map(|(_, var)| var.clone()).collect(),
+            optimizer: Sgd::new(trainable, config.optimizer)?,
             schedule,
-            metrics: MetricsFiles::open(run.path(), covered.unwrap_or_default())?,
+            metrics,
+            together,
             position: Position::default(),
             last_evaluation: BTreeMap::new(),
             features: FeatureCache::default(),
@@ -138,12 +192,22 @@ impl<'a> Training<'a> {
     }
 
     /// Trains until all steps are made or `stop`, asked before each step and within evaluations,
-    /// answers true. Either way a checkpoint is saved at the end.
+    /// answers true, on any rank. Either way a checkpoint is saved at the end.
     ///
     /// # Errors
-    /// [`Error::NonFiniteLoss`] when training diverges; [`Error::Io`], [`Error::Data`] and
-    /// [`Error::Tensor`] when something else fails. Checkpoints saved before stay usable.
+    /// [`Error::NonFiniteLoss`] when training diverges; [`Error::Io`], [`Error::Data`],
+    /// [`Error::Tensor`] and [`Error::Group`] when something else fails. Checkpoints saved before stay
+    /// usable.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &dyn Fn() -> bool) -> Result<Outcome> {
+        let outcome = self.run_to_end(observer, stop);
+        self.together.tell(outcome)
+    }
+
+    fn run_to_end(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Outcome> {
         observer.started(&StartReport {
             steps_done: self.position.step,
             total_steps: self.total_steps(),
@@ -158,10 +222,12 @@ impl<'a> Training<'a> {
             let checkpoint = self.save_checkpoint(observer)?;
             if flow.is_break() {
                 let step = self.position.step;
+                let checkpoint = self.together.first_does(|| Ok(checkpoint))?;
                 return Ok(Outcome::Stopped { step, checkpoint });
             }
         }
-        self.finish().map(Outcome::Finished)
+        let summary = self.together.first_does(|| self.finish())?;
+        Ok(Outcome::Finished(summary))
     }
 
     /// Where the run stands.
@@ -169,9 +235,9 @@ impl<'a> Training<'a> {
         &self.position
     }
 
-    /// The run's folder.
-    pub fn run_directory(&self) -> &RunDirectory {
-        &self.run
+    /// The run's folder; None on all ranks but the first.
+    pub fn run_directory(&self) -> Option<&RunDirectory> {
+        self.run.as_ref()
     }
 
     /// The steps of the current epoch that are still to be made.
@@ -199,14 +265,18 @@ impl<'a> Training<'a> {
         }
         let mut batches = self.remaining_batches()?;
         while !self.epoch_is_over() {
-            if stop() {
+            if self.together.any(stop())? {
                 return Ok(ControlFlow::Break(()));
             }
             let begin = Instant::now();
             let mut parts = Parts::start();
-            let Some(batch) = batches.next() else { break };
+            // Without one of its own this rank still takes part in the step.
+            let batch = batches.next().transpose()?;
+            if batch.is_none() && self.together.is_alone() {
+                break;
+            }
             parts.end("data");
-            let step = self.train_step(&batch?, &mut parts)?;
+            let step = self.train_step(batch.as_ref(), &mut parts)?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {
                 self.save_checkpoint(observer)?;
@@ -215,36 +285,47 @@ impl<'a> Training<'a> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// One step: forward, loss, backward, update.
-    fn train_step(&mut self, batch: &Examples, parts: &mut Parts) -> Result<Step> {
+    /// One step: forward, loss, backward, average over the ranks, update. `batch` is this rank's part
+    /// of it, None where it is so small that this rank has none.
+    fn train_step(&mut self, batch: Option<&Examples>, parts: &mut Parts) -> Result<Step> {
         let step = self.position.step;
         let failed = |during| Error::tensor(during, step + 1, self.config.batch_size);
-        let dropout_seed = random::dropout_seed(self.config.seed, step);
-        let output = self
-            .forward_train(&batch.inputs, dropout_seed)
+        let seed = self.dropout_seed(step);
+        let output = batch
+            .map(|batch| self.forward_train(&batch.inputs, seed))
+            .transpose()
             .map_err(failed("the forward pass"))?;
         parts.end("forward");
-        let loss = self
-            .loss(&output, &batch.labels)
-            .map_err(failed("the loss"))?;
 
-        // These two reads are the step's only waits for the device. They come before the update, so
-        // that a loss that is not finite never reaches a weight.
-        let value = scalar(&loss).map_err(failed("the loss"))?;
-        let correct = count_correct(&output.logits, &batch.labels).map_err(failed("the loss"))?;
-        if !value.is_finite() {
+        // The value of the loss and the count of right answers are the step's only waits for the
+        // device. They come before the update, so that a loss that is not finite never reaches a
+        // weight, on any rank.
+        let read = |(batch, output): (&Examples, &TrainOutput)| {
+            let loss = self.loss(output, &batch.labels)?;
+            let correct = count_correct(&output.logits, &batch.labels)?;
+            Ok((scalar(&loss)?, correct, batch.count, loss))
+        };
+        let zero = || Ok((0.0, 0, 0, Tensor::zeros((), DType::F32, &self.device)?));
+        let local = batch.zip(output.as_ref()).map_or_else(zero, read);
+        let (value, correct, images, loss) = local.map_err(failed("the loss"))?;
+        let sums = self.together.sum_batch(value, correct, images)?;
+        if !sums.loss.is_finite() {
+            let run = self.run.as_ref();
             return Err(Error::NonFiniteLoss {
                 epoch: self.position.epoch + 1,
                 step: step + 1,
-                loss: value,
+                loss: sums.loss,
                 steps_made: step,
-                last_checkpoint: checkpoint::newest_path(&self.run.checkpoints()),
+                last_checkpoint: run.and_then(|run| checkpoint::newest_path(&run.checkpoints())),
             });
         }
 
         parts.end("loss");
         let gradients = backward(&loss).map_err(failed("the backward pass"))?;
         parts.end("backward");
+        let gradients = self
+            .together
+            .average_gradients(gradients, &self.trainable, sums.batch)?;
         let lr = self.learning_rate(step);
         self.optimizer
             .step(&gradients, lr)
@@ -253,9 +334,9 @@ impl<'a> Training<'a> {
         drop((gradients, output, loss));
         parts.end("update");
         Ok(Step {
-            loss: value,
-            correct,
-            images: batch.count,
+            loss: sums.loss,
+            correct: sums.correct,
+            images: sums.batch.images,
             lr,
         })
     }
@@ -313,7 +394,7 @@ impl<'a> Training<'a> {
             epoch_accuracy: position.epoch_correct as f64 / position.epoch_images as f64,
             time,
         };
-        self.metrics.write(&Metric::Step {
+        self.write(&Metric::Step {
             step: report.step,
             epoch: report.epoch,
             loss: step.loss,
@@ -338,25 +419,29 @@ impl<'a> Training<'a> {
         {
             return Ok(None);
         }
-        let images = set.len() as u64;
+        self.together.share_buffers(self.model)?;
+        let share = self.share_of_set(set);
+        let images = share.len() as u64;
         let mut progress = |done| {
             observer.evaluation_progress(name, done, images);
             break_if(stop())
         };
-        match self.model.fixed_features() {
+        let part = match self.model.fixed_features() {
             Some(fixed) => {
-                let order = (0..set.len() as u32).collect();
+                let order = share.collect();
                 let batch_size = self.config.evaluation_batch_size;
                 let batches = self.features.batches(name, order, batch_size, 0);
                 let logits = |features: &Tensor| fixed.classify(features, Mode::Eval);
-                evaluate_examples(batches, logits, &mut progress)
+                evaluate_examples(batches, logits, &mut progress)?
             }
             None => {
                 let batches = self.batches_in_order(name, set)?;
                 let logits = |images: &Tensor| self.model.forward(images, Mode::Eval);
-                evaluate_examples(batches, logits, &mut progress)
+                evaluate_examples(batches, logits, &mut progress)?
             }
-        }
+        };
+        let sums = self.together.sum_evaluation(part)?;
+        Ok(sums.map(EvaluationSums::mean))
     }
 
     /// Computes the features of a set, unless they are there or are none.
@@ -374,13 +459,20 @@ impl<'a> Training<'a> {
         }
         let batches = self.batches_in_order(name, set)?;
         let features = |images: &Tensor| fixed.features(images);
-        let images = set.len() as u64;
+        let share = self.share_of_set(set);
+        let images = share.len() as u64;
         let mut progress = |done| {
             observer.features_progress(name, done, images);
             break_if(stop())
         };
-        self.features
-            .fill((name, set), batches, features, &self.device, &mut progress)
+        self.features.fill(
+            (name, set),
+            (self.together, share.start as usize),
+            batches,
+            features,
+            &self.device,
+            &mut progress,
+        )
     }
 
     /// Whether it pays to keep the training set's features: a run that does not see all of it
@@ -389,7 +481,14 @@ impl<'a> Training<'a> {
         self.model.fixed_features().is_some() && self.total_steps() >= self.steps_per_epoch()
     }
 
-    /// All pictures of a set, in batches of the evaluation.
+    /// The pictures of a set that are this rank's to evaluate.
+    fn share_of_set(&self, set: &ImageSet) -> Range<u32> {
+        let batch_size = self.config.evaluation_batch_size;
+        let share = self.together.share_of_set(set.len(), batch_size);
+        share.start as u32..share.end as u32
+    }
+
+    /// This rank's pictures of a set, in batches of the evaluation.
     fn batches_in_order(
         &self,
         name: &'static str,
@@ -398,7 +497,7 @@ impl<'a> Training<'a> {
         let batches = batches(
             name,
             set,
-            (0..set.len() as u32).collect(),
+            self.share_of_set(set).collect(),
             self.config.evaluation_batch_size,
             self.data.normalization,
             &self.device,
@@ -453,7 +552,7 @@ impl<'a> Training<'a> {
 
     fn record_epoch(&mut self, report: &EpochReport) -> Result<()> {
         for (set, evaluation) in &report.evaluations {
-            self.metrics.write(&Metric::Evaluation {
+            self.write(&Metric::Evaluation {
                 step: report.step,
                 epoch: report.epoch,
                 set: set.clone(),
@@ -463,7 +562,7 @@ impl<'a> Training<'a> {
                 images: evaluation.images,
             })?;
         }
-        self.metrics.write(&Metric::Epoch {
+        self.write(&Metric::Epoch {
             step: report.step,
             epoch: report.epoch,
             train_loss: report.train_loss,
@@ -471,7 +570,10 @@ impl<'a> Training<'a> {
             images: report.images,
         })?;
         let evaluated = |set: &str| report.evaluations.get(set);
-        self.metrics.write_row(&CsvRow {
+        let Some(metrics) = &mut self.metrics else {
+            return Ok(());
+        };
+        metrics.write_row(&CsvRow {
             epoch: report.epoch,
             step: report.step,
             lr: report.lr,
@@ -487,11 +589,18 @@ impl<'a> Training<'a> {
         })
     }
 
+    fn write(&mut self, metric: &Metric) -> Result<()> {
+        self.metrics
+            .as_mut()
+            .map_or(Ok(()), |metrics| metrics.write(metric))
+    }
+
     /// The batches of the current epoch that are still to come, in the epoch's own order.
     fn remaining_batches(&self) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
         let batch_in_epoch = self.position.batch_in_epoch;
-        let order = self.epoch_order();
-        let batch_size = self.config.batch_size;
+        let (order, batch_size) = self
+            .together
+            .share_of_batches(self.epoch_order(), self.config.batch_size);
         if self.features.contains("train") {
             let batches = self
                 .features
@@ -525,12 +634,24 @@ impl<'a> Training<'a> {
         }
     }
 
+    /// Of this rank's masks.
+    fn dropout_seed(&self, step: u64) -> u64 {
+        random::dropout_seed_of_rank(self.config.seed, step, self.together.rank())
+    }
+
     fn upload_set(&self, set: &ImageSet) -> candle_core::Result<ResidentSet> {
         let activations = self.execution.activations;
         ResidentSet::upload(set, self.data.normalization, activations, &self.device)
     }
 
+    /// Rank 0 saves for all; the others have no path to tell.
     fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
+        let (Some(run), Some(metrics)) = (&self.run, &mut self.metrics) else {
+            return Ok(PathBuf::new());
+        };
+        let checkpoints = run.checkpoints();
+        // What a checkpoint counts on is on disk before it.
+        let covered = metrics.sync()?;
         let tensors: Vec<(String, Tensor)> = weights::state_dict(self.model)
             .into_iter()
             .map(|(name, var)| (name, var.as_detached_tensor()))
@@ -551,12 +672,12 @@ impl<'a> Training<'a> {
             stream_scheme: STREAM_SCHEME.into(),
             position: self.position.clone(),
             schedule: self.schedule,
-            metrics: self.metrics.sync()?,
+            metrics: covered,
             data: self.data.fingerprints(),
             last_evaluation: self.last_evaluation.clone(),
         };
         let path = checkpoint::save(
-            &self.run.checkpoints(),
+            &checkpoints,
             &state,
             &weights::encode(&tensors, &metadata)?,
             &weights::encode(&optimizer, &optimizer_metadata)?,
@@ -623,17 +744,21 @@ impl<'a> Training<'a> {
 
     /// Puts the last checkpoint's weights at the root of the run and writes `finished.json`.
     fn finish(&self) -> Result<Summary> {
-        let newest = checkpoint::newest_path(&self.run.checkpoints());
-        let source = newest.unwrap_or_else(|| self.run.checkpoints());
-        let weights = read(&source.join("model.safetensors"))?;
-        write_atomically(&self.run.path().join("model.safetensors"), &weights)?;
-        let summary = Summary {
+        let mut summary = Summary {
             steps: self.position.step,
             epochs: self.position.epoch,
             evaluations: self.last_evaluation.clone(),
-            weights_sha256: sha256_hex(&weights),
+            weights_sha256: String::new(),
         };
-        self.run.write_finished(&summary)?;
+        // Only a rank that has a run is asked to finish it.
+        if let Some(run) = &self.run {
+            let newest = checkpoint::newest_path(&run.checkpoints());
+            let source = newest.unwrap_or_else(|| run.checkpoints());
+            let weights = read(&source.join("model.safetensors"))?;
+            write_atomically(&run.path().join("model.safetensors"), &weights)?;
+            summary.weights_sha256 = sha256_hex(&weights);
+            run.write_finished(&summary)?;
+        }
         Ok(summary)
     }
 
@@ -690,5 +815,7 @@ struct Step {
 
 mod on_device;
 
+#[cfg(test)]
+mod distributed_tests;
 #[cfg(test)]
 mod tests;

@@ -93,7 +93,7 @@ pub struct ComputeArguments {
     /// auto, cpu, or cuda with the number of the GPU; auto takes a GPU where there is one
     #[arg(long, value_name = "auto|cpu|cuda[:N]")]
     pub device: Option<DeviceChoice>,
-    /// Threads that compute [default: all cores]
+    /// Threads that compute, in each process [default: all cores, shared out among the processes]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub threads: Option<u64>,
     /// How a GPU computes; the CPU knows f32 alone
@@ -106,6 +106,20 @@ pub struct ComputeArguments {
     /// the whole step
     #[arg(long)]
     pub no_cuda_graph: bool,
+}
+
+/// How many processes train together. Neither is needed where the environment says so, as under
+/// torchrun.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Machine")]
+pub struct ParallelArguments {
+    /// Train on the first N GPUs of this machine: one process each, which takes its part of every
+    /// batch [default: 1]
+    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "device")]
+    pub gpus: Option<u64>,
+    /// Train with N processes on this machine; each takes its part of every batch [default: 1]
+    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "gpus")]
+    pub processes: Option<u64>,
 }
 
 /// What [`TrainingArguments`] that are not given become. An experiment has one set of them, or one

@@ -10,7 +10,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use trainer::Execution;
 
-use crate::arguments::ComputeArguments;
+use crate::arguments::{ComputeArguments, ParallelArguments};
+use crate::parallel::Role;
 use crate::progress::say;
 
 /// The value of `--device`.
@@ -99,7 +100,7 @@ impl Precision {
 pub struct ComputeConfig {
     /// `cpu` or `cuda:N`.
     pub device: String,
-    /// Threads that compute.
+    /// Threads that compute, in each process.
     pub threads: usize,
     /// The types to compute in; absent in runs from before there was a choice.
     #[serde(default)]
@@ -110,6 +111,18 @@ pub struct ComputeConfig {
     /// Whether the GPU's training step is replayed as a CUDA graph.
     #[serde(default)]
     pub cuda_graph: bool,
+    /// Processes that train together. `device` is that of the first; the others on its machine take
+    /// the GPUs that follow.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub processes: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(processes: &usize) -> bool {
+    *processes == 1
 }
 
 impl ComputeArguments {
@@ -118,31 +131,58 @@ impl ComputeArguments {
     /// # Errors
     /// A GPU that was asked for and cannot be used, a precision that the device does not have.
     pub fn resolve(&self) -> Result<ComputeConfig> {
-        let device = match self.device.unwrap_or_default() {
-            DeviceChoice::Auto => automatic_device(),
-            DeviceChoice::Cuda(number) => {
-                say(&format!("Device: {}", cuda_device(number)?));
-                DeviceChoice::Cuda(number)
-            }
-            DeviceChoice::Cpu => DeviceChoice::Cpu,
+        self.resolve_as(&Role::Alone, self.device.unwrap_or_default())
+    }
+
+    /// The same for a process that may train together with others. One that only launches them asks
+    /// for no device.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`]; another number of processes than the environment says, and an environment
+    /// that makes no sense.
+    pub fn resolve_for(&self, parallel: &ParallelArguments) -> Result<ComputeConfig> {
+        let choice = match parallel.gpus {
+            Some(_) => DeviceChoice::Cuda(0),
+            None => self.device.unwrap_or_default(),
         };
-        let on_gpu = matches!(device, DeviceChoice::Cuda(_));
-        let precision = match (self.precision, on_gpu) {
-            (Some(precision), true) => precision,
-            (None, true) => Precision::Tf32Convolutions,
-            (None | Some(Precision::F32), false) => Precision::F32,
-            (Some(_), false) => bail!(
+        self.resolve_as(&Role::asked_for(parallel)?, choice)
+    }
+
+    fn resolve_as(&self, role: &Role, choice: DeviceChoice) -> Result<ComputeConfig> {
+        let device = match (role, choice) {
+            (Role::Launcher { .. }, choice) => choice,
+            (_, DeviceChoice::Auto) => automatic_device(role.local_rank()),
+            (_, DeviceChoice::Cuda(first)) => {
+                let description = cuda_device(first + role.local_rank())?;
+                say(&format!("Device: {description}"));
+                choice
+            }
+            (_, DeviceChoice::Cpu) => choice,
+        };
+        let precision = match (self.precision, device) {
+            (Some(precision), DeviceChoice::Cuda(_)) => precision,
+            (None, DeviceChoice::Cuda(_)) => Precision::Tf32Convolutions,
+            // The launcher's, which leaves the question to those it launches.
+            (precision, DeviceChoice::Auto) => precision.unwrap_or_default(),
+            (None | Some(Precision::F32), DeviceChoice::Cpu) => Precision::F32,
+            (Some(_), DeviceChoice::Cpu) => bail!(
                 "--precision tf32 and bf16 need a GPU, and this run is on the CPU, which computes in f32: \
                  leave --precision out, or name a GPU with --device cuda"
             ),
         };
-        let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let threads = || {
+            let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+            (cores / role.processes_on_this_machine()).max(1)
+        };
         Ok(ComputeConfig {
             device: device.to_string(),
-            threads: self.threads.map_or_else(cores, |threads| threads as usize),
+            threads: self
+                .threads
+                .map_or_else(threads, |threads| threads as usize),
             precision,
             deterministic: self.deterministic,
-            cuda_graph: on_gpu && !self.no_cuda_graph,
+            cuda_graph: matches!(device, DeviceChoice::Cuda(_)) && !self.no_cuda_graph,
+            processes: role.processes(),
         })
     }
 }
@@ -158,9 +198,13 @@ impl ComputeConfig {
             .build_global()
             .with_context(|| format!("cannot start {} threads", self.threads))?;
         set_settings(self.precision.settings(self.deterministic));
+        let local_rank = match self.processes {
+            1 => 0,
+            _ => Role::from_environment()?.local_rank(),
+        };
         match self.device.parse().map_err(anyhow::Error::msg)? {
             DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(number) => open_cuda(number),
+            DeviceChoice::Cuda(first) => open_cuda(first + local_rank),
         }
     }
 
@@ -174,12 +218,13 @@ impl ComputeConfig {
     }
 }
 
-/// GPU 0 if it can be used. A program that was not built for CUDA has nothing to say about it.
-fn automatic_device() -> DeviceChoice {
+/// GPUs if the one of this number on its machine can be used. A program that was not built for CUDA has
+/// nothing to say about it.
+fn automatic_device(local_rank: usize) -> DeviceChoice {
     if !cfg!(feature = "cuda") {
         return DeviceChoice::Cpu;
     }
-    match cuda_device(0) {
+    match cuda_device(local_rank) {
         Ok(description) => {
             say(&format!("Device: {description}"));
             DeviceChoice::Cuda(0)

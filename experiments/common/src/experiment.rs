@@ -7,12 +7,14 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use trainer::{DataSets, Environment, Model, RunDirectory, TrainingConfig};
+use trainer::{DataSets, Environment, Model, RunDirectory, Summary, TrainingConfig};
 
 use crate::compute::ComputeConfig;
 use crate::data::DataConfig;
+use crate::launch::{launch, watch_launcher};
 use crate::logging::start_logging;
 use crate::memory::keep_freed_pages;
+use crate::parallel::{Role, connect, facts, with_group};
 use crate::profile::Profile;
 use crate::progress::{print, say};
 use crate::session::{print_finished, train};
@@ -113,6 +115,7 @@ pub fn run_experiment<E: Experiment>(
     parse: impl FnOnce() -> Result<Action<E::Request>>,
 ) -> ExitCode {
     keep_freed_pages();
+    watch_launcher();
     let act = |action: Action<E::Request>| {
         let profile = action.is_profiled().then(Profile::default);
         start_logging(profile.as_ref());
@@ -123,7 +126,10 @@ pub fn run_experiment<E: Experiment>(
 
 /// Prints an error as the last word of a program.
 pub fn fail(error: &anyhow::Error) -> ExitCode {
-    say(&format!("error: {error:#}"));
+    match Role::from_environment() {
+        Ok(Role::Rank(ranks)) if ranks.rank == 0 => say(&format!("[rank 0] error: {error:#}")),
+        _ => say(&format!("error: {error:#}")),
+    }
     ExitCode::FAILURE
 }
 
@@ -152,6 +158,10 @@ fn start<E: Experiment>(
     out: &Path,
     profile: Option<&Profile>,
 ) -> Result<ExitCode> {
+    let role = Role::of(&config.compute)?;
+    if let Role::Launcher { processes } = role {
+        return launch(processes);
+    }
     let config = RunConfig {
         model: E::resolve(config.model, out)?,
         data: config.data,
@@ -159,38 +169,106 @@ fn start<E: Experiment>(
         compute: config.compute,
     };
     let cannot_start = || format!("cannot start a run in --out {}", out.display());
-    RunDirectory::prepare(out, E::NAME).with_context(cannot_start)?;
+    if role.is_first() {
+        RunDirectory::prepare(out, E::NAME).with_context(cannot_start)?;
+    }
     let device = config.compute.start()?;
-    let data = config.data.load(config.training.seed)?;
-    E::check_data(&config, &data)?;
-    let network = E::network(&config, &device)?;
-    E::load_initial_weights(&network, &config)?;
-    let run = RunDirectory::create(out, E::NAME, &config, &data, &environment::<E>(&config))
-        .with_context(cannot_start)?;
-    let execution = config.compute.execution(&device);
-    train(
-        &network,
-        data,
-        (&device, execution),
-        config.training,
-        run,
-        profile,
-    )
+    let group = connect(&role, &device, facts((E::NAME, E::VERSION), &config)?)?;
+    with_group(group.as_ref(), || {
+        let data = config.data.load(config.training.seed)?;
+        E::check_data(&config, &data)?;
+        let network = E::network(&config, &device)?;
+        let mut run = None;
+        if role.is_first() {
+            E::load_initial_weights(&network, &config)?;
+            let environment = environment::<E>(&config);
+            let created = RunDirectory::create(out, E::NAME, &config, &data, &environment);
+            run = Some(created.with_context(cannot_start)?);
+        }
+        let training = config.training.clone();
+        train(
+            &network,
+            data,
+            (&device, config.compute.execution(&device)),
+            training,
+            run,
+            group.as_ref(),
+            profile,
+        )
+    })
 }
 
-/// Everything comes from the run's config.json, so that it ends as if it had never stopped.
+/// Everything comes from the run's config.json, so that it ends as if it had never stopped. All
+/// processes that train together read it; only the first works in the run's folder.
 fn resume<E: Experiment>(
     dir: &Path,
     data_dir: Option<PathBuf>,
     profile: Option<&Profile>,
 ) -> Result<ExitCode> {
-    let run = RunDirectory::open(dir, E::NAME).context("cannot resume")?;
-    if let Some(summary) = run.finished()? {
-        print(&format!("{} is finished already", dir.display()));
-        print_finished(&dir.display().to_string(), &summary);
-        return Ok(ExitCode::SUCCESS);
+    let config: RunConfig<E::ModelConfig> =
+        RunDirectory::config_of(dir, E::NAME).context("cannot resume")?;
+    let config = moved(config, data_dir)?;
+    let role = Role::of(&config.compute)?;
+    let mut run = None;
+    if role.is_first() {
+        run = Some(RunDirectory::open(dir, E::NAME).context("cannot resume")?);
     }
-    let mut config: RunConfig<E::ModelConfig> = run.config()?;
+    let finished = run
+        .as_ref()
+        .map(RunDirectory::finished)
+        .transpose()?
+        .flatten();
+    let finished = finished.as_ref();
+    if let (Some(summary), Role::Alone | Role::Launcher { .. }) = (finished, &role) {
+        return Ok(finished_already(dir, summary));
+    }
+    if let Role::Launcher { processes } = role {
+        // The first of the processes works in it.
+        drop(run);
+        return launch(processes);
+    }
+    let device = config.compute.start()?;
+    let group = connect(&role, &device, facts((E::NAME, E::VERSION), &config)?)?;
+    with_group(group.as_ref(), || {
+        let mut over = [u64::from(finished.is_some())];
+        if let Some(group) = &group {
+            group.all_reduce_sum(&mut over)?;
+        }
+        if let Some(summary) = finished {
+            return Ok(finished_already(dir, summary));
+        }
+        if over[0] > 0 {
+            return Ok(ExitCode::SUCCESS);
+        }
+        let data = config.data.load(config.training.seed)?;
+        let network = E::network(&config, &device)?;
+        if let Some(run) = &run {
+            if !run.has_checkpoint() {
+                E::load_initial_weights(&network, &config)?;
+            }
+            run.record_resumption(&environment::<E>(&config))?;
+        }
+        let training = config.training.clone();
+        train(
+            &network,
+            data,
+            (&device, config.compute.execution(&device)),
+            training,
+            run,
+            group.as_ref(),
+            profile,
+        )
+    })
+}
+
+fn finished_already(dir: &Path, summary: &Summary) -> ExitCode {
+    print(&format!("{} is finished already", dir.display()));
+    print_finished(&dir.display().to_string(), summary);
+    ExitCode::SUCCESS
+}
+
+/// With the data where they are now.
+fn moved<M>(mut config: RunConfig<M>, data_dir: Option<PathBuf>) -> Result<RunConfig<M>> {
     if data_dir.is_some() {
         ensure!(
             config.data.data_dir.is_some(),
@@ -198,22 +276,7 @@ fn resume<E: Experiment>(
         );
         config.data.data_dir = data_dir;
     }
-    let device = config.compute.start()?;
-    let data = config.data.load(config.training.seed)?;
-    let network = E::network(&config, &device)?;
-    if !run.has_checkpoint() {
-        E::load_initial_weights(&network, &config)?;
-    }
-    run.record_resumption(&environment::<E>(&config))?;
-    let execution = config.compute.execution(&device);
-    train(
-        &network,
-        data,
-        (&device, execution),
-        config.training,
-        run,
-        profile,
-    )
+    Ok(config)
 }
 
 fn environment<E: Experiment>(config: &RunConfig<E::ModelConfig>) -> Environment {

@@ -9,16 +9,19 @@ mod compute;
 mod data;
 mod experiment;
 mod init_file;
+mod launch;
 mod logging;
 mod memory;
+mod parallel;
 mod profile;
 mod progress;
 mod session;
 mod signals;
 
 pub use arguments::{
-    ComputeArguments, DataArguments, RunArguments, TrainingArguments, TrainingDefaults,
-    at_least_one, common_defaults, describe_defaults, flags_given, probability, refuse_all_but,
+    ComputeArguments, DataArguments, ParallelArguments, RunArguments, TrainingArguments,
+    TrainingDefaults, at_least_one, common_defaults, describe_defaults, flags_given, probability,
+    refuse_all_but,
 };
 pub use compute::{ComputeConfig, DeviceChoice, Precision};
 pub use data::{DataConfig, Dataset};

@@ -8,24 +8,33 @@ use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressS
 use trainer::{EpochReport, Observer, StartReport, StepReport};
 use verified_download::Event;
 
+use crate::parallel::later_rank;
+
 /// All bars of the process, so that other output can make them step aside.
 pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Where there is no terminal, a line appears this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Prints a result: a line on standard output. A reader that has gone away does not end a run.
+/// Prints a result: a line on standard output. A reader that has gone away does not end a run. Of
+/// processes that train together only the first prints.
 pub fn print(line: &str) {
+    if later_rank().is_some() {
+        return;
+    }
     BARS.suspend(|| {
         let mut out = io::stdout().lock();
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     });
 }
 
-/// Tells what happens: a line on standard error.
+/// Tells what happens: a line on standard error, where a process that is not the first of several
+/// says which one it is.
 pub fn say(line: &str) {
+    let who = later_rank().map(|rank| format!("[rank {rank}] "));
+    let who = who.unwrap_or_default();
     BARS.suspend(|| {
-        let _ = writeln!(io::stderr(), "{line}");
+        let _ = writeln!(io::stderr(), "{who}{line}");
     });
 }
 
@@ -232,7 +241,10 @@ const STEP_TEMPLATE: &str = "{bar:24} {pos}/{len} steps · {eta} left · {msg}";
 const BYTE_TEMPLATE: &str = "{bar:24} {bytes}/{total_bytes} · {bytes_per_sec} · {eta} left";
 
 fn bar(template: &str) -> ProgressBar {
-    let bar = BARS.add(ProgressBar::new(0));
+    let bar = match later_rank() {
+        None => BARS.add(ProgressBar::new(0)),
+        Some(_) => ProgressBar::hidden(),
+    };
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
     }

@@ -4,8 +4,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_core::Device;
+use data_parallel::ProcessGroup;
 use trainer::{
-    DataSets, Execution, Model, Outcome, RunDirectory, Summary, Training, TrainingConfig,
+    DataSets, Execution, Model, Observer, Outcome, RunDirectory, Silent, Summary, Training,
+    TrainingConfig,
 };
 
 use crate::profile::Profile;
@@ -13,7 +15,8 @@ use crate::progress::{Progress, print};
 use crate::signals::StopSignals;
 
 /// Trains until the run is finished (exit code 0) or a signal stops it (130 or 143), and says what
-/// came of it. What `profile` has collected is printed and saved in the run's folder.
+/// came of it. What `profile` has collected is printed and saved in the run's folder. Of processes that
+/// train together only the first has a `run`, and only it prints; a signal to one stops all.
 ///
 /// # Errors
 /// The trainer's.
@@ -22,16 +25,34 @@ pub fn train(
     data: DataSets,
     (device, execution): (&Device, Execution),
     config: TrainingConfig,
-    run: RunDirectory,
+    run: Option<RunDirectory>,
+    group: Option<&ProcessGroup>,
     profile: Option<&Profile>,
 ) -> Result<ExitCode> {
+    let signals = StopSignals::install()?;
+    let stop = || signals.received().is_some();
+    let run_with = |training: trainer::Result<Training<'_>>, observer: &mut dyn Observer| {
+        training.and_then(|training| training.executed(execution).run(observer, &stop))
+    };
+    let (run, group) = match (run, group) {
+        (Some(run), group) => (run, group),
+        (None, Some(group)) => {
+            let training = Training::distributed(model, data, device, config, None, group);
+            return match run_with(training, &mut Silent)? {
+                Outcome::Finished(_) => Ok(ExitCode::SUCCESS),
+                Outcome::Stopped { .. } => Ok(stopped(&signals).1),
+            };
+        }
+        (None, None) => anyhow::bail!("a process that is alone needs a run directory"),
+    };
     let (dir, experiment) = (run.path().to_path_buf(), run.experiment().to_string());
     print(&format!("Run: {}", dir.display()));
-    let signals = StopSignals::install()?;
     let mut progress = Progress::new();
-    let outcome = Training::new(model, data, device, config, run)
-        .map(|training| training.executed(execution))
-        .and_then(|mut training| training.run(&mut progress, &|| signals.received().is_some()));
+    let training = match group {
+        Some(group) => Training::distributed(model, data, device, config, Some(run), group),
+        None => Training::new(model, data, device, config, run),
+    };
+    let outcome = run_with(training, &mut progress);
     progress.end();
     let outcome = outcome?;
     if let Some(profile) = profile {
@@ -44,18 +65,29 @@ pub fn train(
             Ok(ExitCode::SUCCESS)
         }
         Outcome::Stopped { step, checkpoint } => {
-            let signal = signals.received();
+            let (cause, exit_code) = stopped(&signals);
             print(&format!(
-                "Stopped by {} after step {step}; saved as {}. Continue with\n  \
+                "Stopped by {cause} after step {step}; saved as {}. Continue with\n  \
                  cargo run -p {experiment} -- --resume {}",
-                signal.map_or("request", |signal| signal.name),
                 checkpoint.display(),
                 dir.display()
             ));
-            Ok(ExitCode::from(signal.map_or(1, |signal| signal.exit_code)))
+            Ok(exit_code)
         }
     }
 }
+
+/// What stopped a run, and the exit code that says so. Without a signal here it was one to another of
+/// the processes that train together.
+fn stopped(signals: &StopSignals) -> (&'static str, ExitCode) {
+    match signals.received() {
+        Some(signal) => (signal.name, ExitCode::from(signal.exit_code)),
+        None => ("a signal to another rank", ExitCode::from(INTERRUPTED)),
+    }
+}
+
+/// The exit code of SIGINT by the shell's convention.
+const INTERRUPTED: u8 = 130;
 
 /// Prints the results of a finished run.
 pub fn print_finished(dir: &str, summary: &Summary) {

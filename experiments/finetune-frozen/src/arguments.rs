@@ -3,8 +3,9 @@
 use anyhow::Result;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 use experiment_common::{
-    Action, ComputeArguments, DataArguments, Dataset, RunArguments, RunConfig, TrainingArguments,
-    TrainingDefaults, common_defaults, describe_defaults, flags_given, refuse_all_but,
+    Action, ComputeArguments, DataArguments, Dataset, ParallelArguments, RunArguments, RunConfig,
+    TrainingArguments, TrainingDefaults, common_defaults, describe_defaults, flags_given,
+    refuse_all_but,
 };
 use trainer::{Schedule, SgdConfig};
 use transfer_common::{Begin, Request, Trained, TransferArguments, transfer_defaults};
@@ -37,6 +38,8 @@ struct Arguments {
     run: RunArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    parallel: ParallelArguments,
 }
 
 /// The lesson's: batch 32, SGD without momentum, 2 epochs.
@@ -99,7 +102,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>
         model: request,
         data: data.resolve(Dataset::Cifar10)?,
         training: arguments.training.resolve(&arguments.run, &LESSON),
-        compute: arguments.compute.resolve()?,
+        compute: arguments.compute.resolve_for(&arguments.parallel)?,
     };
     config.training.validate()?;
     Ok(Action::Start {

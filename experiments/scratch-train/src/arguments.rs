@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use experiment_common::{
-    ComputeArguments, DataArguments, Dataset, InitFile, RunArguments, TrainingArguments,
-    common_defaults, describe_defaults, flags_given, probability, refuse_all_but,
+    ComputeArguments, DataArguments, Dataset, InitFile, ParallelArguments, RunArguments,
+    TrainingArguments, common_defaults, describe_defaults, flags_given, probability,
+    refuse_all_but,
 };
 
 use crate::config::{Config, LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
@@ -34,6 +35,8 @@ struct Arguments {
     run: RunArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    parallel: ParallelArguments,
 }
 
 #[derive(Debug, Args)]
@@ -81,7 +84,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
         model: model(arguments.model, &preset),
         data: data.resolve(Dataset::Cifar10)?,
         training: arguments.training.resolve(&arguments.run, &preset.training),
-        compute: arguments.compute.resolve()?,
+        compute: arguments.compute.resolve_for(&arguments.parallel)?,
     };
     config.training.validate()?;
     Ok(Action::Start {

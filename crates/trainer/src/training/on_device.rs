@@ -8,10 +8,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{Step, Training};
 use crate::checkpoint;
+use crate::distributed::Share;
 use crate::error::{Error, Result};
 use crate::observer::Observer;
 use crate::profile::Parts;
-use crate::random;
 use crate::resident::{ResidentSet, correct_on_device};
 
 #[cfg(feature = "cuda")]
@@ -19,7 +19,8 @@ mod graph;
 
 /// Most steps between two readings of their losses.
 const READ_EVERY_STEPS: usize = 64;
-/// And most time, so that slow steps are seen to advance.
+/// And most time, so that slow steps are seen to advance; but where several processes train together, which have to
+/// read at the same steps.
 const READ_EVERY: Duration = Duration::from_millis(200);
 /// Steps made as usual before one is recorded as a graph: the first makes the momentum buffers and chooses cuDNN's
 /// algorithms, the second runs as all that follow.
@@ -42,7 +43,7 @@ pub(super) struct OnDevice {
 
 /// What changes from step to step, at addresses that stay: a recorded step reads it there.
 pub(super) struct StepInputs {
-    /// Of a whole batch, `u32`.
+    /// Of this rank's part of a whole batch, `u32`.
     indices: Tensor,
     /// f32, (1,)
     lr: Tensor,
@@ -59,6 +60,7 @@ struct StepOutputs {
 /// A step that was given to the device.
 struct Unread {
     lr: f64,
+    /// Images of this rank.
     images: u64,
 }
 
@@ -77,14 +79,14 @@ struct EpochInputs {
 impl OnDevice {
     pub(super) fn new(
         set: ResidentSet,
-        batch_size: usize,
+        images: usize,
         device: &Device,
     ) -> candle_core::Result<Self> {
         let f32s = |n: usize| Tensor::zeros(n, DType::F32, device);
         Ok(Self {
             set,
             inputs: StepInputs {
-                indices: Tensor::zeros(batch_size, DType::U32, device)?,
+                indices: Tensor::zeros(images, DType::U32, device)?,
                 lr: f32s(1)?,
                 seed: Tensor::zeros(2, DType::U32, device)?,
             },
@@ -130,14 +132,17 @@ impl Training<'_> {
             .map_err(self.failed("the upload of the order"))?;
         let mut read = Instant::now();
         while !self.epoch_will_be_over(state) {
-            if stop() {
+            // Several processes ask each other where none of them has a step to read.
+            let asks = self.together.is_alone() || state.unread.is_empty();
+            if asks && self.together.any(stop())? {
                 self.read_steps(state, &mut read, observer)?;
                 return Ok(ControlFlow::Break(()));
             }
             let unread = self.step_on_device(state, &epoch)?;
             state.unread.push(unread);
             let full = state.unread.len() == READ_EVERY_STEPS;
-            if full || read.elapsed() >= READ_EVERY || self.checkpoint_will_be_due(state) {
+            let late = self.together.is_alone() && read.elapsed() >= READ_EVERY;
+            if full || late || self.checkpoint_will_be_due(state) {
                 self.read_steps(state, &mut read, observer)?;
                 if self.checkpoint_is_due() {
                     self.save_checkpoint(observer)?;
@@ -158,30 +163,36 @@ impl Training<'_> {
         );
         let batch_size = self.config.batch_size;
         let begin = batch as usize * batch_size;
-        let count = batch_size.min(self.data.train.len() - begin);
+        let images = batch_size.min(self.data.train.len() - begin);
+        let part = self.together.share_of_batch(images);
+        let share = Share {
+            own: part.len() as u64,
+            images: images as u64,
+        };
         let lr = self.learning_rate(step);
         let failed = |during| Error::tensor(during, step + 1, batch_size);
         let mut parts = Parts::start();
         let row = (batch - epoch.first) as usize;
         let set_inputs = || {
             let inputs = &state.inputs;
-            inputs
-                .indices
-                .slice_set(&epoch.order.narrow(0, begin, count)?, 0, 0)?;
+            if !part.is_empty() {
+                let order = epoch.order.narrow(0, begin + part.start, part.len())?;
+                inputs.indices.slice_set(&order, 0, 0)?;
+            }
             inputs.lr.slice_set(&epoch.lr.narrow(0, row, 1)?, 0, 0)?;
             inputs.seed.slice_set(&epoch.seeds.get(row)?, 0, 0)
         };
         set_inputs().map_err(failed("the data"))?;
         parts.end("data");
-        let seed = random::dropout_seed(self.config.seed, step);
+        let seed = self.dropout_seed(step);
         #[cfg(feature = "cuda")]
-        if count == batch_size && self.execution.cuda_graph {
-            self.replay_or_record(state, seed)?;
+        if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
+            self.replay_or_record(state, share, seed)?;
         } else {
-            self.compute_step(state, count, seed)?;
+            self.compute_step(state, share, seed)?;
         }
         #[cfg(not(feature = "cuda"))]
-        self.compute_step(state, count, seed)?;
+        self.compute_step(state, share, seed)?;
         let slot = state.unread.len();
         let keep = || {
             state.losses.slice_set(&state.outputs.loss, 0, slot)?;
@@ -190,19 +201,46 @@ impl Training<'_> {
         keep().map_err(failed("the loss"))?;
         Ok(Unread {
             lr,
-            images: count as u64,
+            images: share.own,
         })
     }
 
-    /// Everything of a step that runs on the device, from gathering `count` images to the update.
+    /// Everything of a step that runs on the device, from gathering this rank's images to the update.
     /// On a GPU the seed of the dropout masks is that of the step's inputs, which equals `seed`.
-    fn compute_step(&mut self, state: &OnDevice, count: usize, seed: u64) -> Result<()> {
+    fn compute_step(&mut self, state: &OnDevice, batch: Share, seed: u64) -> Result<()> {
         let unread = state.unread.len() as u64;
         let step = self.position.step + unread + 1;
         let batch_size = self.config.batch_size;
         let failed = |during| Error::tensor(during, step, batch_size);
+        let loss = match batch.own {
+            // Of a last batch with fewer images than there are ranks: nothing has a gradient here.
+            0 => Tensor::zeros((), DType::F32, &self.device).map_err(failed("the loss"))?,
+            images => self.compute_loss(state, images as usize, seed, failed)?,
+        };
         let mut parts = Parts::start();
-        let batch = || state.set.batch(&state.inputs.indices.narrow(0, 0, count)?);
+        let gradients = backward(&loss).map_err(failed("the backward pass"))?;
+        parts.end("backward");
+        let gradients = self
+            .together
+            .average_gradients(gradients, &self.trainable, batch)?;
+        self.optimizer
+            .step_on_device(&gradients, &state.inputs.lr)
+            .map_err(failed("the update"))?;
+        drop((gradients, loss));
+        parts.end("update");
+        Ok(())
+    }
+
+    /// The loss of the first `images` of the step's indices; its value and the right answers are left in the outputs.
+    fn compute_loss<F: FnOnce(candle_core::Error) -> Error>(
+        &self,
+        state: &OnDevice,
+        images: usize,
+        seed: u64,
+        failed: impl Fn(&'static str) -> F,
+    ) -> Result<Tensor> {
+        let mut parts = Parts::start();
+        let batch = || state.set.batch(&state.inputs.indices.narrow(0, 0, images)?);
         let (images, labels) = batch().map_err(failed("the data"))?;
         parts.end("data");
         let forward = || self.forward_train(&images, seed);
@@ -225,14 +263,7 @@ impl Training<'_> {
         };
         keep().map_err(failed("the loss"))?;
         parts.end("loss");
-        let gradients = backward(&loss).map_err(failed("the backward pass"))?;
-        parts.end("backward");
-        self.optimizer
-            .step_on_device(&gradients, &state.inputs.lr)
-            .map_err(failed("the update"))?;
-        drop((gradients, output, loss));
-        parts.end("update");
-        Ok(())
+        Ok(loss)
     }
 
     /// Reads the losses of all steps that the device was given since the last time, and records them. This is the
@@ -257,20 +288,31 @@ impl Training<'_> {
         let time = last.elapsed() / unread.len() as u32;
         *last = Instant::now();
         let steps_made = self.position.step + unread.len() as u64;
-        for ((step, loss), correct) in unread.iter().zip(losses).zip(corrects) {
+        let steps = unread.iter().zip(losses).zip(corrects);
+        let own: Vec<(f32, u64, u64)> = steps
+            .map(|((step, loss), correct)| match step.images {
+                // It left nothing behind.
+                0 => (0.0, 0, 0),
+                images => (loss, correct as u64, images),
+            })
+            .collect();
+        for (step, sums) in unread.iter().zip(self.together.sum_batches(&own)?) {
+            let loss = sums.loss;
             if !loss.is_finite() {
+                let run = self.run.as_ref();
                 return Err(Error::NonFiniteLoss {
                     epoch: self.position.epoch + 1,
                     step: self.position.step + 1,
                     loss,
                     steps_made,
-                    last_checkpoint: checkpoint::newest_path(&self.run.checkpoints()),
+                    last_checkpoint: run
+                        .and_then(|run| checkpoint::newest_path(&run.checkpoints())),
                 });
             }
             let step = Step {
                 loss,
-                correct: correct as u64,
-                images: step.images,
+                correct: sums.correct,
+                images: sums.batch.images,
                 lr: step.lr,
             };
             self.record_step(&step, time, observer)?;
@@ -283,7 +325,8 @@ impl Training<'_> {
             Some((features, labels)) => ResidentSet::of_features(features, labels),
             None => self.upload_set(&self.data.train)?,
         };
-        OnDevice::new(set, self.config.batch_size, &self.device)
+        let part = self.together.share_of_batch(self.config.batch_size);
+        OnDevice::new(set, part.len(), &self.device)
     }
 
     /// Order, learning rates and seeds of the rest of the epoch.
@@ -297,7 +340,7 @@ impl Training<'_> {
             .collect();
         let seeds: Vec<u32> = steps
             .flat_map(|step| {
-                let seed = random::dropout_seed(self.config.seed, step);
+                let seed = self.dropout_seed(step);
                 [seed as u32, (seed >> 32) as u32]
             })
             .collect();

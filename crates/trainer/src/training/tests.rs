@@ -46,7 +46,7 @@ fn data() -> DataSets {
 
 /// Looked up once: it starts git, and a child that another test's thread has just forked would hold
 /// this one's lock for an instant.
-static ENVIRONMENT: LazyLock<Environment> =
+pub(super) static ENVIRONMENT: LazyLock<Environment> =
     LazyLock::new(|| Environment::capture((EXPERIMENT, "0"), "cpu", 1, 0));
 
 fn create(out: &Path, config: &TrainingConfig) -> RunDirectory {

@@ -7,6 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 
 use super::{OnDevice, Training, WARM_UP_STEPS};
+use crate::distributed::Share;
 use crate::error::{Error, Result};
 
 /// How far the recording has come.
@@ -27,11 +28,15 @@ impl Default for StepGraph {
 impl Training<'_> {
     /// One step of a whole batch: replayed if it is recorded, recorded if it was made often enough, else made as
     /// usual. A step that cannot be recorded is made as usual, and so are all that follow.
-    pub(super) fn replay_or_record(&mut self, state: &mut OnDevice, seed: u64) -> Result<()> {
-        let batch_size = self.config.batch_size;
+    pub(super) fn replay_or_record(
+        &mut self,
+        state: &mut OnDevice,
+        batch: Share,
+        seed: u64,
+    ) -> Result<()> {
         match &state.graph {
             StepGraph::Recorded(_) => {}
-            StepGraph::Unavailable => return self.compute_step(state, batch_size, seed),
+            StepGraph::Unavailable => return self.compute_step(state, batch, seed),
             &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
                 // Small uploads, such as the strides of a tensor, are kept: the recording finds them on the device.
                 let device = self.device.clone();
@@ -39,11 +44,11 @@ impl Training<'_> {
                     .as_cuda_device()
                     .map_err(self.failed("the step"))?
                     .enable_cuda_graph_htod_cache();
-                self.compute_step(state, batch_size, seed)?;
+                self.compute_step(state, batch, seed)?;
                 state.graph = StepGraph::WarmingUp(steps + 1);
                 return Ok(());
             }
-            StepGraph::WarmingUp(_) => match self.record(state, seed) {
+            StepGraph::WarmingUp(_) => match self.record(state, batch, seed) {
                 Ok(graph) => state.graph = StepGraph::Recorded(graph),
                 Err(error) => {
                     let reason = with_sources(&error);
@@ -52,7 +57,7 @@ impl Training<'_> {
                          {reason}"
                     );
                     state.graph = StepGraph::Unavailable;
-                    return self.compute_step(state, batch_size, seed);
+                    return self.compute_step(state, batch, seed);
                 }
             },
         }
@@ -66,7 +71,7 @@ impl Training<'_> {
         }
     }
 
-    fn record(&mut self, state: &OnDevice, seed: u64) -> Result<CudaGraph> {
+    fn record(&mut self, state: &OnDevice, batch: Share, seed: u64) -> Result<CudaGraph> {
         let failed = self.failed("the recording");
         let device = self.device.clone();
         let cuda = device.as_cuda_device().map_err(&failed)?;
@@ -76,7 +81,7 @@ impl Training<'_> {
         // no other thread works on this device.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w().map_err(&failed)?;
-        let computed = self.compute_step(state, self.config.batch_size, seed);
+        let computed = self.compute_step(state, batch, seed);
         // Ends the capture also where the step failed: the stream could not be used any more.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags);

@@ -1,0 +1,152 @@
+//! What can go wrong between processes.
+
+use std::io;
+use std::time::Duration;
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong between processes.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A variable of the environment is missing or makes no sense.
+    #[error(
+        "the environment variable {variable} is {}; it must be {expected}",
+        found.as_deref().map_or_else(|| "not set".to_string(), |found| format!("{found:?}"))
+    )]
+    Environment {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        found: Option<String>,
+        /// What would be accepted.
+        expected: String,
+    },
+    /// Rank 0 cannot wait for the others at the address given.
+    #[error(
+        "rank 0 cannot listen on {address}; MASTER_ADDR must be an address of its machine, and \
+         MASTER_PORT a port that no other program uses"
+    )]
+    Listen {
+        /// Host and port.
+        address: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Rank 0 cannot be reached.
+    #[error("rank {rank} could not reach rank 0 at {address} within {} s", timeout.as_secs_f64())]
+    Unreachable {
+        /// This rank.
+        rank: usize,
+        /// Host and port.
+        address: String,
+        /// How long it was tried.
+        timeout: Duration,
+        /// The last failure.
+        source: io::Error,
+    },
+    /// Some ranks never came.
+    #[error(
+        "ranks {missing:?} of {world_size} did not connect within {} s",
+        timeout.as_secs_f64()
+    )]
+    Missing {
+        /// Their numbers.
+        missing: Vec<usize>,
+        /// How many ranks there should be.
+        world_size: usize,
+        /// How long rank 0 waited.
+        timeout: Duration,
+    },
+    /// What answered is no rank of this group, or of another version.
+    #[error("{peer} does not belong to this group: {reason}")]
+    Stranger {
+        /// Its rank or address.
+        peer: String,
+        /// What was wrong.
+        reason: String,
+    },
+    /// Ranks run with different settings.
+    #[error(
+        "the ranks do not run the same: {what} is {} at rank {rank}, {} at rank 0",
+        shown(found),
+        shown(expected)
+    )]
+    Different {
+        /// Which setting.
+        what: String,
+        /// The rank that differs.
+        rank: usize,
+        /// Its value; None: it has no such setting.
+        found: Option<String>,
+        /// The value of rank 0.
+        expected: Option<String>,
+    },
+    /// A rank is gone.
+    #[error("lost rank {rank} during {during}: it has ended, was killed, or cannot be reached")]
+    Lost {
+        /// Its number.
+        rank: usize,
+        /// The call that noticed.
+        during: &'static str,
+        /// What the connection said.
+        source: io::Error,
+    },
+    /// A rank is silent.
+    #[error("rank {rank} did not answer for {} s during {during}", timeout.as_secs_f64())]
+    Silent {
+        /// Its number.
+        rank: usize,
+        /// The call that waited.
+        during: &'static str,
+        /// For how long.
+        timeout: Duration,
+    },
+    /// Another rank stopped with an error and said so.
+    #[error("rank {rank} gave up: {reason}")]
+    GaveUp {
+        /// The rank that was first.
+        rank: usize,
+        /// Its error.
+        reason: String,
+    },
+    /// The ranks do not make the same calls.
+    #[error("rank {rank} is at {found}, this rank at {expected}: they do not make the same steps")]
+    OutOfStep {
+        /// The other rank.
+        rank: usize,
+        /// What it sent.
+        found: String,
+        /// What was awaited.
+        expected: String,
+    },
+    /// An earlier call failed.
+    #[error("the group of processes has failed before: {0}")]
+    Failed(String),
+    /// Two lists of counters or tensors cannot be combined.
+    #[error("{what}")]
+    Unsupported {
+        /// What was asked for and what is possible.
+        what: String,
+    },
+    /// A tensor cannot be read or made.
+    #[error("a tensor of {during} cannot be handled")]
+    Tensor {
+        /// The call.
+        during: &'static str,
+        /// Candle's error.
+        source: candle_core::Error,
+    },
+    /// NCCL failed.
+    #[error("NCCL failed in {call}: {status}")]
+    Nccl {
+        /// NCCL's function.
+        call: &'static str,
+        /// Its status.
+        status: String,
+    },
+}
+
+fn shown(value: &Option<String>) -> &str {
+    value.as_deref().unwrap_or("not there")
+}

@@ -1,0 +1,361 @@
+//! How the ranks find each other.
+//!
+//! Rank 0 waits at the meeting place. Every other rank connects to it, says who it is and what it
+//! runs, and where its own neighbour can reach it. When all are there and agree, rank 0 tells each
+//! where its next neighbour is, and they close the ring. The connections to rank 0 stay: they are
+//! the star over which small messages go.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::environment::Ranks;
+use crate::error::{Error, Result};
+use crate::group::Options;
+use crate::ring::Ring;
+use crate::wire::{Call, Kind, Link, MAX_TEXT};
+
+/// Raised with every change of the messages.
+const PROTOCOL_VERSION: u32 = 1;
+/// Begins every handshake, so that other programs' connections are told from ranks.
+const HANDSHAKE: Call = Call {
+    kind: Kind::Handshake,
+    number: u64::from_le_bytes(*b"datapara"),
+};
+/// Who connects says so at once; who does not holds up the others no longer than this.
+const PATIENCE: Duration = Duration::from_secs(5);
+const RETRY_EVERY: Duration = Duration::from_millis(20);
+
+/// What a rank says of itself.
+#[derive(Debug, Serialize, Deserialize)]
+struct Hello {
+    protocol_version: u32,
+    rank: usize,
+    world_size: usize,
+    /// Where the neighbour before it reaches it.
+    ring_address: SocketAddr,
+    facts: BTreeMap<String, String>,
+}
+
+/// What rank 0 answers when all are there.
+#[derive(Debug, Serialize, Deserialize)]
+struct Welcome {
+    /// Of this group, so that nobody enters the ring of another.
+    token: u64,
+    /// By rank.
+    ring_addresses: Vec<SocketAddr>,
+}
+
+/// All connections of a rank.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    /// Rank 0: to all others, by rank. Others: to rank 0 alone.
+    pub(crate) star: Vec<Link>,
+    pub(crate) ring: Ring,
+}
+
+/// Connects this rank, of at least two, with the others.
+pub(crate) fn meet(ranks: &Ranks, options: &Options) -> Result<Connections> {
+    let deadline = Instant::now() + options.timeout;
+    let (mut star, listener, welcome) = match ranks.rank {
+        0 => receive_all(ranks, options, deadline)?,
+        _ => join(ranks, options, deadline)?,
+    };
+    let next = &welcome.ring_addresses[(ranks.rank + 1) % ranks.world_size];
+    let ring = close_ring(ranks, &listener, *next, welcome.token, deadline);
+    // Rank 0 is not ready before its neighbours are; the others learn of a failure by its end.
+    let mut ring = ring.inspect_err(|error| give_up(&star, ranks.rank, error))?;
+    let links = star.iter_mut().chain([&mut ring.next, &mut ring.previous]);
+    for link in links {
+        let peer = link.peer;
+        link.set_timeout(options.timeout).map_err(lost(peer))?;
+    }
+    Ok(Connections { star, ring })
+}
+
+/// What rank 0 does until all are there.
+fn receive_all(
+    ranks: &Ranks,
+    options: &Options,
+    deadline: Instant,
+) -> Result<(Vec<Link>, TcpListener, Welcome)> {
+    let address = format!("{}:{}", ranks.master_addr, ranks.master_port);
+    let cannot_listen = |source| Error::Listen {
+        address: address.clone(),
+        source,
+    };
+    let listener =
+        TcpListener::bind((&*ranks.master_addr, ranks.master_port)).map_err(cannot_listen)?;
+    let own_ip = listener.local_addr().map_err(cannot_listen)?.ip();
+    let ring_listener = TcpListener::bind((own_ip, 0)).map_err(cannot_listen)?;
+    let ring_address = ring_listener.local_addr().map_err(cannot_listen)?;
+
+    let mut there: BTreeMap<usize, (Link, SocketAddr)> = BTreeMap::new();
+    let outcome = loop {
+        if there.len() + 1 == ranks.world_size {
+            break Ok(());
+        }
+        let Some((stream, from)) = accept(&listener, deadline).map_err(cannot_listen)? else {
+            let missing = |rank: &usize| !there.contains_key(rank);
+            break Err(Error::Missing {
+                missing: (1..ranks.world_size).filter(missing).collect(),
+                world_size: ranks.world_size,
+                timeout: options.timeout,
+            });
+        };
+        let (mut link, hello) = match hear(stream) {
+            Ok(heard) => heard,
+            Err(error) => {
+                tracing::warn!("{from} connected to {address} and is no rank: {error}");
+                continue;
+            }
+        };
+        let checked = check(&hello, from, ranks, options, &there);
+        link.peer = hello.rank;
+        if let Err(error) = checked {
+            link.give_up(0, &error.to_string());
+            break Err(error);
+        }
+        there.insert(hello.rank, (link, hello.ring_address));
+    };
+    let (star, addresses): (Vec<Link>, Vec<SocketAddr>) = there.into_values().unzip();
+    outcome.inspect_err(|error| give_up(&star, 0, error))?;
+    let welcome = Welcome {
+        token: RandomState::new().build_hasher().finish(),
+        ring_addresses: [vec![ring_address], addresses].concat(),
+    };
+    for link in &star {
+        send_json(link, &welcome).inspect_err(|error| give_up(&star, 0, error))?;
+    }
+    Ok((star, ring_listener, welcome))
+}
+
+/// What every other rank does until rank 0 welcomes it.
+fn join(
+    ranks: &Ranks,
+    options: &Options,
+    deadline: Instant,
+) -> Result<(Vec<Link>, TcpListener, Welcome)> {
+    let stream = reach(&ranks.master_addr, ranks.master_port, deadline).map_err(|source| {
+        Error::Unreachable {
+            rank: ranks.rank,
+            address: format!("{}:{}", ranks.master_addr, ranks.master_port),
+            timeout: options.timeout,
+            source,
+        }
+    })?;
+    // The interface that reaches rank 0 is the one on which this rank can be reached.
+    let listen = || {
+        let listener = TcpListener::bind((stream.local_addr()?.ip(), 0))?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    };
+    let (listener, ring_address) = listen().map_err(lost(0))?;
+    let remaining = remaining(deadline);
+    let link = Link::new(0, stream, remaining).map_err(lost(0))?;
+    send_json(
+        &link,
+        &Hello {
+            protocol_version: PROTOCOL_VERSION,
+            rank: ranks.rank,
+            world_size: ranks.world_size,
+            ring_address,
+            facts: options.facts.clone(),
+        },
+    )?;
+    let welcome: Welcome = receive_json(&link)?;
+    if welcome.ring_addresses.len() != ranks.world_size {
+        return Err(Error::Stranger {
+            peer: "rank 0".into(),
+            reason: format!("it names {} ranks", welcome.ring_addresses.len()),
+        });
+    }
+    Ok((vec![link], listener, welcome))
+}
+
+/// Refuses a rank that does not fit.
+fn check(
+    hello: &Hello,
+    from: SocketAddr,
+    ranks: &Ranks,
+    options: &Options,
+    there: &BTreeMap<usize, (Link, SocketAddr)>,
+) -> Result<()> {
+    let stranger = |reason: String| Error::Stranger {
+        peer: format!("rank {} at {from}", hello.rank),
+        reason,
+    };
+    if hello.protocol_version != PROTOCOL_VERSION {
+        return Err(stranger(format!(
+            "it speaks version {} of the protocol, this program version {PROTOCOL_VERSION}",
+            hello.protocol_version
+        )));
+    }
+    if hello.world_size != ranks.world_size {
+        return Err(Error::Different {
+            what: "WORLD_SIZE".into(),
+            rank: hello.rank,
+            found: Some(hello.world_size.to_string()),
+            expected: Some(ranks.world_size.to_string()),
+        });
+    }
+    if hello.rank == 0 || hello.rank >= ranks.world_size || there.contains_key(&hello.rank) {
+        return Err(stranger("another process has this RANK".into()));
+    }
+    compare(hello.rank, &hello.facts, &options.facts)
+}
+
+/// Refuses the facts of `rank` that differ from those of rank 0, by the first in alphabetical order.
+pub(crate) fn compare(
+    rank: usize,
+    found: &BTreeMap<String, String>,
+    expected: &BTreeMap<String, String>,
+) -> Result<()> {
+    let different = found
+        .keys()
+        .chain(expected.keys())
+        .filter(|what| found.get(*what) != expected.get(*what))
+        .min();
+    match different {
+        None => Ok(()),
+        Some(what) => Err(Error::Different {
+            what: what.clone(),
+            rank,
+            found: found.get(what).cloned(),
+            expected: expected.get(what).cloned(),
+        }),
+    }
+}
+
+/// Connects to the next rank and is connected to by the one before.
+fn close_ring(
+    ranks: &Ranks,
+    listener: &TcpListener,
+    next: SocketAddr,
+    token: u64,
+    deadline: Instant,
+) -> Result<Ring> {
+    let next_rank = (ranks.rank + 1) % ranks.world_size;
+    let previous_rank = (ranks.rank + ranks.world_size - 1) % ranks.world_size;
+    let call = Call {
+        kind: Kind::RingHandshake,
+        number: token,
+    };
+    let stream = reach(&next.ip().to_string(), next.port(), deadline).map_err(lost(next_rank))?;
+    let next = Link::new(next_rank, stream, remaining(deadline)).map_err(lost(next_rank))?;
+    next.send(call, &(ranks.rank as u64).to_le_bytes())?;
+    loop {
+        let accepted = accept(listener, deadline).map_err(lost(previous_rank))?;
+        let Some((stream, from)) = accepted else {
+            return Err(lost(previous_rank)(io::ErrorKind::TimedOut.into()));
+        };
+        let previous = Link::new(previous_rank, stream, PATIENCE).map_err(lost(previous_rank))?;
+        let mut rank = [0; 8];
+        match previous.receive(call, &mut rank) {
+            Ok(()) if u64::from_le_bytes(rank) == previous_rank as u64 => {
+                return Ok(Ring { next, previous });
+            }
+            result => tracing::warn!("{from} is not rank {previous_rank}: {result:?}"),
+        }
+    }
+}
+
+fn hear(stream: TcpStream) -> Result<(Link, Hello)> {
+    let link = Link::new(usize::MAX, stream, PATIENCE).map_err(lost(usize::MAX))?;
+    let hello = receive_json(&link)?;
+    Ok((link, hello))
+}
+
+fn send_json(link: &Link, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_vec(value).map_err(|error| Error::Unsupported {
+        what: format!("a handshake cannot be written: {error}"),
+    })?;
+    if text.len() > MAX_TEXT {
+        return Err(Error::Unsupported {
+            what: format!(
+                "a handshake of {} bytes; at most {MAX_TEXT} are possible",
+                text.len()
+            ),
+        });
+    }
+    link.send(HANDSHAKE, &text)
+}
+
+fn receive_json<T: for<'a> Deserialize<'a>>(link: &Link) -> Result<T> {
+    let text = link.receive_up_to(HANDSHAKE, MAX_TEXT)?;
+    serde_json::from_slice(&text).map_err(|error| Error::Stranger {
+        peer: format!("rank {}", link.peer),
+        reason: format!("its handshake cannot be read ({error})"),
+    })
+}
+
+/// The next connection; None when the deadline is over.
+fn accept(
+    listener: &TcpListener,
+    deadline: Instant,
+) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+    listener.set_nonblocking(true)?;
+    loop {
+        match listener.accept() {
+            Ok(accepted) => return Ok(Some(accepted)),
+            // The one who connected has left again.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => (),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            Err(_) if Instant::now() >= deadline => return Ok(None),
+            Err(_) => sleep(RETRY_EVERY),
+        }
+    }
+}
+
+/// Connects, again and again until the deadline: the other side may not be there yet, nor its name.
+fn reach(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
+    loop {
+        let error = match connect_once(host, port, deadline) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
+        if Instant::now() + RETRY_EVERY >= deadline {
+            return Err(error);
+        }
+        sleep(RETRY_EVERY);
+    }
+}
+
+fn connect_once(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, remaining(deadline).min(PATIENCE)) {
+            // A port that nobody listens on can be given to this very connection as its own end; it
+            // is then connected with itself.
+            Ok(stream) if stream.local_addr()? == stream.peer_addr()? => (),
+            Ok(stream) => return Ok(stream),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
+}
+
+/// Never zero, which the system takes for no limit or refuses.
+fn remaining(deadline: Instant) -> Duration {
+    let remaining = deadline.saturating_duration_since(Instant::now());
+    remaining.max(Duration::from_millis(1))
+}
+
+fn give_up(links: &[Link], rank: usize, error: &Error) {
+    for link in links {
+        link.give_up(rank, &error.to_string());
+    }
+}
+
+fn lost(rank: usize) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Lost {
+        rank,
+        during: Kind::Handshake.name(),
+        source,
+    }
+}

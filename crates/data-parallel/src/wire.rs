@@ -1,0 +1,288 @@
+//! Messages between two ranks.
+//!
+//! A message is a header of 20 bytes (kind, number of the call, length of the body) and a body.
+//! Both ends know what must come next, so nothing is allocated for a length that a peer states,
+//! short texts apart.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+
+/// The longest text in a message: settings, reasons.
+pub(crate) const MAX_TEXT: usize = 256 << 10;
+/// The longest reason for giving up.
+const MAX_REASON: usize = 4 << 10;
+/// A body as long as this fits the system's buffers, so that writing it does not wait for the
+/// reader.
+const INLINE: usize = 4 << 10;
+
+/// The call that a message belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Handshake = 1,
+    RingHandshake,
+    AllReduce,
+    Counters,
+    Broadcast,
+    Facts,
+    GaveUp,
+}
+
+impl Kind {
+    const ALL: [Self; 7] = [
+        Self::Handshake,
+        Self::RingHandshake,
+        Self::AllReduce,
+        Self::Counters,
+        Self::Broadcast,
+        Self::Facts,
+        Self::GaveUp,
+    ];
+
+    /// As errors call it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Handshake => "the handshake",
+            Self::RingHandshake => "the handshake of neighbours",
+            Self::AllReduce => "the all-reduce of tensors",
+            Self::Counters => "the sum of counters",
+            Self::Broadcast => "the broadcast",
+            Self::Facts => "the comparison of settings",
+            Self::GaveUp => "its end",
+        }
+    }
+}
+
+/// Which message: a kind and the number of the call, the same on all ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) kind: Kind,
+    pub(crate) number: u64,
+}
+
+struct Header {
+    kind: u32,
+    number: u64,
+    bytes: u64,
+}
+
+/// A connection to another rank.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) peer: usize,
+    stream: TcpStream,
+    timeout: Duration,
+}
+
+impl Link {
+    /// Over a connection that exists. No read or write waits longer than `timeout`.
+    pub(crate) fn new(peer: usize, stream: TcpStream, timeout: Duration) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
+        Ok(Self {
+            peer,
+            stream,
+            timeout,
+        })
+    }
+
+    pub(crate) fn set_timeout(&mut self, timeout: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(timeout))?;
+        self.stream.set_write_timeout(Some(timeout))?;
+        self.timeout = timeout;
+        Ok(())
+    }
+
+    /// Sends a message.
+    pub(crate) fn send(&self, call: Call, body: &[u8]) -> Result<()> {
+        let header = Header {
+            kind: call.kind as u32,
+            number: call.number,
+            bytes: body.len() as u64,
+        }
+        .encode();
+        let write = || {
+            let mut stream = &self.stream;
+            if body.len() <= INLINE {
+                // One packet instead of two.
+                return stream.write_all(&[&header, body].concat());
+            }
+            stream.write_all(&header)?;
+            stream.write_all(body)
+        };
+        write().map_err(|error| self.failed(call, error))
+    }
+
+    /// Receives a message whose body has the length of `body`.
+    pub(crate) fn receive(&self, call: Call, body: &mut [u8]) -> Result<()> {
+        let bytes = self.receive_header(call)?;
+        if bytes != body.len() as u64 {
+            return Err(Error::OutOfStep {
+                rank: self.peer,
+                found: format!("{} of {bytes} bytes", call.kind.name()),
+                expected: format!("one of {} bytes", body.len()),
+            });
+        }
+        let mut stream = &self.stream;
+        stream
+            .read_exact(body)
+            .map_err(|error| self.failed(call, error))
+    }
+
+    /// Receives a message of any length up to `limit`.
+    pub(crate) fn receive_up_to(&self, call: Call, limit: usize) -> Result<Vec<u8>> {
+        let bytes = self.receive_header(call)?;
+        if bytes > limit as u64 {
+            return Err(Error::OutOfStep {
+                rank: self.peer,
+                found: format!("{} of {bytes} bytes", call.kind.name()),
+                expected: format!("one of at most {limit} bytes"),
+            });
+        }
+        let mut body = Vec::new();
+        let mut stream = (&self.stream).take(bytes);
+        stream
+            .read_to_end(&mut body)
+            .map_err(|error| self.failed(call, error))?;
+        if (body.len() as u64) < bytes {
+            return Err(self.failed(call, io::ErrorKind::UnexpectedEof.into()));
+        }
+        Ok(body)
+    }
+
+    /// Sends to `self` and receives from `from` at the same time: in a ring everybody sends before
+    /// anybody receives, which must not depend on the size of the system's buffers.
+    pub(crate) fn exchange(
+        &self,
+        from: &Link,
+        call: Call,
+        sent: &[u8],
+        received: &mut [u8],
+    ) -> Result<()> {
+        if sent.len() <= INLINE {
+            self.send(call, sent)?;
+            return from.receive(call, received);
+        }
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| self.send(call, sent));
+            let result = from.receive(call, received);
+            if result.is_err() && !sender.is_finished() {
+                // Nobody may ever take the rest; the sender must not wait for that.
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
+            let sent = sender.join().unwrap_or_else(|_| {
+                let panicked = io::Error::other("the sending thread has panicked");
+                Err(self.failed(call, panicked))
+            });
+            result.and(sent)
+        })
+    }
+
+    /// Tells the peer that this group is over, as far as the connection still allows, and closes it.
+    pub(crate) fn give_up(&self, first: usize, reason: &str) {
+        let mut end = reason.len().min(MAX_REASON);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        let header = Header {
+            kind: Kind::GaveUp as u32,
+            number: first as u64,
+            bytes: end as u64,
+        };
+        let message = [&header.encode(), &reason.as_bytes()[..end]].concat();
+        let _ = self.stream.set_write_timeout(Some(Duration::from_secs(1)));
+        let _ = (&self.stream).write_all(&message);
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Takes what still arrives, until the peer has closed its end too. A connection that is closed
+    /// with data unread is reset, and the peer may then never read the reason.
+    pub(crate) fn linger(&self, deadline: Instant) {
+        let mut discarded = [0; 4096];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.stream.set_read_timeout(Some(left)).is_err() {
+                return;
+            }
+            match (&self.stream).read(&mut discarded) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => (),
+            }
+        }
+    }
+
+    fn receive_header(&self, call: Call) -> Result<u64> {
+        let mut bytes = [0; Header::BYTES];
+        let mut stream = &self.stream;
+        stream
+            .read_exact(&mut bytes)
+            .map_err(|error| self.failed(call, error))?;
+        let header = Header::decode(bytes);
+        if header.kind == Kind::GaveUp as u32 {
+            let mut reason = vec![0; (header.bytes as usize).min(MAX_REASON)];
+            stream
+                .read_exact(&mut reason)
+                .map_err(|error| self.failed(call, error))?;
+            return Err(Error::GaveUp {
+                rank: header.number as usize,
+                reason: String::from_utf8_lossy(&reason).into_owned(),
+            });
+        }
+        if header.kind != call.kind as u32 || header.number != call.number {
+            let kind = Kind::ALL
+                .into_iter()
+                .find(|&kind| kind as u32 == header.kind);
+            let name = kind.map_or("an unknown message", Kind::name);
+            return Err(Error::OutOfStep {
+                rank: self.peer,
+                found: format!("{name} (call {})", header.number),
+                expected: format!("{} (call {})", call.kind.name(), call.number),
+            });
+        }
+        Ok(header.bytes)
+    }
+
+    fn failed(&self, call: Call, error: io::Error) -> Error {
+        match error.kind() {
+            // Linux says WouldBlock when a timeout of a socket is over, others TimedOut.
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::Silent {
+                rank: self.peer,
+                during: call.kind.name(),
+                timeout: self.timeout,
+            },
+            _ => Error::Lost {
+                rank: self.peer,
+                during: call.kind.name(),
+                source: error,
+            },
+        }
+    }
+}
+
+impl Header {
+    const BYTES: usize = 20;
+
+    fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..4].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[4..12].copy_from_slice(&self.number.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.bytes.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: [u8; Self::BYTES]) -> Self {
+        let number = |range: std::ops::Range<usize>| {
+            let little_endian = bytes[range].iter().rev();
+            little_endian.fold(0, |number: u64, &byte| number << 8 | u64::from(byte))
+        };
+        Self {
+            kind: number(0..4) as u32,
+            number: number(4..12),
+            bytes: number(12..20),
+        }
+    }
+}
