@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
+use experiment_common::{Profile, start_logging};
 use inception_model::{CifarConfig, CifarGoogLeNet, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -41,6 +42,9 @@ struct Arguments {
     /// Threads that compute [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Print at the end, on standard error, where the time went, by layer and pass
+    #[arg(long)]
+    profile: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -79,6 +83,8 @@ fn run(arguments: &Arguments) -> Result<()> {
             .num_threads(threads as usize)
             .build_global()?;
     }
+    let profile = arguments.profile.then(Profile::default);
+    start_logging(profile.as_ref());
     let mut bench = Bench::new(arguments)?;
     let mut output = std::io::stdout().lock();
     for line in std::io::stdin().lock().lines() {
@@ -97,6 +103,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         };
         writeln!(output, "{}", serde_json::to_string(&answer)?)?;
         output.flush()?;
+    }
+    if let Some(profile) = profile {
+        eprintln!("{}", profile.table().trim_end());
     }
     Ok(())
 }
@@ -208,7 +217,7 @@ impl Bench {
         match self.work {
             Work::Train => self.training_step(),
             Work::Inference => {
-                self.model.infer(&self.images)?;
+                timed("forward", || self.model.infer(&self.images))?;
                 Ok(())
             }
         }
@@ -217,18 +226,34 @@ impl Bench {
     fn training_step(&mut self) -> Result<()> {
         let dropout_seed = self.steps_done;
         self.steps_done += 1;
-        let logits = self
-            .model
-            .forward(&self.images, Mode::Train { dropout_seed })?;
-        let loss = cross_entropy(&logits, &self.labels, CrossEntropyConfig::default())?;
-        let gradients = backward(&loss)?;
-        self.optimizer
-            .step(&gradients, self.optimizer.config().lr)?;
+        let logits = timed("forward", || {
+            self.model
+                .forward(&self.images, Mode::Train { dropout_seed })
+        })?;
+        let loss = timed("loss", || {
+            Ok(cross_entropy(
+                &logits,
+                &self.labels,
+                CrossEntropyConfig::default(),
+            )?)
+        })?;
+        let gradients = timed("backward", || Ok(backward(&loss)?))?;
+        let lr = self.optimizer.config().lr;
+        timed("update", || Ok(self.optimizer.step(&gradients, lr)?))?;
         if !loss.to_scalar::<f32>()?.is_finite() {
             bail!("the loss of step {} is not finite", self.steps_done);
         }
         Ok(())
     }
+}
+
+/// A part of a step, as the trainer tells of it.
+fn timed<T>(part: &'static str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let begin = Instant::now();
+    let result = work()?;
+    let nanoseconds = begin.elapsed().as_nanos() as u64;
+    tracing::trace!(target: trainer::PROFILE_TARGET, part, nanoseconds);
+    Ok(result)
 }
 
 /// The most memory this process has held; None where the system does not tell.
@@ -262,6 +287,7 @@ mod tests {
             batch: 2,
             image_size: 32,
             threads: None,
+            profile: false,
         }
     }
 
