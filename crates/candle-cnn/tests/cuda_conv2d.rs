@@ -232,11 +232,14 @@ fn a_step_captured_in_a_cuda_graph_follows_its_inputs() -> Result<()> {
         .begin_capture(CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         .w()?;
     let captured = step();
-    let graph = stream
-        .end_capture(CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
-        .w()?;
+    // What an operation that failed has left would be taken for the end's.
+    let left = stream.context().check_err();
+    let graph = stream.end_capture(
+        CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH,
+    );
     captured?;
-    let graph = graph.expect("something was captured");
+    left.w()?;
+    let graph = graph.w()?.expect("something was captured");
     x.set(&values("another x", &[4, 8, 12, 12], &gpu)?)?;
     graph.launch().w()?;
     let replayed = kept.as_tensor().copy()?;

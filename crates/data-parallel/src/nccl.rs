@@ -4,9 +4,9 @@
 //! also the limit of what is noticed: a rank that dies while the others' GPUs wait for it leaves them
 //! waiting, until their next exchange over TCP or until their launcher ends them.
 
-use candle_core::cuda_backend::CudaStorage;
 use candle_core::cuda_backend::cudarc::nccl::result::NcclError;
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp};
+use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{Device, Storage, Tensor};
 
@@ -48,6 +48,12 @@ impl Communicator {
         }
         let id = Id::uninit(std::array::from_fn(|i| id[i].cast_signed()));
         let stream = cuda.cuda_stream();
+        // NCCL takes the GPU of the thread's context.
+        let bound = stream.context().bind_to_thread().w();
+        bound.map_err(|source| Error::Tensor {
+            during: "the choice of the GPU",
+            source,
+        })?;
         let comm = Comm::from_rank(stream, group.rank(), group.world_size(), id)
             .map_err(nccl("ncclCommInitRank"))
             .inspect_err(|error| group.give_up(&error.to_string()))?;

@@ -46,6 +46,10 @@ pub(crate) fn launch(processes: usize) -> Result<ExitCode> {
             .env(LAUNCHED, "1")
             .env_remove("TORCHELASTIC_USE_AGENT_STORE")
             .stdin(Stdio::piped());
+        // The memory that a recorded step reduces is the graph's own, which NCCL cannot register.
+        if std::env::var_os("NCCL_GRAPH_REGISTER").is_none() {
+            command.env("NCCL_GRAPH_REGISTER", "0");
+        }
         // Ctrl-C reaches the launcher alone, which passes it on once.
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(&mut command, 0);

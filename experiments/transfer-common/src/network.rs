@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use trainer::{AuxiliaryOutput, FixedFeatures, Model, TrainOutput, random, weights};
 
 use crate::config::Trained;
-use crate::resize::resize_batch;
+use crate::resize::Resizer;
 
 /// What `model.safetensors` calls this network in its metadata.
 pub const ARCHITECTURE: &str = "googlenet-torchvision";
@@ -55,6 +55,7 @@ impl NetworkSettings {
 pub struct Network {
     googlenet: GoogLeNet,
     settings: NetworkSettings,
+    resizer: Option<Resizer>,
 }
 
 impl Network {
@@ -78,6 +79,7 @@ impl Network {
         };
         Ok(Self {
             googlenet: make().context("cannot make the network")?,
+            resizer: settings.image_size.map(|size| Resizer::new(size, size)),
             settings,
         })
     }
@@ -120,8 +122,8 @@ impl Network {
     }
 
     fn resized(&self, images: &Tensor) -> candle_core::Result<Tensor> {
-        match self.settings.image_size {
-            Some(size) => resize_batch(images, size, size),
+        match &self.resizer {
+            Some(resizer) => resizer.resize(images),
             None => Ok(images.clone()),
         }
     }

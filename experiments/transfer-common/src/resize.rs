@@ -1,5 +1,7 @@
 //! Bilinear resizing, as PIL and PyTorch do it with antialiasing.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Device, Result, Tensor};
 
 /// How one row of pixels becomes one of another length: each output is a weighted mean of
@@ -69,23 +71,80 @@ impl Resampling {
 /// # Errors
 /// A tensor of another rank or type.
 pub fn resize_batch(images: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    let (n, c, h, w) = images.dims4()?;
-    if (h, w) == (height, width) {
-        return Ok(images.clone());
+    Resizer::new(height, width).resize(images)
+}
+
+/// [`resize_batch`] to one size, again and again: what it takes is made, and uploaded, for the first batch. A CUDA graph
+/// that holds a later one finds it on the device.
+#[derive(Debug)]
+pub struct Resizer {
+    height: usize,
+    width: usize,
+    /// For the size that came last.
+    matrices: Mutex<Option<Matrices>>,
+}
+
+#[derive(Clone, Debug)]
+struct Matrices {
+    /// (H, height).
+    down: Tensor,
+    /// (W, width).
+    across: Tensor,
+}
+
+impl Resizer {
+    /// To images of this size.
+    pub fn new(height: usize, width: usize) -> Self {
+        Self {
+            height,
+            width,
+            matrices: Mutex::new(None),
+        }
     }
-    let device = images.device();
-    let across = Resampling::new(w, width).matrix(device)?;
-    let down = Resampling::new(h, height).matrix(device)?;
+
+    /// See [`resize_batch`].
+    ///
+    /// # Errors
+    /// A tensor of another rank or type.
+    pub fn resize(&self, images: &Tensor) -> Result<Tensor> {
+        let (_, _, h, w) = images.dims4()?;
+        if (h, w) == (self.height, self.width) {
+            return Ok(images.clone());
+        }
+        resize_by(images, &self.matrices((h, w), images.device())?)
+    }
+
+    fn matrices(&self, (h, w): (usize, usize), device: &Device) -> Result<Matrices> {
+        let mut kept = self.matrices.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |kept: &Matrices| {
+            (kept.down.dims()[0], kept.across.dims()[0]) == (h, w)
+                && kept.down.device().same_device(device)
+        };
+        if let Some(matrices) = kept.as_ref().filter(|kept| fits(kept)) {
+            return Ok(matrices.clone());
+        }
+        let matrices = Matrices {
+            down: Resampling::new(h, self.height).matrix(device)?,
+            across: Resampling::new(w, self.width).matrix(device)?,
+        };
+        *kept = Some(matrices.clone());
+        Ok(matrices)
+    }
+}
+
+fn resize_by(images: &Tensor, Matrices { down, across }: &Matrices) -> Result<Tensor> {
+    let (n, c, h, w) = images.dims4()?;
+    let (height, width) = (down.dim(1)?, across.dim(1)?);
     let rows = images
         .to_dtype(DType::F32)?
         .contiguous()?
         .reshape((n * c * h, w))?
-        .matmul(&across)?;
+        .matmul(across)?;
     let columns = rows
         .reshape((n * c, h, width))?
         .transpose(1, 2)?
         .contiguous()?;
-    let resized = columns.reshape((n * c * width, h))?.matmul(&down)?;
+    let resized = columns.reshape((n * c * width, h))?.matmul(down)?;
     let resized = resized.reshape((n * c, width, height))?.transpose(1, 2)?;
     let resized = resized.contiguous()?.reshape((n, c, height, width))?;
     resized.to_dtype(images.dtype())
@@ -121,6 +180,21 @@ mod tests {
         let row = Tensor::new(&[[[[0f32, 4.0]]]], &Device::Cpu)?;
         let resized = resize_batch(&row, 1, 4)?.flatten_all()?.to_vec1::<f32>()?;
         assert_eq!(resized, [0.0, 1.0, 3.0, 4.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_resizer_takes_batches_of_any_size_one_after_the_other() -> Result<()> {
+        let resizer = Resizer::new(4, 6);
+        for (h, w) in [(2, 3), (5, 7), (2, 3), (4, 6), (2, 7)] {
+            let images = Tensor::arange(0f32, (2 * h * w) as f32, &Device::Cpu)?;
+            let images = images.reshape((2, 1, h, w))?;
+            for _ in 0..2 {
+                let found = resizer.resize(&images)?.flatten_all()?.to_vec1::<f32>()?;
+                let expected = resize_batch(&images, 4, 6)?.flatten_all()?;
+                assert_eq!(found, expected.to_vec1::<f32>()?, "{h}×{w}");
+            }
+        }
         Ok(())
     }
 

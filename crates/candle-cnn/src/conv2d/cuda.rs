@@ -562,7 +562,7 @@ impl Plan {
         if !is_refusal(status) {
             return Err(error.into());
         }
-        tracing::debug!("{error}; bias and ReLU get a pass of their own");
+        tracing::info!("{error}; bias and ReLU get a pass of their own");
         self.refuses_fused.set(true);
         Ok(false)
     }

@@ -276,12 +276,20 @@ impl ConvolutionDescriptor {
 }
 
 impl ActivationDescriptor {
-    /// NaN stays NaN, as on the CPU.
+    /// A NaN stays NaN in a ReLU, as on the CPU, or the convolution has to refuse it; else one that diverges could go
+    /// on with zeros. The identity passes it on anyway.
     pub(crate) fn new(mode: sys::cudnnActivationMode_t) -> Described<Self> {
         let new = Self::create()?;
-        let nan = sys::cudnnNanPropagation_t::CUDNN_PROPAGATE_NAN;
+        let nan = match mode {
+            sys::cudnnActivationMode_t::CUDNN_ACTIVATION_RELU => {
+                sys::cudnnNanPropagation_t::CUDNN_PROPAGATE_NAN
+            }
+            _ => sys::cudnnNanPropagation_t::CUDNN_NOT_PROPAGATE_NAN,
+        };
+        // The largest value that a ReLU lets pass; PyTorch sets no limit either.
+        let limit = f64::MAX;
         // SAFETY: the descriptor exists.
-        unsafe { result::set_activation_descriptor(new.0, mode, nan, 0.0) }?;
+        unsafe { result::set_activation_descriptor(new.0, mode, nan, limit) }?;
         Ok(new)
     }
 }

@@ -3,7 +3,8 @@
 #![allow(unsafe_code)]
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::CudaContext;
+use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute;
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 use candle_core::{Device, Result};
 
 /// What the driver says of a GPU.
@@ -52,7 +53,8 @@ pub fn synchronize(device: &Device) -> Result<()> {
 }
 
 /// Opens GPU number `ordinal` with one stream for all threads, which a CUDA graph can capture, and
-/// without the two events per allocation that would order several streams.
+/// without the two events per allocation that would order several streams. Freed memory stays with the process, as in
+/// PyTorch: the driver would give it back at every wait, and take time to get it again.
 ///
 /// # Errors
 /// As [`device_info`], and libraries (cuBLAS, cuRAND) that cannot be used.
@@ -61,5 +63,20 @@ pub fn open_device(ordinal: usize) -> Result<Device> {
     // SAFETY: everything that computes on this device does so on its one stream, which Candle's tensors, cuBLAS,
     // cuDNN and our kernels share. No work on another stream has to be waited for, so that no event is needed.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    keep_freed_memory(&device)?;
     Ok(device)
+}
+
+/// Tells the pool from which streams allocate never to give memory back.
+fn keep_freed_memory(device: &Device) -> Result<()> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let context = stream.context();
+    context.bind_to_thread().w()?;
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is the context's, and the attribute is 64 bits wide.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).w()
+    }
 }

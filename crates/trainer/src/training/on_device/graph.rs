@@ -82,6 +82,8 @@ impl Training<'_> {
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w().map_err(&failed)?;
         let computed = self.compute_step(state, batch, seed);
+        // Errors of memory freed in a capture that failed wait in the context, and would keep it from being ended.
+        let _ = stream.context().check_err();
         // Ends the capture also where the step failed: the stream could not be used any more.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags);
@@ -93,7 +95,7 @@ impl Training<'_> {
             Ok(graph)
         });
         if recorded.is_err() {
-            // Errors of memory freed in a capture that failed wait in the context for the next call.
+            // The next call is not to blame for what is left of this one.
             let _ = stream.context().check_err();
         }
         recorded
