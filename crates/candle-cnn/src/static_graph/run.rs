@@ -159,6 +159,11 @@ fn images_per_task(pixels: usize, batch: usize, (height, width): (usize, usize))
     wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
 }
 
+/// Whether Winograd's products pay for outputs of `size`.
+fn pays<T>(c: &Convolution, size: (usize, usize), batch: usize) -> bool {
+    winograd::pays::<T>(c.kernel, size, batch, c.eps.is_some())
+}
+
 /// What the sums of a convolution start from: a multiple of 16 values.
 fn start_values<T: Element>(c: &Convolution, numbers: &Numbers<'_, T>) -> Vec<T> {
     let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
@@ -429,7 +434,7 @@ impl<'a, T: Element> Forward<'a, T> {
                 _ => &[],
             },
             shape: (c.kernel * c.kernel, c.c_out, c.c_in),
-            winograd: c.stride == 1 && winograd::pays::<T>(c.kernel, size, self.batch),
+            winograd: c.stride == 1 && pays::<T>(c, size, self.batch),
             isa: self.isa,
         };
         match index {
@@ -1028,7 +1033,7 @@ impl<'a, T: Element> Backward<'a, T> {
         let size = graph.gradient_layout(c.input).size;
         let transformed = packed
             .as_ref()
-            .filter(|_| winograd::pays::<T>(c.kernel, size, batch))
+            .filter(|_| pays::<T>(c, size, batch))
             .map(|packed| {
                 let memory = arenas.of::<T>().take_flat(4 * len);
                 winograd::transform_weight(isa, packed, memory)
@@ -1178,7 +1183,7 @@ impl<T: Element> Prepared<'_, T> {
     fn weight_pass(&self, forward: &Forward<'_, T>) -> AnyOuterPass<T> {
         let (c, kernels) = (&self.c, forward.kernels);
         let (x, dy) = (forward.graph.layout(c.input), self.mask.dy);
-        if c.stride == 1 && winograd::pays::<T>(c.kernel, dy.size, forward.batch) {
+        if c.stride == 1 && pays::<T>(c, dy.size, forward.batch) {
             return AnyOuterPass::Winograd(WinogradOuterPass {
                 kernels,
                 isa: forward.isa,

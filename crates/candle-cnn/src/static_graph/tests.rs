@@ -296,7 +296,11 @@ fn both_passes_equal_those_of_ordinary_operations_where_winograd_pays() {
     pool.unwrap().install(|| {
         // After the unpadded 2×2 stem 32×16 pixels, 32 tiles an image, and a
         // quarter of them after the pool.
-        assert!(winograd::pays::<f32>(3, (32, 16), 16) && winograd::pays::<f32>(3, (16, 8), 16));
+        for normalised in [false, true] {
+            for size in [(32, 16), (16, 8)] {
+                assert!(winograd::pays::<f32>(3, size, 16, normalised));
+            }
+        }
         check::<f32>(Stem::Bias, 16, (33, 17), false, 2e-5);
         check::<f32>(Stem::Norm, 16, (33, 17), false, 1e-4);
     });

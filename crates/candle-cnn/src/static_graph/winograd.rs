@@ -32,17 +32,28 @@ const PATCH: usize = 6;
 /// Elements of a patch, and matrix products.
 pub(super) const PRODUCTS: usize = PATCH * PATCH;
 
-/// Whether a convolution takes this path: f32, 3×3, whole tiles, and so many of
-/// them per thread that transforming the weights pays.
-pub(super) fn pays<T>(kernel: usize, (height, width): (usize, usize), batch: usize) -> bool {
+/// Whether a convolution takes this path: f32, 3×3, whole tiles, and so many of them per thread that transforming the
+/// weights, or reading four times as many of them, pays. Where a batch norm follows, also that its statistics are of
+/// many values: those of few magnify the rounding.
+pub(super) fn pays<T>(
+    kernel: usize,
+    (height, width): (usize, usize),
+    batch: usize,
+    normalised: bool,
+) -> bool {
     /// Tiles per thread.
-    const LEAST_TILES: usize = 64;
+    const LEAST_TILES: usize = 16;
+    const LEAST_TILES_OF_STATISTICS: usize = 64;
+    let least = match normalised {
+        true => LEAST_TILES_OF_STATISTICS,
+        false => LEAST_TILES,
+    };
     let tiles = batch.div_ceil(rayon::current_num_threads()) * (height / TILE) * (width / TILE);
     size_of::<T>() == size_of::<f32>()
         && kernel == 3
         && height.is_multiple_of(TILE)
         && width.is_multiple_of(TILE)
-        && tiles >= LEAST_TILES
+        && tiles >= least
 }
 
 /// Sixteen channels.
