@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use rayon::prelude::*;
 
-use super::run::Scratch;
+use super::pass::Scratch;
 use crate::element::Element;
 
 /// What makes two buffers interchangeable: the zeros around their images lie in the same places.

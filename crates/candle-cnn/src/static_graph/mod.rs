@@ -10,15 +10,18 @@
 //! through the ordinary `backward()`.
 
 mod arena;
+mod backward;
+mod forward;
 mod gather;
 mod norm;
 mod outer;
 mod packed;
+mod pass;
 mod pool;
 mod profile;
-mod run;
 #[cfg(test)]
 mod tests;
+mod way;
 mod winograd;
 
 use std::collections::BTreeMap;
@@ -29,8 +32,10 @@ use candle_core::{
 };
 
 use self::arena::Arenas;
+use self::backward::Backward;
+use self::forward::Forward;
+use self::pass::{Maps, Numbers};
 pub use self::profile::PROFILE_TARGET;
-use self::run::{Backward, Forward, Numbers};
 use crate::backward::set_aside;
 use crate::batch_norm::{BatchStatistics, Moments};
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
@@ -774,23 +779,23 @@ struct Run {
 }
 
 enum Kept {
-    F32(run::Maps<f32>),
-    F64(run::Maps<f64>),
+    F32(Maps<f32>),
+    F64(Maps<f64>),
 }
 
 /// Wraps and unwraps the maps of an element type.
 trait Keep: Sized {
-    fn keep(maps: run::Maps<Self>) -> Kept;
-    fn take(kept: Kept) -> Option<run::Maps<Self>>;
+    fn keep(maps: Maps<Self>) -> Kept;
+    fn take(kept: Kept) -> Option<Maps<Self>>;
 }
 
 macro_rules! keep {
     ($t:ty, $variant:ident) => {
         impl Keep for $t {
-            fn keep(maps: run::Maps<Self>) -> Kept {
+            fn keep(maps: Maps<Self>) -> Kept {
                 Kept::$variant(maps)
             }
-            fn take(kept: Kept) -> Option<run::Maps<Self>> {
+            fn take(kept: Kept) -> Option<Maps<Self>> {
                 match kept {
                     Kept::$variant(maps) => Some(maps),
                     _ => None,

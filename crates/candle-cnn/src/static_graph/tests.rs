@@ -2,7 +2,9 @@ use candle_core::{Device, Result, Tensor, Var};
 use test_support::{check_gradients, relative_error, seeded_values};
 
 use super::arena::{Layout, Part};
-use super::run::{Backward, Forward, Numbers};
+use super::backward::Backward;
+use super::forward::Forward;
+use super::pass::Numbers;
 use super::*;
 use crate::element::Element;
 use crate::{

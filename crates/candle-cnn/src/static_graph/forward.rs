@@ -1,0 +1,538 @@
+//! The forward pass: operation by operation, a few images per task, or image by image.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rayon::prelude::*;
+
+use super::arena::{Layout, Part};
+use super::gather::{GatherPass, Start};
+use super::norm::{self, Affine, Between, MomentSums, Span};
+use super::packed::{Packed, Wanted};
+use super::pass::{
+    After, AnyPass, Maps, Normalised, Numbers, Scratch, give_back, images_per_task, max_pool_of,
+    pays, start_values,
+};
+use super::pool::{self, Pool};
+use super::profile::{self, Cost, Watch};
+use super::winograd;
+use super::{Convolution, Inner, MaxPool, Operation};
+use crate::batch_norm::Moments;
+use crate::conv2d::PIXELS_PER_TASK;
+use crate::element::Element;
+use crate::simd::{Isa, Kernels};
+
+/// What a forward pass yields.
+pub(super) struct Output<T> {
+    /// (N, C).
+    pub(super) features: Vec<T>,
+    /// Of each convolution; empty where the batch's statistics play no part.
+    pub(super) moments: Vec<Vec<Moments>>,
+    pub(super) maps: Option<Maps<T>>,
+}
+
+/// The forward pass.
+pub(super) struct Forward<'a, T: 'static> {
+    pub(super) graph: &'a Inner,
+    pub(super) isa: Isa,
+    pub(super) kernels: &'static Kernels<T>,
+    pub(super) batch: usize,
+}
+
+impl<'a, T: Element> Forward<'a, T> {
+    pub(super) fn new(graph: &'a Inner, isa: Isa, batch: usize) -> Self {
+        Self {
+            graph,
+            isa,
+            kernels: T::kernels(isa),
+            batch,
+        }
+    }
+
+    /// Runs the graph, and keeps what the backward pass needs if asked to.
+    pub(super) fn run(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
+        let graph = self.graph;
+        let normalises = |n: &Numbers<'_, T>| matches!(n.after, After::BatchNorm { .. });
+        if keep && self.batch >= rayon::current_num_threads() && !numbers.iter().any(normalises) {
+            return self.run_image_by_image(images, numbers);
+        }
+        let mut numbers = numbers.iter();
+        let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
+        let mut normalised = Vec::new();
+        let mut moments = Vec::new();
+        nodes[0] = Some(self.images(images));
+        if keep {
+            graph.packed.clear();
+        }
+        for (index, operation) in graph.operations.iter().enumerate() {
+            let watch = Watch::start();
+            let (buffer, channel) = graph.place(operation.output());
+            let mut y = nodes[buffer].take().unwrap_or_else(|| self.take(buffer));
+            let x = nodes[operation.input()].as_deref().unwrap_or_default();
+            match operation {
+                Operation::Convolution(c) => {
+                    let Some(numbers) = numbers.next() else {
+                        break;
+                    };
+                    let packed = self.packed(c, numbers, (!keep).then_some(moments.len()));
+                    let norm = self.convolution(c, x, (numbers, &packed), (&mut y, channel), keep);
+                    self.release_packed(packed);
+                    let (x, found) = norm.map_or((None, Vec::new()), |(x, found)| (x, found));
+                    moments.push(found.clone());
+                    normalised.push(x.map(|x| Normalised { x, moments: found }));
+                }
+                Operation::MaxPool(p) => self.max_pool(p, x, &mut y),
+            }
+            nodes[buffer] = Some(y);
+            let time = watch.elapsed();
+            profile::forward(graph, index, (&watch, time), || self.cost(operation));
+            if !keep {
+                self.release_read(index, &mut nodes);
+            }
+        }
+        let features = self.global_average(nodes[graph.output].as_deref().unwrap_or_default());
+        let maps = if keep {
+            Some(Maps { nodes, normalised })
+        } else {
+            for (node, map) in nodes.into_iter().enumerate() {
+                give_back(graph, node, map);
+            }
+            None
+        };
+        Output {
+            features,
+            moments,
+            maps,
+        }
+    }
+
+    /// The same where no operation needs another's result of the whole batch and all maps are
+    /// kept: each thread takes its images through the network without waiting for the others.
+    fn run_image_by_image(&self, images: &[T], numbers: &[Numbers<'_, T>]) -> Output<T> {
+        let graph = self.graph;
+        let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
+        for operation in &graph.operations {
+            let buffer = graph.place(operation.output()).0;
+            nodes[buffer].get_or_insert_with(|| self.take(buffer));
+        }
+        nodes[0] = Some(self.images(images));
+        graph.packed.clear();
+        let convolutions = graph.convolutions();
+        let packed: Vec<_> = convolutions
+            .iter()
+            .zip(numbers)
+            .map(|(c, numbers)| (self.packed(c, numbers, None), start_values(c, numbers)))
+            .collect();
+        let steps: Vec<ForwardStep<'_, T>> = graph
+            .operations
+            .iter()
+            .zip(&graph.numbers)
+            .map(|(operation, &number)| match operation {
+                Operation::Convolution(c) => {
+                    let (buffer, channel) = graph.place(c.output);
+                    let span = Span {
+                        layout: graph.layout(buffer),
+                        channel,
+                        channels: c.c_out,
+                    };
+                    let (packed, start) = &packed[number.unwrap_or_default()];
+                    ForwardStep::Convolution(self.pass(c, (packed, start), span, true))
+                }
+                Operation::MaxPool(p) => ForwardStep::MaxPool(max_pool_of(graph, p)),
+            })
+            .collect();
+
+        let per_part = self.batch.div_ceil(rayon::current_num_threads()).max(1);
+        let mut maps: Vec<_> = nodes
+            .iter_mut()
+            .enumerate()
+            .map(|(node, map)| {
+                let image = graph.layout(node).image();
+                let map = map.as_deref_mut()?;
+                Some((
+                    image,
+                    map[..self.batch * image].chunks_mut(per_part * image),
+                ))
+            })
+            .collect();
+        let parts: Vec<Vec<Option<ImageMaps<'_, T>>>> = (0..self.batch)
+            .step_by(per_part)
+            .map(|_| {
+                let part = maps.iter_mut().map(|map| {
+                    let (image, chunks) = map.as_mut()?;
+                    Some((*image, chunks.next()?))
+                });
+                part.collect()
+            })
+            .collect();
+        let times: Vec<Vec<Duration>> = parts
+            .into_par_iter()
+            .map(|mut maps| {
+                let mut lent = graph.arenas.lend();
+                let operations = graph.operations.iter().zip(&steps);
+                let times = operations.map(|(operation, step)| {
+                    let watch = Watch::start();
+                    let buffer = graph.place(operation.output()).0;
+                    let y = maps[buffer].take();
+                    if let (Some((x_image, x)), Some((y_image, y))) = (&maps[operation.input()], y)
+                    {
+                        let size = graph.nodes[operation.output()].size;
+                        let images = images_per_task(PIXELS_PER_TASK, self.batch, size);
+                        for (x, y) in x
+                            .chunks(images * x_image)
+                            .zip(y.chunks_mut(images * y_image))
+                        {
+                            step.run(self.isa, x, y, &mut lent.scratch);
+                        }
+                        maps[buffer] = Some((y_image, y));
+                    }
+                    watch.elapsed()
+                });
+                times.collect()
+            })
+            .collect();
+        drop(steps);
+        let watch = Watch::start();
+        for (index, operation) in graph.operations.iter().enumerate() {
+            let time: Duration = times.iter().map(|part| part[index]).sum();
+            let time = time / times.len().max(1) as u32;
+            profile::forward(graph, index, (&watch, time), || self.cost(operation));
+        }
+        for (packed, _) in packed {
+            self.release_packed(packed);
+        }
+        let features = self.global_average(nodes[graph.output].as_deref().unwrap_or_default());
+        Output {
+            features,
+            moments: vec![Vec::new(); numbers.len()],
+            maps: Some(Maps {
+                nodes,
+                normalised: numbers.iter().map(|_| None).collect(),
+            }),
+        }
+    }
+
+    pub(super) fn cost(&self, operation: &Operation) -> Cost {
+        Cost::of(self.graph, operation, self.batch, size_of::<T>())
+    }
+
+    fn take(&self, buffer: usize) -> Vec<T> {
+        let layout = self.graph.layout(buffer);
+        self.graph.arenas.of::<T>().take(layout, self.batch)
+    }
+
+    /// Gives the memory of weights back that nobody keeps.
+    fn release_packed(&self, packed: Arc<Packed<T>>) {
+        if let Ok(packed) = Arc::try_unwrap(packed) {
+            let mut arena = self.graph.arenas.of::<T>();
+            arena.give_back_flat(packed.direct.data);
+            if let Some(transformed) = packed.transformed {
+                arena.give_back_flat(transformed.data);
+            }
+        }
+    }
+
+    /// Gives the input of operation `index` back if no later one reads it.
+    fn release_read(&self, index: usize, maps: &mut [Option<Vec<T>>]) {
+        let node = self.graph.operations[index].input();
+        let later = &self.graph.operations[index + 1..];
+        if node != self.graph.output && later.iter().all(|o| o.input() != node) {
+            give_back(self.graph, node, maps[node].take());
+        }
+    }
+
+    /// Planes to pixels of channels.
+    fn images(&self, planes: &[T]) -> Vec<T> {
+        let map = &self.graph.nodes[0];
+        let layout = self.graph.layout(0);
+        let (height, width) = map.size;
+        let mut to = self.take(0);
+        let planes_len = map.channels * height * width;
+        if planes_len == 0 {
+            return to;
+        }
+        to.par_chunks_mut(layout.image())
+            .zip(planes.par_chunks(planes_len))
+            .for_each(|(to, planes)| {
+                for (c, plane) in planes.chunks_exact(height * width).enumerate() {
+                    for (h, line) in plane.chunks_exact(width).enumerate() {
+                        for (w, &value) in line.iter().enumerate() {
+                            to[layout.at(h, w) + c] = value;
+                        }
+                    }
+                }
+            });
+        to
+    }
+
+    /// A convolution's weight as the tiles read it; kept for the next time as that of
+    /// convolution `index`, if there is one.
+    fn packed(
+        &self,
+        c: &Convolution,
+        numbers: &Numbers<'_, T>,
+        index: Option<usize>,
+    ) -> Arc<Packed<T>> {
+        let size = self.graph.nodes[c.output].size;
+        let wanted = Wanted {
+            weight: numbers.weight,
+            scale: match &numbers.after {
+                After::Affine { scale, .. } => scale,
+                _ => &[],
+            },
+            shape: (c.kernel * c.kernel, c.c_out, c.c_in),
+            winograd: c.stride == 1 && pays::<T>(c, size, self.batch),
+            isa: self.isa,
+        };
+        match index {
+            Some(index) => self.graph.packed.get(index, &wanted),
+            None => {
+                let arenas = &self.graph.arenas;
+                Arc::new(wanted.pack(false, |len| arenas.of::<T>().take_flat(len)))
+            }
+        }
+    }
+
+    /// Writes a convolution's channels of `y`. With batch norm: its input, if
+    /// that is to be kept, and its statistics.
+    fn convolution(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
+        (y, channel): (&mut [T], usize),
+        keep: bool,
+    ) -> Option<(Option<Vec<T>>, Vec<Moments>)> {
+        let y_layout = self.graph.layout(self.graph.place(c.output).0);
+        let y_span = Span {
+            layout: y_layout,
+            channel,
+            channels: c.c_out,
+        };
+        let &After::BatchNorm { weight, bias, eps } = &numbers.after else {
+            self.convolve(c, x, (numbers, packed), (y, y_span), true, |_| ());
+            return None;
+        };
+        if !keep {
+            let moments = self.convolve_and_measure(c, x, (numbers, packed), (y, y_span));
+            let affine = Affine::new(&moments, weight, bias, eps);
+            y[..self.batch * y_layout.image()]
+                .par_chunks_mut(self.images_per_map_task(y_layout) * y_layout.image())
+                .for_each(|images| {
+                    for y in images.chunks_exact_mut(y_layout.image()) {
+                        norm::normalise_in_place(self.isa, &y_span, &affine, y);
+                    }
+                });
+            return Some((None, moments));
+        }
+        let z_span = self.graph.normalised_span(c);
+        let z_layout = z_span.layout;
+        let mut z = self.graph.arenas.of::<T>().take(z_layout, self.batch);
+        let moments = self.convolve_and_measure(c, x, (numbers, packed), (&mut z, z_span));
+        let affine = Affine::new(&moments, weight, bias, eps);
+        let between = Between {
+            x: z_span,
+            y: y_span,
+        };
+        let images = self.images_per_map_task(y_layout);
+        y[..self.batch * y_layout.image()]
+            .par_chunks_mut(images * y_layout.image())
+            .zip(z.par_chunks(images * z_layout.image()))
+            .for_each(|(y, z)| {
+                for (y, z) in y
+                    .chunks_exact_mut(y_layout.image())
+                    .zip(z.chunks_exact(z_layout.image()))
+                {
+                    norm::normalise(self.isa, &between, &affine, z, y);
+                }
+            });
+        Some((Some(z), moments))
+    }
+
+    /// Images per task of a pass that does little with each value: one part per thread.
+    fn images_per_map_task(&self, layout: Layout) -> usize {
+        /// Elements that are worth a task.
+        const LEAST: usize = 1 << 14;
+        let least = LEAST.div_ceil(layout.image().max(1));
+        let threads = rayon::current_num_threads();
+        self.batch.div_ceil(threads).max(least).max(1)
+    }
+
+    /// The convolution alone, and the statistics of what it yields: sums of
+    /// each task's images, joined in order.
+    fn convolve_and_measure(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        numbers: (&Numbers<'_, T>, &Packed<T>),
+        (y, span): (&mut [T], Span),
+    ) -> Vec<Moments> {
+        let sums = self.convolve(c, x, numbers, (y, span), false, |images| {
+            let mut sums = MomentSums::new(c.c_out);
+            for image in images.chunks_exact(span.layout.image()) {
+                norm::add_moments(self.isa, &span, image, &mut sums);
+            }
+            sums
+        });
+        MomentSums::join(&sums, c.c_out)
+    }
+
+    /// A convolution from the map that it reads to the channels of `span`.
+    fn pass<'p>(
+        &self,
+        c: &Convolution,
+        (packed, start): (&'p Packed<T>, &'p [T]),
+        span: Span,
+        relu: bool,
+    ) -> AnyPass<'p, T> {
+        let pass = GatherPass {
+            kernels: self.kernels,
+            x: self.graph.layout(c.input),
+            x_channel: 0,
+            channels: c.c_in,
+            kernel: c.kernel,
+            stride: c.stride,
+            padding: c.padding,
+            weight: &packed.direct,
+            start: Start::Values(start),
+            relu,
+            y: span.layout,
+            y_channel: span.channel,
+        };
+        match &packed.transformed {
+            Some(transformed) => AnyPass::Winograd(pass.into_winograd(self.isa, transformed)),
+            None => AnyPass::Direct(pass),
+        }
+    }
+
+    /// The convolution with what its numbers add by channel. `measure` sees
+    /// the images of each task while they are in the cache.
+    fn convolve<R: Send>(
+        &self,
+        c: &Convolution,
+        x: &[T],
+        (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
+        (y, span): (&mut [T], Span),
+        relu: bool,
+        measure: impl Fn(&[T]) -> R + Sync,
+    ) -> Vec<R> {
+        let (x_layout, y_layout) = (self.graph.layout(c.input), span.layout);
+        let start = start_values(c, numbers);
+        let pass = self.pass(c, (packed, &start), span, relu);
+        let threads = rayon::current_num_threads();
+        if self.batch < threads {
+            let step = match &pass {
+                AnyPass::Direct(_) => 1,
+                AnyPass::Winograd(_) => winograd::TILE,
+            };
+            let parts = self.parts((y, y_layout), step);
+            parts.into_par_iter().for_each(|(image, part, y)| {
+                let x = &x[image * x_layout.image()..];
+                pass.run(x, (y, &part), &mut self.graph.arenas.lend().scratch);
+            });
+            return vec![measure(&y[..self.batch * y_layout.image()])];
+        }
+        let images = images_per_task(PIXELS_PER_TASK, self.batch, y_layout.size);
+        y[..self.batch * y_layout.image()]
+            .par_chunks_mut(images * y_layout.image())
+            .zip(x.par_chunks(images * x_layout.image()))
+            .map_init(
+                || self.graph.arenas.lend(),
+                |lent, (y, x)| {
+                    let part = Part::whole(y_layout, y.len());
+                    pass.run(x, (y, &part), &mut lent.scratch);
+                    measure(y)
+                },
+            )
+            .collect()
+    }
+
+    /// Fewer images than threads in parts for all of them: image, lines, memory.
+    fn parts<'y>(
+        &self,
+        (y, layout): (&'y mut [T], Layout),
+        step: usize,
+    ) -> Vec<(usize, Part, &'y mut [T])> {
+        let count = rayon::current_num_threads().div_ceil(self.batch.max(1));
+        y[..self.batch * layout.image()]
+            .chunks_mut(layout.image())
+            .enumerate()
+            .flat_map(|(image, y)| {
+                let parts = Part::cut(layout, y, (count, step));
+                parts.into_iter().map(move |(part, y)| (image, part, y))
+            })
+            .collect()
+    }
+
+    fn max_pool(&self, p: &MaxPool, x: &[T], y: &mut [T]) {
+        let pool = max_pool_of(self.graph, p);
+        if self.batch < rayon::current_num_threads() {
+            let parts = self.parts((y, pool.y), 1);
+            parts.into_par_iter().for_each(|(image, part, y)| {
+                let x = &x[image * pool.x.image()..];
+                pool::forward(self.isa, &pool, x, y, &part);
+            });
+            return;
+        }
+        let whole = Part::whole(pool.y, pool.y.image());
+        y[..self.batch * pool.y.image()]
+            .par_chunks_mut(pool.y.image())
+            .zip(x.par_chunks(pool.x.image()))
+            .for_each(|(y, x)| pool::forward(self.isa, &pool, x, y, &whole));
+    }
+
+    fn global_average(&self, x: &[T]) -> Vec<T> {
+        let channels = self.graph.nodes[self.graph.output].channels;
+        let layout = self.graph.layout(self.graph.output);
+        let (height, width) = layout.size;
+        let scale = T::real(1.0 / (height * width) as f64);
+        let mut features = vec![T::ZERO; self.batch * channels];
+        if features.is_empty() {
+            return features;
+        }
+        features
+            .par_chunks_mut(channels)
+            .zip(x.par_chunks(layout.image()))
+            .for_each(|(sums, x)| {
+                for h in 0..height {
+                    for w in 0..width {
+                        let pixel = &x[layout.at(h, w)..][..channels];
+                        for (sum, &value) in sums.iter_mut().zip(pixel) {
+                            *sum += value;
+                        }
+                    }
+                }
+                for sum in sums {
+                    *sum *= scale;
+                }
+            });
+        features
+    }
+}
+
+/// The values of one image in a buffer, and the buffer's maps of some images.
+type ImageMaps<'a, T> = (usize, &'a mut [T]);
+
+/// An operation on some images.
+enum ForwardStep<'a, T: 'static> {
+    Convolution(AnyPass<'a, T>),
+    MaxPool(Pool),
+}
+
+impl<T: Element> ForwardStep<'_, T> {
+    fn run(&self, isa: Isa, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) {
+        match self {
+            Self::Convolution(pass) => {
+                let part = Part::whole(pass.output(), y.len());
+                pass.run(x, (y, &part), scratch);
+            }
+            Self::MaxPool(pool) => {
+                let whole = Part::whole(pool.y, pool.y.image());
+                let images = x.chunks_exact(pool.x.image());
+                for (x, y) in images.zip(y.chunks_exact_mut(pool.y.image())) {
+                    pool::forward(isa, pool, x, y, &whole);
+                }
+            }
+        }
+    }
+}

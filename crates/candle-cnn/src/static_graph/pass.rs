@@ -1,0 +1,238 @@
+//! What both passes through a graph share: its numbers, where maps lie, and the two ways of a convolution.
+//!
+//! A convolution reads its input where it lies, halo included: its register
+//! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
+//! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
+
+use super::arena::{Layout, Part};
+use super::gather::{self, GatherPass};
+use super::norm::Span;
+use super::outer;
+use super::pool::Pool;
+use super::winograd::{self, WinogradPass};
+use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
+use crate::batch_norm::Moments;
+use crate::element::Element;
+
+/// What the backward pass needs of the forward pass.
+pub(super) struct Maps<T> {
+    /// The buffers of the nodes that have one.
+    pub(super) nodes: Vec<Option<Vec<T>>>,
+    /// Of each convolution with batch norm: what it normalises, and its statistics.
+    pub(super) normalised: Vec<Option<Normalised<T>>>,
+}
+
+pub(super) struct Normalised<T> {
+    pub(super) x: Vec<T>,
+    pub(super) moments: Vec<Moments>,
+}
+
+/// The parameters of one convolution.
+pub(super) struct Numbers<'a, T> {
+    pub(super) weight: &'a [T],
+    pub(super) after: After<'a, T>,
+}
+
+/// What stands between a convolution and its ReLU.
+pub(super) enum After<'a, T> {
+    Bias(&'a [T]),
+    /// By the batch's own statistics.
+    BatchNorm {
+        weight: &'a [T],
+        bias: &'a [T],
+        eps: f64,
+    },
+    /// Running statistics: the weight times `scale`, and `shift` as the bias.
+    Affine {
+        scale: Vec<T>,
+        shift: Vec<T>,
+    },
+}
+
+impl<'a, T: Element> Numbers<'a, T> {
+    /// From the slices of [`super::ConvParameters`], in its order.
+    pub(super) fn new(c: &Convolution, slices: &[&'a [T]]) -> Self {
+        let after = match (slices, c.eps) {
+            (&[_, weight, bias], Some(eps)) => After::BatchNorm { weight, bias, eps },
+            (&[_, weight, bias, mean, variance], Some(eps)) => {
+                let numbers = weight.iter().zip(bias).zip(mean.iter().zip(variance));
+                let (scale, shift) = numbers
+                    .map(|((weight, bias), (mean, variance))| {
+                        let scale = weight.as_f64() / (variance.as_f64() + eps).sqrt();
+                        let shift = bias.as_f64() - mean.as_f64() * scale;
+                        (T::real(scale), T::real(shift))
+                    })
+                    .unzip();
+                After::Affine { scale, shift }
+            }
+            _ => After::Bias(slices[1]),
+        };
+        let weight = slices[0];
+        Self { weight, after }
+    }
+
+    /// How many parameters there are beside the weight.
+    pub(super) fn per_channel(&self) -> usize {
+        match self.after {
+            After::BatchNorm { .. } => 2,
+            After::Bias(_) | After::Affine { .. } => 1,
+        }
+    }
+
+    /// Zeros for the gradient of the weight and of what follows.
+    pub(super) fn gradients(&self, c: &Convolution) -> Vec<Vec<T>> {
+        let channels = std::iter::repeat_n(c.c_out, self.per_channel());
+        std::iter::once(self.weight.len())
+            .chain(channels)
+            .map(|len| vec![T::ZERO; len])
+            .collect()
+    }
+}
+
+impl Inner {
+    /// The buffer that a node lies in, and its first channel there.
+    pub(super) fn place(&self, node: usize) -> (usize, usize) {
+        self.nodes[node].within.unwrap_or((node, 0))
+    }
+
+    pub(super) fn layout(&self, buffer: usize) -> Layout {
+        let map = &self.nodes[buffer];
+        Layout {
+            size: map.size,
+            halo: map.halo,
+            width: map.channels.next_multiple_of(ALIGNMENT),
+        }
+    }
+
+    /// Where a convolution's output lies until it is normalised.
+    pub(super) fn normalised_span(&self, c: &Convolution) -> Span {
+        let layout = Layout {
+            size: self.nodes[c.output].size,
+            halo: 0,
+            width: c.c_out.next_multiple_of(ALIGNMENT),
+        };
+        Span {
+            layout,
+            channel: 0,
+            channels: c.c_out,
+        }
+    }
+
+    pub(super) fn gradient_layout(&self, buffer: usize) -> Layout {
+        Layout {
+            halo: self.nodes[buffer].gradient_halo,
+            ..self.layout(buffer)
+        }
+    }
+}
+
+impl Operation {
+    pub(super) fn input(&self) -> usize {
+        match self {
+            Self::Convolution(c) => c.input,
+            Self::MaxPool(p) => p.input,
+        }
+    }
+
+    pub(super) fn output(&self) -> usize {
+        match self {
+            Self::Convolution(c) => c.output,
+            Self::MaxPool(p) => p.output,
+        }
+    }
+}
+
+/// Images per task: about so many `pixels`, but work for every thread.
+pub(super) fn images_per_task(
+    pixels: usize,
+    batch: usize,
+    (height, width): (usize, usize),
+) -> usize {
+    let wanted = pixels.div_ceil((height * width).max(1));
+    wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
+}
+
+/// Whether Winograd's products pay for outputs of `size`.
+pub(super) fn pays<T>(c: &Convolution, size: (usize, usize), batch: usize) -> bool {
+    winograd::pays::<T>(c.kernel, size, batch, c.eps.is_some())
+}
+
+/// What the sums of a convolution start from: a multiple of 16 values.
+pub(super) fn start_values<T: Element>(c: &Convolution, numbers: &Numbers<'_, T>) -> Vec<T> {
+    let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
+    match &numbers.after {
+        After::Bias(bias) => start[..c.c_out].copy_from_slice(bias),
+        After::Affine { shift, .. } => start[..c.c_out].copy_from_slice(shift),
+        After::BatchNorm { .. } => (),
+    }
+    start
+}
+
+/// The direct sum or Winograd's.
+pub(super) enum AnyPass<'a, T: 'static> {
+    Direct(GatherPass<'a, T>),
+    Winograd(WinogradPass<'a, T>),
+}
+
+impl<T: Element> AnyPass<'_, T> {
+    pub(super) fn output(&self) -> Layout {
+        match self {
+            Self::Direct(pass) => pass.y,
+            Self::Winograd(pass) => pass.y,
+        }
+    }
+
+    pub(super) fn run(&self, x: &[T], y: (&mut [T], &Part), scratch: &mut Scratch<T>) {
+        match self {
+            Self::Direct(pass) => pass.run(x, y, &mut scratch.gather),
+            Self::Winograd(pass) => pass.run(x, y, &mut scratch.winograd),
+        }
+    }
+}
+
+/// What a task works with.
+pub(super) struct Scratch<T> {
+    pub(super) gather: gather::Rows<T>,
+    pub(super) outer: outer::Rows<T>,
+    pub(super) winograd: winograd::Scratch<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self {
+            gather: gather::Rows::default(),
+            outer: outer::Rows::default(),
+            winograd: winograd::Scratch::default(),
+        }
+    }
+}
+
+pub(super) fn give_back<T: Element>(graph: &Inner, buffer: usize, map: Option<Vec<T>>) {
+    if let Some(map) = map {
+        graph.arenas.of().give_back(graph.layout(buffer), map);
+    }
+}
+
+pub(super) fn give_back_gradient<T: Element>(
+    graph: &Inner,
+    buffer: usize,
+    gradient: Option<Vec<T>>,
+) {
+    if let Some(gradient) = gradient {
+        graph
+            .arenas
+            .of()
+            .give_back(graph.gradient_layout(buffer), gradient);
+    }
+}
+
+pub(super) fn max_pool_of(graph: &Inner, p: &MaxPool) -> Pool {
+    Pool {
+        h: p.h,
+        w: p.w,
+        x: graph.layout(p.input),
+        dx: graph.gradient_layout(p.input),
+        y: graph.layout(p.output),
+        dy: graph.gradient_layout(p.output),
+    }
+}
