@@ -9,7 +9,7 @@ use super::pass::{
 };
 use super::profile::{self, Times, Watch};
 use super::way::{
-    ConvolutionWay, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once,
+    ConvolutionWay, Images, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once,
 };
 use super::{ALIGNMENT, Convolution, Inner, Operation, winograd};
 use crate::conv2d::PackedWeight;
@@ -69,14 +69,17 @@ impl<'a, T: Element> Backward<'a, T> {
             gradients[graph.output] = Some(self.spread(d_features));
         }
         for (position, group) in graph.groups.iter().enumerate().rev() {
-            let input = graph.operations[group[0]].input();
+            let input = graph.source(group[0]);
             let mut branches = Vec::with_capacity(group.len());
+            let mut outputs: Vec<(usize, Vec<T>)> = Vec::new();
             for &index in group.iter().rev() {
                 let (buffer, channel) = graph.place(graph.operations[index].output());
                 let trains = graph.numbers[index].is_some_and(|n| self.trainable[n]);
-                if (trains || self.needed[input])
-                    && let Some(dy) = gradients[buffer].take()
-                {
+                if !trains && !self.needed[input] {
+                    continue;
+                }
+                outputs.extend(gradients[buffer].take().map(|dy| (buffer, dy)));
+                if let Some(dy) = outputs.iter().position(|(of, _)| *of == buffer) {
                     branches.push(Branch {
                         index,
                         buffer,
@@ -99,9 +102,10 @@ impl<'a, T: Element> Backward<'a, T> {
                     normalised: &normalised,
                     numbers,
                 };
-                gradients[input] = self.branches(&read, &mut branches, dx, &mut d_numbers);
-                for branch in branches {
-                    gradients[branch.buffer] = Some(branch.dy);
+                gradients[input] =
+                    self.branches(&read, (&branches, &mut outputs), dx, &mut d_numbers);
+                for (buffer, dy) in outputs {
+                    gradients[buffer] = Some(dy);
                 }
             }
             let earlier = &graph.groups[..position];
@@ -194,11 +198,12 @@ impl<'a, T: Element> Backward<'a, T> {
 
     /// Takes operations that read the same map back to it, a few images at a
     /// time, which are then in the cache for all of them: each adds to `dx` and
-    /// leaves the gradients of its parameters.
+    /// leaves the gradients of its parameters. `outputs` are the gradients of the buffers that
+    /// they write, and which.
     fn branches(
         &self,
         read: &Read<'_, T>,
-        branches: &mut [Branch<T>],
+        (branches, outputs): (&[Branch], &mut [(usize, Vec<T>)]),
         dx: Option<(Vec<T>, bool)>,
         d_numbers: &mut [Option<Vec<Vec<T>>>],
     ) -> Option<Vec<T>> {
@@ -211,7 +216,7 @@ impl<'a, T: Element> Backward<'a, T> {
             None => (None, true),
         };
         let mut prepared = Vec::with_capacity(branches.len());
-        for branch in branches.iter_mut() {
+        for branch in branches {
             let watch = Watch::start();
             let way = match &graph.operations[branch.index] {
                 Operation::Convolution(c) => {
@@ -221,7 +226,14 @@ impl<'a, T: Element> Backward<'a, T> {
                         d_numbers[number] = Some(read.numbers[number].gradients(c));
                     }
                     let d_numbers = d_numbers[number].as_mut();
-                    let way = self.prepare(c, number, read, branch, (needs, is_first), d_numbers);
+                    let way = self.prepare(
+                        c,
+                        number,
+                        read,
+                        (branch, &mut outputs[branch.dy].1),
+                        (needs, is_first),
+                        d_numbers,
+                    );
                     PreparedWay::Convolution(Box::new(way))
                 }
                 Operation::MaxPool(p) => PreparedWay::MaxPool {
@@ -252,7 +264,7 @@ impl<'a, T: Element> Backward<'a, T> {
         let threads = rayon::current_num_threads().clamp(1, batch.max(1));
         let per_part = batch.div_ceil(threads).max(1);
         let images_at_once = images_at_once(batch, &ways);
-        let input = graph.operations[branches[0].index].input();
+        let input = graph.source(branches[0].index);
         let (x_image, dx_image) = (
             graph.layout(input).image(),
             graph.gradient_layout(input).image(),
@@ -260,11 +272,11 @@ impl<'a, T: Element> Backward<'a, T> {
         let mut dx_parts = dx
             .as_deref_mut()
             .map(|dx| dx[..batch * dx_image].chunks_mut(per_part * dx_image));
-        let mut dy_parts: Vec<_> = branches
+        let mut dy_parts: Vec<_> = outputs
             .iter_mut()
-            .map(|branch| {
-                let image = graph.gradient_layout(branch.buffer).image();
-                branch.dy[..batch * image].chunks_mut(per_part * image)
+            .map(|(buffer, dy)| {
+                let image = graph.gradient_layout(*buffer).image();
+                dy[..batch * image].chunks_mut(per_part * image)
             })
             .collect();
         let parts: Vec<_> = (0..batch)
@@ -283,26 +295,21 @@ impl<'a, T: Element> Backward<'a, T> {
                 let mut lent = arenas.lend();
                 let last = batch.min(part + per_part);
                 for first in (part..last).step_by(images_at_once) {
-                    let images = first..last.min(first + images_at_once);
-                    let x = &read.x[first * x_image..images.end * x_image];
-                    let within = first - part..images.end - part;
-                    let mut dx = dx
-                        .as_deref_mut()
-                        .map(|dx| &mut dx[within.start * dx_image..within.end * dx_image]);
-                    for ((way, dy), sums) in ways.iter().zip(&mut dys).zip(&mut sums) {
+                    let range = first..last.min(first + images_at_once);
+                    let x = &read.x[first * x_image..range.end * x_image];
+                    let within = first - part..range.end - part;
+                    for ((way, branch), sums) in ways.iter().zip(branches).zip(&mut sums) {
+                        let dy = &mut *dys[branch.dy];
                         let image = dy.len() / (last - part);
-                        let dy = &mut dy[within.start * image..within.end * image];
                         let dx = dx.as_deref_mut();
-                        let fresh = first == part;
-                        way.run(
-                            isa,
-                            images.clone(),
+                        let images = Images {
+                            range: range.clone(),
                             x,
-                            dy,
-                            dx,
-                            (sums, fresh),
-                            &mut lent.scratch,
-                        );
+                            dy: &mut dy[within.start * image..within.end * image],
+                            dx: dx
+                                .map(|dx| &mut dx[within.start * dx_image..within.end * dx_image]),
+                        };
+                        way.run(isa, images, (sums, first == part), &mut lent.scratch);
                     }
                 }
                 sums
@@ -313,6 +320,7 @@ impl<'a, T: Element> Backward<'a, T> {
         for ((branch, way), (_, preparation)) in branches.iter().zip(&ways).zip(&prepared) {
             let parts: Vec<Sums<T>> = sums.iter_mut().filter_map(Iterator::next).collect();
             let mut times = Times::mean(parts.iter().map(|part| part.times));
+            let pooling = Times::mean(parts.iter().map(|part| part.pooling));
             times.other += *preparation;
             let watch = Watch::start();
             if let Way::Convolution(way) = way
@@ -332,10 +340,14 @@ impl<'a, T: Element> Backward<'a, T> {
             for part in parts {
                 arenas.of::<T>().give_back_flat(part.weight);
             }
-            let operation = &graph.operations[branch.index];
-            profile::backward(graph, branch.index, &watch, &times, || {
-                self.forward.cost(operation)
-            });
+            let tell = |index: usize, times: &Times| {
+                let cost = || self.forward.cost(&graph.operations[index]);
+                profile::backward(graph, index, &watch, times, cost);
+            };
+            tell(branch.index, &times);
+            if let Some(pool) = graph.pooled[branch.index] {
+                tell(pool, &pooling);
+            }
         }
         drop(ways);
         for (way, _) in prepared {
@@ -355,7 +367,7 @@ impl<'a, T: Element> Backward<'a, T> {
         c: &Convolution,
         number: usize,
         read: &Read<'b, T>,
-        branch: &mut Branch<T>,
+        (branch, dy): (&Branch, &mut [T]),
         (needs_input, is_first): (bool, bool),
         d_numbers: Option<&mut Vec<Vec<T>>>,
     ) -> Prepared<'b, T> {
@@ -374,7 +386,7 @@ impl<'a, T: Element> Backward<'a, T> {
         let numbers = &read.numbers[number];
         let y = read.maps[branch.buffer].as_deref().unwrap_or_default();
         let kept = read.normalised[number].as_ref();
-        let norm = self.batch_norm(c, (numbers, kept), y, &mask, &mut branch.dy, d_numbers);
+        let norm = self.batch_norm(c, (numbers, kept), y, &mask, dy, d_numbers);
         let taps = c.kernel * c.kernel;
         let arenas = &graph.arenas;
         let len = c.c_in.next_multiple_of(kernels.lanes) * taps * c.c_out;
@@ -391,8 +403,13 @@ impl<'a, T: Element> Backward<'a, T> {
                 let memory = arenas.of::<T>().take_flat(4 * len);
                 winograd::transform_weight(isa, packed, memory)
             });
+        let pool = graph.pooled[branch.index].map(|index| &graph.operations[index]);
         Prepared {
             c: *c,
+            pool: pool.and_then(|operation| match operation {
+                Operation::MaxPool(p) => Some(max_pool_of(graph, p)),
+                Operation::Convolution(_) => None,
+            }),
             mask,
             y,
             norm,
@@ -476,12 +493,12 @@ struct Read<'a, T> {
 }
 
 /// One of these operations.
-struct Branch<T> {
+struct Branch {
     index: usize,
     /// Where its output lies.
     buffer: usize,
     channel: usize,
-    /// The gradient of the whole buffer.
-    dy: Vec<T>,
+    /// Which of the group's gradients is that of the whole buffer.
+    dy: usize,
     trains: bool,
 }

@@ -86,7 +86,7 @@ impl<'a, T: Element> Forward<'a, T> {
             nodes[buffer] = Some(y);
             let time = watch.elapsed();
             profile::forward(graph, index, (&watch, time), || self.cost(operation));
-            if !keep {
+            if !keep || graph.pooled[index].is_some() {
                 self.release_read(index, &mut nodes);
             }
         }
@@ -111,8 +111,8 @@ impl<'a, T: Element> Forward<'a, T> {
     fn run_image_by_image(&self, images: &[T], numbers: &[Numbers<'_, T>]) -> Output<T> {
         let graph = self.graph;
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        for operation in &graph.operations {
-            let buffer = graph.place(operation.output()).0;
+        for &index in graph.groups.iter().flatten() {
+            let buffer = graph.place(graph.operations[index].output()).0;
             nodes[buffer].get_or_insert_with(|| self.take(buffer));
         }
         nodes[0] = Some(self.images(images));
@@ -123,23 +123,34 @@ impl<'a, T: Element> Forward<'a, T> {
             .zip(numbers)
             .map(|(c, numbers)| (self.packed(c, numbers, None), start_values(c, numbers)))
             .collect();
-        let steps: Vec<ForwardStep<'_, T>> = graph
-            .operations
-            .iter()
-            .zip(&graph.numbers)
-            .map(|(operation, &number)| match operation {
-                Operation::Convolution(c) => {
-                    let (buffer, channel) = graph.place(c.output);
-                    let span = Span {
-                        layout: graph.layout(buffer),
-                        channel,
-                        channels: c.c_out,
-                    };
-                    let (packed, start) = &packed[number.unwrap_or_default()];
-                    ForwardStep::Convolution(self.pass(c, (packed, start), span, true))
+        let pool_of = |index: usize| match &graph.operations[index] {
+            Operation::MaxPool(p) => Some(max_pool_of(graph, p)),
+            Operation::Convolution(_) => None,
+        };
+        let step = |index: usize| match &graph.operations[index] {
+            Operation::Convolution(c) => {
+                let (buffer, channel) = graph.place(c.output);
+                let span = Span {
+                    layout: graph.layout(buffer),
+                    channel,
+                    channels: c.c_out,
+                };
+                let (packed, start) = &packed[graph.numbers[index].unwrap_or_default()];
+                ForwardStep {
+                    index,
+                    pool: graph.pooled[index].and_then(pool_of),
+                    convolution: Some(self.pass(c, (packed, start), span, true)),
                 }
-                Operation::MaxPool(p) => ForwardStep::MaxPool(max_pool_of(graph, p)),
-            })
+            }
+            Operation::MaxPool(_) => ForwardStep {
+                index,
+                pool: pool_of(index),
+                convolution: None,
+            },
+        };
+        let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
+            .filter(|&index| !graph.pooled.contains(&Some(index)))
+            .map(step)
             .collect();
 
         let per_part = self.batch.div_ceil(rayon::current_num_threads()).max(1);
@@ -169,26 +180,28 @@ impl<'a, T: Element> Forward<'a, T> {
             .into_par_iter()
             .map(|mut maps| {
                 let mut lent = graph.arenas.lend();
-                let operations = graph.operations.iter().zip(&steps);
-                let times = operations.map(|(operation, step)| {
-                    let watch = Watch::start();
-                    let buffer = graph.place(operation.output()).0;
+                let mut times = vec![Duration::ZERO; graph.operations.len()];
+                for step in &steps {
+                    let output = graph.operations[step.index].output();
+                    let buffer = graph.place(output).0;
                     let y = maps[buffer].take();
-                    if let (Some((x_image, x)), Some((y_image, y))) = (&maps[operation.input()], y)
-                    {
-                        let size = graph.nodes[operation.output()].size;
+                    let x = &maps[graph.source(step.index)];
+                    if let (Some((x_image, x)), Some((y_image, y))) = (x, y) {
+                        let size = graph.nodes[output].size;
                         let images = images_per_task(PIXELS_PER_TASK, self.batch, size);
                         for (x, y) in x
                             .chunks(images * x_image)
                             .zip(y.chunks_mut(images * y_image))
                         {
-                            step.run(self.isa, x, y, &mut lent.scratch);
+                            let [pooling, convolution] =
+                                step.run(self.isa, x, y, &mut lent.scratch);
+                            times[graph.pooled[step.index].unwrap_or(step.index)] += pooling;
+                            times[step.index] += convolution;
                         }
                         maps[buffer] = Some((y_image, y));
                     }
-                    watch.elapsed()
-                });
-                times.collect()
+                }
+                times
             })
             .collect();
         drop(steps);
@@ -513,26 +526,46 @@ impl<'a, T: Element> Forward<'a, T> {
 /// The values of one image in a buffer, and the buffer's maps of some images.
 type ImageMaps<'a, T> = (usize, &'a mut [T]);
 
-/// An operation on some images.
-enum ForwardStep<'a, T: 'static> {
-    Convolution(AnyPass<'a, T>),
-    MaxPool(Pool),
+/// An operation on some images: a pooling, a convolution, or the one and then the other.
+struct ForwardStep<'a, T: 'static> {
+    index: usize,
+    pool: Option<Pool>,
+    convolution: Option<AnyPass<'a, T>>,
 }
 
 impl<T: Element> ForwardStep<'_, T> {
-    fn run(&self, isa: Isa, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) {
-        match self {
-            Self::Convolution(pass) => {
-                let part = Part::whole(pass.output(), y.len());
-                pass.run(x, (y, &part), scratch);
+    /// Returns what the pooling and the convolution took.
+    fn run(&self, isa: Isa, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) -> [Duration; 2] {
+        let watch = Watch::start();
+        let Some(pass) = &self.convolution else {
+            if let Some(pool) = &self.pool {
+                pool_images(isa, pool, x, y);
             }
-            Self::MaxPool(pool) => {
-                let whole = Part::whole(pool.y, pool.y.image());
-                let images = x.chunks_exact(pool.x.image());
-                for (x, y) in images.zip(y.chunks_exact_mut(pool.y.image())) {
-                    pool::forward(isa, pool, x, y, &whole);
-                }
+            return [watch.elapsed(), Duration::ZERO];
+        };
+        let mut pooled = std::mem::take(&mut scratch.pooled);
+        let x = match &self.pool {
+            Some(pool) => {
+                let images = x.len() / pool.x.image();
+                let between = pooled.output(pool, images);
+                pool_images(isa, pool, x, between);
+                between
             }
-        }
+            None => x,
+        };
+        let pooling = watch.elapsed();
+        let part = Part::whole(pass.output(), y.len());
+        pass.run(x, (y, &part), scratch);
+        scratch.pooled = pooled;
+        [pooling, watch.elapsed() - pooling]
+    }
+}
+
+/// The outputs `y` of some images.
+fn pool_images<T: Element>(isa: Isa, pool: &Pool, x: &[T], y: &mut [T]) {
+    let whole = Part::whole(pool.y, pool.y.image());
+    let images = x.chunks_exact(pool.x.image());
+    for (x, y) in images.zip(y.chunks_exact_mut(pool.y.image())) {
+        pool::forward(isa, pool, x, y, &whole);
     }
 }

@@ -343,9 +343,11 @@ impl StaticGraphBuilder {
             Operation::Convolution(_) => convolutions.next(),
             Operation::MaxPool(_) => None,
         };
+        let pooled = pooled(&self.operations);
         Ok(StaticGraph {
             inner: Arc::new(Inner {
-                groups: groups(&self.nodes, &self.operations),
+                groups: groups(&self.operations, &pooled),
+                pooled,
                 numbers: self.operations.iter().map(number).collect(),
                 nodes: self.nodes,
                 operations: self.operations,
@@ -447,9 +449,12 @@ pub struct StaticGraph {
 struct Inner {
     nodes: Vec<Map>,
     operations: Vec<Operation>,
-    /// In the order in which they can run: operations that read the same map and write different
-    /// buffers run together, and back together.
+    /// In the order in which they can run: operations that read the same map go back together. A
+    /// pooling that is part of a convolution is not among them.
     groups: Vec<Vec<usize>>,
+    /// Of each convolution that alone reads the output of a pooling: that pooling. The two run
+    /// together, a few images at a time, and nobody keeps what lies between them.
+    pooled: Vec<Option<usize>>,
     /// Of each operation that is a convolution: how many of those come before it.
     numbers: Vec<Option<usize>>,
     /// Of operations, by the node that they make.
@@ -459,19 +464,34 @@ struct Inner {
     packed: packed::Kept,
 }
 
+/// See [`Inner::pooled`]. The convolution has no padding, so that what lies between has no halo.
+fn pooled(operations: &[Operation]) -> Vec<Option<usize>> {
+    let pooling = |convolution: &Operation| {
+        let Operation::Convolution(Convolution { padding: 0, .. }) = convolution else {
+            return None;
+        };
+        let node = convolution.input();
+        let readers = operations.iter().filter(|o| o.input() == node).count();
+        operations.iter().position(|operation| match operation {
+            Operation::MaxPool(MaxPool { output, h, w, .. }) => {
+                *output == node && readers == 1 && h.kernel * w.kernel <= pool::MOST_TAPS
+            }
+            Operation::Convolution(_) => false,
+        })
+    };
+    operations.iter().map(pooling).collect()
+}
+
 /// See [`Inner::groups`]. An operation joins the first of those that share its input: that is
 /// complete there, and whoever reads its own output comes later than all of them.
-fn groups(nodes: &[Map], operations: &[Operation]) -> Vec<Vec<usize>> {
-    let buffer = |index: usize| {
-        let output = operations[index].output();
-        nodes[output].within.map_or(output, |(whole, _)| whole)
-    };
+fn groups(operations: &[Operation], pooled: &[Option<usize>]) -> Vec<Vec<usize>> {
+    let source = |index: usize| operations[pooled[index].unwrap_or(index)].input();
     let mut groups: Vec<Vec<usize>> = Vec::new();
-    for (index, operation) in operations.iter().enumerate() {
-        let fits = |group: &&mut Vec<usize>| {
-            operations[group[0]].input() == operation.input()
-                && group.iter().all(|&other| buffer(other) != buffer(index))
-        };
+    for index in 0..operations.len() {
+        if pooled.contains(&Some(index)) {
+            continue;
+        }
+        let fits = |group: &&mut Vec<usize>| source(group[0]) == source(index);
         match groups.iter_mut().find(fits) {
             Some(group) => group.push(index),
             None => groups.push(vec![index]),
@@ -665,6 +685,11 @@ impl<'a> ConvParameters<'a> {
 }
 
 impl Inner {
+    /// The map that an operation reads, or the pooling that is part of it.
+    fn source(&self, index: usize) -> usize {
+        self.operations[self.pooled[index].unwrap_or(index)].input()
+    }
+
     fn convolutions(&self) -> Vec<Convolution> {
         let convolution = |operation: &Operation| match operation {
             Operation::Convolution(c) => Some(*c),

@@ -195,6 +195,49 @@ pub(super) struct Scratch<T> {
     pub(super) gather: gather::Rows<T>,
     pub(super) outer: outer::Rows<T>,
     pub(super) winograd: winograd::Scratch<T>,
+    pub(super) pooled: Pooled<T>,
+}
+
+/// What lies between a pooling and the convolution that it is part of, of some images: nothing
+/// outside of the task sees it.
+pub(super) struct Pooled<T> {
+    pub(super) y: Vec<T>,
+    pub(super) dy: Vec<T>,
+    pub(super) winners: Vec<u8>,
+}
+
+impl<T: Element> Pooled<T> {
+    /// Makes room for the output of some images.
+    pub(super) fn output(&mut self, pool: &Pool, images: usize) -> &mut [T] {
+        grown(&mut self.y, images * pool.y.image(), T::ZERO)
+    }
+
+    /// Makes room for the output of some images, its gradient and the winners.
+    pub(super) fn all(&mut self, pool: &Pool, images: usize) -> (&mut [T], &mut [T], &mut [u8]) {
+        (
+            grown(&mut self.y, images * pool.y.image(), T::ZERO),
+            grown(&mut self.dy, images * pool.dy.image(), T::ZERO),
+            grown(&mut self.winners, images * pool.winners(), 0),
+        )
+    }
+}
+
+/// The first `len` of `values`, which are arbitrary.
+fn grown<V: Copy>(values: &mut Vec<V>, len: usize, fill: V) -> &mut [V] {
+    if values.len() < len {
+        values.resize(len, fill);
+    }
+    &mut values[..len]
+}
+
+impl<T> Default for Pooled<T> {
+    fn default() -> Self {
+        Self {
+            y: Vec::new(),
+            dy: Vec::new(),
+            winners: Vec::new(),
+        }
+    }
 }
 
 impl<T> Default for Scratch<T> {
@@ -203,6 +246,7 @@ impl<T> Default for Scratch<T> {
             gather: gather::Rows::default(),
             outer: outer::Rows::default(),
             winograd: winograd::Scratch::default(),
+            pooled: Pooled::default(),
         }
     }
 }

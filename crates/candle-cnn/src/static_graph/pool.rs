@@ -29,8 +29,35 @@ multiversion! {
 }
 
 multiversion! {
-    /// Adds to `dx` of one image.
-    pub(super) fn backward<T: Element>(pool: &Pool, x: &[T], dy: &[T], dx: &mut [T]) = backward_image
+    /// The whole output of one image, and the tap that won each of its values: pixels of
+    /// [`Pool::x`]'s channels, for [`scatter`].
+    pub(super) fn forward_with_winners<T: Element>(
+        pool: &Pool, x: &[T], y: &mut [T], winners: &mut [u8],
+    ) = forward_image_with_winners
+}
+
+multiversion! {
+    /// Adds to `dx` of one image, or begins it where it is `fresh`.
+    pub(super) fn backward<T: Element>(
+        pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fresh: bool,
+    ) = backward_image
+}
+
+multiversion! {
+    /// The same from the winners.
+    pub(super) fn scatter<T: Element>(
+        pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], fresh: bool,
+    ) = scatter_image
+}
+
+/// Taps of a window that [`forward_with_winners`] can tell apart.
+pub(super) const MOST_TAPS: usize = 1 << u8::BITS;
+
+impl Pool {
+    /// Winners of one image.
+    pub(super) fn winners(&self) -> usize {
+        self.h.output * self.w.output * self.x.width
+    }
 }
 
 #[inline(always)]
@@ -78,28 +105,95 @@ fn forward_image<T: Element>(pool: &Pool, x: &[T], y: &mut [T], part: &Part) {
 }
 
 #[inline(always)]
-fn backward_image<T: Element>(pool: &Pool, x: &[T], dy: &[T], dx: &mut [T]) {
+fn forward_image_with_winners<T: Element>(
+    pool: &Pool,
+    x: &[T],
+    y: &mut [T],
+    winners_of: &mut [u8],
+) {
+    let mut at = 0;
     for oh in 0..pool.h.output {
         for ow in 0..pool.w.output {
             for c in (0..pool.x.width).step_by(ALIGNMENT) {
-                let (_, winner) = winners(pool, x, (oh, ow), c);
-                let gradient = channels(dy, pool.dy.at(oh, ow) + c);
-                let mut tap = 0;
-                for h in pool.h.range(oh) {
-                    for w in pool.w.range(ow) {
-                        let to = pool.dx.at(h, w) + c;
-                        let dx = &mut dx[to..to + ALIGNMENT];
-                        for i in 0..ALIGNMENT {
-                            dx[i] += if winner[i] == tap {
-                                gradient[i]
-                            } else {
-                                T::ZERO
-                            };
-                        }
-                        tap += 1;
-                    }
+                let (best, winner) = winners(pool, x, (oh, ow), c);
+                let to = pool.y.at(oh, ow) + c;
+                y[to..to + ALIGNMENT].copy_from_slice(&best);
+                let kept = &mut winners_of[at..at + ALIGNMENT];
+                for i in 0..ALIGNMENT {
+                    kept[i] = winner[i] as u8;
                 }
+                at += ALIGNMENT;
             }
+        }
+    }
+}
+
+#[inline(always)]
+fn backward_image<T: Element>(pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fresh: bool) {
+    let mut begun = if fresh { 0 } else { pool.h.input };
+    for oh in 0..pool.h.output {
+        begun = begin_lines(pool, dx, begun..pool.h.range(oh).end);
+        for ow in 0..pool.w.output {
+            for c in (0..pool.x.width).step_by(ALIGNMENT) {
+                let (_, winner) = winners(pool, x, (oh, ow), c);
+                add_to_winners(pool, (oh, ow), c, &winner, dy, dx);
+            }
+        }
+    }
+    begin_lines(pool, dx, begun..pool.h.input);
+}
+
+#[inline(always)]
+fn scatter_image<T: Element>(pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], fresh: bool) {
+    let mut begun = if fresh { 0 } else { pool.h.input };
+    let mut at = 0;
+    for oh in 0..pool.h.output {
+        begun = begin_lines(pool, dx, begun..pool.h.range(oh).end);
+        for ow in 0..pool.w.output {
+            for c in (0..pool.x.width).step_by(ALIGNMENT) {
+                let kept = &winners[at..at + ALIGNMENT];
+                let winner = std::array::from_fn(|i| u32::from(kept[i]));
+                add_to_winners(pool, (oh, ow), c, &winner, dy, dx);
+                at += ALIGNMENT;
+            }
+        }
+    }
+    begin_lines(pool, dx, begun..pool.h.input);
+}
+
+/// Zeros in lines of `dx`, just before a window first adds to them. Returns how many have begun.
+#[inline(always)]
+fn begin_lines<T: Element>(pool: &Pool, dx: &mut [T], lines: std::ops::Range<usize>) -> usize {
+    for h in lines.clone() {
+        dx[pool.dx.at(h, 0)..][..pool.w.input * pool.dx.width].fill(T::ZERO);
+    }
+    lines.end.max(lines.start)
+}
+
+/// Adds the gradient of one window's output to the taps that won it.
+#[inline(always)]
+fn add_to_winners<T: Element>(
+    pool: &Pool,
+    (oh, ow): (usize, usize),
+    c: usize,
+    winner: &[u32; ALIGNMENT],
+    dy: &[T],
+    dx: &mut [T],
+) {
+    let gradient = channels(dy, pool.dy.at(oh, ow) + c);
+    let mut tap = 0;
+    for h in pool.h.range(oh) {
+        for w in pool.w.range(ow) {
+            let to = pool.dx.at(h, w) + c;
+            let dx = &mut dx[to..to + ALIGNMENT];
+            for i in 0..ALIGNMENT {
+                dx[i] += if winner[i] == tap {
+                    gradient[i]
+                } else {
+                    T::ZERO
+                };
+            }
+            tap += 1;
         }
     }
 }

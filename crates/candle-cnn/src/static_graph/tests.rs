@@ -559,7 +559,7 @@ fn a_gradient_below_2_to_the_minus_100_is_zero_in_f32_and_kept_in_f64() -> Resul
 }
 
 #[test]
-fn operations_with_the_same_input_form_a_group_unless_they_write_the_same_buffer() -> Result<()> {
+fn operations_with_the_same_input_form_a_group() -> Result<()> {
     let mut builder = StaticGraphBuilder::new(3, (8, 8));
     let stem = builder.conv2d_relu(builder.input(), 16, 3, 1)?;
     let one = builder.conv2d_relu(stem, 16, 1, 0)?;
@@ -570,9 +570,83 @@ fn operations_with_the_same_input_form_a_group_unless_they_write_the_same_buffer
     let four = builder.conv2d_relu(stem, 16, 3, 1)?;
     let whole = builder.concat(&[one, two, three, four])?;
     let graph = builder.global_avg_pool2d(whole)?;
-    // `four` reads what `one` reads, and writes where it writes.
-    let expected: [&[usize]; 5] = [&[0], &[1, 2, 4], &[3], &[5], &[6]];
+    // The pooling, 4, is part of 5.
+    let expected: [&[usize]; 3] = [&[0], &[1, 2, 5, 6], &[3]];
     assert_eq!(graph.inner.groups, expected);
+    Ok(())
+}
+
+#[test]
+fn a_pooling_is_part_of_the_unpadded_convolution_that_alone_reads_it() -> Result<()> {
+    /// For each operation after a stem and a pool with `taps` × `taps`: which pooling is part of it.
+    fn pooled(
+        taps: usize,
+        readers: impl Fn(&mut StaticGraphBuilder, Node) -> Result<Node>,
+    ) -> Result<Vec<Option<usize>>> {
+        let mut builder = StaticGraphBuilder::new(3, (20, 20));
+        let stem = builder.conv2d_relu(builder.input(), 16, 1, 0)?;
+        let pool = builder.max_pool2d(stem, MaxPool2dConfig::square(taps, 1, 0))?;
+        let last = readers(&mut builder, pool)?;
+        Ok(builder.global_avg_pool2d(last)?.inner.pooled[2..].to_vec())
+    }
+    for (taps, expected) in [(2, Some(1)), (16, Some(1)), (17, None)] {
+        let one = pooled(taps, |builder, pool| builder.conv2d_relu(pool, 4, 3, 0))?;
+        assert_eq!(one, [expected], "{taps}");
+    }
+    let padded = pooled(2, |builder, pool| builder.conv2d_relu(pool, 4, 3, 1))?;
+    assert_eq!(padded, [None]);
+    let two = pooled(2, |builder, pool| {
+        let parts = [
+            builder.conv2d_relu(pool, 16, 1, 0)?,
+            builder.conv2d_relu(pool, 4, 1, 0)?,
+        ];
+        builder.concat(&parts)
+    })?;
+    assert_eq!(two, [None, None]);
+    let again = pooled(2, |builder, pool| {
+        builder.max_pool2d(pool, MaxPool2dConfig::square(2, 1, 0))
+    })?;
+    assert_eq!(again, [None]);
+    Ok(())
+}
+
+#[test]
+fn a_pooling_with_most_taps_sends_gradients_to_the_same_winners_as_part_of_a_convolution()
+-> Result<()> {
+    // 15 and 16: within a convolution. 17: too many taps. A ramp has its greatest value in the last
+    // tap, turned around in the first.
+    for (kernel, slope) in [(15, 1.0), (16, 1.0), (16, -1.0), (17, 1.0)] {
+        let config = MaxPool2dConfig::square(kernel, 2, kernel / 2);
+        let mut builder = StaticGraphBuilder::new(1, (21, 19));
+        let pool = builder.max_pool2d(builder.input(), config)?;
+        let last = builder.conv2d_relu(pool, 5, 1, 0)?;
+        let graph = builder.global_avg_pool2d(last)?;
+        let weight = Var::from_tensor(&tensor::<f64>("weight", &[5, 1, 1, 1], 1.0).abs()?)?;
+        let bias = Var::from_tensor(&tensor::<f64>("bias", &[5], 1.0).abs()?)?;
+        let ramp = (Tensor::arange(0f64, 2. * 21. * 19., &Device::Cpu)? * slope)?;
+        let noise = tensor::<f64>("noise", &[2 * 21 * 19], 0.5);
+        let images = Var::from_tensor(&((ramp + noise)? + 1000.)?.reshape((2, 1, 21, 19))?)?;
+        let parameters = [ConvParameters::Bias {
+            weight: &weight,
+            bias: &bias,
+        }];
+        let actual = graph.forward(&images, &parameters)?.features;
+        let pooled = max_pool2d(&images, config)?;
+        let expected = conv2d_relu(&pooled, &weight, Some(&bias), Conv2dConfig::padded(0))?;
+        let expected = global_avg_pool2d(&expected)?;
+        assert!(relative_error(&actual, &expected)? < 1e-12);
+        let (actual, expected) = (
+            actual.sum_all()?.backward()?,
+            expected.sum_all()?.backward()?,
+        );
+        for var in [&images, &weight, &bias] {
+            let (actual, expected) = (actual.get(var).unwrap(), expected.get(var).unwrap());
+            assert!(
+                relative_error(actual, expected)? < 1e-12,
+                "{kernel} {slope}"
+            );
+        }
+    }
     Ok(())
 }
 
@@ -776,93 +850,4 @@ fn fewer_images_than_threads_are_cut_into_lines_and_give_the_same_bits() -> Resu
         }
     }
     Ok(())
-}
-
-/// The fields of the events of [`PROFILE_TARGET`].
-#[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<BTreeMap<String, String>>>>);
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Told {
-    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        struct Fields(BTreeMap<String, String>);
-        impl tracing::field::Visit for Fields {
-            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-                let value = format!("{value:?}").trim_matches('"').to_string();
-                self.0.insert(field.name().to_string(), value);
-            }
-        }
-        if event.metadata().target() == PROFILE_TARGET {
-            let mut fields = Fields(BTreeMap::new());
-            event.record(&mut fields);
-            self.0.lock().unwrap().push(fields.0);
-        }
-    }
-}
-
-#[test]
-fn a_profile_names_every_layer_and_pass_with_the_cost_of_a_direct_computation() {
-    use tracing_subscriber::layer::SubscriberExt;
-    let mut builder = StaticGraphBuilder::new(3, (8, 8));
-    let stem = builder.conv2d_relu(builder.input(), 16, 3, 1).unwrap();
-    builder.name(stem, "stem");
-    let pooled = builder
-        .max_pool2d(stem, MaxPool2dConfig::square(2, 2, 0))
-        .unwrap();
-    let last = builder.conv2d_relu(pooled, 4, 1, 0).unwrap();
-    let graph = builder.global_avg_pool2d(last).unwrap();
-    let var =
-        |name: &str, shape: &[usize]| Var::from_tensor(&tensor::<f32>(name, shape, 1.0)).unwrap();
-    let (weight1, bias1) = (var("w1", &[16, 3, 3, 3]), var("b1", &[16]));
-    let (weight2, bias2) = (var("w2", &[4, 16, 1, 1]), var("b2", &[4]));
-    let parameters = [(&weight1, &bias1), (&weight2, &bias2)]
-        .map(|(weight, bias)| ConvParameters::Bias { weight, bias });
-
-    // One thread, which is this one: a subscriber for tests is one thread's.
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .use_current_thread();
-    let pool = pool.build().unwrap();
-    let told = Told::default();
-    let subscriber = tracing_subscriber::registry().with(told.clone());
-    tracing::subscriber::with_default(subscriber, || {
-        pool.install(|| {
-            let images = tensor::<f32>("images", &[2, 3, 8, 8], 1.0);
-            let features = graph.forward(&images, &parameters).unwrap().features;
-            features.sum_all().unwrap().backward().unwrap();
-        })
-    });
-    let told = told.0.lock().unwrap();
-    let lines: Vec<String> = told
-        .iter()
-        .map(|t| {
-            format!(
-                "{}, {}: {} flop, {} bytes",
-                t["layer"], t["pass"], t["flop"], t["bytes"]
-            )
-        })
-        .collect();
-    // 2·N·H·W·C_out·C_in·k² operations; 4 bytes of each value of input, output and weight.
-    let (stem_flop, last_flop) = (2 * 2 * 64 * 16 * 27, 2 * 2 * 16 * 4 * 16);
-    let stem_bytes = 4 * (2 * 64 * 3 + 2 * 64 * 16 + 16 * 27);
-    let (pool_bytes, last_bytes) = (4 * 2 * 80 * 16, 4 * (2 * 16 * 20 + 64));
-    assert_eq!(
-        lines,
-        [
-            format!("stem, forward: {stem_flop} flop, {stem_bytes} bytes"),
-            format!("1: max pool 2×2 to 4 × 4, forward: 0 flop, {pool_bytes} bytes"),
-            format!(
-                "2: convolution 1×1 to 4 × 4 × 4, forward: {last_flop} flop, {last_bytes} bytes"
-            ),
-            format!(
-                "2: convolution 1×1 to 4 × 4 × 4, input gradient: {last_flop} flop, {last_bytes} bytes"
-            ),
-            format!(
-                "2: convolution 1×1 to 4 × 4 × 4, weight gradient: {last_flop} flop, {last_bytes} bytes"
-            ),
-            "2: convolution 1×1 to 4 × 4 × 4, other gradient: 0 flop, 0 bytes".to_string(),
-            format!("1: max pool 2×2 to 4 × 4, input gradient: 0 flop, {pool_bytes} bytes"),
-            format!("stem, weight gradient: {stem_flop} flop, {stem_bytes} bytes"),
-            "stem, other gradient: 0 flop, 0 bytes".to_string(),
-        ]
-    );
 }

@@ -1,11 +1,13 @@
 //! How one operation of a group takes a few images back.
 
+use std::ops::Range;
+
 use super::arena::{Layout, Part};
 use super::forward::Forward;
 use super::gather::{GatherPass, Start};
 use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
-use super::pass::{AnyPass, Scratch, images_per_task, pays};
+use super::pass::{AnyPass, Pooled, Scratch, images_per_task, pays};
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
 use super::winograd::WinogradOuterPass;
@@ -22,6 +24,8 @@ pub(super) enum PreparedWay<'a, T> {
 /// A convolution's way back, and what it works with.
 pub(super) struct Prepared<'a, T> {
     pub(super) c: Convolution,
+    /// The pooling that is part of it.
+    pub(super) pool: Option<Pool>,
     pub(super) mask: Mask,
     pub(super) y: &'a [T],
     pub(super) norm: Option<NormGradient<'a, T>>,
@@ -47,7 +51,7 @@ impl<T: Element> Prepared<'_, T> {
             stride: 1,
             padding: c.kernel - 1 - c.padding,
             weight: self.packed.as_ref()?,
-            start: match self.is_first {
+            start: match self.is_first || self.pool.is_some() {
                 true => Start::Values(&self.zeros),
                 false => Start::Present,
             },
@@ -122,43 +126,95 @@ impl<T: Element> Way<'_, T> {
         }
     }
 
-    /// Masks the gradient `dy` of some `images`, takes it back through the
-    /// batch norm, adds to `dx` and to `sums`, or begins them where they are fresh.
-    #[allow(clippy::too_many_arguments)]
+    /// Adds to `dx` of some images and to `sums`, or begins them where they are fresh.
     pub(super) fn run(
         &self,
         isa: Isa,
-        images: std::ops::Range<usize>,
-        x: &[T],
-        dy: &mut [T],
-        dx: Option<&mut [T]>,
-        (sums, fresh): (&mut Sums<T>, bool),
+        images: Images<'_, T>,
+        sums: (&mut Sums<T>, bool),
         scratch: &mut Scratch<T>,
     ) {
-        let watch = Watch::start();
-        let ConvolutionWay {
-            prepared,
-            input,
-            weight,
-        } = match self {
+        match self {
             Self::MaxPool { pool, is_first } => {
+                let watch = Watch::start();
+                let Images { x, dy, dx, .. } = images;
                 let gradients = dx
                     .into_iter()
                     .flat_map(|dx| dx.chunks_exact_mut(pool.dx.image()));
                 let dys = dy.chunks_exact(pool.dy.image());
                 for ((dx, dy), x) in gradients.zip(dys).zip(x.chunks_exact(pool.x.image())) {
-                    if *is_first {
-                        dx.fill(T::ZERO);
-                    }
-                    pool::backward(isa, pool, x, dy, dx);
+                    pool::backward(isa, pool, x, dy, dx, *is_first);
                 }
-                sums.times.input += watch.elapsed();
-                return;
+                sums.0.times.input += watch.elapsed();
             }
-            Self::Convolution(way) => way.as_ref(),
+            Self::Convolution(way) => {
+                let mut between = std::mem::take(&mut scratch.pooled);
+                way.run(isa, images, sums, (scratch, &mut between));
+                scratch.pooled = between;
+            }
+        }
+    }
+}
+
+/// Some images, one after the other.
+pub(super) struct Images<'a, T> {
+    /// Which of the batch.
+    pub(super) range: Range<usize>,
+    /// What the group reads of them.
+    pub(super) x: &'a [T],
+    /// The gradient of what the operation writes.
+    pub(super) dy: &'a mut [T],
+    pub(super) dx: Option<&'a mut [T]>,
+}
+
+impl<T: Element> ConvolutionWay<'_, T> {
+    /// Masks `dy`, takes it back through the batch norm, the convolution and
+    /// the pooling that is part of it: as [`Way::run`].
+    fn run(
+        &self,
+        isa: Isa,
+        images: Images<'_, T>,
+        (sums, fresh): (&mut Sums<T>, bool),
+        (scratch, between): (&mut Scratch<T>, &mut Pooled<T>),
+    ) {
+        let Images { range, x, dy, dx } = images;
+        let prepared = self.prepared;
+        let count = range.len();
+        let watch = Watch::start();
+        self.mask(isa, range, dy, sums);
+        sums.times.other += watch.elapsed();
+        let Some(pool) = &prepared.pool else {
+            self.gradients(x, dy, dx, (sums, fresh), scratch);
+            return;
         };
+
+        let watch = Watch::start();
+        let (y, d_between, winners) = between.all(pool, count);
+        let outputs = y.chunks_exact_mut(pool.y.image());
+        let kept = winners.chunks_exact_mut(pool.winners());
+        for ((x, y), winners) in x.chunks_exact(pool.x.image()).zip(outputs).zip(kept) {
+            pool::forward_with_winners(isa, pool, x, y, winners);
+        }
+        sums.pooling.input += watch.elapsed();
+        let wanted = dx.is_some().then_some(&mut *d_between);
+        self.gradients(y, dy, wanted, (sums, fresh), scratch);
+        if let Some(dx) = dx {
+            let watch = Watch::start();
+            let gradients = dx.chunks_exact_mut(pool.dx.image());
+            let dys = d_between.chunks_exact(pool.dy.image());
+            let kept = winners.chunks_exact(pool.winners());
+            for ((dx, dy), winners) in gradients.zip(dys).zip(kept) {
+                pool::scatter(isa, pool, winners, dy, dx, prepared.is_first);
+            }
+            sums.pooling.input += watch.elapsed();
+        }
+    }
+
+    /// Takes `dy` of some images back to before the ReLU and the batch norm.
+    fn mask(&self, isa: Isa, range: Range<usize>, dy: &mut [T], sums: &mut Sums<T>) {
+        let prepared = self.prepared;
         let mask = &prepared.mask;
-        for (image, dy) in images.zip(dy.chunks_exact_mut(mask.dy.image())) {
+        for (image, dy) in range.zip(dy.chunks_exact_mut(mask.dy.image())) {
             if let Some(norm) = &prepared.norm {
                 let x = &norm.x[image * norm.spans.x.layout.image()..];
                 norm::input_gradient(isa, &norm.spans, &norm.gradient, x, dy);
@@ -168,14 +224,24 @@ impl<T: Element> Way<'_, T> {
             mask_image(isa, mask, y, dy, &mut sums.image_bias);
             sums.add_image_bias();
         }
-        sums.times.other += watch.elapsed();
-        if let (Some(pass), Some(dx)) = (input, dx) {
+    }
+
+    /// The convolution's own gradients, from what it reads and the gradient of what it yields.
+    fn gradients(
+        &self,
+        x: &[T],
+        dy: &[T],
+        dx: Option<&mut [T]>,
+        (sums, fresh): (&mut Sums<T>, bool),
+        scratch: &mut Scratch<T>,
+    ) {
+        if let (Some(pass), Some(dx)) = (&self.input, dx) {
             let watch = Watch::start();
             let whole = Part::whole(pass.output(), dx.len());
             pass.run(dy, (dx, &whole), scratch);
             sums.times.input += watch.elapsed();
         }
-        if let Some(pass) = weight {
+        if let Some(pass) = &self.weight {
             let watch = Watch::start();
             let weight = &mut sums.weight[..pass.sums_len()];
             pass.run(x, dy, (weight, fresh), scratch);
@@ -241,6 +307,8 @@ pub(super) struct Sums<T> {
     pub(super) bias: Vec<T>,
     pub(super) image_bias: Vec<T>,
     pub(super) times: Times,
+    /// Of the pooling that is part of the convolution.
+    pub(super) pooling: Times,
 }
 
 impl<T: Element> Sums<T> {
@@ -251,6 +319,7 @@ impl<T: Element> Sums<T> {
             bias: vec![T::ZERO; c_out],
             image_bias: vec![T::ZERO; c_out],
             times: Times::default(),
+            pooling: Times::default(),
         }
     }
 
