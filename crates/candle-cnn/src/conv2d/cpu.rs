@@ -144,9 +144,9 @@ impl Window {
         self.output.0 * self.output.1
     }
 
-    /// Whether every pixel of the buffer is a pixel of the source.
+    /// Whether the buffer is the source's pixels, side by side.
     fn is_dense(&self) -> bool {
-        self.source == self.buffer
+        self.source == self.buffer && self.origin == (0, 0) && self.spread == (1, 1)
     }
 
     /// Every tap, by its offset from an output pixel's first tap.
