@@ -15,7 +15,6 @@ use super::pass::{
 };
 use super::pool::{self, Pool};
 use super::profile::{self, Cost, Watch};
-use super::winograd;
 use super::{Convolution, Inner, MaxPool, Operation};
 use crate::batch_norm::Moments;
 use crate::conv2d::PIXELS_PER_TASK;
@@ -51,19 +50,27 @@ impl<'a, T: Element> Forward<'a, T> {
 
     /// Runs the graph, and keeps what the backward pass needs if asked to.
     pub(super) fn run(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
-        let graph = self.graph;
         let normalises = |n: &Numbers<'_, T>| matches!(n.after, After::BatchNorm { .. });
-        if keep && self.batch >= rayon::current_num_threads() && !numbers.iter().any(normalises) {
-            return self.run_image_by_image(images, numbers);
+        if keep {
+            self.graph.packed.clear();
         }
-        let mut numbers = numbers.iter();
+        if numbers.iter().any(normalises) {
+            self.run_one_by_one(images, numbers, keep)
+        } else if keep && self.batch >= rayon::current_num_threads() {
+            self.run_image_by_image(images, numbers)
+        } else {
+            self.run_by_levels(images, numbers, keep)
+        }
+    }
+
+    /// Operation by operation, since the statistics of a batch norm are of the whole batch.
+    fn run_one_by_one(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
+        let graph = self.graph;
+        let kept = (!keep).then(|| self.packed(numbers, false));
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
         let mut normalised = Vec::new();
         let mut moments = Vec::new();
         nodes[0] = Some(self.images(images));
-        if keep {
-            graph.packed.clear();
-        }
         for (index, operation) in graph.operations.iter().enumerate() {
             let watch = Watch::start();
             let (buffer, channel) = graph.place(operation.output());
@@ -71,10 +78,12 @@ impl<'a, T: Element> Forward<'a, T> {
             let x = nodes[operation.input()].as_deref().unwrap_or_default();
             match operation {
                 Operation::Convolution(c) => {
-                    let Some(numbers) = numbers.next() else {
-                        break;
+                    let number = moments.len();
+                    let numbers = &numbers[number];
+                    let packed = match &kept {
+                        Some(kept) => kept[number].clone(),
+                        None => self.pack(&self.wanted(c, numbers)),
                     };
-                    let packed = self.packed(c, numbers, (!keep).then_some(moments.len()));
                     let norm = self.convolution(c, x, (numbers, &packed), (&mut y, channel), keep);
                     self.release_packed(packed);
                     let (x, found) = norm.map_or((None, Vec::new()), |(x, found)| (x, found));
@@ -87,15 +96,27 @@ impl<'a, T: Element> Forward<'a, T> {
             let time = watch.elapsed();
             profile::forward(graph, index, (&watch, time), || self.cost(operation));
             if !keep || graph.pooled[index].is_some() {
-                self.release_read(index, &mut nodes);
+                let later = index + 1..graph.operations.len();
+                self.release_read(&[index], later, &mut nodes);
             }
         }
-        let features = self.global_average(nodes[graph.output].as_deref().unwrap_or_default());
+        self.output(nodes, normalised, moments, keep)
+    }
+
+    /// The features of the last map, and the others for the way back if they are to be kept.
+    fn output(
+        &self,
+        nodes: Vec<Option<Vec<T>>>,
+        normalised: Vec<Option<Normalised<T>>>,
+        moments: Vec<Vec<Moments>>,
+        keep: bool,
+    ) -> Output<T> {
+        let features = self.global_average(nodes[self.graph.output].as_deref().unwrap_or_default());
         let maps = if keep {
             Some(Maps { nodes, normalised })
         } else {
             for (node, map) in nodes.into_iter().enumerate() {
-                give_back(graph, node, map);
+                give_back(self.graph, node, map);
             }
             None
         };
@@ -104,6 +125,93 @@ impl<'a, T: Element> Forward<'a, T> {
             moments,
             maps,
         }
+    }
+
+    /// Where no operation needs another's result of the whole batch: all operations that wait for the same earlier ones
+    /// share out their work at once, those that read the same images one after the other.
+    fn run_by_levels(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
+        let graph = self.graph;
+        let packed = self.packed(numbers, keep);
+        let starts = self.starts(numbers);
+        let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
+            .map(|index| self.step(index, (&packed, &starts), false))
+            .collect();
+        let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
+        nodes[0] = Some(self.images(images));
+        for (position, level) in graph.levels.iter().enumerate() {
+            let watch = Watch::start();
+            let times = self.run_level(level, &steps, &mut nodes);
+            for &index in level.iter().filter(|_| watch.is_on()) {
+                let of_operation = times.iter().filter(|(of, _)| *of == index);
+                let time: Duration = of_operation.map(|(_, time)| *time).sum();
+                let time = time / rayon::current_num_threads() as u32;
+                let cost = || self.cost(&graph.operations[index]);
+                profile::forward(graph, index, (&watch, time), cost);
+            }
+            let is_done = |&index: &usize| !keep || graph.pooled[index].is_some();
+            let read: Vec<usize> = level.iter().copied().filter(is_done).collect();
+            let later = graph.levels[position + 1..].iter().flatten().copied();
+            self.release_read(&read, later, &mut nodes);
+        }
+        drop(steps);
+        for packed in packed {
+            self.release_packed(packed);
+        }
+        let none = || numbers.iter().map(|_| None).collect();
+        self.output(nodes, none(), vec![Vec::new(); numbers.len()], keep)
+    }
+
+    /// Operations that do not wait for each other. Returns what each took, task by task.
+    fn run_level(
+        &self,
+        level: &[usize],
+        steps: &[ForwardStep<'_, T>],
+        nodes: &mut [Option<Vec<T>>],
+    ) -> Vec<(usize, Duration)> {
+        let graph = self.graph;
+        let mut outputs: Vec<Written<'_, T>> = Vec::new();
+        for &index in level {
+            let buffer = graph.place(graph.operations[index].output()).0;
+            match outputs.iter_mut().find(|output| output.buffer == buffer) {
+                Some(output) => output.writers.push(&steps[index]),
+                None => outputs.push(Written {
+                    buffer,
+                    y: nodes[buffer].take().unwrap_or_else(|| self.take(buffer)),
+                    writers: vec![&steps[index]],
+                }),
+            }
+        }
+        let mut tasks = Vec::new();
+        for Written { buffer, y, writers } in &mut outputs {
+            let parts = self.tasks((y, graph.layout(*buffer)), writers);
+            tasks.extend(parts.into_iter().map(|part| (part, &*writers)));
+        }
+        // So that what reads the same images or lines comes one after the other.
+        tasks.sort_by_key(|((image, part, _), _)| (*image, part.lines.start));
+        let maps = &*nodes;
+        let times = tasks
+            .into_par_iter()
+            .map_init(
+                || graph.arenas.lend(),
+                |lent, ((image, part, y), writers)| {
+                    let run = |step: &&ForwardStep<'_, T>| {
+                        let input = graph.operations[step.index].input();
+                        let x = maps[input].as_deref().unwrap_or_default();
+                        let x = &x[image * graph.layout(input).image()..];
+                        let x = &x[..part.images * graph.layout(input).image()];
+                        let [pooling, convolution] =
+                            step.run(self.isa, x, (y, &part), &mut lent.scratch);
+                        (step.index, pooling + convolution)
+                    };
+                    writers.iter().map(run).collect::<Vec<_>>()
+                },
+            )
+            .flatten_iter()
+            .collect();
+        for output in outputs {
+            nodes[output.buffer] = Some(output.y);
+        }
+        times
     }
 
     /// The same where no operation needs another's result of the whole batch and all maps are
@@ -116,41 +224,11 @@ impl<'a, T: Element> Forward<'a, T> {
             nodes[buffer].get_or_insert_with(|| self.take(buffer));
         }
         nodes[0] = Some(self.images(images));
-        graph.packed.clear();
-        let convolutions = graph.convolutions();
-        let packed: Vec<_> = convolutions
-            .iter()
-            .zip(numbers)
-            .map(|(c, numbers)| (self.packed(c, numbers, None), start_values(c, numbers)))
-            .collect();
-        let pool_of = |index: usize| match &graph.operations[index] {
-            Operation::MaxPool(p) => Some(max_pool_of(graph, p)),
-            Operation::Convolution(_) => None,
-        };
-        let step = |index: usize| match &graph.operations[index] {
-            Operation::Convolution(c) => {
-                let (buffer, channel) = graph.place(c.output);
-                let span = Span {
-                    layout: graph.layout(buffer),
-                    channel,
-                    channels: c.c_out,
-                };
-                let (packed, start) = &packed[graph.numbers[index].unwrap_or_default()];
-                ForwardStep {
-                    index,
-                    pool: graph.pooled[index].and_then(pool_of),
-                    convolution: Some(self.pass(c, (packed, start), span, true)),
-                }
-            }
-            Operation::MaxPool(_) => ForwardStep {
-                index,
-                pool: pool_of(index),
-                convolution: None,
-            },
-        };
+        let packed = self.packed(numbers, true);
+        let starts = self.starts(numbers);
         let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
             .filter(|&index| !graph.pooled.contains(&Some(index)))
-            .map(step)
+            .map(|index| self.step(index, (&packed, &starts), true))
             .collect();
 
         let per_part = self.batch.div_ceil(rayon::current_num_threads()).max(1);
@@ -193,8 +271,9 @@ impl<'a, T: Element> Forward<'a, T> {
                             .chunks(images * x_image)
                             .zip(y.chunks_mut(images * y_image))
                         {
+                            let part = Part::whole(graph.layout(buffer), y.len());
                             let [pooling, convolution] =
-                                step.run(self.isa, x, y, &mut lent.scratch);
+                                step.run(self.isa, x, (y, &part), &mut lent.scratch);
                             times[graph.pooled[step.index].unwrap_or(step.index)] += pooling;
                             times[step.index] += convolution;
                         }
@@ -211,18 +290,72 @@ impl<'a, T: Element> Forward<'a, T> {
             let time = time / times.len().max(1) as u32;
             profile::forward(graph, index, (&watch, time), || self.cost(operation));
         }
-        for (packed, _) in packed {
+        for packed in packed {
             self.release_packed(packed);
         }
-        let features = self.global_average(nodes[graph.output].as_deref().unwrap_or_default());
-        Output {
-            features,
-            moments: vec![Vec::new(); numbers.len()],
-            maps: Some(Maps {
-                nodes,
-                normalised: numbers.iter().map(|_| None).collect(),
-            }),
+        let none = || numbers.iter().map(|_| None).collect();
+        self.output(nodes, none(), vec![Vec::new(); numbers.len()], true)
+    }
+
+    /// What runs operation `index` on some images: with the pooling that is part of it, or on what that has left.
+    fn step<'p>(
+        &self,
+        index: usize,
+        (packed, starts): (&'p [Arc<Packed<T>>], &'p [Vec<T>]),
+        with_pooling: bool,
+    ) -> ForwardStep<'p, T> {
+        let graph = self.graph;
+        let pool_of = |index: usize| match &graph.operations[index] {
+            Operation::MaxPool(p) => Some(max_pool_of(graph, p)),
+            Operation::Convolution(_) => None,
+        };
+        let (pool, convolution) = match &graph.operations[index] {
+            Operation::Convolution(c) => {
+                let (buffer, channel) = graph.place(c.output);
+                let span = Span {
+                    layout: graph.layout(buffer),
+                    channel,
+                    channels: c.c_out,
+                };
+                let number = graph.numbers[index].unwrap_or_default();
+                let pooling = graph.pooled[index].filter(|_| with_pooling);
+                let numbers = (&*packed[number], starts[number].as_slice());
+                (
+                    pooling.and_then(pool_of),
+                    Some(self.pass(c, numbers, span, true)),
+                )
+            }
+            Operation::MaxPool(_) => (pool_of(index), None),
+        };
+        ForwardStep {
+            index,
+            pool,
+            convolution,
         }
+    }
+
+    /// The weights of all convolutions as the tiles read them; kept for the next time unless a gradient is wanted.
+    fn packed(&self, numbers: &[Numbers<'_, T>], keep_maps: bool) -> Vec<Arc<Packed<T>>> {
+        let convolutions = self.graph.convolutions();
+        let wanted = convolutions.iter().zip(numbers);
+        let wanted: Vec<_> = wanted.map(|(c, n)| self.wanted(c, n)).collect();
+        match keep_maps {
+            true => wanted.iter().map(|wanted| self.pack(wanted)).collect(),
+            false => self.graph.packed.all(&wanted),
+        }
+    }
+
+    /// A weight as the tiles read it, for this time.
+    fn pack(&self, wanted: &Wanted<'_, T>) -> Arc<Packed<T>> {
+        let arenas = &self.graph.arenas;
+        Arc::new(wanted.pack(false, |len| arenas.of::<T>().take_flat(len)))
+    }
+
+    /// What the sums of each convolution start from.
+    fn starts(&self, numbers: &[Numbers<'_, T>]) -> Vec<Vec<T>> {
+        let convolutions = self.graph.convolutions();
+        let with = convolutions.iter().zip(numbers);
+        with.map(|(c, numbers)| start_values(c, numbers)).collect()
     }
 
     pub(super) fn cost(&self, operation: &Operation) -> Cost {
@@ -245,12 +378,18 @@ impl<'a, T: Element> Forward<'a, T> {
         }
     }
 
-    /// Gives the input of operation `index` back if no later one reads it.
-    fn release_read(&self, index: usize, maps: &mut [Option<Vec<T>>]) {
-        let node = self.graph.operations[index].input();
-        let later = &self.graph.operations[index + 1..];
-        if node != self.graph.output && later.iter().all(|o| o.input() != node) {
-            give_back(self.graph, node, maps[node].take());
+    /// Gives the inputs of `read` operations back that none of the `later` ones reads.
+    fn release_read(
+        &self,
+        read: &[usize],
+        later: impl Iterator<Item = usize> + Clone,
+        maps: &mut [Option<Vec<T>>],
+    ) {
+        let input = |index: usize| self.graph.operations[index].input();
+        for node in read.iter().map(|&index| input(index)) {
+            if node != self.graph.output && later.clone().all(|index| input(index) != node) {
+                give_back(self.graph, node, maps[node].take());
+            }
         }
     }
 
@@ -278,16 +417,9 @@ impl<'a, T: Element> Forward<'a, T> {
         to
     }
 
-    /// A convolution's weight as the tiles read it; kept for the next time as that of
-    /// convolution `index`, if there is one.
-    fn packed(
-        &self,
-        c: &Convolution,
-        numbers: &Numbers<'_, T>,
-        index: Option<usize>,
-    ) -> Arc<Packed<T>> {
+    fn wanted<'n>(&self, c: &Convolution, numbers: &'n Numbers<'_, T>) -> Wanted<'n, T> {
         let size = self.graph.nodes[c.output].size;
-        let wanted = Wanted {
+        Wanted {
             weight: numbers.weight,
             scale: match &numbers.after {
                 After::Affine { scale, .. } => scale,
@@ -296,13 +428,6 @@ impl<'a, T: Element> Forward<'a, T> {
             shape: (c.kernel * c.kernel, c.c_out, c.c_in),
             winograd: c.stride == 1 && pays::<T>(c, size, self.batch),
             isa: self.isa,
-        };
-        match index {
-            Some(index) => self.graph.packed.get(index, &wanted),
-            None => {
-                let arenas = &self.graph.arenas;
-                Arc::new(wanted.pack(false, |len| arenas.of::<T>().take_flat(len)))
-            }
         }
     }
 
@@ -434,11 +559,7 @@ impl<'a, T: Element> Forward<'a, T> {
         let pass = self.pass(c, (packed, &start), span, relu);
         let threads = rayon::current_num_threads();
         if self.batch < threads {
-            let step = match &pass {
-                AnyPass::Direct(_) => 1,
-                AnyPass::Winograd(_) => winograd::TILE,
-            };
-            let parts = self.parts((y, y_layout), step);
+            let parts = self.parts((y, y_layout), pass.lines());
             parts.into_par_iter().for_each(|(image, part, y)| {
                 let x = &x[image * x_layout.image()..];
                 pass.run(x, (y, &part), &mut self.graph.arenas.lend().scratch);
@@ -457,6 +578,24 @@ impl<'a, T: Element> Forward<'a, T> {
                     measure(y)
                 },
             )
+            .collect()
+    }
+
+    /// The parts of a buffer that `writers` write together: first image, images or lines, memory.
+    fn tasks<'y>(
+        &self,
+        (y, layout): (&'y mut [T], Layout),
+        writers: &[&ForwardStep<'_, T>],
+    ) -> Vec<(usize, Part, &'y mut [T])> {
+        if self.batch < rayon::current_num_threads() {
+            let step = writers.iter().map(|step| step.lines()).max();
+            return self.parts((y, layout), step.unwrap_or(1));
+        }
+        let images = images_per_task(PIXELS_PER_TASK, self.batch, layout.size);
+        y[..self.batch * layout.image()]
+            .chunks_mut(images * layout.image())
+            .enumerate()
+            .map(|(chunk, y)| (chunk * images, Part::whole(layout, y.len()), y))
             .collect()
     }
 
@@ -526,6 +665,13 @@ impl<'a, T: Element> Forward<'a, T> {
 /// The values of one image in a buffer, and the buffer's maps of some images.
 type ImageMaps<'a, T> = (usize, &'a mut [T]);
 
+/// A buffer, and what writes it next.
+struct Written<'a, T: 'static> {
+    buffer: usize,
+    y: Vec<T>,
+    writers: Vec<&'a ForwardStep<'a, T>>,
+}
+
 /// An operation on some images: a pooling, a convolution, or the one and then the other.
 struct ForwardStep<'a, T: 'static> {
     index: usize,
@@ -534,35 +680,49 @@ struct ForwardStep<'a, T: 'static> {
 }
 
 impl<T: Element> ForwardStep<'_, T> {
-    /// Returns what the pooling and the convolution took.
-    fn run(&self, isa: Isa, x: &[T], y: &mut [T], scratch: &mut Scratch<T>) -> [Duration; 2] {
+    /// What a part must have a multiple of.
+    fn lines(&self) -> usize {
+        self.convolution.as_ref().map_or(1, AnyPass::lines)
+    }
+
+    /// Computes `part` of the output, which is `y`, from the images that it is of. Returns what the pooling and the
+    /// convolution took.
+    fn run(
+        &self,
+        isa: Isa,
+        x: &[T],
+        (y, part): (&mut [T], &Part),
+        scratch: &mut Scratch<T>,
+    ) -> [Duration; 2] {
         let watch = Watch::start();
         let Some(pass) = &self.convolution else {
             if let Some(pool) = &self.pool {
-                pool_images(isa, pool, x, y);
+                pool_images(isa, pool, x, (y, part));
             }
             return [watch.elapsed(), Duration::ZERO];
         };
         let mut pooled = std::mem::take(&mut scratch.pooled);
         let x = match &self.pool {
             Some(pool) => {
-                let images = x.len() / pool.x.image();
-                let between = pooled.output(pool, images);
-                pool_images(isa, pool, x, between);
+                let between = pooled.output(pool, part.images);
+                let whole = Part::whole(pool.y, between.len());
+                pool_images(isa, pool, x, (between, &whole));
                 between
             }
             None => x,
         };
         let pooling = watch.elapsed();
-        let part = Part::whole(pass.output(), y.len());
-        pass.run(x, (y, &part), scratch);
+        pass.run(x, (y, part), scratch);
         scratch.pooled = pooled;
         [pooling, watch.elapsed() - pooling]
     }
 }
 
-/// The outputs `y` of some images.
-fn pool_images<T: Element>(isa: Isa, pool: &Pool, x: &[T], y: &mut [T]) {
+/// `part` of the outputs of some images.
+fn pool_images<T: Element>(isa: Isa, pool: &Pool, x: &[T], (y, part): (&mut [T], &Part)) {
+    if part.images == 1 {
+        return pool::forward(isa, pool, x, y, part);
+    }
     let whole = Part::whole(pool.y, pool.y.image());
     let images = x.chunks_exact(pool.x.image());
     for (x, y) in images.zip(y.chunks_exact_mut(pool.y.image())) {

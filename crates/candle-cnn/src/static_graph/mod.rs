@@ -348,6 +348,7 @@ impl StaticGraphBuilder {
             inner: Arc::new(Inner {
                 groups: groups(&self.operations, &pooled),
                 pooled,
+                levels: levels(&self.nodes, &self.operations),
                 numbers: self.operations.iter().map(number).collect(),
                 nodes: self.nodes,
                 operations: self.operations,
@@ -455,6 +456,8 @@ struct Inner {
     /// Of each convolution that alone reads the output of a pooling: that pooling. The two run
     /// together, a few images at a time, and nobody keeps what lies between them.
     pooled: Vec<Option<usize>>,
+    /// The operations by how many must run one after the other before them.
+    levels: Vec<Vec<usize>>,
     /// Of each operation that is a convolution: how many of those come before it.
     numbers: Vec<Option<usize>>,
     /// Of operations, by the node that they make.
@@ -498,6 +501,23 @@ fn groups(operations: &[Operation], pooled: &[Option<usize>]) -> Vec<Vec<usize>>
         }
     }
     groups
+}
+
+/// See [`Inner::levels`]. Whoever reads a concatenation waits for all its parts, which come before it in `operations`.
+fn levels(nodes: &[Map], operations: &[Operation]) -> Vec<Vec<usize>> {
+    let mut ready = vec![0; nodes.len()];
+    let mut levels: Vec<Vec<usize>> = Vec::new();
+    for (index, operation) in operations.iter().enumerate() {
+        let level = ready[operation.input()];
+        let output = operation.output();
+        let buffer = nodes[output].within.map_or(output, |(whole, _)| whole);
+        ready[buffer] = ready[buffer].max(level + 1);
+        if levels.len() <= level {
+            levels.resize(level + 1, Vec::new());
+        }
+        levels[level].push(index);
+    }
+    levels
 }
 
 impl StaticGraph {

@@ -62,22 +62,43 @@ impl<T: Element> Wanted<'_, T> {
         }
     }
 
-    fn is(&self, packed: &Packed<T>) -> bool {
-        packed.isa == self.isa
+    /// The pairs of equally long slices that must be equal for `packed` to be what is wanted; none
+    /// if it cannot be.
+    fn pairs<'a>(&'a self, packed: &'a Packed<T>) -> Option<[(&'a [T], &'a [T]); 2]> {
+        let pairs = [
+            (packed.scale.as_slice(), self.scale),
+            (packed.weight.as_slice(), self.weight),
+        ];
+        let fits = packed.isa == self.isa
             && packed.transformed.is_some() == self.winograd
-            && equal(self.isa, &packed.scale, self.scale)
-            && equal(self.isa, &packed.weight, self.weight)
+            && pairs.iter().all(|(a, b)| a.len() == b.len());
+        fits.then_some(pairs)
     }
 }
 
-fn equal<T: Element>(isa: Isa, a: &[T], b: &[T]) -> bool {
+/// Whether each of what is `kept` is what is wanted. One parallel loop for all.
+fn are_wanted<T: Element>(wanted: &[Wanted<'_, T>], kept: &[Option<Arc<Packed<T>>>]) -> Vec<bool> {
     /// Elements that are worth a task.
     const CHUNK: usize = 1 << 15;
-    if a.len() <= CHUNK {
-        return a.len() == b.len() && same(isa, a, b);
+    let mut equal = Vec::with_capacity(wanted.len());
+    let mut chunks = Vec::new();
+    for (index, (wanted, kept)) in wanted.iter().zip(kept).enumerate() {
+        let pairs = kept.as_deref().and_then(|kept| wanted.pairs(kept));
+        equal.push(pairs.is_some());
+        for (a, b) in pairs.into_iter().flatten() {
+            let parts = a.chunks(CHUNK).zip(b.chunks(CHUNK));
+            chunks.extend(parts.map(|(a, b)| (index, wanted.isa, a, b)));
+        }
     }
-    let chunks = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
-    a.len() == b.len() && chunks.all(|(a, b)| same(isa, a, b))
+    let different: Vec<usize> = chunks
+        .into_par_iter()
+        .filter(|&(_, isa, a, b)| !same(isa, a, b))
+        .map(|(index, ..)| index)
+        .collect();
+    for index in different {
+        equal[index] = false;
+    }
+    equal
 }
 
 multiversion! {
@@ -95,7 +116,7 @@ fn same_body<T: Element>(a: &[T], b: &[T]) -> bool {
 
 /// What is kept of each convolution.
 #[derive(Default)]
-pub(super) struct Kept(Mutex<Vec<Option<Arc<dyn Any + Send + Sync>>>>);
+pub(super) struct Kept(Mutex<Vec<Arc<dyn Any + Send + Sync>>>);
 
 impl std::fmt::Debug for Kept {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -104,25 +125,34 @@ impl std::fmt::Debug for Kept {
 }
 
 impl Kept {
-    /// The kept one of convolution `index`, or a new one, which is kept then.
-    pub(super) fn get<T: Element>(&self, index: usize, wanted: &Wanted<'_, T>) -> Arc<Packed<T>> {
+    /// What is wanted of each convolution: what is kept of it, or a new one, which is kept then.
+    pub(super) fn all<T: Element>(&self, wanted: &[Wanted<'_, T>]) -> Vec<Arc<Packed<T>>> {
         let lock = || {
-            // Entries are replaced whole.
+            // Replaced whole.
             self.0
                 .lock()
                 .unwrap_or_else(|poisoned| poisoned.into_inner())
         };
-        let kept = lock().get(index).cloned().flatten();
-        let kept = kept.and_then(|kept| kept.downcast::<Packed<T>>().ok());
-        if let Some(kept) = kept.filter(|kept| wanted.is(kept)) {
-            return kept;
+        let all = lock().clone();
+        let mut kept: Vec<Option<Arc<Packed<T>>>> = all
+            .into_iter()
+            .map(|packed| packed.downcast::<Packed<T>>().ok())
+            .collect();
+        kept.resize(wanted.len(), None);
+        let is_wanted = are_wanted(wanted, &kept);
+        if is_wanted.iter().all(|&is| is) {
+            return kept.into_iter().flatten().collect();
         }
-        let packed = Arc::new(wanted.pack(true, |_| Vec::new()));
-        let mut all = lock();
-        if all.len() <= index {
-            all.resize(index + 1, None);
-        }
-        all[index] = Some(packed.clone());
+        let packed: Vec<Arc<Packed<T>>> = kept
+            .into_par_iter()
+            .zip(is_wanted)
+            .zip(wanted)
+            .map(|((kept, is_wanted), wanted)| {
+                let kept = kept.filter(|_| is_wanted);
+                kept.unwrap_or_else(|| Arc::new(wanted.pack(true, |_| Vec::new())))
+            })
+            .collect();
+        *lock() = packed.iter().map(|packed| packed.clone() as _).collect();
         packed
     }
 
@@ -132,5 +162,76 @@ impl Kept {
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
             .clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::Element;
+
+    fn wanted<'a, T: Element>(weight: &'a [T], scale: &'a [T], isa: Isa) -> Wanted<'a, T> {
+        Wanted {
+            weight,
+            scale,
+            shape: (9, 64, weight.len() / (9 * 64)),
+            winograd: false,
+            isa,
+        }
+    }
+
+    #[test]
+    fn a_weight_is_laid_out_again_when_any_of_its_values_changes_and_only_then() {
+        let isa = Isa::detect();
+        let values = |len: usize| (0..len).map(|i| (i % 1009) as f32).collect::<Vec<_>>();
+        // The second is compared in three parts.
+        let (small, mut large) = (values(9 * 64), values(9 * 64 * 128));
+        let mut scale = vec![1.0; 64];
+        let kept = Kept::default();
+        let mut last: Option<Vec<Arc<Packed<f32>>>> = None;
+        let mut ask = |large: &[f32], scale: &[f32]| {
+            let both = [wanted(&small, &[], isa), wanted(large, scale, isa)];
+            let packed = kept.all(&both);
+            for (packed, wanted) in packed.iter().zip(&both) {
+                let fresh = wanted.pack(false, |_| Vec::new());
+                assert!(packed.direct.data == fresh.direct.data);
+            }
+            let same = last.replace(packed.clone()).map(|last| {
+                let pairs = last.iter().zip(&packed);
+                pairs.map(|(a, b)| Arc::ptr_eq(a, b)).collect::<Vec<_>>()
+            });
+            same.unwrap_or_default()
+        };
+        assert!(ask(&large, &scale).is_empty());
+        assert_eq!(ask(&large, &scale), [true, true]);
+        for at in [0, (1 << 15) - 1, 1 << 15, large.len() - 1] {
+            large[at] += 1.0;
+            assert_eq!(ask(&large, &scale), [true, false], "{at}");
+            assert_eq!(ask(&large, &scale), [true, true], "{at}");
+        }
+        scale[63] = 2.0;
+        assert_eq!(ask(&large, &scale), [true, false]);
+        assert_eq!(ask(&large, &[]), [true, false]);
+        assert_eq!(ask(&large, &[]), [true, true]);
+    }
+
+    #[test]
+    fn what_is_kept_in_another_type_or_number_or_for_another_path_is_not_taken() {
+        let isa = Isa::detect();
+        let (f32s, f64s) = (vec![1f32; 9 * 64], vec![1f64; 9 * 64]);
+        let kept = Kept::default();
+        let first = kept.all(&[wanted(&f32s, &[], isa)]);
+        assert_eq!(kept.all(&[wanted(&f64s, &[], isa)]).len(), 1);
+        let second = kept.all(&[wanted(&f32s, &[], isa), wanted(&f32s, &[], isa)]);
+        assert!(second.len() == 2 && !Arc::ptr_eq(&first[0], &second[0]));
+        let winograd = Wanted {
+            winograd: true,
+            ..wanted(&f32s, &[], isa)
+        };
+        let third = kept.all(&[wanted(&f32s, &[], isa), winograd]);
+        assert!(Arc::ptr_eq(&second[0], &third[0]) && third[1].transformed.is_some());
+        kept.clear();
+        let fourth = kept.all(&[wanted(&f32s, &[], isa)]);
+        assert!(!Arc::ptr_eq(&fourth[0], &third[0]));
     }
 }

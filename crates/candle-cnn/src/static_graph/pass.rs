@@ -182,6 +182,14 @@ impl<T: Element> AnyPass<'_, T> {
         }
     }
 
+    /// The lines of a part are a multiple of this.
+    pub(super) fn lines(&self) -> usize {
+        match self {
+            Self::Direct(_) => 1,
+            Self::Winograd(_) => winograd::TILE,
+        }
+    }
+
     pub(super) fn run(&self, x: &[T], y: (&mut [T], &Part), scratch: &mut Scratch<T>) {
         match self {
             Self::Direct(pass) => pass.run(x, y, &mut scratch.gather),

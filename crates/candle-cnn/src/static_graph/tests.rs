@@ -577,6 +577,24 @@ fn operations_with_the_same_input_form_a_group() -> Result<()> {
 }
 
 #[test]
+fn operations_that_wait_for_the_same_earlier_ones_form_a_level() -> Result<()> {
+    let mut builder = StaticGraphBuilder::new(3, (8, 8));
+    let stem = builder.conv2d_relu(builder.input(), 16, 3, 1)?;
+    let one = builder.conv2d_relu(stem, 16, 1, 0)?;
+    let reduced = builder.conv2d_relu(stem, 16, 1, 0)?;
+    let two = builder.conv2d_relu(reduced, 16, 3, 1)?;
+    let pooled = builder.max_pool2d(stem, MaxPool2dConfig::square(3, 1, 1))?;
+    let three = builder.conv2d_relu(pooled, 16, 1, 0)?;
+    let whole = builder.concat(&[one, two, three])?;
+    let last = builder.conv2d_relu(whole, 16, 1, 0)?;
+    let graph = builder.global_avg_pool2d(last)?;
+    // The last one reads what 3 and 5 write, and what 1 has written before.
+    let expected: [&[usize]; 4] = [&[0], &[1, 2, 4], &[3, 5], &[6]];
+    assert_eq!(graph.inner.levels, expected);
+    Ok(())
+}
+
+#[test]
 fn a_pooling_is_part_of_the_unpadded_convolution_that_alone_reads_it() -> Result<()> {
     /// For each operation after a stem and a pool with `taps` × `taps`: which pooling is part of it.
     fn pooled(
