@@ -6,7 +6,10 @@ use crate::error::OpError;
 use crate::simd::KernelTable;
 
 /// f32 or f64.
-pub(crate) trait Element: WithDType + KernelTable + Real + Send + Sync {}
+pub(crate) trait Element:
+    WithDType + KernelTable + Real + bytemuck::NoUninit + Send + Sync
+{
+}
 
 impl Element for f32 {}
 impl Element for f64 {}

@@ -348,7 +348,7 @@ impl<'a, T: Element> Forward<'a, T> {
     /// A weight as the tiles read it, for this time.
     fn pack(&self, wanted: &Wanted<'_, T>) -> Arc<Packed<T>> {
         let arenas = &self.graph.arenas;
-        Arc::new(wanted.pack(false, |len| arenas.of::<T>().take_flat(len)))
+        Arc::new(wanted.pack(|len| arenas.of::<T>().take_flat(len)))
     }
 
     /// What the sums of each convolution start from.
