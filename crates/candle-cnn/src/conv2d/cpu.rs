@@ -252,7 +252,11 @@ fn gather<T: Element>(
     let height = kernels.height;
     debug_assert_eq!(rows.len() % height, 0);
     debug_assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
+    let tiles = rows.len() / height;
     for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
+        let width = panel.vectors * kernels.lanes;
+        let ahead_step = width.div_ceil(tiles.max(1));
+        let weight_rows = taps.len() * channels;
         for (tile, rows) in rows.chunks_exact(height).enumerate() {
             let args = Gather {
                 rows: rows.as_ptr(),
@@ -261,6 +265,11 @@ fn gather<T: Element>(
                 tap_count: taps.len(),
                 channels,
                 panel: weight.data[offset..].as_ptr(),
+                // The next panel lies behind this one.
+                ahead: weight.data[offset..]
+                    .as_ptr()
+                    .wrapping_add(weight_rows * (width + tile * ahead_step)),
+                ahead_step,
                 init: init[panel.start..].as_ptr(),
                 init_stride: 0,
                 relu,

@@ -47,6 +47,10 @@ pub(crate) struct Gather<T> {
     pub(crate) channels: usize,
     /// `[tap number][channels][vectors × LANES]`.
     pub(crate) panel: *const T,
+    /// Where to ask for weights that are read after this panel, and how many elements further
+    /// with each channel of each tap. The tiles of a panel share out the next one.
+    pub(crate) ahead: *const T,
+    pub(crate) ahead_step: usize,
     /// `vectors × LANES` start values of each row: the bias, or what is there already.
     pub(crate) init: *const T,
     /// Elements between the start values of two rows: 0 where all have the same.
@@ -118,6 +122,7 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
         }
         // Where a tile reads each row once, the next one's are asked for while this one computes.
         let prefetches = args.tap_count == 1;
+        let mut ahead = args.ahead;
         for tap in 0..args.tap_count {
             let tap = *args.taps.add(tap);
             let rows: [*const S::Elem; ROWS] =
@@ -131,6 +136,10 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
                         S::prefetch(row.wrapping_add(c));
                     }
                 }
+                // Two lines: up to three are needed, and the processor fetches some on its own.
+                S::prefetch_l2(ahead);
+                S::prefetch_l2(ahead.wrapping_add(16));
+                ahead = ahead.wrapping_add(args.ahead_step);
                 let weights: [S::Vector; VECTORS] =
                     std::array::from_fn(|j| S::load(panel.add(j * S::LANES)));
                 for i in 0..ROWS {

@@ -26,6 +26,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn relu(value: Self::Vector) -> Self::Vector;
     /// Asks for the cache line of `at`, which need not be readable.
     unsafe fn prefetch(at: *const Self::Elem);
+    /// The same, no further than into the L2 cache.
+    unsafe fn prefetch_l2(at: *const Self::Elem);
 }
 
 macro_rules! x86_vector {
@@ -79,6 +81,11 @@ macro_rules! x86_vector {
             unsafe fn prefetch(at: *const $elem) {
                 // SAFETY: a prefetch never faults.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn prefetch_l2(at: *const $elem) {
+                // SAFETY: a prefetch never faults.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
             }
         }
     };
@@ -137,6 +144,8 @@ macro_rules! portable_vector {
             }
             #[inline(always)]
             unsafe fn prefetch(_: *const $elem) {}
+            #[inline(always)]
+            unsafe fn prefetch_l2(_: *const $elem) {}
         }
     };
 }

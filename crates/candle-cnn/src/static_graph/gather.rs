@@ -141,10 +141,12 @@ impl<'a, T: Element> GatherPass<'a, T> {
         assert!(self.y_channel + self.weight.width <= self.y.width);
 
         self.plan(x, part, rows);
+        let weight_rows = self.kernel * self.kernel * self.channels;
         for (panel, &offset) in self.weight.panels.iter().zip(&self.weight.offsets) {
             let width = panel.vectors * self.kernels.lanes;
             let weight = &self.weight.data[offset..];
-            assert!(weight.len() >= self.kernel * self.kernel * self.channels * width);
+            let ahead_step = width.div_ceil(rows.tiles.len().max(1));
+            assert!(weight.len() >= weight_rows * width);
             let run = self.kernels.gather[panel.vectors - 1];
             for (index, tile) in rows.tiles.iter().enumerate() {
                 let pointers = &rows.pointers[index * height..][..height];
@@ -161,6 +163,11 @@ impl<'a, T: Element> GatherPass<'a, T> {
                     tap_count: taps.len(),
                     channels: self.channels,
                     panel: weight.as_ptr(),
+                    // The next panel lies behind this one.
+                    ahead: weight
+                        .as_ptr()
+                        .wrapping_add(weight_rows * (width + index * ahead_step)),
+                    ahead_step,
                     init: std::ptr::null(),
                     init_stride: 0,
                     relu: self.relu,

@@ -398,6 +398,12 @@ pub(super) struct WinogradPass<'a, T: 'static> {
 }
 
 impl<T: Element> WinogradPass<'_, T> {
+    /// The weights of one product for the output channels of a panel.
+    fn panel(&self, product: usize, panel: usize) -> &[T] {
+        let len = self.channels * self.weight.panels[panel].vectors * self.kernels.lanes;
+        &self.weight.data[self.weight.offsets[panel] + product * len..][..len]
+    }
+
     /// Computes `part` of the output, which is `y`.
     pub(super) fn run(&self, x: &[T], (y, part): (&mut [T], &Part), scratch: &mut Scratch<T>) {
         let map_width = self.y.size.1;
@@ -434,10 +440,14 @@ impl<T: Element> WinogradPass<'_, T> {
                     .push(input[tile * patches.channels..][..self.channels].as_ptr());
             }
             let output = &mut scratch.output[product * padded * width..][..padded * width];
-            for (panel, &offset) in self.weight.panels.iter().zip(&self.weight.offsets) {
+            for (index, panel) in self.weight.panels.iter().enumerate() {
                 let panel_width = panel.vectors * lanes;
-                let len = self.channels * panel_width;
-                let weight = &self.weight.data[offset + product * len..][..len];
+                let weight = self.panel(product, index);
+                let next = match index + 1 < self.weight.panels.len() {
+                    true => self.panel(product, index + 1),
+                    false => self.panel((product + 1) % PRODUCTS, 0),
+                };
+                let ahead_step = panel_width.div_ceil((padded / height).max(1));
                 assert!(panel.start + panel_width <= width && panel_width <= zeros.len());
                 for (block, rows) in scratch.rows.chunks_exact(height).enumerate() {
                     let args = Gather {
@@ -447,6 +457,10 @@ impl<T: Element> WinogradPass<'_, T> {
                         tap_count: 1,
                         channels: self.channels,
                         panel: weight.as_ptr(),
+                        ahead: next
+                            .as_ptr()
+                            .wrapping_add(block * self.channels * ahead_step),
+                        ahead_step,
                         init: zeros.as_ptr(),
                         init_stride: 0,
                         relu: false,
