@@ -140,18 +140,21 @@ pub struct TrainingDefaults {
     pub checkpoint_every_steps: u64,
 }
 
-/// Images a batch of evaluation: a forward pass needs no more memory than a training step with
-/// fewer images, and larger batches are no faster on a CPU.
-const EVALUATION_BATCH_SIZE: usize = 64;
+/// Images a batch of evaluation: those of a step, whose buffers then serve, so that the evaluation
+/// adds nothing to the memory of a run. Fewer are slow, and more no faster on a CPU.
+fn evaluation_batch_size(batch_size: usize) -> usize {
+    batch_size.clamp(16, 64)
+}
 
 impl TrainingArguments {
     /// The trainer's configuration.
     pub fn resolve(&self, run: &RunArguments, defaults: &TrainingDefaults) -> TrainingConfig {
+        let batch_size = self.batch_size.unwrap_or(defaults.batch_size) as usize;
         TrainingConfig {
             epochs: self.epochs.unwrap_or(defaults.epochs),
             max_steps: self.max_steps,
-            batch_size: self.batch_size.unwrap_or(defaults.batch_size) as usize,
-            evaluation_batch_size: EVALUATION_BATCH_SIZE,
+            batch_size,
+            evaluation_batch_size: evaluation_batch_size(batch_size),
             seed: self.seed.unwrap_or(0),
             shuffle: !self.no_shuffle,
             optimizer: SgdConfig {
