@@ -44,7 +44,7 @@ pub enum Schedule {
     /// Linear rise from 0 over `warmup`, then half a cosine down to `end_factor` × rate at the
     /// last step.
     Cosine {
-        /// Length of the rise; zero starts at the full rate.
+        /// Length of the rise; zero starts at the full rate, and a run that is shorter ends before it.
         warmup: Span,
         /// The rate at the end as a fraction of the full rate.
         end_factor: f64,
@@ -55,7 +55,7 @@ impl Schedule {
     /// Fixes the schedule to a run of `total_steps`.
     ///
     /// # Errors
-    /// A plateau of no steps, a factor that is negative or not finite, a warm-up longer than the run.
+    /// A plateau of no steps, a factor that is negative or not finite.
     pub fn resolve(
         self,
         total_steps: u64,
@@ -100,16 +100,8 @@ impl Schedule {
                         "a finite number of at least 0",
                     ));
                 }
-                let warmup_steps = in_steps(warmup);
-                if warmup_steps > total_steps {
-                    return Err(invalid(
-                        "schedule.warmup",
-                        format!("{warmup_steps} steps"),
-                        "no more steps than the run has",
-                    ));
-                }
                 ResolvedSchedule::Cosine {
-                    warmup_steps,
+                    warmup_steps: in_steps(warmup),
                     total_steps,
                     end_factor,
                 }
@@ -216,11 +208,12 @@ mod tests {
     }
 
     #[test]
-    fn a_warmup_longer_than_the_run_is_refused() {
+    fn a_run_that_is_shorter_than_the_warmup_ends_while_the_rate_rises() {
         let schedule = Schedule::Cosine {
-            warmup: Span::Epochs(3.0),
+            warmup: Span::Steps(3),
             end_factor: 0.0,
         };
-        assert!(schedule.resolve(10, 5, 4).is_err());
+        let resolved = schedule.resolve(2, 2, 4).unwrap();
+        assert_eq!([0, 1].map(|step| resolved.factor(step)), [0.25, 0.5]);
     }
 }

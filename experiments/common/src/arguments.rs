@@ -94,7 +94,7 @@ pub struct ComputeArguments {
     #[arg(long, value_name = "auto|cpu|cuda[:N]")]
     pub device: Option<DeviceChoice>,
     /// Threads that compute, in each process [default: all cores, shared out among the processes]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<u64>,
     /// How a GPU computes; the CPU knows f32 alone
     #[arg(long, value_enum, value_name = "TYPE")]
@@ -319,6 +319,15 @@ pub fn at_least_one(text: &str) -> Result<u64, String> {
         Ok(0) => Err("it must be at least 1".into()),
         Ok(number) => Ok(number),
         Err(_) => Err("it must be a whole number of at least 1".into()),
+    }
+}
+
+fn threads(text: &str) -> Result<u64, String> {
+    /// More than any machine has; many more start slowly, or not at all.
+    const MOST: u64 = 1024;
+    match text.parse() {
+        Ok(number @ 1..=MOST) => Ok(number),
+        _ => Err(format!("it must be a whole number from 1 to {MOST}")),
     }
 }
 

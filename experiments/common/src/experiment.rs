@@ -160,6 +160,12 @@ fn start<E: Experiment>(
 ) -> Result<ExitCode> {
     let role = Role::of(&config.compute)?;
     if let Role::Launcher { processes } = role {
+        let batch_size = config.training.batch_size;
+        ensure!(
+            processes <= batch_size,
+            "cannot share out a batch of {batch_size} pictures among {processes} processes: start at most \
+             {batch_size}, or give a larger --batch-size"
+        );
         return launch(processes);
     }
     let config = RunConfig {

@@ -251,6 +251,7 @@ fn bad_input_is_refused_with_the_reason() {
         ("--batch-size 0".to_string(), "--batch-size"),
         ("--epochs 0".into(), "at least 1"),
         ("--momentum 1.5".into(), "--momentum"),
+        ("--threads 100000".into(), "from 1 to 1024"),
         ("--nonsense".into(), "--nonsense"),
         ("--quick --data-dir data".into(), "drawn by the program"),
         (

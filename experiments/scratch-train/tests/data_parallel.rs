@@ -258,14 +258,21 @@ fn environments_and_flags_without_sense_are_refused() {
         "{}",
         text(&output)
     );
-    // The launcher's code is that of its ranks, whose error appears once for each.
-    let output = start(small_run("--processes 4", out.path()))
-        .wait_with_output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        text(&output).contains("batch_size is 3; it must be"),
-        "{}",
-        text(&output)
-    );
+    // Before any process is started; then by one of them, whose code is the launcher's.
+    for (arguments, expected) in [
+        (
+            "--processes 4",
+            "cannot share out a batch of 3 pictures among 4 processes",
+        ),
+        (
+            "--processes 2 --init nowhere.safetensors",
+            "nowhere.safetensors",
+        ),
+    ] {
+        let output = start(small_run(arguments, out.path()))
+            .wait_with_output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output).contains(expected), "{}", text(&output));
+    }
 }
