@@ -50,6 +50,19 @@ pub enum OpError {
         /// What it may be, in words.
         expected: &'static str,
     },
+    /// An environment variable asks for what there is not.
+    #[error(
+        "{variable} is {found:?}, but this machine has only {}: take one of them, or unset the variable",
+        available.join(", ")
+    )]
+    Unavailable {
+        /// The environment variable.
+        variable: &'static str,
+        /// Its value.
+        found: String,
+        /// What it may be on this machine.
+        available: Vec<&'static str>,
+    },
     /// The window does not fit into the padded input.
     #[error(
         "{op}: a window of {window:?} does not fit the input of {input:?} pixels padded by {padding:?}"

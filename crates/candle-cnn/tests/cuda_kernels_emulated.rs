@@ -877,13 +877,18 @@ fn a_step_beyond_a_buffer_is_caught() {
         println!("skipped: c++ has no AddressSanitizer");
         return;
     }
-    let mut program = Program::default();
-    let x = program.given(Type::F32, &[1.0; 8]);
-    let y = program.result(Type::F32, 8);
-    program
-        .threads("relu", Type::F32, 9)
-        .at(&[x, x, y])
-        .numbers(&[9]);
-    let outcome = std::panic::catch_unwind(|| program.run(emulator));
-    assert!(outcome.is_err(), "the ninth of eight elements was taken");
+    let relu = |elements: usize| {
+        let mut program = Program::default();
+        let x = program.given(Type::F32, &[1.0; 8]);
+        let y = program.result(Type::F32, 8);
+        program
+            .threads("relu", Type::F32, elements)
+            .at(&[x, x, y])
+            .numbers(&[elements]);
+        std::panic::catch_unwind(|| program.run(emulator))
+    };
+    assert!(relu(8).is_ok(), "eight elements are within eight");
+    let outcome = relu(9).expect_err("the ninth of eight elements was taken");
+    let report = outcome.downcast_ref::<String>().expect("a message");
+    assert!(report.contains("AddressSanitizer"), "{report}");
 }

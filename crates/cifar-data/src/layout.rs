@@ -64,6 +64,13 @@ pub fn find_layout(dir: &Path) -> Option<Layout> {
         .map(|candidate| candidate.layout)
 }
 
+/// The first layout of which `dir` has some files and lacks others.
+pub fn incomplete_layout(dir: &Path) -> Option<Candidate> {
+    candidates(dir)
+        .into_iter()
+        .find(|candidate| (1..candidate.layout.files().len()).contains(&candidate.missing.len()))
+}
+
 impl Layout {
     /// The layout's files, the training files first.
     pub fn files(&self) -> Vec<PathBuf> {

@@ -50,7 +50,7 @@ mod sampling;
 pub use batches::{Batch, Batches, Normalization};
 pub use error::DataError;
 pub use image_set::{ImageSet, TrainTest};
-pub use layout::{Candidate, Layout, find_layout, load};
+pub use layout::{Candidate, Layout, find_layout, incomplete_layout, load};
 pub use sampling::{shuffled_order, stratified_split};
 pub use shapes::Split;
 

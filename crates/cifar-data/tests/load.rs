@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use cifar_data::{Layout, Split, binary, find_layout, load, shapes};
+use cifar_data::{Layout, Split, binary, find_layout, incomplete_layout, load, shapes};
 
 fn write_binary_layout(dir: &Path) {
     std::fs::create_dir_all(dir).unwrap();
@@ -55,6 +55,8 @@ fn an_incomplete_layout_is_an_error_that_names_the_missing_files_and_those_there
     std::fs::remove_file(batches.join("data_batch_3.bin")).unwrap();
     std::fs::write(dir.path().join("notes.txt"), "").unwrap();
     assert_eq!(find_layout(dir.path()), None);
+    let incomplete = incomplete_layout(dir.path()).expect("some of its files are there");
+    assert_eq!(incomplete.missing, [batches.join("data_batch_3.bin")]);
     let text = error_of(dir.path());
     let missing = "(incomplete: `DIR/cifar-10-batches-bin/data_batch_3.bin` is missing)";
     assert!(text.contains(missing), "{text}");

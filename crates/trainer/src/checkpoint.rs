@@ -124,48 +124,64 @@ pub(crate) fn save(
     sync_dir(dir)?;
     remove_if_present(&replaced)?;
 
-    for (_, old) in list(dir)?.into_iter().skip(keep) {
+    for (_, old) in list(dir, "step-")?.into_iter().skip(keep) {
         remove_if_present(&old)?;
     }
     Ok(path)
 }
 
 /// The newest checkpoint in `dir` that is whole. Damaged ones are renamed to `damaged-…`, with a
-/// warning, and the one before is taken. None when there never was one.
+/// warning, and the one before is taken; where no whole one is left, all stay as they are and the
+/// run cannot go on. None when there never was one.
 pub(crate) fn load_newest(dir: &Path) -> Result<Option<Checkpoint>> {
     if !dir.is_dir() {
         return Ok(None);
     }
     restore_replaced(dir)?;
-    let candidates = list(dir)?;
-    let mut newest_problem = None;
-    for (_, path) in &candidates {
-        match load(path) {
-            Ok(checkpoint) => return Ok(Some(checkpoint)),
-            Err(error @ Error::IncompatibleCheckpoint { .. }) => return Err(error),
-            Err(error) => {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                let aside = path.with_file_name(format!("damaged-{name}"));
-                tracing::warn!("{error}; moved to {}", aside.display());
-                remove_if_present(&aside)?;
-                fs::rename(path, &aside).map_err(io_error("move aside", path))?;
-                newest_problem.get_or_insert(error.to_string());
+    let mut problems = Vec::new();
+    for (_, path) in list(dir, "step-")? {
+        match load(&path) {
+            Ok(checkpoint) => {
+                for (path, error) in problems {
+                    set_aside(path, &error)?;
+                }
+                return Ok(Some(checkpoint));
             }
+            Err(error @ Error::IncompatibleCheckpoint { .. }) => return Err(error),
+            Err(error) => problems.push((path, error)),
         }
     }
-    match newest_problem {
-        None => Ok(None),
-        Some(newest) => Err(Error::NoUsableCheckpoint {
-            dir: dir.to_path_buf(),
-            count: candidates.len(),
-            newest,
-        }),
-    }
+    let set_aside_before = list(dir, "damaged-step-")?;
+    let newest = match (problems.first(), set_aside_before.first()) {
+        (None, None) => return Ok(None),
+        (Some((_, error)), _) => error.to_string(),
+        (None, Some((_, path))) => format!("{} was found damaged before", path.display()),
+    };
+    Err(Error::NoUsableCheckpoint {
+        dir: dir.to_path_buf(),
+        count: problems.len() + set_aside_before.len(),
+        newest,
+    })
+}
+
+/// Renames a damaged checkpoint, so that no later look at the folder takes it for the newest.
+fn set_aside(path: PathBuf, error: &Error) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!("damaged-{name}"));
+    tracing::warn!("{error}; moved to {}", aside.display());
+    remove_if_present(&aside)?;
+    fs::rename(&path, &aside).map_err(io_error("move aside", &path))
+}
+
+/// Whether there is a checkpoint in `dir`, whole or damaged.
+pub(crate) fn was_saved(dir: &Path) -> bool {
+    let any = |prefix| list(dir, prefix).is_ok_and(|found| !found.is_empty());
+    any("step-") || any("damaged-step-")
 }
 
 /// The newest checkpoint's folder, unverified.
 pub(crate) fn newest_path(dir: &Path) -> Option<PathBuf> {
-    let newest = list(dir).ok()?.into_iter().next()?;
+    let newest = list(dir, "step-").ok()?.into_iter().next()?;
     Some(newest.1)
 }
 
@@ -212,13 +228,13 @@ fn load(path: &Path) -> Result<Checkpoint> {
     })
 }
 
-/// Checkpoints under their final name, newest first.
-fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+/// Folders whose name is `prefix` and a step, newest first.
+fn list(dir: &Path, prefix: &str) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
         let entry = entry.map_err(io_error("list", dir))?;
         let name = entry.file_name();
-        let step = name.to_str().and_then(|name| name.strip_prefix("step-"));
+        let step = name.to_str().and_then(|name| name.strip_prefix(prefix));
         if let Some(step) = step.and_then(|step| step.parse().ok()) {
             found.push((step, entry.path()));
         }
@@ -329,15 +345,32 @@ mod tests {
     }
 
     #[test]
-    fn when_all_checkpoints_are_damaged_the_error_counts_them_and_says_why() {
+    fn when_all_checkpoints_are_damaged_each_call_is_the_same_error_and_nothing_moves() {
         let dir = tempfile::tempdir().unwrap();
         for step in [1, 2] {
             let path = save(dir.path(), &state(step), b"w", b"m", 2).unwrap();
             fs::write(path.join(WEIGHTS), b"other").unwrap();
         }
+        for _ in 0..2 {
+            let error = load_newest(dir.path()).unwrap_err().to_string();
+            assert!(error.contains("none of the 2 checkpoints"), "{error}");
+            assert!(error.contains(WEIGHTS), "{error}");
+            assert_eq!(names(dir.path()), ["step-0000001", "step-0000002"]);
+        }
+    }
+
+    #[test]
+    fn where_only_checkpoints_set_aside_are_left_the_run_does_not_begin_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [1, 2] {
+            save(dir.path(), &state(step), b"w", b"m", 2).unwrap();
+        }
+        let newest = newest_path(dir.path()).unwrap();
+        fs::write(newest.join(WEIGHTS), b"other").unwrap();
+        assert!(load_newest(dir.path()).unwrap().is_some());
+        fs::remove_dir_all(dir.path().join("step-0000001")).unwrap();
         let error = load_newest(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("none of the 2 checkpoints"), "{error}");
-        assert!(error.contains(WEIGHTS), "{error}");
+        assert!(error.contains("damaged-step-0000002"), "{error}");
     }
 
     #[test]

@@ -129,7 +129,11 @@ pub enum Error {
         reason: String,
     },
     /// There are checkpoints, but none is whole.
-    #[error("none of the {count} checkpoints in {} can be used; the newest: {newest}", dir.display())]
+    #[error(
+        "none of the {count} checkpoints in {} can be used; the newest: {newest}. Nothing was changed: \
+         put a whole checkpoint back, or start a new run",
+        dir.display()
+    )]
     NoUsableCheckpoint {
         /// The folder of checkpoints.
         dir: PathBuf,

@@ -82,15 +82,16 @@ impl ConfigFile {
 }
 
 impl RunDirectory {
-    /// Makes `<out>/<experiment>/` and finds out whether files can be written there: to be asked
-    /// before work that takes time, such as a download.
+    /// Finds out whether files can be written in `<out>/<experiment>/`, or where it would be made: to
+    /// be asked before work that takes time, such as a download. It leaves nothing behind.
     ///
     /// # Errors
     /// [`Error::Io`] when they cannot.
     pub fn prepare(out: &Path, experiment: &str) -> Result<()> {
-        let parent = out.join(experiment);
-        fs::create_dir_all(&parent).map_err(io_error("create", &parent))?;
-        let probe = parent.join(format!(".probe-{}", std::process::id()));
+        let parent = std::path::absolute(out.join(experiment)).map_err(io_error("find", out))?;
+        let existing = parent.ancestors().find(|path| path.exists());
+        let existing = existing.unwrap_or(&parent);
+        let probe = existing.join(format!(".probe-{}", std::process::id()));
         fs::write(&probe, "").map_err(io_error("write", &probe))?;
         fs::remove_file(&probe).map_err(io_error("remove", &probe))
     }
@@ -215,9 +216,9 @@ impl RunDirectory {
         Ok(Some(summary))
     }
 
-    /// Whether there is a checkpoint to go on from; without one a run begins again.
+    /// Whether a checkpoint was ever saved, be it damaged; without one a run begins again.
     pub fn has_checkpoint(&self) -> bool {
-        checkpoint::newest_path(&self.checkpoints()).is_some()
+        checkpoint::was_saved(&self.checkpoints())
     }
 
     pub(crate) fn write_finished(&self, summary: &Summary) -> Result<()> {

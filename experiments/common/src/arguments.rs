@@ -44,16 +44,16 @@ pub struct TrainingArguments {
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub max_steps: Option<u64>,
     /// Images a step
-    #[arg(long, value_name = "IMAGES", value_parser = at_least_one)]
+    #[arg(long, value_name = "IMAGES", value_parser = batch_size)]
     pub batch_size: Option<u64>,
     /// Learning rate
-    #[arg(long, value_name = "RATE", value_parser = not_negative)]
+    #[arg(long, value_name = "RATE", value_parser = not_negative, allow_negative_numbers = true)]
     pub lr: Option<f64>,
     /// Share of the last step's velocity that is kept, 0 to 1
-    #[arg(long, value_name = "SHARE", value_parser = below_one)]
+    #[arg(long, value_name = "SHARE", value_parser = below_one, allow_negative_numbers = true)]
     pub momentum: Option<f64>,
     /// L2 penalty on the weights
-    #[arg(long, value_name = "FACTOR", value_parser = not_negative)]
+    #[arg(long, value_name = "FACTOR", value_parser = not_negative, allow_negative_numbers = true)]
     pub weight_decay: Option<f64>,
     /// Keep the order of the training images, the same in each epoch
     #[arg(long)]
@@ -89,16 +89,25 @@ pub struct RunArguments {
 /// What to compute on.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Machine")]
-pub struct ComputeArguments {
+pub struct DeviceArguments {
     /// auto, cpu, or cuda with the number of the GPU; auto takes a GPU where there is one
     #[arg(long, value_name = "auto|cpu|cuda[:N]")]
     pub device: Option<DeviceChoice>,
-    /// Threads that compute, in each process [default: all cores, shared out among the processes]
+    /// Threads that compute [default: all cores; of several processes each takes its share]
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<u64>,
     /// How a GPU computes; the CPU knows f32 alone
     #[arg(long, value_enum, value_name = "TYPE")]
     pub precision: Option<Precision>,
+}
+
+/// What to train on, and how.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Machine")]
+pub struct ComputeArguments {
+    /// The device.
+    #[command(flatten)]
+    pub machine: DeviceArguments,
     /// Let a GPU use only algorithms that give the same bits in each run; the CPU always does
     #[arg(long)]
     pub deterministic: bool,
@@ -322,12 +331,24 @@ pub fn at_least_one(text: &str) -> Result<u64, String> {
     }
 }
 
-fn threads(text: &str) -> Result<u64, String> {
-    /// More than any machine has; many more start slowly, or not at all.
-    const MOST: u64 = 1024;
+/// Reads the number of threads; for `value_parser`.
+///
+/// # Errors
+/// What it must be.
+pub fn threads(text: &str) -> Result<u64, String> {
+    // More than any machine has; many more start slowly, or not at all.
+    at_most(text, 1024)
+}
+
+fn batch_size(text: &str) -> Result<u64, String> {
+    // All of CIFAR-10, and more than any machine has the memory for.
+    at_most(text, 65_536)
+}
+
+fn at_most(text: &str, most: u64) -> Result<u64, String> {
     match text.parse() {
-        Ok(number @ 1..=MOST) => Ok(number),
-        _ => Err(format!("it must be a whole number from 1 to {MOST}")),
+        Ok(number) if (1..=most).contains(&number) => Ok(number),
+        _ => Err(format!("it must be a whole number from 1 to {most}")),
     }
 }
 

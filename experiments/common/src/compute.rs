@@ -4,13 +4,14 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
+use candle_cnn::Isa;
 use candle_cnn::cuda::{F32Math, Settings, set_settings};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use trainer::Execution;
 
-use crate::arguments::{ComputeArguments, ParallelArguments};
+use crate::arguments::{ComputeArguments, DeviceArguments, ParallelArguments};
 use crate::parallel::Role;
 use crate::progress::say;
 
@@ -125,25 +126,31 @@ fn is_one(processes: &usize) -> bool {
     *processes == 1
 }
 
-impl ComputeArguments {
+impl DeviceArguments {
     /// Decides device, threads and precision, and says which GPU was taken, or why none was.
     ///
     /// # Errors
     /// A GPU that was asked for and cannot be used, a precision that the device does not have.
     pub fn resolve(&self) -> Result<ComputeConfig> {
-        self.resolve_as(&Role::Alone, self.device.unwrap_or_default())
+        let arguments = ComputeArguments {
+            machine: self.clone(),
+            ..ComputeArguments::default()
+        };
+        arguments.resolve_as(&Role::Alone, self.device.unwrap_or_default())
     }
+}
 
-    /// The same for a process that may train together with others. One that only launches them asks
+impl ComputeArguments {
+    /// As [`DeviceArguments::resolve`], for a process that may train together with others. One that only launches them asks
     /// for no device.
     ///
     /// # Errors
-    /// As [`Self::resolve`]; another number of processes than the environment says, and an environment
+    /// As [`DeviceArguments::resolve`]; another number of processes than the environment says, and an environment
     /// that makes no sense.
     pub fn resolve_for(&self, parallel: &ParallelArguments) -> Result<ComputeConfig> {
         let choice = match parallel.gpus {
             Some(_) => DeviceChoice::Cuda(0),
-            None => self.device.unwrap_or_default(),
+            None => self.machine.device.unwrap_or_default(),
         };
         self.resolve_as(&Role::asked_for(parallel)?, choice)
     }
@@ -159,7 +166,7 @@ impl ComputeArguments {
             }
             (_, DeviceChoice::Cpu) => choice,
         };
-        let precision = match (self.precision, device) {
+        let precision = match (self.machine.precision, device) {
             (Some(precision), DeviceChoice::Cuda(_)) => precision,
             (None, DeviceChoice::Cuda(_)) => Precision::Tf32Convolutions,
             // The launcher's, which leaves the question to those it launches.
@@ -177,6 +184,7 @@ impl ComputeArguments {
         Ok(ComputeConfig {
             device: device.to_string(),
             threads: self
+                .machine
                 .threads
                 .map_or_else(threads, |threads| threads as usize),
             precision,
@@ -191,12 +199,10 @@ impl ComputeConfig {
     /// Starts the threads, opens the device and sets its precision. Call it once, before any tensor is made.
     ///
     /// # Errors
-    /// Threads that cannot be started, a device that cannot be used.
+    /// Threads that cannot be started, a device that cannot be used, an instruction set that the
+    /// environment asks for and the processor lacks.
     pub fn start(&self) -> Result<Device> {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(self.threads)
-            .build_global()
-            .with_context(|| format!("cannot start {} threads", self.threads))?;
+        start_threads(Some(self.threads))?;
         set_settings(self.precision.settings(self.deterministic));
         let local_rank = match self.processes {
             1 => 0,
@@ -216,6 +222,21 @@ impl ComputeConfig {
             ..Execution::on(device)
         }
     }
+}
+
+/// Makes the pool of threads that operations take theirs from; all cores unless told.
+///
+/// # Errors
+/// Threads that cannot be started, `CANDLE_CNN_ISA` naming no instruction set of this processor.
+pub fn start_threads(threads: Option<usize>) -> Result<()> {
+    Isa::requested()?;
+    let Some(threads) = threads else {
+        return Ok(());
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .with_context(|| format!("cannot start {threads} threads"))
 }
 
 /// GPUs if the one of this number on its machine can be used. A program that was not built for CUDA has
@@ -283,10 +304,10 @@ mod tests {
         }
     }
 
-    fn arguments(device: DeviceChoice) -> ComputeArguments {
-        ComputeArguments {
+    fn arguments(device: DeviceChoice) -> DeviceArguments {
+        DeviceArguments {
             device: Some(device),
-            ..ComputeArguments::default()
+            ..DeviceArguments::default()
         }
     }
 
@@ -300,7 +321,7 @@ mod tests {
     #[test]
     fn the_cpu_computes_in_f32_and_says_so() {
         let on_cpu = |precision| {
-            ComputeArguments {
+            DeviceArguments {
                 precision,
                 ..arguments(DeviceChoice::Cpu)
             }

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use cifar_data::download::{Request, Source, fetch};
-use cifar_data::{ImageSet, Normalization, TrainTest, find_layout, load, shapes, stratified_split};
+use cifar_data::{
+    ImageSet, Normalization, TrainTest, find_layout, incomplete_layout, load, shapes,
+    stratified_split,
+};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use trainer::{DataSets, random};
@@ -46,12 +49,15 @@ const SHAPES_SEED: u64 = 0;
 const SHAPES_TRAIN: u64 = 10_000;
 /// Test pictures of `--dataset shapes` unless limited.
 const SHAPES_TEST: u64 = 2_000;
+/// Pictures of each set that `--dataset shapes` draws at most: 3 GB.
+const SHAPES_MOST: u64 = 1_000_000;
 
 impl DataArguments {
     /// Fills in what was not given.
     ///
     /// # Errors
-    /// A folder for pictures that are drawn.
+    /// A folder for pictures that are drawn, or more of them than are drawn at most; as many
+    /// validation images as there are training images.
     pub fn resolve(&self, default: Dataset) -> Result<DataConfig> {
         let dataset = self.dataset.unwrap_or(default);
         if dataset == Dataset::Shapes && self.data_dir.is_some() {
@@ -59,6 +65,18 @@ impl DataArguments {
                 "--dataset shapes cannot be combined with --data-dir: these pictures are drawn by \
                  the program and read from no folder"
             );
+        }
+        let limits = [
+            ("--train-limit", self.train_limit),
+            ("--test-limit", self.test_limit),
+        ];
+        for (flag, limit) in limits {
+            let limit = limit.unwrap_or(0);
+            if dataset == Dataset::Shapes && limit > SHAPES_MOST {
+                bail!(
+                    "{flag} {limit} is more than the {SHAPES_MOST} shapes that are drawn at most"
+                );
+            }
         }
         let config = match dataset {
             Dataset::Cifar10 => DataConfig {
@@ -154,18 +172,22 @@ fn limited(set: ImageSet, limit: Option<u64>, flag: &str) -> Result<ImageSet> {
 
 fn load_or_fetch(dir: &Path) -> Result<TrainTest> {
     if find_layout(dir).is_none() {
+        let lacking = match incomplete_layout(dir) {
+            Some(candidate) => {
+                format!("CIFAR-10 is not complete in {}: {candidate}", dir.display())
+            }
+            None => format!("there is no CIFAR-10 in {}", dir.display()),
+        };
         say(&format!(
-            "No CIFAR-10 in {}: fetching it from the Hugging Face Hub (144 MB), as `cargo xtask \
-             download-data` does",
-            dir.display()
+            "Fetching the data: {lacking}. They come from the Hugging Face Hub (144 MB), as with `cargo \
+             xtask download-data`"
         ));
         download(dir).with_context(|| {
             format!(
-                "there is no CIFAR-10 in {} and it could not be fetched. Three ways on:\n  \
+                "{lacking}, and it could not be fetched. Three ways on:\n  \
                  cargo xtask download-data     where there is a network\n  \
                  --data-dir DIR                a folder that holds CIFAR-10\n  \
-                 --dataset shapes              pictures drawn by the program\nThe reason",
-                dir.display()
+                 --dataset shapes              pictures drawn by the program\nThe reason"
             )
         })?;
     }
@@ -211,6 +233,18 @@ mod tests {
         assert_eq!(a, b);
         assert_ne!(a.validation, c.validation);
         assert_eq!(a.test, c.test);
+    }
+
+    #[test]
+    fn more_shapes_than_fit_into_memory_are_refused() {
+        for limit in [SHAPES_MOST + 1, u64::MAX] {
+            let error = shapes(limit, 0).resolve(Dataset::Cifar10).unwrap_err();
+            assert!(error.to_string().contains("--train-limit"), "{error}");
+            let mut arguments = shapes(100, 0);
+            arguments.test_limit = Some(limit);
+            let error = arguments.resolve(Dataset::Cifar10).unwrap_err();
+            assert!(error.to_string().contains("--test-limit"), "{error}");
+        }
     }
 
     #[test]

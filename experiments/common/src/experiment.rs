@@ -250,6 +250,7 @@ fn resume<E: Experiment>(
         let network = E::network(&config, &device)?;
         if let Some(run) = &run {
             if !run.has_checkpoint() {
+                say("no checkpoint had been saved: the run begins again");
                 E::load_initial_weights(&network, &config)?;
             }
             run.record_resumption(&environment::<E>(&config))?;

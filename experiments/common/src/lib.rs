@@ -19,11 +19,11 @@ mod session;
 mod signals;
 
 pub use arguments::{
-    ComputeArguments, DataArguments, ParallelArguments, RunArguments, TrainingArguments,
-    TrainingDefaults, at_least_one, common_defaults, describe_defaults, flags_given, probability,
-    refuse_all_but,
+    ComputeArguments, DataArguments, DeviceArguments, ParallelArguments, RunArguments,
+    TrainingArguments, TrainingDefaults, at_least_one, common_defaults, describe_defaults,
+    flags_given, probability, refuse_all_but, threads,
 };
-pub use compute::{ComputeConfig, DeviceChoice, Precision};
+pub use compute::{ComputeConfig, DeviceChoice, Precision, start_threads};
 pub use data::{DataConfig, Dataset};
 pub use experiment::{Action, Experiment, RunConfig, fail, run_experiment};
 pub use init_file::InitFile;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use experiment_common::{ComputeArguments, at_least_one};
+use experiment_common::{DeviceArguments, at_least_one};
 use transfer_common::WeightsSource;
 
 /// Say what is in pictures
@@ -29,7 +29,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
-    pub(crate) compute: ComputeArguments,
+    pub(crate) compute: DeviceArguments,
 }
 
 impl Arguments {

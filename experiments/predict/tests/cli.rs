@@ -234,4 +234,9 @@ fn bad_input_is_refused_with_the_reason() {
         .assert()
         .failure()
         .stderr(contains("PICTURE"));
+    predict(Path::new("random"))
+        .args(["--no-cuda-graph", "x.png"])
+        .assert()
+        .failure()
+        .stderr(contains("--no-cuda-graph"));
 }

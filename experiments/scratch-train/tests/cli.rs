@@ -245,10 +245,23 @@ fn bad_input_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("a-file");
     fs::write(&file, "").unwrap();
-    let [empty, file] = [dir.path().join("empty"), file].map(|path| path.display().to_string());
+    let part = dir.path().join("part");
+    let [empty, part, file] =
+        [dir.path().join("empty"), part, file].map(|path| path.display().to_string());
     fs::create_dir(&empty).unwrap();
+    fs::create_dir(&part).unwrap();
+    for batch in 1..=5 {
+        fs::write(format!("{part}/data_batch_{batch}.bin"), "").unwrap();
+    }
     let cases = [
-        ("--batch-size 0".to_string(), "--batch-size"),
+        ("--batch-size 0".to_string(), "from 1 to 65536"),
+        ("--batch-size 99999999999".into(), "from 1 to 65536"),
+        (
+            "--dataset shapes --test-limit 18446744073709551615".into(),
+            "1000000 shapes",
+        ),
+        ("--lr -1".into(), "a number of at least 0"),
+        ("--weight-decay -1".into(), "a number of at least 0"),
         ("--epochs 0".into(), "at least 1"),
         ("--momentum 1.5".into(), "--momentum"),
         ("--threads 100000".into(), "from 1 to 1024"),
@@ -260,6 +273,7 @@ fn bad_input_is_refused_with_the_reason() {
         ),
         (format!("--data-dir {empty}"), "cargo xtask download-data"),
         (format!("--data-dir {empty}"), "--dataset shapes"),
+        (format!("--data-dir {part}"), "test_batch.bin` is missing"),
         (format!("--resume {empty}"), "no config.json"),
         (format!("--resume {file}"), "not a run directory"),
         (
@@ -272,6 +286,39 @@ fn bad_input_is_refused_with_the_reason() {
     }
     if cfg!(not(feature = "cuda")) {
         assert_refused(program("--device cuda"), "--features cuda");
+    }
+    let mut unknown = program("--dataset shapes --train-limit 2 --test-limit 1");
+    unknown.env("CANDLE_CNN_ISA", "AVX2");
+    assert_refused(unknown, "CANDLE_CNN_ISA is \"AVX2\"");
+}
+
+#[test]
+fn a_refused_run_leaves_no_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("runs");
+    let line = format!(
+        "--data-dir {} --out {}",
+        dir.path().display(),
+        out.display()
+    );
+    assert_refused(program(&line), "cargo xtask download-data");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_run_whose_checkpoints_are_all_damaged_is_refused_again_and_again_and_keeps_its_metrics() {
+    let out = tempfile::tempdir().unwrap();
+    let finished = output(small_run(out.path()));
+    assert!(finished.status.success(), "{}", text(&finished));
+    let run = run_directory(out.path()).unwrap();
+    fs::remove_file(run.join("finished.json")).unwrap();
+    for checkpoint in fs::read_dir(run.join("checkpoints")).unwrap() {
+        fs::write(checkpoint.unwrap().path().join("state.json"), "{}").unwrap();
+    }
+    let metrics = fs::read(run.join("metrics.jsonl")).unwrap();
+    for _ in 0..2 {
+        assert_refused(resume(&run), "can be used");
+        assert_eq!(fs::read(run.join("metrics.jsonl")).unwrap(), metrics);
     }
 }
 

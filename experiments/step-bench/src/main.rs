@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
-use experiment_common::{Profile, start_logging};
+use experiment_common::{Profile, start_logging, start_threads, threads};
 use inception_model::{CifarConfig, CifarGoogLeNet, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -40,8 +40,8 @@ struct Arguments {
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(15..))]
     image_size: u32,
     /// Threads that compute [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
-    threads: Option<u32>,
+    #[arg(long, value_parser = threads)]
+    threads: Option<u64>,
     /// Print at the end, on standard error, where the time went, by layer and pass
     #[arg(long)]
     profile: bool,
@@ -78,11 +78,7 @@ fn main() {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    if let Some(threads) = arguments.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads as usize)
-            .build_global()?;
-    }
+    start_threads(arguments.threads.map(|threads| threads as usize))?;
     let profile = arguments.profile.then(Profile::default);
     start_logging(profile.as_ref());
     let mut bench = Bench::new(arguments)?;

@@ -8,6 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use trainer::Environment;
 
 use super::{
@@ -372,16 +374,55 @@ const END: &str = "<!-- performance: end -->";
 
 pub(super) fn update_readme(arguments: &Readme) -> Result<()> {
     let rounds = arguments.record.join("rounds.json");
-    let text =
-        fs::read_to_string(&rounds).with_context(|| format!("cannot read {}", rounds.display()))?;
-    let record: Record = serde_json::from_str(&text)
+    let record: Record = read_json(&rounds)
         .with_context(|| format!("{} is no record of `bench cpu`", rounds.display()))?;
+    let origin = origin(&repository(), &arguments.record)?;
     let path = repository().join("README.md");
     let readme =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let readme = between_marks(&readme, &summary(&record))
+    let readme = between_marks(&readme, &format!("{origin}\n\n{}", summary(&record)))
         .with_context(|| format!("cannot update {}", path.display()))?;
     fs::write(&path, readme).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("cannot read {} as JSON", path.display()))
+}
+
+/// Where a record is and what it was measured on, as a line of the README.
+fn origin(repository: &Path, record: &Path) -> Result<String> {
+    #[derive(Deserialize)]
+    struct Origin {
+        git_commit: Option<String>,
+        git_dirty: Option<bool>,
+        cpu_model: Option<String>,
+        threads: usize,
+    }
+    let repository = repository.canonicalize()?;
+    let dir = record
+        .canonicalize()
+        .with_context(|| format!("cannot find {}", record.display()))?;
+    let Ok(link) = dir.strip_prefix(repository.join("results")) else {
+        bail!(
+            "{} does not lie under results/, where the README could point to it: copy it there first",
+            record.display()
+        );
+    };
+    let origin: Origin = read_json(&dir.join("environment.json"))?;
+    let commit = origin.git_commit.as_deref().unwrap_or("unknown");
+    let changes = match origin.git_dirty {
+        Some(true) => " with local changes",
+        _ => "",
+    };
+    Ok(format!(
+        "Commit {}{changes}, {}, {} threads: [record](results/{}).",
+        &commit[..commit.len().min(7)],
+        origin.cpu_model.as_deref().unwrap_or("unknown processor"),
+        origin.threads,
+        link.display()
+    ))
 }
 
 /// `readme` with `text` between the two marks.
@@ -455,6 +496,24 @@ mod tests {
         let rounds = vec![round(&[(OURS, 1.0, 1.0), (ONE_THREAD, 2.0, 1.0)])];
         let record = Record::from([("lesson-train-threads".into(), rounds)]);
         assert!(summary(&record).contains("takes 0.50 (0.50–0.50) of the time with one"));
+    }
+
+    #[test]
+    fn the_readme_points_to_a_record_under_results_and_to_no_other() {
+        let repository = tempfile::tempdir().unwrap();
+        let environment =
+            r#"{"git_commit": "0123456789", "git_dirty": true, "cpu_model": "C", "threads": 2}"#;
+        let dirs = ["results/a", "b"].map(|dir| repository.path().join(dir));
+        for dir in &dirs {
+            fs::create_dir_all(dir).unwrap();
+            fs::write(dir.join("environment.json"), environment).unwrap();
+        }
+        assert_eq!(
+            origin(repository.path(), &dirs[0]).unwrap(),
+            "Commit 0123456 with local changes, C, 2 threads: [record](results/a)."
+        );
+        let error = origin(repository.path(), &dirs[1]).unwrap_err().to_string();
+        assert!(error.contains("results/"), "{error}");
     }
 
     #[test]

@@ -9,10 +9,13 @@ mod tiles;
 mod transpose;
 mod vectors;
 
+use std::ffi::OsStr;
 use std::sync::OnceLock;
 
 pub(crate) use tiles::{Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap};
 pub(crate) use transpose::Transpose;
+
+use crate::error::OpError;
 
 /// An instruction set that the CPU kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,17 +55,35 @@ impl Isa {
         available
     }
 
-    /// The instruction set in use: the best available one, unless the
-    /// environment variable `CANDLE_CNN_ISA` (`avx512`, `avx2` or `portable`)
-    /// asks for a lesser one that is available.
+    /// The instruction set in use: that of [`Isa::requested`], or the best
+    /// available one where that is an error.
     pub fn detect() -> Self {
         static ISA: OnceLock<Isa> = OnceLock::new();
-        *ISA.get_or_init(|| {
-            let available = Self::available();
-            std::env::var("CANDLE_CNN_ISA")
-                .ok()
-                .and_then(|wanted| available.iter().find(|isa| isa.name() == wanted).copied())
-                .unwrap_or(available[0])
+        *ISA.get_or_init(|| Self::requested().unwrap_or(Self::available()[0]))
+    }
+
+    /// The best available instruction set, unless the environment variable
+    /// `CANDLE_CNN_ISA` (`avx512`, `avx2` or `portable`) asks for another one
+    /// that is available. A program calls this at its start, to find out
+    /// whether its operations will use what was asked for.
+    ///
+    /// # Errors
+    /// [`OpError::Unavailable`] when the variable names none, or one that this
+    /// processor lacks.
+    pub fn requested() -> Result<Self, OpError> {
+        Self::named(std::env::var_os("CANDLE_CNN_ISA").as_deref())
+    }
+
+    fn named(wanted: Option<&OsStr>) -> Result<Self, OpError> {
+        let available = Self::available();
+        let Some(wanted) = wanted else {
+            return Ok(available[0]);
+        };
+        let found = available.iter().find(|isa| wanted == isa.name());
+        found.copied().ok_or_else(|| OpError::Unavailable {
+            variable: "CANDLE_CNN_ISA",
+            found: wanted.to_string_lossy().into_owned(),
+            available: available.iter().map(|isa| isa.name()).collect(),
         })
     }
 
@@ -114,3 +135,22 @@ macro_rules! multiversion {
     };
 }
 pub(crate) use multiversion;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_available_instruction_set_can_be_asked_for_by_its_name() {
+        let best = Isa::available()[0];
+        assert_eq!(Isa::named(None).unwrap(), best);
+        for isa in Isa::available() {
+            assert_eq!(Isa::named(Some(isa.name().as_ref())).unwrap(), isa);
+        }
+        for unknown in ["", "AVX2", "sse2", " portable"] {
+            let error = Isa::named(Some(unknown.as_ref())).unwrap_err().to_string();
+            assert!(error.contains(&format!("{unknown:?}")), "{error}");
+            assert!(error.contains("portable"), "{error}");
+        }
+    }
+}

@@ -40,7 +40,8 @@ pub(crate) struct Tap {
 pub(crate) struct Gather<T> {
     /// `tile height` pointers to the tap at offset 0.
     pub(crate) rows: *const *const T,
-    /// The rows of the tile that comes next; those of this one where none does.
+    /// The rows of the tile that comes next, to be asked for in advance; those of this one where
+    /// none does, or where they are in the cache already.
     pub(crate) next_rows: *const *const T,
     pub(crate) taps: *const Tap,
     pub(crate) tap_count: usize,

@@ -1,4 +1,5 @@
-//! The forward pass: operation by operation, a few images per task, or image by image.
+//! The forward pass, in three ways: operation by operation, a few images per task; image by image;
+//! or, for a few images, level by level, all operations that wait for the same ones sharing a loop.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -132,7 +132,8 @@ impl<'a, T: Element> GatherPass<'a, T> {
         let height = self.kernels.height;
         let images = part.images;
         // Everything that a tile reads and writes is inside: the taps by the
-        // first assertion, the pixels by the second, the channels by the rest.
+        // first two assertions, the images and lines by the third, the channels
+        // by the last two.
         assert!(self.x.halo >= self.padding && height <= MAX_HEIGHT);
         let window = (self.kernel, self.stride, self.padding);
         assert!(fits(self.x, self.y, window));
@@ -183,7 +184,7 @@ impl<'a, T: Element> GatherPass<'a, T> {
                     args.out = y.as_mut_ptr();
                     args.out_stride = stride;
                     if let Start::Present = self.start {
-                        args.init = y.as_ptr();
+                        args.init = args.out;
                         args.init_stride = stride;
                     }
                     // SAFETY: `pointers` are `height` rows inside of `x`, whose
@@ -200,11 +201,13 @@ impl<'a, T: Element> GatherPass<'a, T> {
                     for (own, &at) in own.chunks_exact_mut(width).zip(outputs) {
                         own.copy_from_slice(&y[at + panel.start..][..width]);
                     }
-                    args.init = own.as_ptr();
-                    args.init_stride = width;
                 }
                 args.out = own.as_mut_ptr();
                 args.out_stride = width;
+                if let Start::Present = self.start {
+                    args.init = args.out;
+                    args.init_stride = width;
+                }
                 // SAFETY: as above, with `height` rows of `width` results in `own`.
                 unsafe { run(&args) };
                 for (own, &at) in own.chunks_exact(width).zip(outputs) {
