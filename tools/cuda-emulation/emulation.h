@@ -1,7 +1,6 @@
 // The part of CUDA C++ that the kernels use, for one block at a time on the CPU.
 #pragma once
 
-#include <barrier>
 #include <cmath>
 #include <cstring>
 
@@ -16,9 +15,9 @@ struct Index {
 };
 inline thread_local Index threadIdx, blockIdx;
 inline Index blockDim, gridDim;
-inline std::barrier<> *block_barrier = nullptr;
 
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+// Defined where blocks are run.
+inline void __syncthreads();
 
 inline float __uint_as_float(unsigned int bits) {
     float value;

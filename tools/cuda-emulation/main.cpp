@@ -5,6 +5,7 @@
 //
 // A pointer is a u32, the buffer's number plus one, or 0 for null; any other argument is its bytes.
 
+#include <barrier>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,40 +19,10 @@
 
 #include "emulation.h"
 
-#include "cuda/prelude.cuh"
+inline std::barrier<> *block_barrier = nullptr;
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 
-namespace relu_source {
-#include "relu/kernels.cu"
-#undef KERNELS
-}
-namespace max_pool2d_source {
-#include "max_pool2d/kernels.cu"
-#undef KERNELS
-}
-namespace avg_pool2d_source {
-#include "avg_pool2d/kernels.cu"
-#undef KERNELS
-}
-namespace batch_norm_source {
-#include "batch_norm/kernels.cu"
-#undef KERNELS
-}
-namespace dropout_source {
-#include "dropout/kernels.cu"
-#undef KERNELS
-}
-namespace cross_entropy_source {
-#include "cross_entropy/kernels.cu"
-#undef KERNELS
-}
-namespace conv2d_source {
-#include "conv2d/kernels.cu"
-#undef KERNELS
-}
-namespace training_source {
-#include "cuda/training.cu"
-#undef KERNELS
-}
+#include "kernels.h"
 
 namespace {
 
@@ -147,34 +118,7 @@ template <typename... A> std::function<void()> kernel(void (*function)(A...), bo
 
 #define ONE(FILE, NAME, SYNC)                                                                                          \
     { #NAME, kernel(FILE##_source::NAME, SYNC) }
-#define TWO(FILE, NAME, SYNC) ONE(FILE, NAME##_f32, SYNC), ONE(FILE, NAME##_f64, SYNC)
-#define THREE(FILE, NAME, SYNC) TWO(FILE, NAME, SYNC), ONE(FILE, NAME##_bf16, SYNC)
-
-const std::map<std::string, std::function<void()>> kernels = {
-    THREE(relu, relu, false),
-    THREE(max_pool2d, max_pool2d_forward, false),
-    THREE(max_pool2d, max_pool2d_winners, false),
-    THREE(max_pool2d, max_pool2d_backward, false),
-    THREE(avg_pool2d, avg_pool2d_forward, false),
-    THREE(avg_pool2d, avg_pool2d_backward, false),
-    THREE(batch_norm, batch_norm_moments, true),
-    TWO(batch_norm, batch_norm_join_moments, false),
-    TWO(batch_norm, batch_norm_invert, false),
-    THREE(batch_norm, batch_norm_apply, false),
-    THREE(batch_norm, batch_norm_gradient_sums, true),
-    TWO(batch_norm, batch_norm_join_sums, false),
-    THREE(batch_norm, batch_norm_input_gradient, false),
-    THREE(dropout, dropout, false),
-    THREE(cross_entropy, cross_entropy_rows, true),
-    THREE(cross_entropy, cross_entropy_mean, true),
-    THREE(cross_entropy, cross_entropy_gradient, true),
-    THREE(conv2d, conv2d_bias_activation, false),
-    THREE(conv2d, conv2d_mask_and_sum, true),
-    THREE(conv2d, conv2d_add_parts, false),
-    THREE(training, gather_normalized, false),
-    THREE(training, count_correct, true),
-    TWO(training, sgd, false),
-};
+const std::map<std::string, std::function<void()>> kernels = {EACH_KERNEL};
 
 } // namespace
 

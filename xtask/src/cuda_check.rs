@@ -2,11 +2,9 @@
 
 mod kernels;
 
-use std::env;
-use std::path::Path;
-use std::process::Command;
-
 use anyhow::{Context, Result, bail};
+
+use crate::cuda_stand_in::StandIn;
 
 /// Type-check and lint the CUDA build; needs neither a GPU nor CUDA
 ///
@@ -43,30 +41,15 @@ pub(crate) fn run(arguments: &CudaCheck) -> Result<()> {
     if arguments.kernels {
         return kernels::run();
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("xtask lies in the workspace")?;
-    let stand_in = root.join("tools/cuda-check");
-    let path = env::join_paths(
-        std::iter::once(stand_in.clone())
-            .chain(env::split_paths(&env::var_os("PATH").unwrap_or_default())),
-    )?;
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let stand_in = StandIn::new()?;
     for (feature, packages) in FEATURES {
         let packages = packages.iter().flat_map(|package| ["--package", package]);
-        let status = Command::new(&cargo)
-            .current_dir(root)
+        let status = stand_in
+            .cargo()?
             .arg("clippy")
             .args(packages)
             .args(["--all-targets", "--features", feature])
             .args(["--", "-D", "warnings"])
-            .env("PATH", &path)
-            .env("NVCC", stand_in.join("nvcc"))
-            .env("CUDA_HOME", &stand_in)
-            .env("CUDA_PATH", &stand_in)
-            // No GPU is asked for its capability; 87 keeps these outputs apart
-            // from those of a real build in the same target folder.
-            .env("CUDA_COMPUTE_CAP", "87")
             .status()
             .context("cannot start cargo")?;
         if !status.success() {

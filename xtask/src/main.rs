@@ -2,6 +2,8 @@
 
 mod bench;
 mod cuda_check;
+mod cuda_emulate;
+mod cuda_stand_in;
 mod download_data;
 mod gpu_report;
 
@@ -15,6 +17,7 @@ use clap::Parser;
 enum Command {
     DownloadData(download_data::DownloadData),
     CudaCheck(cuda_check::CudaCheck),
+    CudaEmulate(cuda_emulate::CudaEmulate),
     GpuReport(gpu_report::GpuReport),
     /// Time our code beside PyTorch's
     #[command(subcommand)]
@@ -25,6 +28,7 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::DownloadData(arguments) => download_data::run(arguments),
         Command::CudaCheck(check) => cuda_check::run(&check).map(|()| ExitCode::SUCCESS),
+        Command::CudaEmulate(emulate) => cuda_emulate::run(&emulate).map(|()| ExitCode::SUCCESS),
         Command::GpuReport(report) => gpu_report::run(&report).map(|()| ExitCode::SUCCESS),
         Command::Bench(bench) => bench::run(&bench).map(|()| ExitCode::SUCCESS),
     };

@@ -9,11 +9,18 @@ use candle_core::Device;
 ///
 /// The CUDA device is opened once in a process and has one stream, so that tests on several threads may share it. Where
 /// there is none, `skipped: CUDA: <why>` is printed once.
+///
+/// # Panics
+/// Where there is none and the environment has `CUDA_TESTS_MUST_RUN`.
 pub fn devices() -> Vec<Device> {
     static CUDA: OnceLock<Option<Device>> = OnceLock::new();
     let cuda = CUDA.get_or_init(|| match open_cuda() {
         Ok(device) => Some(device),
         Err(why) => {
+            assert!(
+                std::env::var_os("CUDA_TESTS_MUST_RUN").is_none(),
+                "there is no CUDA device: {why}"
+            );
             println!("skipped: CUDA: {why}");
             None
         }

@@ -376,7 +376,7 @@ pub(super) fn update_readme(arguments: &Readme) -> Result<()> {
     let rounds = arguments.record.join("rounds.json");
     let record: Record = read_json(&rounds)
         .with_context(|| format!("{} is no record of `bench cpu`", rounds.display()))?;
-    let origin = origin(&repository(), &arguments.record)?;
+    let origin = origin(repository(), &arguments.record)?;
     let path = repository().join("README.md");
     let readme =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;

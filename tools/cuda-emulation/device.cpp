@@ -1,0 +1,1201 @@
+// A CUDA device that is none: the part of the driver, NVRTC, cuDNN, cuBLAS and cuRAND that this project calls, on the CPU.
+//
+// Built as one library that takes the place of all of them, so that programs built with `--features cuda` run as they
+// are on a machine without CUDA. Work is done when it is given to a stream, unless the stream is being captured: then
+// it becomes part of a graph and nothing is computed, as on a GPU. What a GPU may forgive is fatal here: a write
+// beyond an allocation, and memory given to a library that is freed or too small. What it would refuse is refused: waiting
+// for a stream that is being captured, copying from or to the host in one, freeing in one what was not allocated there.
+// Fresh memory and freed memory are NaN.
+//
+// CUDA_EMULATION_MEMORY is the device's size in MiB (8192), CUDA_EMULATION_LOG=1 prints every launch.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <type_traits>
+#include <vector>
+
+#include "fibers.h"
+#include "kernels.h"
+
+namespace {
+
+using Address = unsigned long long;
+
+[[noreturn]] void fatal(const char *format, ...) {
+    std::va_list arguments;
+    va_start(arguments, format);
+    std::fputs("CUDA emulation: ", stderr);
+    std::vfprintf(stderr, format, arguments);
+    std::fputc('\n', stderr);
+    va_end(arguments);
+    std::abort();
+}
+
+// Everything below is called from several threads of a test, and keeps state that is the device's.
+std::recursive_mutex device_mutex;
+#define LOCKED std::lock_guard<std::recursive_mutex> locked(device_mutex)
+
+// ---- Memory ----
+
+enum : int {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    INVALID_DEVICE = 101,
+    NOT_FOUND = 500,
+    STREAM_CAPTURE_UNSUPPORTED = 900,
+    STREAM_CAPTURE_INVALIDATED = 901,
+};
+
+constexpr size_t GUARD = 256;
+constexpr unsigned char FENCE = 0xA5;
+
+struct Graph;
+
+struct Block {
+    size_t bytes;
+    // The graph that allocates it each time that it is launched; null for an ordinary allocation.
+    Graph *graph;
+    bool live;
+};
+
+// By address. Freed memory stays for a while, so that who still reads it reads NaN.
+std::map<Address, Block> blocks;
+std::vector<Address> freed;
+size_t in_use, freed_bytes;
+
+size_t capacity() {
+    static const size_t bytes = [] {
+        const char *text = std::getenv("CUDA_EMULATION_MEMORY");
+        return (text ? std::strtoull(text, nullptr, 10) : 8192ull) << 20;
+    }();
+    return bytes;
+}
+
+size_t padded(size_t bytes) { return (bytes + GUARD - 1) / GUARD * GUARD; }
+
+void check_fences(Address at, const Block &block, const char *when) {
+    auto bytes = reinterpret_cast<unsigned char *>(at);
+    auto is_fence = [](unsigned char byte) { return byte == FENCE; };
+    bool before = std::all_of(bytes - GUARD, bytes, is_fence);
+    bool after = std::all_of(bytes + block.bytes, bytes + padded(block.bytes) + GUARD, is_fence);
+    if (!before || !after) {
+        fatal("%s: something was written %s an allocation of %zu bytes", when, before ? "behind" : "before", block.bytes);
+    }
+}
+
+void forget(Address at) {
+    std::free(reinterpret_cast<void *>(at - GUARD));
+    blocks.erase(at);
+}
+
+int allocate(Address *at, size_t bytes, Graph *graph) {
+    if (bytes == 0) {
+        return INVALID_VALUE;
+    }
+    if (in_use + bytes > capacity()) {
+        return OUT_OF_MEMORY;
+    }
+    size_t whole = padded(bytes) + 2 * GUARD;
+    auto raw = static_cast<unsigned char *>(std::aligned_alloc(GUARD, whole));
+    if (!raw) {
+        return OUT_OF_MEMORY;
+    }
+    std::memset(raw, FENCE, whole);
+    std::memset(raw + GUARD, 0xFF, bytes);
+    *at = reinterpret_cast<Address>(raw + GUARD);
+    blocks[*at] = {bytes, graph, true};
+    in_use += bytes;
+    return SUCCESS;
+}
+
+void release(Address at) {
+    Block &block = blocks.at(at);
+    check_fences(at, block, "free");
+    std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
+    block.live = false;
+    in_use -= block.bytes;
+    if (block.graph) {
+        return;
+    }
+    freed.push_back(at);
+    freed_bytes += block.bytes;
+    size_t gone = 0;
+    while (freed_bytes > (256u << 20) && gone < freed.size()) {
+        freed_bytes -= blocks.at(freed[gone]).bytes;
+        forget(freed[gone++]);
+    }
+    freed.erase(freed.begin(), freed.begin() + gone);
+}
+
+// The allocation that holds all of `bytes` from `at` on.
+void check_range(Address at, size_t bytes, const char *what) {
+    auto next = blocks.upper_bound(at);
+    if (next != blocks.begin()) {
+        auto [begin, block] = *std::prev(next);
+        if (at + bytes <= begin + block.bytes) {
+            if (!block.live) {
+                fatal("%s: %zu bytes of memory that was freed", what, bytes);
+            }
+            return;
+        }
+    }
+    fatal("%s: %zu bytes that lie in no allocation", what, bytes);
+}
+
+// ---- Streams and graphs ----
+
+struct Graph {
+    std::vector<std::function<void()>> nodes;
+    std::vector<Address> allocated;
+    int references = 1;
+};
+
+struct Stream {
+    Graph *captured = nullptr;
+    bool broken = false;
+};
+
+Stream default_stream;
+
+Stream &stream_of(void *stream) {
+    auto number = reinterpret_cast<uintptr_t>(stream);
+    // The null stream, the legacy one and that of each thread have small numbers.
+    return number <= 2 ? default_stream : *static_cast<Stream *>(stream);
+}
+
+bool logs() {
+    static const bool on = std::getenv("CUDA_EMULATION_LOG") != nullptr;
+    return on;
+}
+
+int submit(void *handle, std::function<void()> work) {
+    Stream &stream = stream_of(handle);
+    if (stream.captured) {
+        stream.captured->nodes.push_back(std::move(work));
+    } else {
+        work();
+    }
+    return SUCCESS;
+}
+
+// What cannot be part of a graph, and spoils one that is being captured.
+int not_in_capture(void *handle) {
+    Stream &stream = stream_of(handle);
+    if (stream.captured) {
+        stream.broken = true;
+        return STREAM_CAPTURE_UNSUPPORTED;
+    }
+    return SUCCESS;
+}
+
+void drop_graph(Graph *graph) {
+    if (--graph->references > 0) {
+        return;
+    }
+    for (Address at : graph->allocated) {
+        if (blocks.at(at).live) {
+            release(at);
+        }
+        forget(at);
+    }
+    delete graph;
+}
+
+// ---- Kernels ----
+
+struct Kernel {
+    std::string name;
+    // Takes the arguments out of CUDA's list, which lasts no longer than the call, and gives the work.
+    std::function<std::function<void()>(void **)> bind;
+};
+
+struct Grid {
+    unsigned int x, y, z;
+};
+
+// Of the launch that is being bound.
+Grid launch_grid, launch_block;
+
+template <typename... A, size_t... I>
+std::tuple<A...> arguments_of(void **given, std::index_sequence<I...>) {
+    return {*static_cast<std::remove_const_t<A> *>(given[I])...};
+}
+
+template <typename... A> Kernel block_kernel(const char *name, void (*function)(A...), bool synchronizes) {
+    auto bind = [=](void **given) -> std::function<void()> {
+        auto arguments = arguments_of<A...>(given, std::index_sequence_for<A...>());
+        Grid grid = launch_grid;
+        if (launch_block.x != THREADS || launch_block.y * launch_block.z != 1 || grid.z != 1) {
+            fatal("%s: %u×%u×%u threads a block, not %d", name, launch_block.x, launch_block.y, launch_block.z, THREADS);
+        }
+        return [=] {
+            blockDim = {THREADS, 1, 1};
+            gridDim = {grid.x, grid.y, 1};
+            auto run = [&] { std::apply(function, arguments); };
+            for (unsigned int y = 0; y < grid.y; y++) {
+                for (unsigned int x = 0; x < grid.x; x++) {
+                    blockIdx = {x, y, 0};
+                    if (synchronizes) {
+                        run_fibers(THREADS, run);
+                        continue;
+                    }
+                    for (threadIdx = {0, 0, 0}; threadIdx.x < THREADS; threadIdx.x++) {
+                        run();
+                    }
+                }
+            }
+        };
+    };
+    return {name, bind};
+}
+
+// Those of Candle's own kernels that the project comes by: over all elements at once, since what they launch is theirs.
+template <typename... A> Kernel whole_kernel(const std::string &name, void (*function)(A...)) {
+    auto bind = [=](void **given) -> std::function<void()> {
+        auto arguments = arguments_of<A...>(given, std::index_sequence_for<A...>());
+        return [=] { std::apply(function, arguments); };
+    };
+    return {name, bind};
+}
+
+size_t strided(size_t index, size_t dims, const size_t *sizes, const size_t *strides) {
+    size_t at = 0;
+    for (size_t d = dims; d-- > 0; index /= sizes[d]) {
+        at += index % sizes[d] * strides[d];
+    }
+    return at;
+}
+
+// Where element `index` of an operand is: the first, second … of those whose strides follow the sizes in `info`.
+size_t place(size_t index, size_t dims, const size_t *info, size_t operand) {
+    return info ? strided(index, dims, info, info + (1 + operand) * dims) : index;
+}
+
+template <typename T> auto value_of(T value) { return value; }
+float value_of(bf16 value) { return widen(value); }
+template <typename T, typename V> void set(T &to, V value) { to = static_cast<T>(value); }
+template <typename V> void set(bf16 &to, V value) { store(&to, static_cast<float>(value)); }
+
+// To the 10 bits of mantissa of TF32, halves away from zero.
+float to_tf32(float value) { return std::isfinite(value) ? __uint_as_float((__float_as_uint(value) + 0x1000) & ~0x1fffu) : value; }
+double to_tf32(double value) { return value; }
+
+template <typename T, typename F> void unary(size_t n, size_t dims, const size_t *info, const T *x, T *y, F f) {
+    for (size_t i = 0; i < n; i++) {
+        set(y[i], f(value_of(x ? x[place(i, dims, info, 0)] : y[i])));
+    }
+}
+
+template <typename T, typename F>
+void binary(size_t n, size_t dims, const size_t *info, const T *a, const T *b, T *y, F f) {
+    for (size_t i = 0; i < n; i++) {
+        set(y[i], f(value_of(a[place(i, dims, info, 0)]), value_of(b[place(i, dims, info, 1)])));
+    }
+}
+
+template <typename T, typename F>
+void compare(size_t n, size_t dims, const size_t *info, const T *a, const T *b, uint8_t *y, F f) {
+    for (size_t i = 0; i < n; i++) {
+        y[i] = f(value_of(a[place(i, dims, info, 0)]), value_of(b[place(i, dims, info, 1)]));
+    }
+}
+
+template <typename S, typename T> void cast(size_t n, size_t dims, const size_t *info, const S *x, T *y) {
+    for (size_t i = 0; i < n; i++) {
+        set(y[i], value_of(x[place(i, dims, info, 0)]));
+    }
+}
+
+template <typename T> void affine(size_t n, size_t dims, const size_t *info, const T *x, T *y, T factor, T addend) {
+    unary(n, dims, info, x, y, [=](auto v) { return v * value_of(factor) + value_of(addend); });
+}
+
+template <typename T> void fill(T *to, T value, size_t n) { std::fill(to, to + n, value); }
+
+template <typename T> void const_set(size_t n, size_t dims, const size_t *info, T value, T *to) {
+    for (size_t i = 0; i < n; i++) {
+        to[place(i, dims, info, 0)] = value;
+    }
+}
+
+template <typename T> void copy2d(const T *x, T *y, uint32_t rows, uint32_t columns, uint32_t from, uint32_t to) {
+    for (uint32_t r = 0; r < rows; r++) {
+        std::copy(x + size_t(r) * from, x + size_t(r) * from + columns, y + size_t(r) * to);
+    }
+}
+
+// `outputs` is the number of elements for all but the kernel of small sums.
+template <typename T, bool SMALL>
+void fast_sum(size_t n, size_t each, size_t dims, const size_t *info, const T *x, T *y) {
+    size_t outputs = SMALL ? n : n / each;
+    for (size_t o = 0; o < outputs; o++) {
+        decltype(value_of(T()) + 0) sum = 0;
+        for (size_t i = 0; i < each; i++) {
+            sum += value_of(x[place(o * each + i, dims, info, 0)]);
+        }
+        set(y[o], sum);
+    }
+}
+
+template <typename T>
+void index_select(size_t n, size_t dims, const size_t *info, const uint32_t *ids, const T *x, T *y, size_t left,
+                  size_t size, size_t count, size_t right) {
+    (void)left;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t id = ids[place(i / right % count, dims, info, 0)];
+        if (id >= size) {
+            fatal("index_select: %u of %zu", id, size);
+        }
+        y[i] = x[(i / right / count * size + id) * right + i % right];
+    }
+}
+
+template <typename T> void add_numeric(std::map<std::string, Kernel> &all, const std::string &type) {
+    auto add = [&](const std::string &name, auto function) { all[name] = whole_kernel(name, +function); };
+    using N = size_t;
+    using I = const size_t *;
+    add("badd_" + type, [](N n, N d, I i, const T *a, const T *b, T *y) { binary(n, d, i, a, b, y, [](auto u, auto v) { return u + v; }); });
+    add("bsub_" + type, [](N n, N d, I i, const T *a, const T *b, T *y) { binary(n, d, i, a, b, y, [](auto u, auto v) { return u - v; }); });
+    add("bmul_" + type, [](N n, N d, I i, const T *a, const T *b, T *y) { binary(n, d, i, a, b, y, [](auto u, auto v) { return u * v; }); });
+    add("bdiv_" + type, [](N n, N d, I i, const T *a, const T *b, T *y) { binary(n, d, i, a, b, y, [](auto u, auto v) { return u / v; }); });
+    add("eq_" + type, [](N n, N d, I i, const T *a, const T *b, uint8_t *y) { compare(n, d, i, a, b, y, [](auto u, auto v) { return u == v; }); });
+    add("ne_" + type, [](N n, N d, I i, const T *a, const T *b, uint8_t *y) { compare(n, d, i, a, b, y, [](auto u, auto v) { return u != v; }); });
+    add("gt_" + type, [](N n, N d, I i, const T *a, const T *b, uint8_t *y) { compare(n, d, i, a, b, y, [](auto u, auto v) { return u > v; }); });
+    add("lt_" + type, [](N n, N d, I i, const T *a, const T *b, uint8_t *y) { compare(n, d, i, a, b, y, [](auto u, auto v) { return u < v; }); });
+    add("affine_" + type, affine<T>);
+    add("fast_sum_" + type, fast_sum<T, false>);
+    add("fast_sum_small_" + type, fast_sum<T, true>);
+}
+
+template <typename T> void add_real(std::map<std::string, Kernel> &all, const std::string &type) {
+    add_numeric<T>(all, type);
+    auto add = [&](const std::string &name, auto function) { all[name] = whole_kernel(name, +function); };
+    using N = size_t;
+    using I = const size_t *;
+    add("usqr_" + type, [](N n, N d, I i, const T *x, T *y) { unary(n, d, i, x, y, [](auto v) { return v * v; }); });
+    add("usqrt_" + type, [](N n, N d, I i, const T *x, T *y) { unary(n, d, i, x, y, [](auto v) { return std::sqrt(v); }); });
+    add("urecip_" + type, [](N n, N d, I i, const T *x, T *y) { unary(n, d, i, x, y, [](auto v) { return 1 / v; }); });
+    add("uneg_" + type, [](N n, N d, I i, const T *x, T *y) { unary(n, d, i, x, y, [](auto v) { return -v; }); });
+    add("uabs_" + type, [](N n, N d, I i, const T *x, T *y) { unary(n, d, i, x, y, [](auto v) { return std::fabs(v); }); });
+}
+
+template <typename T> void add_movement(std::map<std::string, Kernel> &all, const std::string &type) {
+    auto add = [&](const std::string &name, auto function) { all[name] = whole_kernel(name, +function); };
+    add("ucopy_" + type, [](size_t n, size_t d, const size_t *i, const T *x, T *y) {
+        for (size_t at = 0; at < n; at++) {
+            y[at] = x[place(at, d, i, 0)];
+        }
+    });
+    add("fill_" + type, fill<T>);
+    add("const_set_" + type, const_set<T>);
+    add("copy2d_" + type, copy2d<T>);
+    add("is_u32_" + type, index_select<T>);
+    add("cast_" + type + "_f32", cast<T, float>);
+    add("cast_" + type + "_f64", cast<T, double>);
+    add("cast_" + type + "_bf16", cast<T, bf16>);
+    add("cast_" + type + "_u32", cast<T, uint32_t>);
+    add("cast_" + type + "_u8", cast<T, uint8_t>);
+}
+
+const std::map<std::string, Kernel> &kernels() {
+    static const std::map<std::string, Kernel> all = [] {
+        std::map<std::string, Kernel> all;
+#define ONE(FILE, NAME, SYNC) block_kernel(#NAME, FILE##_source::NAME, SYNC)
+        for (const Kernel &kernel : {EACH_KERNEL}) {
+            all[kernel.name] = kernel;
+        }
+        add_real<float>(all, "f32");
+        add_real<double>(all, "f64");
+        add_real<bf16>(all, "bf16");
+        add_numeric<uint32_t>(all, "u32");
+        add_numeric<int64_t>(all, "i64");
+        add_movement<float>(all, "f32");
+        add_movement<double>(all, "f64");
+        add_movement<bf16>(all, "bf16");
+        add_movement<uint32_t>(all, "u32");
+        add_movement<uint8_t>(all, "u8");
+        add_movement<int64_t>(all, "i64");
+        return all;
+    }();
+    return all;
+}
+
+} // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+// ---- The driver ----
+
+API int cuInit(unsigned) { return SUCCESS; }
+API int cuDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
+API int cuDeviceGet(int *device, int ordinal) { return *device = 0, ordinal == 0 ? SUCCESS : INVALID_DEVICE; }
+API int cuDeviceGetCount(int *count) { return *count = 1, SUCCESS; }
+API int cuDeviceGetName(char *name, int length, int) {
+    std::snprintf(name, length, "emulated on the CPU");
+    return SUCCESS;
+}
+API int cuDeviceTotalMem_v2(size_t *bytes, int) { return *bytes = capacity(), SUCCESS; }
+API int cuDeviceGetAttribute(int *value, int attribute, int) {
+    switch (attribute) {
+    case 75: // compute capability, major
+        *value = 9;
+        break;
+    case 76: // minor
+        *value = 0;
+        break;
+    case 115: // memory pools
+        *value = 1;
+        break;
+    case 16: // multiprocessors
+        *value = 132;
+        break;
+    default:
+        *value = 0;
+    }
+    return SUCCESS;
+}
+static int primary_context;
+static thread_local void *current_context;
+API int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &primary_context, SUCCESS; }
+API int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API int cuCtxGetCurrent(void **context) { return *context = current_context, SUCCESS; }
+API int cuCtxSetCurrent(void *context) { return current_context = context, SUCCESS; }
+API int cuCtxSynchronize() { return SUCCESS; }
+API int cuCtxSetFlags(unsigned) { return SUCCESS; }
+
+API int cuStreamCreate(void **stream, unsigned) { return *stream = new Stream, SUCCESS; }
+API int cuStreamDestroy_v2(void *stream) { return delete static_cast<Stream *>(stream), SUCCESS; }
+API int cuStreamSynchronize(void *stream) { LOCKED; return not_in_capture(stream); }
+API int cuStreamWaitEvent(void *, void *, unsigned) { return SUCCESS; }
+API int cuStreamIsCapturing(void *stream, int *status) {
+    LOCKED;
+    Stream &of = stream_of(stream);
+    return *status = of.captured ? (of.broken ? 2 : 1) : 0, SUCCESS;
+}
+API int cuStreamBeginCapture_v2(void *stream, int) {
+    LOCKED;
+    Stream &of = stream_of(stream);
+    if (of.captured || &of == &default_stream) {
+        return STREAM_CAPTURE_UNSUPPORTED;
+    }
+    of.captured = new Graph;
+    of.broken = false;
+    return SUCCESS;
+}
+API int cuStreamEndCapture(void *stream, void **graph) {
+    LOCKED;
+    Stream &of = stream_of(stream);
+    Graph *captured = std::exchange(of.captured, nullptr);
+    if (!captured) {
+        return INVALID_VALUE;
+    }
+    *graph = nullptr;
+    if (of.broken) {
+        drop_graph(captured);
+        return STREAM_CAPTURE_INVALIDATED;
+    }
+    *graph = captured;
+    return SUCCESS;
+}
+API int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags) {
+    LOCKED;
+    if (flags & ~15ull) {
+        return INVALID_VALUE;
+    }
+    auto of = static_cast<Graph *>(graph);
+    of->references++;
+    return *exec = of, SUCCESS;
+}
+API int cuGraphUpload(void *, void *) { return SUCCESS; }
+API int cuGraphLaunch(void *exec, void *stream) {
+    LOCKED;
+    if (int status = not_in_capture(stream)) {
+        return status;
+    }
+    auto graph = static_cast<Graph *>(exec);
+    // What the launch before did not free is freed now.
+    for (Address at : graph->allocated) {
+        if (blocks.at(at).live) {
+            release(at);
+        }
+    }
+    for (const auto &node : graph->nodes) {
+        node();
+    }
+    return SUCCESS;
+}
+API int cuGraphExecDestroy(void *exec) { LOCKED; return drop_graph(static_cast<Graph *>(exec)), SUCCESS; }
+API int cuGraphDestroy(void *graph) { LOCKED; return drop_graph(static_cast<Graph *>(graph)), SUCCESS; }
+
+using Clock = std::chrono::steady_clock;
+API int cuEventCreate(void **event, unsigned) { return *event = new Clock::time_point, SUCCESS; }
+API int cuEventRecord(void *event, void *) { return *static_cast<Clock::time_point *>(event) = Clock::now(), SUCCESS; }
+API int cuEventSynchronize(void *) { return SUCCESS; }
+API int cuEventDestroy_v2(void *event) { return delete static_cast<Clock::time_point *>(event), SUCCESS; }
+API int cuEventElapsedTime(float *ms, void *start, void *end) {
+    auto time = *static_cast<Clock::time_point *>(end) - *static_cast<Clock::time_point *>(start);
+    return *ms = std::chrono::duration<float, std::milli>(time).count(), SUCCESS;
+}
+API int cuEventElapsedTime_v2(float *ms, void *start, void *end) { return cuEventElapsedTime(ms, start, end); }
+
+API int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &primary_context, SUCCESS; }
+API int cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
+API int cuMemGetInfo_v2(size_t *available, size_t *total) {
+    LOCKED;
+    return *available = capacity() - in_use, *total = capacity(), SUCCESS;
+}
+API int cuMemAlloc_v2(Address *at, size_t bytes) { LOCKED; return allocate(at, bytes, nullptr); }
+API int cuMemFree_v2(Address at) { LOCKED; return release(at), SUCCESS; }
+API int cuMemAllocAsync(Address *at, size_t bytes, void *stream) {
+    LOCKED;
+    Graph *graph = stream_of(stream).captured;
+    if (int status = allocate(at, bytes, graph)) {
+        return status;
+    }
+    if (graph) {
+        graph->allocated.push_back(*at);
+        // It exists while the graph runs.
+        blocks[*at].live = false;
+        in_use -= bytes;
+        graph->nodes.push_back([at = *at] {
+            Block &block = blocks.at(at);
+            std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
+            block.live = true;
+            in_use += block.bytes;
+        });
+    }
+    return SUCCESS;
+}
+API int cuMemFreeAsync(Address at, void *stream) {
+    LOCKED;
+    auto found = blocks.find(at);
+    if (found == blocks.end()) {
+        return INVALID_VALUE;
+    }
+    Stream &of = stream_of(stream);
+    if (of.captured && found->second.graph != of.captured) {
+        of.broken = true;
+        return INVALID_VALUE;
+    }
+    if (!of.captured && !found->second.live) {
+        return INVALID_VALUE;
+    }
+    return submit(stream, [=] { release(at); });
+}
+API int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, void *stream) {
+    LOCKED;
+    return submit(stream, [=] {
+        check_range(at, bytes, "memset");
+        std::memset(reinterpret_cast<void *>(at), value, bytes);
+    });
+}
+API int cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *stream) {
+    LOCKED;
+    // A graph would copy from that address each time, whatever is there by then.
+    if (int status = not_in_capture(stream)) {
+        return status;
+    }
+    check_range(to, bytes, "copy to the device");
+    std::memcpy(reinterpret_cast<void *>(to), from, bytes);
+    return SUCCESS;
+}
+API int cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream) {
+    LOCKED;
+    if (int status = not_in_capture(stream)) {
+        return status;
+    }
+    check_range(from, bytes, "copy to the host");
+    std::memcpy(to, reinterpret_cast<void *>(from), bytes);
+    return SUCCESS;
+}
+API int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void *stream) {
+    LOCKED;
+    return submit(stream, [=] {
+        check_range(to, bytes, "copy");
+        check_range(from, bytes, "copy");
+        std::memmove(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes);
+    });
+}
+API int cuMemHostAlloc(void **at, size_t bytes, unsigned) { return *at = std::malloc(bytes), SUCCESS; }
+API int cuMemFreeHost(void *at) { return std::free(at), SUCCESS; }
+
+API int cuModuleLoadData(void **module, const void *) { return *module = &primary_context, SUCCESS; }
+API int cuModuleUnload(void *) { return SUCCESS; }
+API int cuModuleGetFunction(void **function, void *, const char *name) {
+    auto found = kernels().find(name);
+    if (found == kernels().end()) {
+        std::fprintf(stderr, "CUDA emulation: there is no kernel %s\n", name);
+        return NOT_FOUND;
+    }
+    return *function = const_cast<Kernel *>(&found->second), SUCCESS;
+}
+API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                       unsigned, void *stream, void **arguments, void **) {
+    LOCKED;
+    auto kernel = static_cast<Kernel *>(function);
+    if (!gx || !gy || !gz || bx * by * bz > 1024) {
+        return INVALID_VALUE;
+    }
+    if (logs()) {
+        std::fprintf(stderr, "CUDA emulation: %s, %u×%u blocks\n", kernel->name.c_str(), gx, gy);
+    }
+    launch_grid = {gx, gy, gz};
+    launch_block = {bx, by, bz};
+    return submit(stream, kernel->bind(arguments));
+}
+
+API int cuGetErrorName(int error, const char **name) {
+    switch (error) {
+    case OUT_OF_MEMORY:
+        *name = "CUDA_ERROR_OUT_OF_MEMORY";
+        break;
+    case STREAM_CAPTURE_UNSUPPORTED:
+        *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED";
+        break;
+    case STREAM_CAPTURE_INVALIDATED:
+        *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED";
+        break;
+    case NOT_FOUND:
+        *name = "CUDA_ERROR_NOT_FOUND";
+        break;
+    case INVALID_DEVICE:
+        *name = "CUDA_ERROR_INVALID_DEVICE";
+        break;
+    default:
+        *name = "CUDA_ERROR_INVALID_VALUE";
+    }
+    return SUCCESS;
+}
+API int cuGetErrorString(int error, const char **text) { return cuGetErrorName(error, text); }
+
+// ---- NVRTC: the kernels are compiled already ----
+
+struct Program {
+    std::string source;
+};
+API int nvrtcCreateProgram(void **program, const char *source, const char *, int, const char *const *, const char *const *) {
+    return *program = new Program{source}, 0;
+}
+API int nvrtcCompileProgram(void *, int, const char *const *) { return 0; }
+API int nvrtcGetPTXSize(void *, size_t *size) { return *size = 9, 0; }
+API int nvrtcGetPTX(void *, char *ptx) { return std::memcpy(ptx, "emulated", 9), 0; }
+API int nvrtcGetProgramLogSize(void *, size_t *size) { return *size = 1, 0; }
+API int nvrtcGetProgramLog(void *, char *log) { return *log = 0, 0; }
+API int nvrtcDestroyProgram(void **program) { return delete static_cast<Program *>(*program), 0; }
+
+// ---- cuRAND ----
+
+struct Generator {
+    std::mt19937_64 engine;
+};
+API int curandCreateGenerator(void **generator, int) { return *generator = new Generator, 0; }
+API int curandDestroyGenerator(void *generator) { return delete static_cast<Generator *>(generator), 0; }
+API int curandSetPseudoRandomGeneratorSeed(void *generator, unsigned long long seed) {
+    return static_cast<Generator *>(generator)->engine.seed(seed), 0;
+}
+API int curandSetStream(void *, void *) { return 0; }
+template <typename T, typename D> static int generate(void *generator, T *to, size_t n, D distribution) {
+    std::generate(to, to + n, [&] { return distribution(static_cast<Generator *>(generator)->engine); });
+    return 0;
+}
+API int curandGenerateUniform(void *g, float *to, size_t n) { return generate(g, to, n, std::uniform_real_distribution<float>()); }
+API int curandGenerateUniformDouble(void *g, double *to, size_t n) { return generate(g, to, n, std::uniform_real_distribution<double>()); }
+API int curandGenerateNormal(void *g, float *to, size_t n, float mean, float std) { return generate(g, to, n, std::normal_distribution<float>(mean, std)); }
+API int curandGenerateNormalDouble(void *g, double *to, size_t n, double mean, double std) { return generate(g, to, n, std::normal_distribution<double>(mean, std)); }
+
+// ---- cuBLAS ----
+
+struct Blas {
+    void *stream = nullptr;
+};
+API int cublasCreate_v2(void **handle) { return *handle = new Blas, 0; }
+API int cublasDestroy_v2(void *handle) { return delete static_cast<Blas *>(handle), 0; }
+API int cublasSetStream_v2(void *handle, void *stream) { return static_cast<Blas *>(handle)->stream = stream, 0; }
+API int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
+
+// Column-major, C = alpha op(A) op(B) + beta C, for each of a batch.
+template <typename T, typename S>
+static int gemm(void *handle, int ta, int tb, int m, int n, int k, S alpha, const void *a, int lda, long long sa,
+                const void *b, int ldb, long long sb, S beta, void *c, int ldc, long long sc, int batch, bool tf32 = false) {
+    LOCKED;
+    return submit(static_cast<Blas *>(handle)->stream, [=] {
+        for (int image = 0; image < batch; image++) {
+            auto x = static_cast<const T *>(a) + image * sa, y = static_cast<const T *>(b) + image * sb;
+            auto z = static_cast<T *>(c) + image * sc;
+            check_range(reinterpret_cast<Address>(z), (size_t(n - 1) * ldc + m) * sizeof(T), "a matrix product");
+            for (int j = 0; j < n; j++) {
+                for (int i = 0; i < m; i++) {
+                    S sum = 0;
+                    for (int l = 0; l < k; l++) {
+                        S left = value_of(x[ta ? size_t(i) * lda + l : size_t(l) * lda + i]);
+                        S right = value_of(y[tb ? size_t(l) * ldb + j : size_t(j) * ldb + l]);
+                        sum += tf32 ? to_tf32(left) * to_tf32(right) : left * right;
+                    }
+                    T &to = z[size_t(j) * ldc + i];
+                    set(to, alpha * sum + (beta == 0 ? 0 : beta * value_of(to)));
+                }
+            }
+        }
+    });
+}
+API int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a,
+                                   int type, int lda, long long sa, const void *b, int, int ldb, long long sb,
+                                   const void *beta, void *c, int, int ldc, long long sc, int batch, int compute, int) {
+    auto one = [](const void *at) { return *static_cast<const float *>(at); };
+    switch (type) {
+    case 0: // f32
+        return gemm<float, float>(handle, ta, tb, m, n, k, one(alpha), a, lda, sa, b, ldb, sb, one(beta), c, ldc, sc, batch,
+                                  compute == 77);
+    case 14: // bf16
+        return gemm<bf16, float>(handle, ta, tb, m, n, k, one(alpha), a, lda, sa, b, ldb, sb, one(beta), c, ldc, sc, batch);
+    default:
+        return 15; // not supported
+    }
+}
+API int cublasDgemmStridedBatched(void *handle, int ta, int tb, int m, int n, int k, const double *alpha, const double *a,
+                                  int lda, long long sa, const double *b, int ldb, long long sb, const double *beta,
+                                  double *c, int ldc, long long sc, int batch) {
+    return gemm<double, double>(handle, ta, tb, m, n, k, *alpha, a, lda, sa, b, ldb, sb, *beta, c, ldc, sc, batch);
+}
+
+// ---- cuDNN ----
+
+namespace {
+
+enum : int { DNN_SUCCESS = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, EXECUTION_FAILED = 5000 };
+enum : int { DNN_FLOAT = 0, DNN_DOUBLE = 1, DNN_BFLOAT16 = 9 };
+
+thread_local std::string last_dnn_error;
+
+int refuse(int status, const char *why) { return last_dnn_error = why, status; }
+
+struct Dnn {
+    void *stream = nullptr;
+};
+struct TensorDescription {
+    int type = -1, sizes[4] = {};
+    size_t elements() const { return size_t(sizes[0]) * sizes[1] * sizes[2] * sizes[3]; }
+    size_t bytes() const { return elements() * (type == DNN_DOUBLE ? 8 : type == DNN_FLOAT ? 4 : 2); }
+};
+struct ConvolutionDescription {
+    int padding[2], stride[2], dilation[2], mode = 1, compute = -1, math = -1;
+};
+struct ActivationDescription {
+    int mode = -1, nan = 0;
+    double limit = 0;
+};
+
+enum Pass { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
+
+// What an algorithm asks for to work in. The number of the algorithm decides, so that all cases occur.
+size_t workspace_of(int algorithm, const TensorDescription &y) { return algorithm == 0 ? 0 : 512 + 4 * (y.elements() % 4096); }
+// Algorithms that there are in each pass, by whether they repeat their bits.
+bool offers(Pass, int algorithm) { return algorithm == 0 || algorithm == 1; }
+bool repeats(Pass pass, int algorithm) { return pass == FORWARD || algorithm == 1; }
+
+const char *mismatch(const TensorDescription &x, const TensorDescription &w, const ConvolutionDescription &c,
+                     const TensorDescription &y) {
+    if (x.type != w.type || x.type != y.type) {
+        return "tensors of several types";
+    }
+    if (c.mode != 1 || c.compute != (x.type == DNN_DOUBLE ? DNN_DOUBLE : DNN_FLOAT)) {
+        return "no cross-correlation in the type of sums";
+    }
+    if (x.type == DNN_BFLOAT16 && c.math != 1) {
+        return "bf16 without tensor cores";
+    }
+    if (x.sizes[1] != w.sizes[1] || y.sizes[1] != w.sizes[0] || x.sizes[0] != y.sizes[0]) {
+        return "channels or images that do not fit";
+    }
+    for (int d = 0; d < 2; d++) {
+        int window = c.dilation[d] * (w.sizes[2 + d] - 1) + 1;
+        if (y.sizes[2 + d] != (x.sizes[2 + d] + 2 * c.padding[d] - window) / c.stride[d] + 1) {
+            return "an output that is not that of the input";
+        }
+    }
+    return nullptr;
+}
+
+struct Work {
+    TensorDescription x, w, y;
+    ConvolutionDescription c;
+};
+
+// Calls `f(at in x, at in w, at in y, length, step in x)` for each run of products along a line of the output.
+template <typename F> void each_run(const Work &work, int image, int out_channel, F f) {
+    const auto &[x, w, y, c] = work;
+    int height = x.sizes[2], width = x.sizes[3], channels = x.sizes[1];
+    for (int channel = 0; channel < channels; channel++) {
+        for (int r = 0; r < w.sizes[2]; r++) {
+            for (int s = 0; s < w.sizes[3]; s++) {
+                size_t in_w = ((size_t(out_channel) * channels + channel) * w.sizes[2] + r) * w.sizes[3] + s;
+                int left = s * c.dilation[1] - c.padding[1];
+                int from = 0, to = y.sizes[3];
+                while (from < to && from * c.stride[1] + left < 0) {
+                    from++;
+                }
+                while (to > from && (to - 1) * c.stride[1] + left >= width) {
+                    to--;
+                }
+                if (from == to) {
+                    continue;
+                }
+                for (int h = 0; h < y.sizes[2]; h++) {
+                    int line = h * c.stride[0] + r * c.dilation[0] - c.padding[0];
+                    if (line < 0 || line >= height) {
+                        continue;
+                    }
+                    size_t in_x = ((size_t(image) * channels + channel) * height + line) * width + from * c.stride[1] + left;
+                    size_t in_y = ((size_t(image) * w.sizes[0] + out_channel) * y.sizes[2] + h) * y.sizes[3] + from;
+                    f(in_x, in_w, in_y, to - from, c.stride[1]);
+                }
+            }
+        }
+    }
+}
+
+template <typename T> using Sums = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T> std::vector<Sums<T>> widened(const void *from, size_t n, bool tf32) {
+    std::vector<Sums<T>> to(n);
+    for (size_t i = 0; i < n; i++) {
+        auto value = value_of(static_cast<const T *>(from)[i]);
+        to[i] = tf32 ? to_tf32(value) : value;
+    }
+    return to;
+}
+
+// y += factor x, and Σ x y, of numbers that lie some elements apart.
+template <typename S> void multiply_run(S *__restrict y, size_t y_step, const S *__restrict x, size_t x_step, S factor, int length) {
+    if (y_step == 1 && x_step == 1) {
+        for (int i = 0; i < length; i++) {
+            y[i] += factor * x[i];
+        }
+        return;
+    }
+    for (int i = 0; i < length; i++) {
+        y[i * y_step] += factor * x[i * x_step];
+    }
+}
+template <typename S> S dot_run(const S *x, size_t x_step, const S *y, int length) {
+    // Several sums, so that they need not wait for each other.
+    S sums[8] = {};
+    int i = 0;
+    for (; x_step == 1 && i + 8 <= length; i += 8) {
+        for (int lane = 0; lane < 8; lane++) {
+            sums[lane] += x[i + lane] * y[i + lane];
+        }
+    }
+    S sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+    for (; i < length; i++) {
+        sum += x[i * x_step] * y[i];
+    }
+    return sum;
+}
+
+// Calls `f` with each number below `count`, on all cores.
+void side_by_side(int count, const std::function<void(int)> &f) {
+    std::atomic<int> next = 0;
+    auto work = [&] {
+        for (int i; (i = next++) < count;) {
+            f(i);
+        }
+    };
+    std::vector<std::thread> others;
+    for (unsigned int t = 1; t < std::min<unsigned>(count, std::thread::hardware_concurrency()); t++) {
+        others.emplace_back(work);
+    }
+    work();
+    for (auto &thread : others) {
+        thread.join();
+    }
+}
+
+// The pass named, into the tensor that it computes; `finish(channel, sum)` is what follows a forward pass.
+template <typename T, typename F>
+void convolve(Pass pass, const Work &work, void *x, void *w, void *y, F finish) {
+    using S = Sums<T>;
+    // cuDNN takes TF32 for f32 unless it is told to multiply as f32 (3).
+    bool tf32 = std::is_same_v<T, float> && work.c.math != 3;
+    auto factor = [=](void *from, const TensorDescription &of, Pass not_in) {
+        return pass == not_in ? std::vector<S>(of.elements()) : widened<T>(from, of.elements(), tf32);
+    };
+    std::vector<S> a = factor(x, work.x, INPUT_GRADIENT);
+    std::vector<S> b = factor(w, work.w, WEIGHT_GRADIENT);
+    std::vector<S> c = factor(y, work.y, FORWARD);
+    auto compute = [&](int image, int k) {
+        each_run(work, image, k, [&](size_t in_x, size_t in_w, size_t in_y, int length, int step) {
+            S *px = &a[in_x], *py = &c[in_y];
+            if (pass == FORWARD) {
+                multiply_run(py, 1, px, step, b[in_w], length);
+            } else if (pass == INPUT_GRADIENT) {
+                multiply_run(px, step, py, 1, b[in_w], length);
+            } else {
+                b[in_w] += dot_run(px, step, py, length);
+            }
+        });
+    };
+    // Each task has outputs of its own, so that their bits do not depend on the number of threads.
+    int images = work.x.sizes[0], channels_out = work.w.sizes[0];
+    if (pass == WEIGHT_GRADIENT) {
+        side_by_side(channels_out, [&](int k) {
+            for (int image = 0; image < images; image++) {
+                compute(image, k);
+            }
+        });
+    } else {
+        side_by_side(images, [&](int image) {
+            for (int k = 0; k < channels_out; k++) {
+                compute(image, k);
+            }
+        });
+    }
+    const auto &result = pass == FORWARD ? c : pass == INPUT_GRADIENT ? a : b;
+    auto to = static_cast<T *>(pass == FORWARD ? y : pass == INPUT_GRADIENT ? x : w);
+    size_t pixels = size_t(work.y.sizes[2]) * work.y.sizes[3], channels = work.y.sizes[1];
+    for (size_t i = 0; i < result.size(); i++) {
+        set(to[i], pass == FORWARD ? finish(i / pixels % channels, result[i]) : result[i]);
+    }
+}
+
+struct Epilogue {
+    const void *bias = nullptr;
+    bool relu = false;
+};
+
+int run_convolution(Pass pass, void *handle, const void *one, const void *zero, const Work &work, const void *x,
+                    const void *w, const void *y, int algorithm, void *memory, size_t length, Epilogue epilogue) {
+    LOCKED;
+    if (const char *why = mismatch(work.x, work.w, work.c, work.y)) {
+        return refuse(BAD_PARAM, why);
+    }
+    if (!offers(pass, algorithm)) {
+        return refuse(NOT_SUPPORTED, "no such algorithm");
+    }
+    bool is_double = work.x.type == DNN_DOUBLE;
+    auto factor = [&](const void *at) { return is_double ? *static_cast<const double *>(at) : *static_cast<const float *>(at); };
+    if (factor(one) != 1 || factor(zero) != 0) {
+        return refuse(NOT_SUPPORTED, "factors other than 1 and 0");
+    }
+    size_t needed = workspace_of(algorithm, work.y);
+    if (length < needed || (needed && !memory)) {
+        return refuse(BAD_PARAM, "too small a workspace");
+    }
+    return submit(static_cast<Dnn *>(handle)->stream, [=] {
+        check_range(reinterpret_cast<Address>(x), work.x.bytes(), "a convolution's input");
+        check_range(reinterpret_cast<Address>(w), work.w.bytes(), "a convolution's weight");
+        check_range(reinterpret_cast<Address>(y), work.y.bytes(), "a convolution's output");
+        if (needed) {
+            check_range(reinterpret_cast<Address>(memory), needed, "a workspace");
+            std::memset(memory, 0xFF, needed);
+        }
+        if (epilogue.bias) {
+            size_t element = work.y.bytes() / work.y.elements();
+            check_range(reinterpret_cast<Address>(epilogue.bias), work.y.sizes[1] * element, "a bias");
+        }
+        auto go = [&](auto element) {
+            using T = decltype(element);
+            auto bias = static_cast<const T *>(epilogue.bias);
+            convolve<T>(pass, work, const_cast<void *>(x), const_cast<void *>(w), const_cast<void *>(y), [&](size_t channel, auto sum) {
+                auto value = bias ? sum + value_of(bias[channel]) : sum;
+                return epilogue.relu && value < 0 ? decltype(value)(0) : value;
+            });
+        };
+        if (work.x.type == DNN_DOUBLE) {
+            go(double());
+        } else if (work.x.type == DNN_FLOAT) {
+            go(float());
+        } else {
+            go(bf16());
+        }
+    });
+}
+
+struct Offer {
+    int algorithm, status;
+    float time;
+    size_t memory;
+    int determinism, math, reserved[3];
+};
+static_assert(sizeof(Offer) == 48);
+
+int offered(Pass pass, const Work &work, int most, int *count, Offer *found) {
+    if (const char *why = mismatch(work.x, work.w, work.c, work.y)) {
+        return refuse(BAD_PARAM, why);
+    }
+    *count = 0;
+    // The fastest first; one that does not work comes along, as it does with cuDNN.
+    for (int algorithm : {pass == FORWARD ? 1 : 0, pass == FORWARD ? 0 : 1, 4}) {
+        if (*count < most) {
+            found[(*count)++] = {algorithm,         offers(pass, algorithm) ? 0 : NOT_SUPPORTED,
+                                 0.1f,              workspace_of(algorithm, work.y),
+                                 repeats(pass, algorithm) ? 1 : 0, work.c.math,
+                                 {}};
+        }
+    }
+    return DNN_SUCCESS;
+}
+
+// Times algorithms on the operands, and so writes to the one that the pass computes.
+int tried(Pass pass, void *handle, const Work &work, const void *x, const void *w, const void *y, int most, int *count,
+          Offer *found, void *memory, size_t length) {
+    LOCKED;
+    if (int status = not_in_capture(static_cast<Dnn *>(handle)->stream)) {
+        (void)status;
+        return refuse(EXECUTION_FAILED, "a capture is under way");
+    }
+    if (int status = offered(pass, work, most, count, found)) {
+        return status;
+    }
+    for (int i = 0; i < *count; i++) {
+        if (found[i].status == 0 && found[i].memory > length) {
+            found[i].status = BAD_PARAM;
+        }
+        if (found[i].status == 0 && found[i].memory) {
+            check_range(reinterpret_cast<Address>(memory), found[i].memory, "a workspace");
+            std::memset(memory, 0xFF, found[i].memory);
+        }
+    }
+    const void *written = pass == FORWARD ? y : pass == INPUT_GRADIENT ? x : w;
+    const auto &of = pass == FORWARD ? work.y : pass == INPUT_GRADIENT ? work.x : work.w;
+    check_range(reinterpret_cast<Address>(written), of.bytes(), "a convolution to be timed");
+    std::memset(const_cast<void *>(written), 0xFF, of.bytes());
+    return DNN_SUCCESS;
+}
+
+Work work_of(void *x, void *w, void *c, void *y) {
+    return {*static_cast<TensorDescription *>(x), *static_cast<TensorDescription *>(w),
+            *static_cast<TensorDescription *>(y), *static_cast<ConvolutionDescription *>(c)};
+}
+
+int workspace_size(Pass pass, const Work &work, int algorithm, size_t *bytes) {
+    if (const char *why = mismatch(work.x, work.w, work.c, work.y)) {
+        return refuse(BAD_PARAM, why);
+    }
+    if (!offers(pass, algorithm)) {
+        return refuse(NOT_SUPPORTED, "no such algorithm");
+    }
+    return *bytes = workspace_of(algorithm, work.y), DNN_SUCCESS;
+}
+
+} // namespace
+
+API size_t cudnnGetVersion() { return 91000; }
+API int cudnnCreate(void **handle) { return *handle = new Dnn, DNN_SUCCESS; }
+API int cudnnDestroy(void *handle) { return delete static_cast<Dnn *>(handle), DNN_SUCCESS; }
+API int cudnnSetStream(void *handle, void *stream) { return static_cast<Dnn *>(handle)->stream = stream, DNN_SUCCESS; }
+API const char *cudnnGetErrorString(int) { return "an error of the emulation"; }
+API void cudnnGetLastErrorString(char *message, size_t length) {
+    std::snprintf(message, length, "%s", last_dnn_error.c_str());
+    last_dnn_error.clear();
+}
+
+API int cudnnCreateTensorDescriptor(void **descriptor) { return *descriptor = new TensorDescription, DNN_SUCCESS; }
+API int cudnnDestroyTensorDescriptor(void *descriptor) { return delete static_cast<TensorDescription *>(descriptor), DNN_SUCCESS; }
+API int cudnnSetTensor4dDescriptor(void *descriptor, int format, int type, int n, int c, int h, int w) {
+    if (format != 0 || n < 1 || c < 1 || h < 1 || w < 1) {
+        return refuse(BAD_PARAM, "a tensor that is empty or not NCHW");
+    }
+    return *static_cast<TensorDescription *>(descriptor) = {type, {n, c, h, w}}, DNN_SUCCESS;
+}
+API int cudnnCreateFilterDescriptor(void **descriptor) { return cudnnCreateTensorDescriptor(descriptor); }
+API int cudnnDestroyFilterDescriptor(void *descriptor) { return cudnnDestroyTensorDescriptor(descriptor); }
+API int cudnnSetFilter4dDescriptor(void *descriptor, int type, int format, int k, int c, int h, int w) {
+    return cudnnSetTensor4dDescriptor(descriptor, format, type, k, c, h, w);
+}
+API int cudnnCreateConvolutionDescriptor(void **descriptor) { return *descriptor = new ConvolutionDescription, DNN_SUCCESS; }
+API int cudnnDestroyConvolutionDescriptor(void *descriptor) { return delete static_cast<ConvolutionDescription *>(descriptor), DNN_SUCCESS; }
+API int cudnnSetConvolution2dDescriptor(void *descriptor, int ph, int pw, int sh, int sw, int dh, int dw, int mode, int compute) {
+    if (ph < 0 || pw < 0 || sh < 1 || sw < 1 || dh < 1 || dw < 1) {
+        return refuse(BAD_PARAM, "a convolution that there is not");
+    }
+    return *static_cast<ConvolutionDescription *>(descriptor) = {{ph, pw}, {sh, sw}, {dh, dw}, mode, compute, 0}, DNN_SUCCESS;
+}
+API int cudnnSetConvolutionMathType(void *descriptor, int math) { return static_cast<ConvolutionDescription *>(descriptor)->math = math, DNN_SUCCESS; }
+API int cudnnSetConvolutionGroupCount(void *, int groups) { return groups == 1 ? DNN_SUCCESS : NOT_SUPPORTED; }
+API int cudnnCreateActivationDescriptor(void **descriptor) { return *descriptor = new ActivationDescription, DNN_SUCCESS; }
+API int cudnnDestroyActivationDescriptor(void *descriptor) { return delete static_cast<ActivationDescription *>(descriptor), DNN_SUCCESS; }
+API int cudnnSetActivationDescriptor(void *descriptor, int mode, int nan, double limit) {
+    return *static_cast<ActivationDescription *>(descriptor) = {mode, nan, limit}, DNN_SUCCESS;
+}
+
+API int cudnnGetConvolutionForwardWorkspaceSize(void *, void *x, void *w, void *c, void *y, int algorithm, size_t *bytes) {
+    return workspace_size(FORWARD, work_of(x, w, c, y), algorithm, bytes);
+}
+API int cudnnGetConvolutionBackwardDataWorkspaceSize(void *, void *w, void *y, void *c, void *x, int algorithm, size_t *bytes) {
+    return workspace_size(INPUT_GRADIENT, work_of(x, w, c, y), algorithm, bytes);
+}
+API int cudnnGetConvolutionBackwardFilterWorkspaceSize(void *, void *x, void *y, void *c, void *w, int algorithm, size_t *bytes) {
+    return workspace_size(WEIGHT_GRADIENT, work_of(x, w, c, y), algorithm, bytes);
+}
+API int cudnnGetConvolutionForwardAlgorithm_v7(void *, void *x, void *w, void *c, void *y, int most, int *count, Offer *found) {
+    return offered(FORWARD, work_of(x, w, c, y), most, count, found);
+}
+API int cudnnGetConvolutionBackwardDataAlgorithm_v7(void *, void *w, void *y, void *c, void *x, int most, int *count, Offer *found) {
+    return offered(INPUT_GRADIENT, work_of(x, w, c, y), most, count, found);
+}
+API int cudnnGetConvolutionBackwardFilterAlgorithm_v7(void *, void *x, void *y, void *c, void *w, int most, int *count, Offer *found) {
+    return offered(WEIGHT_GRADIENT, work_of(x, w, c, y), most, count, found);
+}
+API int cudnnFindConvolutionForwardAlgorithmEx(void *handle, void *xd, const void *x, void *wd, const void *w, void *c, void *yd, void *y,
+                                               int most, int *count, Offer *found, void *memory, size_t length) {
+    return tried(FORWARD, handle, work_of(xd, wd, c, yd), x, w, y, most, count, found, memory, length);
+}
+API int cudnnFindConvolutionBackwardDataAlgorithmEx(void *handle, void *wd, const void *w, void *yd, const void *y, void *c, void *xd, void *x,
+                                                    int most, int *count, Offer *found, void *memory, size_t length) {
+    return tried(INPUT_GRADIENT, handle, work_of(xd, wd, c, yd), x, w, y, most, count, found, memory, length);
+}
+API int cudnnFindConvolutionBackwardFilterAlgorithmEx(void *handle, void *xd, const void *x, void *yd, const void *y, void *c, void *wd, void *w,
+                                                      int most, int *count, Offer *found, void *memory, size_t length) {
+    return tried(WEIGHT_GRADIENT, handle, work_of(xd, wd, c, yd), x, w, y, most, count, found, memory, length);
+}
+API int cudnnConvolutionForward(void *handle, const void *one, void *xd, const void *x, void *wd, const void *w, void *c, int algorithm,
+                                void *memory, size_t length, const void *zero, void *yd, void *y) {
+    return run_convolution(FORWARD, handle, one, zero, work_of(xd, wd, c, yd), x, w, y, algorithm, memory, length, {});
+}
+API int cudnnConvolutionBackwardData(void *handle, const void *one, void *wd, const void *w, void *yd, const void *y, void *c, int algorithm,
+                                     void *memory, size_t length, const void *zero, void *xd, void *x) {
+    return run_convolution(INPUT_GRADIENT, handle, one, zero, work_of(xd, wd, c, yd), x, w, y, algorithm, memory, length, {});
+}
+API int cudnnConvolutionBackwardFilter(void *handle, const void *one, void *xd, const void *x, void *yd, const void *y, void *c, int algorithm,
+                                       void *memory, size_t length, const void *zero, void *wd, void *w) {
+    return run_convolution(WEIGHT_GRADIENT, handle, one, zero, work_of(xd, wd, c, yd), x, w, y, algorithm, memory, length, {});
+}
+API int cudnnConvolutionBiasActivationForward(void *handle, const void *one, void *xd, const void *x, void *wd, const void *w, void *c,
+                                              int algorithm, void *memory, size_t length, const void *zero, void *, const void *,
+                                              void *bd, const void *bias, void *activation, void *yd, void *y) {
+    auto how = *static_cast<ActivationDescription *>(activation);
+    auto of = *static_cast<TensorDescription *>(bd);
+    // As documented: the identity (5) needs algorithm 1, a ReLU is 1.
+    if (how.mode != 1 && (how.mode != 5 || algorithm != 1)) {
+        return refuse(NOT_SUPPORTED, "this activation with this algorithm");
+    }
+    Work work = work_of(xd, wd, c, yd);
+    if (of.type != work.y.type || of.sizes[0] != 1 || of.sizes[1] != work.y.sizes[1] || of.sizes[2] * of.sizes[3] != 1) {
+        return refuse(BAD_PARAM, "a bias that does not fit");
+    }
+    return run_convolution(FORWARD, handle, one, zero, work, x, w, y, algorithm, memory, length, {bias, how.mode == 1});
+}
+
+// ---- What programs name and do not call ----
+
+#define NOT_EMULATED(NAME)                                                                                             \
+    API int NAME() { fatal("%s is not emulated", #NAME); }
+NOT_EMULATED(cuCtxDestroy_v2)
+NOT_EMULATED(cuMemcpyPeerAsync)
+NOT_EMULATED(cuModuleLoad)
+NOT_EMULATED(cudnnSetTensor4dDescriptorEx)

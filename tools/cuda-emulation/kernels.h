@@ -1,0 +1,55 @@
+// Every kernel of candle-cnn, compiled for the CPU, and its name.
+#pragma once
+
+#include "emulation.h"
+
+#include "cuda/prelude.cuh"
+
+namespace relu_source {
+#include "relu/kernels.cu"
+#undef KERNELS
+}
+namespace max_pool2d_source {
+#include "max_pool2d/kernels.cu"
+#undef KERNELS
+}
+namespace avg_pool2d_source {
+#include "avg_pool2d/kernels.cu"
+#undef KERNELS
+}
+namespace batch_norm_source {
+#include "batch_norm/kernels.cu"
+#undef KERNELS
+}
+namespace dropout_source {
+#include "dropout/kernels.cu"
+#undef KERNELS
+}
+namespace cross_entropy_source {
+#include "cross_entropy/kernels.cu"
+#undef KERNELS
+}
+namespace conv2d_source {
+#include "conv2d/kernels.cu"
+#undef KERNELS
+}
+namespace training_source {
+#include "cuda/training.cu"
+#undef KERNELS
+}
+
+// `ONE(FILE, NAME, SYNC)` of each; SYNC: whether its threads wait for each other.
+#define TWO(FILE, NAME, SYNC) ONE(FILE, NAME##_f32, SYNC), ONE(FILE, NAME##_f64, SYNC)
+#define THREE(FILE, NAME, SYNC) TWO(FILE, NAME, SYNC), ONE(FILE, NAME##_bf16, SYNC)
+#define EACH_KERNEL                                                                                                    \
+    THREE(relu, relu, false), THREE(max_pool2d, max_pool2d_forward, false),                                            \
+        THREE(max_pool2d, max_pool2d_winners, false), THREE(max_pool2d, max_pool2d_backward, false),                   \
+        THREE(avg_pool2d, avg_pool2d_forward, false), THREE(avg_pool2d, avg_pool2d_backward, false),                   \
+        THREE(batch_norm, batch_norm_moments, true), TWO(batch_norm, batch_norm_join_moments, false),                  \
+        TWO(batch_norm, batch_norm_invert, false), THREE(batch_norm, batch_norm_apply, false),                         \
+        THREE(batch_norm, batch_norm_gradient_sums, true), TWO(batch_norm, batch_norm_join_sums, false),               \
+        THREE(batch_norm, batch_norm_input_gradient, false), THREE(dropout, dropout, false),                           \
+        THREE(cross_entropy, cross_entropy_rows, true), THREE(cross_entropy, cross_entropy_mean, true),                \
+        THREE(cross_entropy, cross_entropy_gradient, true), THREE(conv2d, conv2d_bias_activation, false),              \
+        THREE(conv2d, conv2d_mask_and_sum, true), THREE(conv2d, conv2d_add_parts, false),                              \
+        THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false)
