@@ -58,6 +58,8 @@ pub struct Training<'a> {
     execution: Execution,
     /// Of a [resident](Execution::resident) run.
     on_device: Option<OnDevice>,
+    /// The sets that such a run has been evaluated on, in f32.
+    evaluated: BTreeMap<&'static str, Arc<ResidentSet>>,
 }
 
 /// How [`Training::run`] ended.
@@ -175,6 +177,7 @@ impl<'a> Training<'a> {
             features: FeatureCache::default(),
             execution: Execution::on(device),
             on_device: None,
+            evaluated: BTreeMap::new(),
             data,
             config,
             run,
@@ -488,12 +491,16 @@ impl<'a> Training<'a> {
         share.start as u32..share.end as u32
     }
 
-    /// This rank's pictures of a set, in batches of the evaluation.
+    /// This rank's pictures of a set, in batches of the evaluation: made on the device where the run
+    /// is resident, else by the host.
     fn batches_in_order(
-        &self,
+        &mut self,
         name: &'static str,
         set: &Arc<ImageSet>,
-    ) -> Result<impl Iterator<Item = Result<Examples>> + use<>> {
+    ) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
+        if self.execution.resident {
+            return self.resident_batches(name, set);
+        }
         let batches = batches(
             name,
             set,
@@ -503,7 +510,48 @@ impl<'a> Training<'a> {
             &self.device,
             0,
         )?;
-        Ok(batches.map(move |batch| batch.map(Examples::from).map_err(Error::data(name))))
+        let examples =
+            batches.map(move |batch| batch.map(Examples::from).map_err(Error::data(name)));
+        Ok(Box::new(examples))
+    }
+
+    /// The set stays on the device for the next evaluation, unless its features are all that is needed of it.
+    fn resident_batches(
+        &mut self,
+        name: &'static str,
+        set: &Arc<ImageSet>,
+    ) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
+        let failed = |step| Error::tensor("the data of an evaluation", step, 0);
+        let upload = || {
+            ResidentSet::upload(set, self.data.normalization, DType::F32, &self.device)
+                .map(Arc::new)
+                .map_err(failed(0))
+        };
+        let resident = match self.evaluated.get(name) {
+            Some(resident) => resident.clone(),
+            None => upload()?,
+        };
+        if self.model.fixed_features().is_none() {
+            self.evaluated.insert(name, resident.clone());
+        }
+        let share: Vec<u32> = self.share_of_set(set).collect();
+        let (images, size) = (share.len(), self.config.evaluation_batch_size);
+        if images == 0 {
+            return Ok(Box::new(std::iter::empty()));
+        }
+        let order = Tensor::new(share, &self.device).map_err(failed(0))?;
+        let examples = (0..images).step_by(size).map(move |first| {
+            let count = size.min(images - first);
+            let batch = || resident.batch(&order.narrow(0, first, count)?);
+            let step = (first / size) as u64 + 1;
+            let (inputs, labels) = batch().map_err(failed(step))?;
+            Ok(Examples {
+                inputs,
+                labels,
+                count: count as u64,
+            })
+        });
+        Ok(Box::new(examples))
     }
 
     /// Evaluates, writes the epoch's metrics and moves on to the next epoch. Broken off, it leaves
