@@ -52,4 +52,5 @@ namespace training_source {
         THREE(cross_entropy, cross_entropy_rows, true), THREE(cross_entropy, cross_entropy_mean, true),                \
         THREE(cross_entropy, cross_entropy_gradient, true), THREE(conv2d, conv2d_bias_activation, false),              \
         THREE(conv2d, conv2d_mask_and_sum, true), THREE(conv2d, conv2d_add_parts, false),                              \
-        THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false)
+        THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false),    \
+        TWO(training, take_up, false)

@@ -13,11 +13,12 @@ thread_local! {
     static SET_ASIDE: RefCell<Option<Pairs>> = const { RefCell::new(None) };
 }
 
-/// `loss.backward()`, with the same gradients at less cost where a [`crate::StaticGraph`] is in it.
+/// `loss.backward()`, with the same gradients at less cost where this crate's operations are in it.
 ///
 /// Candle adds every gradient to zeros. For all parameters of a network that are three passes over
-/// memory of their size, which takes a tenth of a step over small pictures. Here the gradients that
-/// a `StaticGraph` has for its variables go into the result as they are.
+/// memory of their size, which takes a tenth of a step over small pictures, and on a GPU two launches for each
+/// of them. Here the gradients that convolutions, batch norms and a [`crate::StaticGraph`] have for
+/// variables go into the result as they are.
 ///
 /// ```
 /// use candle_core::{DType, Device, Var};
@@ -46,8 +47,9 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(gradients)
 }
 
-/// Takes the gradient of a variable aside if [`backward`] runs; else it comes back.
-pub(crate) fn set_aside(parameter: &Tensor, gradient: Tensor) -> Option<Tensor> {
+/// Takes the gradient of a variable aside if [`backward`] runs; else, and without one, it comes back.
+pub(crate) fn aside(parameter: &Tensor, gradient: Option<Tensor>) -> Option<Tensor> {
+    let gradient = gradient?;
     SET_ASIDE.with_borrow_mut(|set_aside| match set_aside {
         Some(set_aside) if parameter.is_variable() => {
             set_aside.push((parameter.clone(), gradient));

@@ -871,6 +871,15 @@ impl BatchNorm {
     fn take_up(&self, batch: &BatchStatistics) -> Result<()> {
         let mean = self.running_mean.as_detached_tensor();
         let var = self.running_var.as_detached_tensor();
+        #[cfg(feature = "cuda")]
+        if mean.device().is_cuda() {
+            let running = candle_cnn::cuda::RunningStatistics {
+                mean: &mean,
+                variance: &var,
+                batches: &self.num_batches_tracked.as_detached_tensor(),
+            };
+            return candle_cnn::cuda::take_up_statistics(running, batch, MOMENTUM);
+        }
         let mean = update_running(&mean, &batch.mean, MOMENTUM)?;
         let var = update_running(&var, &batch.unbiased_variance, MOMENTUM)?;
         self.running_mean.set(&mean)?;

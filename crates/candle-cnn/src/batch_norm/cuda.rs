@@ -11,6 +11,7 @@ use candle_core::{
 };
 
 use super::{Activation, BatchStatistics, OP, Sizes};
+use crate::backward::aside;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor};
 use crate::error::OpError;
@@ -369,8 +370,11 @@ impl CustomOp3 for CudaBatchNorm {
         )?;
         Ok((
             dx.map(|dx| tensor(dx, x.shape())),
-            weight.track_op().then(|| tensor(dweight, weight.shape())),
-            bias.track_op().then(|| tensor(dbias, bias.shape())),
+            aside(
+                weight,
+                weight.track_op().then(|| tensor(dweight, weight.shape())),
+            ),
+            aside(bias, bias.track_op().then(|| tensor(dbias, bias.shape()))),
         ))
     }
 }

@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::simd::Isa;
@@ -442,8 +443,8 @@ impl CustomOp3 for BatchNorm {
             let dx = gradients.x.map(|dx| Tensor::from_vec(dx, x.shape(), x.device()));
             Ok((
                 dx.transpose()?,
-                channels(gradients.weight, weight.track_op())?,
-                channels(gradients.bias, bias.track_op())?,
+                aside(weight, channels(gradients.weight, weight.track_op())?),
+                aside(bias, channels(gradients.bias, bias.track_op())?),
             ))
         })
     }

@@ -19,6 +19,7 @@ use candle_core::{
 #[cfg(feature = "cuda")]
 pub(crate) use plan::parts_of;
 
+use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
 use crate::simd::Isa;
@@ -418,7 +419,7 @@ impl CustomOp2 for Conv2d {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let [dx, dweight, _] = self.backward(x, weight, None, y, dy)?;
-        Ok((dx, dweight))
+        Ok((dx, aside(weight, dweight)))
     }
 }
 
@@ -470,6 +471,6 @@ impl CustomOp3 for Conv2d {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [dx, dweight, dbias] = self.backward(x, weight, Some(bias), y, dy)?;
-        Ok((dx, dweight, dbias))
+        Ok((dx, aside(weight, dweight), aside(bias, dbias)))
     }
 }

@@ -82,6 +82,7 @@ macro_rules! typed {
             CudaStorageSlice::BF16($slice) => $body,
             CudaStorageSlice::U8($slice) => $body,
             CudaStorageSlice::U32($slice) => $body,
+            CudaStorageSlice::I64($slice) => $body,
             _ => Err(OpError::dtype($op, DType::F16)),
         }
     };

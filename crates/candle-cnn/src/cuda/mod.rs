@@ -26,7 +26,10 @@ mod training;
 pub use device::{DeviceInfo, device_info, memory, open_device, synchronize};
 pub use settings::{F32Math, Settings, set_settings, settings};
 #[cfg(feature = "cuda")]
-pub use training::{SgdHyperparameters, SgdTensor, count_correct, gather_normalized, sgd_step};
+pub use training::{
+    RunningStatistics, SgdHyperparameters, SgdTensor, count_correct, gather_normalized, sgd_step,
+    take_up_statistics,
+};
 
 #[cfg(feature = "cuda")]
 pub use crate::dropout::with_dropout_seed;

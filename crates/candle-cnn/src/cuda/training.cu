@@ -105,3 +105,33 @@ KERNELS(bf16, bf16)
 
 SGD(f32, float)
 SGD(f64, double)
+
+// running = (1 − momentum) running + momentum batch, rounded after each product as on the CPU, of a batch norm's mean and
+// variance; one more batch is counted.
+template <typename T>
+static __device__ __forceinline__ void take_up(T *mean, T *variance, long long *batches, const T *batch_mean, const T *batch_variance,
+                                               double momentum_, unsigned int channels) {
+    unsigned int channel = thread_of_grid();
+    T keep = static_cast<T>(1 - momentum_), momentum = static_cast<T>(momentum_);
+    if (channel < channels) {
+        // Fused with a zero, so that the compiler fuses no product with the sum.
+        T taken = multiply_add(batch_mean[channel], momentum, static_cast<T>(0));
+        T kept = multiply_add(mean[channel], keep, static_cast<T>(0));
+        mean[channel] = kept + taken;
+        taken = multiply_add(batch_variance[channel], momentum, static_cast<T>(0));
+        kept = multiply_add(variance[channel], keep, static_cast<T>(0));
+        variance[channel] = kept + taken;
+    }
+    if (channel == 0) {
+        *batches += 1;
+    }
+}
+
+#define TAKE_UP(NAME, T)                                                                                               \
+    extern "C" __global__ void take_up_##NAME(T *mean, T *variance, long long *batches, const T *batch_mean,           \
+                                              const T *batch_variance, double momentum, unsigned int channels) {       \
+        take_up<T>(mean, variance, batches, batch_mean, batch_variance, momentum, channels);                           \
+    }
+
+TAKE_UP(f32, float)
+TAKE_UP(f64, double)

@@ -10,6 +10,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::kernels::Source;
 use super::launch::{Held, Launch, THREADS, address, alloc, count, suffix, tensor};
+use crate::batch_norm::BatchStatistics;
 use crate::error::OpError;
 
 const SOURCE: Source = Source {
@@ -294,6 +295,73 @@ fn step_chunk(
     // and buffers are written although only read locks are held: device memory is ordered by the stream, and nobody but
     // the optimiser writes them.
     unsafe { launch.run_blocks((blocks, 1), Some(&chunk)) }
+}
+
+/// The running statistics of a batch norm, moved in place; (C) each, contiguous, f32 or f64.
+#[derive(Clone, Copy, Debug)]
+pub struct RunningStatistics<'a> {
+    /// `running_mean`.
+    pub mean: &'a Tensor,
+    /// `running_var`.
+    pub variance: &'a Tensor,
+    /// `num_batches_tracked`: i64, one element.
+    pub batches: &'a Tensor,
+}
+
+/// [`crate::update_running`] of both statistics, and one more batch counted, in one launch.
+///
+/// # Errors
+/// [`OpError`] for tensors that do not fit one another; nothing is moved then.
+pub fn take_up_statistics(
+    running: RunningStatistics<'_>,
+    batch: &BatchStatistics,
+    momentum: f64,
+) -> Result<()> {
+    const OP: &str = "take_up_statistics";
+    let statistics = [
+        ("running mean", running.mean),
+        ("running variance", running.variance),
+        ("mean of the batch", &batch.mean),
+        ("variance of the batch", &batch.unbiased_variance),
+    ];
+    let dtype = running.mean.dtype();
+    if !matches!(dtype, DType::F32 | DType::F64) {
+        return Err(OpError::dtype(OP, dtype));
+    }
+    for (name, tensor) in statistics {
+        if tensor.dtype() != dtype {
+            return Err(OpError::dtype_mismatch(OP, dtype, tensor.dtype()));
+        }
+        if tensor.rank() != 1 || tensor.shape() != running.mean.shape() {
+            return Err(OpError::Shapes {
+                op: OP,
+                left_name: "running mean",
+                left: running.mean.dims().to_vec(),
+                right_name: name,
+                right: tensor.dims().to_vec(),
+                rule: "(C) each",
+            }
+            .into());
+        }
+    }
+    if running.batches.dtype() != DType::I64 || running.batches.elem_count() != 1 {
+        return Err(OpError::rank(OP, "batches", running.batches, "one i64"));
+    }
+    let channels = count(OP, running.mean.elem_count())?;
+    let held = [statistics[0].1, statistics[1].1, running.batches].map(Held::new);
+    let of_batch = [statistics[2].1, statistics[3].1].map(Held::new);
+    let device = held[0].operand(OP)?.0.device();
+    let stream = device.cuda_stream();
+    let name = format!("take_up_{}", suffix(OP, dtype)?);
+    let mut launch = Launch::new(OP, device, &stream, &SOURCE, &name)?;
+    for held in held.iter().chain(&of_batch) {
+        launch = launch.read(held.operand(OP)?)?;
+    }
+    let launch = launch.double(momentum).number(channels);
+    // SAFETY: the arguments of `take_up`: four of (channels) and one number. As in `sgd_step`, the first three are
+    // written although only read locks are held: the stream orders it, and nobody but the network writes them. One thread
+    // counts the batch even where there is no channel.
+    unsafe { launch.run(channels.max(1)) }
 }
 
 fn of_type(op: &'static str, name: &'static str, tensor: &Tensor, dtype: DType) -> Result<()> {

@@ -36,7 +36,7 @@ use self::backward::Backward;
 use self::forward::Forward;
 use self::pass::{Maps, Numbers};
 pub use self::profile::PROFILE_TARGET;
-use crate::backward::set_aside;
+use crate::backward::aside;
 use crate::batch_norm::{BatchStatistics, Moments};
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 use crate::error::OpError;
@@ -897,10 +897,10 @@ impl CustomOp2 for Token {
         _result: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let of_parameter = lock(&self.gradients)
+        let gradient_of_parameter = lock(&self.gradients)
             .get_mut(self.index)
-            .and_then(Option::take)
-            .and_then(|gradient| set_aside(parameter, gradient));
+            .and_then(Option::take);
+        let of_parameter = aside(parameter, gradient_of_parameter);
         let of_token = token.track_op().then(|| gradient.clone());
         Ok((of_token, of_parameter))
     }
