@@ -94,7 +94,6 @@ fn build(libraries: &Path) -> Result<()> {
         compiler
             .args(["-std=c++20", "-O3", "-march=native", "-ffp-contract=off"])
             .args(["-fPIC", "-shared", "-fvisibility=hidden", "-pthread"])
-            .args(["-Wall", "-Wextra", "-Werror"])
             .arg(format!("-Wl,-soname,{LIBRARY}"))
             .arg("-I")
             .arg(&sources)
