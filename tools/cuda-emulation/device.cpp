@@ -788,6 +788,7 @@ struct Dnn {
 };
 struct TensorDescription {
     int type = -1, sizes[4] = {};
+    bool channels_last = false;
     size_t elements() const { return size_t(sizes[0]) * sizes[1] * sizes[2] * sizes[3]; }
     size_t bytes() const { return elements() * (type == DNN_DOUBLE ? 8 : type == DNN_FLOAT ? 4 : 2); }
 };
@@ -811,6 +812,12 @@ const char *mismatch(const TensorDescription &x, const TensorDescription &w, con
                      const TensorDescription &y) {
     if (x.type != w.type || x.type != y.type) {
         return "tensors of several types";
+    }
+    if (x.channels_last != w.channels_last || x.channels_last != y.channels_last) {
+        return "tensors of several memory formats";
+    }
+    if (x.channels_last && x.type == DNN_DOUBLE) {
+        return "f64 with channels last";
     }
     if (c.mode != 1 || c.compute != (x.type == DNN_DOUBLE ? DNN_DOUBLE : DNN_FLOAT)) {
         return "no cross-correlation in the type of sums";
@@ -870,10 +877,19 @@ template <typename F> void each_run(const Work &work, int image, int out_channel
 
 template <typename T> using Sums = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <typename T> std::vector<Sums<T>> widened(const void *from, size_t n, bool tf32) {
-    std::vector<Sums<T>> to(n);
-    for (size_t i = 0; i < n; i++) {
-        auto value = value_of(static_cast<const T *>(from)[i]);
+// Where the element that is number `i` of the contiguous tensor lies.
+size_t place_of(const TensorDescription &of, size_t i) {
+    if (!of.channels_last) {
+        return i;
+    }
+    size_t channels = of.sizes[1], pixels = size_t(of.sizes[2]) * of.sizes[3];
+    return (i / (channels * pixels) * pixels + i % pixels) * channels + i / pixels % channels;
+}
+
+template <typename T> std::vector<Sums<T>> widened(const void *from, const TensorDescription &of, bool tf32) {
+    std::vector<Sums<T>> to(of.elements());
+    for (size_t i = 0; i < to.size(); i++) {
+        auto value = value_of(static_cast<const T *>(from)[place_of(of, i)]);
         to[i] = tf32 ? to_tf32(value) : value;
     }
     return to;
@@ -927,12 +943,12 @@ void side_by_side(int count, const std::function<void(int)> &f) {
 
 // The pass named, into the tensor that it computes; `finish(channel, sum)` is what follows a forward pass.
 template <typename T, typename F>
-void convolve(Pass pass, const Work &work, void *x, void *w, void *y, F finish) {
+void convolve(Pass pass, const Work &work, void *x, void *w, void *y, bool add, F finish) {
     using S = Sums<T>;
     // cuDNN takes TF32 for f32 unless it is told to multiply as f32 (3).
     bool tf32 = std::is_same_v<T, float> && work.c.math != 3;
     auto factor = [=](void *from, const TensorDescription &of, Pass not_in) {
-        return pass == not_in ? std::vector<S>(of.elements()) : widened<T>(from, of.elements(), tf32);
+        return pass == not_in ? std::vector<S>(of.elements()) : widened<T>(from, of, tf32);
     };
     std::vector<S> a = factor(x, work.x, INPUT_GRADIENT);
     std::vector<S> b = factor(w, work.w, WEIGHT_GRADIENT);
@@ -966,9 +982,12 @@ void convolve(Pass pass, const Work &work, void *x, void *w, void *y, F finish) 
     }
     const auto &result = pass == FORWARD ? c : pass == INPUT_GRADIENT ? a : b;
     auto to = static_cast<T *>(pass == FORWARD ? y : pass == INPUT_GRADIENT ? x : w);
+    const auto &of = pass == FORWARD ? work.y : pass == INPUT_GRADIENT ? work.x : work.w;
     size_t pixels = size_t(work.y.sizes[2]) * work.y.sizes[3], channels = work.y.sizes[1];
     for (size_t i = 0; i < result.size(); i++) {
-        set(to[i], pass == FORWARD ? finish(i / pixels % channels, result[i]) : result[i]);
+        T &at = to[place_of(of, i)];
+        auto value = pass == FORWARD ? finish(i / pixels % channels, result[i]) : result[i];
+        set(at, add ? value_of(at) + value : value);
     }
 }
 
@@ -988,7 +1007,8 @@ int run_convolution(Pass pass, void *handle, const void *one, const void *zero, 
     }
     bool is_double = work.x.type == DNN_DOUBLE;
     auto factor = [&](const void *at) { return is_double ? *static_cast<const double *>(at) : *static_cast<const float *>(at); };
-    if (factor(one) != 1 || factor(zero) != 0) {
+    bool add = factor(zero) == 1;
+    if (factor(one) != 1 || (factor(zero) != 0 && !add) || (add && epilogue.bias)) {
         return refuse(NOT_SUPPORTED, "factors other than 1 and 0");
     }
     size_t needed = workspace_of(algorithm, work.y);
@@ -1010,7 +1030,7 @@ int run_convolution(Pass pass, void *handle, const void *one, const void *zero, 
         auto go = [&](auto element) {
             using T = decltype(element);
             auto bias = static_cast<const T *>(epilogue.bias);
-            convolve<T>(pass, work, const_cast<void *>(x), const_cast<void *>(w), const_cast<void *>(y), [&](size_t channel, auto sum) {
+            convolve<T>(pass, work, const_cast<void *>(x), const_cast<void *>(w), const_cast<void *>(y), add, [&](size_t channel, auto sum) {
                 auto value = bias ? sum + value_of(bias[channel]) : sum;
                 return epilogue.relu && value < 0 ? decltype(value)(0) : value;
             });
@@ -1107,10 +1127,10 @@ API void cudnnGetLastErrorString(char *message, size_t length) {
 API int cudnnCreateTensorDescriptor(void **descriptor) { return *descriptor = new TensorDescription, DNN_SUCCESS; }
 API int cudnnDestroyTensorDescriptor(void *descriptor) { return delete static_cast<TensorDescription *>(descriptor), DNN_SUCCESS; }
 API int cudnnSetTensor4dDescriptor(void *descriptor, int format, int type, int n, int c, int h, int w) {
-    if (format != 0 || n < 1 || c < 1 || h < 1 || w < 1) {
-        return refuse(BAD_PARAM, "a tensor that is empty or not NCHW");
+    if (format < 0 || format > 1 || n < 1 || c < 1 || h < 1 || w < 1) {
+        return refuse(BAD_PARAM, "a tensor that is empty, or neither NCHW nor NHWC");
     }
-    return *static_cast<TensorDescription *>(descriptor) = {type, {n, c, h, w}}, DNN_SUCCESS;
+    return *static_cast<TensorDescription *>(descriptor) = {type, {n, c, h, w}, format == 1}, DNN_SUCCESS;
 }
 API int cudnnCreateFilterDescriptor(void **descriptor) { return cudnnCreateTensorDescriptor(descriptor); }
 API int cudnnDestroyFilterDescriptor(void *descriptor) { return cudnnDestroyTensorDescriptor(descriptor); }

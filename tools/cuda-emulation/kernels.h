@@ -33,6 +33,10 @@ namespace conv2d_source {
 #include "conv2d/kernels.cu"
 #undef KERNELS
 }
+namespace static_graph_source {
+#include "static_graph/cuda/kernels.cu"
+#undef KERNELS
+}
 namespace training_source {
 #include "cuda/training.cu"
 #undef KERNELS
@@ -40,6 +44,7 @@ namespace training_source {
 
 // `ONE(FILE, NAME, SYNC)` of each; SYNC: whether its threads wait for each other.
 #define TWO(FILE, NAME, SYNC) ONE(FILE, NAME##_f32, SYNC), ONE(FILE, NAME##_f64, SYNC)
+#define FLOAT(FILE, NAME, SYNC) ONE(FILE, NAME##_f32, SYNC), ONE(FILE, NAME##_bf16, SYNC)
 #define THREE(FILE, NAME, SYNC) TWO(FILE, NAME, SYNC), ONE(FILE, NAME##_bf16, SYNC)
 #define EACH_KERNEL                                                                                                    \
     THREE(relu, relu, false), THREE(max_pool2d, max_pool2d_forward, false),                                            \
@@ -52,5 +57,13 @@ namespace training_source {
         THREE(cross_entropy, cross_entropy_rows, true), THREE(cross_entropy, cross_entropy_mean, true),                \
         THREE(cross_entropy, cross_entropy_gradient, true), THREE(conv2d, conv2d_bias_activation, false),              \
         THREE(conv2d, conv2d_mask_and_sum, true), THREE(conv2d, conv2d_add_parts, false),                              \
-        THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false),    \
+        FLOAT(static_graph, static_graph_from_planes, false), FLOAT(static_graph, static_graph_to_planes, false),      \
+        FLOAT(static_graph, static_graph_lay_weights, false), FLOAT(static_graph, static_graph_take_weights, false),   \
+        FLOAT(static_graph, static_graph_finish, false), FLOAT(static_graph, static_graph_finish_packs, false),        \
+        FLOAT(static_graph, static_graph_moments, true), FLOAT(static_graph, static_graph_join_moments, false),        \
+        FLOAT(static_graph, static_graph_gradient_sums, true), ONE(static_graph, static_graph_join_sums_f32, false),   \
+        FLOAT(static_graph, static_graph_input_gradient, false),                                                       \
+        FLOAT(static_graph, static_graph_input_gradient_packs, false), FLOAT(static_graph, static_graph_max_pool, false), \
+        FLOAT(static_graph, static_graph_max_pool_gradient, false), FLOAT(static_graph, static_graph_average, false),  \
+        FLOAT(static_graph, static_graph_spread, false), THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false),    \
         TWO(training, take_up, false)

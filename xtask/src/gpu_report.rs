@@ -112,6 +112,7 @@ const ROWS: [Row; 4] = [
 ];
 
 const OURS: &str = "ours";
+const OURS_BY_PLANES: &str = "ours, --no-channels-last";
 const EAGER: &str = "PyTorch, eager";
 /// PyTorch's variants and their flags.
 const VARIANTS: [(&str, &[&str]); 3] = [
@@ -448,6 +449,10 @@ impl Runs<'_> {
             "parity-eager",
             "--device cuda --precision f32 --deterministic --no-cuda-graph",
         )?;
+        let planes = losses(
+            "parity-planes",
+            "--device cuda --precision f32 --deterministic --no-channels-last",
+        )?;
         let default = losses("parity-default", "--device cuda")?;
         let bf16 = losses("parity-bf16", "--device cuda --precision bf16")?;
         // Rounding grows from step to step: at the lesson's rate two instruction sets of a CPU are 1e-1 apart after
@@ -462,6 +467,12 @@ impl Runs<'_> {
                 1e-3,
                 cpu.clone(),
                 f32.clone(),
+            )?,
+            Parity::new(
+                "the same, GPU in f32 with a plane per channel against the CPU",
+                1e-3,
+                cpu.clone(),
+                planes,
             )?,
             Parity::new(
                 "the same, CUDA graph against one operation at a time",
@@ -489,8 +500,10 @@ impl Runs<'_> {
         for number in 0..rounds {
             let mut round = Round::new();
             let idle = gpu_mib()?;
-            let (speed, peak) = with_peak_memory(|| self.our_speed(row, number))?;
-            round.insert(OURS.to_string(), timing(speed, peak, idle));
+            for (name, flags) in [(OURS, &[][..]), (OURS_BY_PLANES, &["--no-channels-last"])] {
+                let (speed, peak) = with_peak_memory(|| self.our_speed(row, number, flags))?;
+                round.insert(name.to_string(), timing(speed, peak, idle));
+            }
             for (name, flags) in VARIANTS.iter().filter(|_| python.is_some()) {
                 let Some(python) = python else { continue };
                 let (speed, peak) = with_peak_memory(|| pytorch_speed(row, python, name, flags))?;
@@ -508,7 +521,7 @@ impl Runs<'_> {
     }
 
     /// Of the second epoch: the first has the warm-up. The rate is small so that no run diverges.
-    fn our_speed(&self, row: &Row, number: u32) -> Result<f64> {
+    fn our_speed(&self, row: &Row, number: u32, flags: &[&str]) -> Result<f64> {
         let (images, tests, batch) = match self.rehearse {
             true => (8, 2, 2),
             false => (row.images, 100, row.batch),
@@ -517,8 +530,9 @@ impl Runs<'_> {
             "--device cuda --dataset shapes --train-limit {images} --test-limit {tests} --epochs 2 \
              --batch-size {batch} --lr 1e-7 --eval-every 0 --checkpoint-every 0"
         ));
-        arguments.extend(row.arguments.iter().map(OsString::from));
-        let run = self.train(row.program, &format!("{}-{number}", row.name), &arguments)?;
+        arguments.extend(row.arguments.iter().chain(flags).map(OsString::from));
+        let name = format!("{}{}-{number}", row.name, flags.concat());
+        let run = self.train(row.program, &name, &arguments)?;
         let path = run.join("metrics.csv");
         let text =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -648,18 +662,21 @@ fn summary(report: &Report) -> String {
             parity.what, parity.largest_relative_difference, parity.bound
         );
     }
-    text += "\n| work | ours, images/s | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
-             | --- | ---: | ---: | ---: | ---: | --- |\n";
+    text += "\n| work | ours, images/s | ÷ ours by planes | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: | --- |\n";
     for row in &ROWS {
         let Some(rounds) = report
             .rows
             .get(row.name)
             .filter(|rounds| !rounds.is_empty())
         else {
-            let _ = writeln!(text, "| {} | not measured | | | | |", row.what);
+            let _ = writeln!(text, "| {} | not measured | | | | | |", row.what);
             continue;
         };
         let ours: Vec<f64> = rounds.iter().map(|r| r[OURS].images_per_second).collect();
+        let planes = ratio(rounds, |round| {
+            Some(round.get(OURS_BY_PLANES)?.images_per_second)
+        });
         let eager = ratio(rounds, |round| Some(round.get(EAGER)?.images_per_second));
         let fastest = ratio(rounds, |round| {
             others(round).map(|t| t.images_per_second).reduce(f64::max)
@@ -675,9 +692,10 @@ fn summary(report: &Report) -> String {
         let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
         let _ = writeln!(
             text,
-            "| {} | {:.0} | {} | {} | {} | {} |",
+            "| {} | {:.0} | {} | {} | {} | {} | {} |",
             row.what,
             median(&ours),
+            show(planes),
             show(eager),
             show(fastest),
             memory.unwrap_or_default(),
@@ -706,7 +724,7 @@ fn summary(report: &Report) -> String {
 fn others(round: &Round) -> impl Iterator<Item = &Timing> {
     round
         .iter()
-        .filter(|(name, _)| *name != OURS)
+        .filter(|(name, _)| ![OURS, OURS_BY_PLANES].contains(&name.as_str()))
         .map(|(_, timing)| timing)
 }
 
@@ -796,16 +814,19 @@ mod tests {
         let rounds = vec![
             round(&[
                 (OURS, 400.0, 500),
+                (OURS_BY_PLANES, 500.0, 400),
                 (EAGER, 100.0, 1000),
                 (compiled, 300.0, 2000),
             ]),
             round(&[
                 (OURS, 100.0, 500),
+                (OURS_BY_PLANES, 50.0, 400),
                 (EAGER, 100.0, 1000),
                 (compiled, 300.0, 2000),
             ]),
             round(&[
                 (OURS, 350.0, 500),
+                (OURS_BY_PLANES, 250.0, 400),
                 (EAGER, 100.0, 1000),
                 (compiled, 400.0, 2000),
             ]),
@@ -815,7 +836,7 @@ mod tests {
             ..Report::default()
         };
         let text = summary(&report);
-        let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
+        let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 1.40 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
                     3 × eager: reached, 1 × the fastest: missed |";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("32×32, batch 32 | not measured"), "{text}");

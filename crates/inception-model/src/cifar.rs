@@ -95,7 +95,7 @@ impl CifarGoogLeNet {
     /// # Errors
     /// Images of another rank or number of channels, or too small for the pools.
     pub fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
-        if !images.device().is_cpu() {
+        if !StaticGraph::takes(images) {
             return self.forward_observed(images, mode, |_, _| Ok(()));
         }
         let features = self.features_by_graph(images, |var| var.as_tensor().clone())?;
@@ -108,7 +108,7 @@ impl CifarGoogLeNet {
     /// # Errors
     /// As [`Self::forward`].
     pub fn infer(&self, images: &Tensor) -> Result<Tensor> {
-        if !images.device().is_cpu() {
+        if !StaticGraph::takes(images) {
             return Ok(self.forward(images, Mode::Eval)?.detach());
         }
         let features = self.features_by_graph(images, Var::as_detached_tensor)?;

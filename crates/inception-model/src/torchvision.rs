@@ -373,7 +373,7 @@ impl GoogLeNet {
     }
 
     fn runs_as_graph(&self, images: &Tensor) -> bool {
-        images.device().is_cpu() && !images.track_op()
+        StaticGraph::takes(images) && !images.track_op()
     }
 
     /// What a batch norm does: a frozen one may stay as in evaluation.

@@ -115,6 +115,10 @@ pub struct ComputeArguments {
     /// the whole step
     #[arg(long)]
     pub no_cuda_graph: bool,
+    /// Keep a plane per channel on a GPU and run one operation after the other, instead of the network as a whole with the
+    /// channels of each pixel side by side
+    #[arg(long)]
+    pub no_channels_last: bool,
 }
 
 /// How many processes train together. Neither is needed where the environment says so, as under

@@ -73,7 +73,7 @@ pub enum Precision {
 
 impl Precision {
     /// The settings of CUDA's convolutions and matrix products.
-    fn settings(self, deterministic: bool) -> Settings {
+    fn settings(self, deterministic: bool, channels_last: bool) -> Settings {
         let (convolution, matmul) = match self {
             Self::F32 => (F32Math::Full, F32Math::Full),
             Self::Tf32Convolutions | Self::Bf16 => (F32Math::Tf32, F32Math::Full),
@@ -83,6 +83,7 @@ impl Precision {
             convolution,
             matmul,
             deterministic,
+            channels_last,
             ..Settings::default()
         }
     }
@@ -112,6 +113,9 @@ pub struct ComputeConfig {
     /// Whether the GPU's training step is replayed as a CUDA graph.
     #[serde(default)]
     pub cuda_graph: bool,
+    /// Whether the GPU runs networks as a whole, channels last; in runs from before there was a choice it does not.
+    #[serde(default)]
+    pub channels_last: bool,
     /// Processes that train together. `device` is that of the first; the others on its machine take
     /// the GPUs that follow.
     #[serde(default = "one", skip_serializing_if = "is_one")]
@@ -190,6 +194,7 @@ impl ComputeArguments {
             precision,
             deterministic: self.deterministic,
             cuda_graph: matches!(device, DeviceChoice::Cuda(_)) && !self.no_cuda_graph,
+            channels_last: matches!(device, DeviceChoice::Cuda(_)) && !self.no_channels_last,
             processes: role.processes(),
         })
     }
@@ -203,7 +208,10 @@ impl ComputeConfig {
     /// environment asks for and the processor lacks.
     pub fn start(&self) -> Result<Device> {
         start_threads(Some(self.threads))?;
-        set_settings(self.precision.settings(self.deterministic));
+        let settings = self
+            .precision
+            .settings(self.deterministic, self.channels_last);
+        set_settings(settings);
         let local_rank = match self.processes {
             1 => 0,
             _ => Role::from_environment()?.local_rank(),
@@ -341,7 +349,7 @@ mod tests {
     #[test]
     fn precisions_mean_what_pytorch_means_by_them() {
         let math = |precision: Precision| {
-            let settings = precision.settings(false);
+            let settings = precision.settings(false, true);
             (settings.convolution, settings.matmul)
         };
         assert_eq!(math(Precision::F32), (F32Math::Full, F32Math::Full));
@@ -349,7 +357,7 @@ mod tests {
         assert_eq!(math(Precision::Tf32Convolutions), pytorch);
         assert_eq!(math(Precision::Tf32), (F32Math::Tf32, F32Math::Tf32));
         assert_eq!(Precision::Bf16.activations(), DType::BF16);
-        assert!(Precision::F32.settings(true).deterministic);
+        assert!(Precision::F32.settings(true, true).deterministic);
     }
 
     #[test]
@@ -357,6 +365,6 @@ mod tests {
         let config: ComputeConfig =
             serde_json::from_str(r#"{"device": "cpu", "threads": 2}"#).unwrap();
         assert_eq!(config.precision, Precision::F32);
-        assert!(!config.deterministic && !config.cuda_graph);
+        assert!(!config.deterministic && !config.cuda_graph && !config.channels_last);
     }
 }

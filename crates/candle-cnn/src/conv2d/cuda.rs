@@ -25,8 +25,10 @@ use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use half::bf16;
 
 use super::cpu::Needs;
-use super::plan::{Candidate, DescriptorNumbers, Pass, PlanKey, by_preference, parts_of};
-use super::{Activation, Conv2d, OP};
+use super::plan::{
+    Candidate, DescriptorNumbers, MemoryFormat, Pass, PlanKey, by_preference, parts_of,
+};
+use super::{Activation, Conv2d, Conv2dGeometry, OP};
 use crate::cuda::cudnn::{
     ActivationDescriptor, ConvolutionDescriptor, Cudnn, FilterDescriptor, TensorDescriptor,
     address, data_type, failed, one_and_zero, with_cudnn,
@@ -122,7 +124,13 @@ fn forward_typed<T: CudaElement>(
             let (weight, _weight) = weight.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);
             let bias = bias.as_ref().map(|bias| bias.device_ptr(&stream));
-            let key = PlanKey::new(*g, op.dtype, Pass::Forward, &settings);
+            let key = PlanKey::new(
+                *g,
+                MemoryFormat::Contiguous,
+                op.dtype,
+                Pass::Forward,
+                &settings,
+            );
             let operands = Operands::new(x, weight, y);
             let plan = Plan::of(cudnn, device.id(), key, operands)?;
             if let Some((bias, _)) = &bias
@@ -131,7 +139,7 @@ fn forward_typed<T: CudaElement>(
             {
                 return Ok(true);
             }
-            plan.run(cudnn, operands)?;
+            plan.run(cudnn, operands, false)?;
             Ok(bias.is_none() && !relu)
         })?;
         (y, complete)
@@ -190,8 +198,8 @@ fn backward_typed<T: CudaElement>(
                 Pass::InputGradient => Operands::new(written, weight, dy),
                 _ => Operands::new(x, written, dy),
             };
-            let key = PlanKey::new(*g, op.dtype, pass, &settings());
-            Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)
+            let key = PlanKey::new(*g, MemoryFormat::Contiguous, op.dtype, pass, &settings());
+            Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands, false)
         })?;
         Ok(written)
     };
@@ -217,6 +225,67 @@ fn backward_typed<T: CudaElement>(
             Shape::from(dy.dim(1)?),
         ),
     ])
+}
+
+/// The addresses of a convolution's input, weight and output, channels last and without gaps, of the sizes of `geometry`.
+/// A pass writes the one that it is named after, or the gradient in its place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChannelsLast {
+    pub(crate) geometry: Conv2dGeometry,
+    pub(crate) dtype: DType,
+    pub(crate) x: CUdeviceptr,
+    pub(crate) weight: CUdeviceptr,
+    pub(crate) y: CUdeviceptr,
+}
+
+/// One pass of a convolution. With `add` the result is added to what is there.
+///
+/// # Safety
+/// The addresses are those of live memory on the device, of the sizes and the type that are told, aligned to 16 bytes, and
+/// used by nothing but the device's one stream.
+pub(crate) unsafe fn channels_last_pass(
+    device: &CudaDevice,
+    pass: Pass,
+    on: ChannelsLast,
+    add: bool,
+) -> Result<()> {
+    let g = &on.geometry;
+    DescriptorNumbers::new(g)?;
+    let key = PlanKey::new(*g, MemoryFormat::ChannelsLast, on.dtype, pass, &settings());
+    let operands = Operands::new(on.x, on.weight, on.y);
+    with_cudnn(device, OP, |cudnn| {
+        let plan = match Plan::known(device.id(), key) {
+            Some(plan) => plan,
+            // To time algorithms overwrites what is there.
+            None if add => {
+                let elements = match pass {
+                    Pass::Forward => g.batch * g.c_out * g.output.0 * g.output.1,
+                    Pass::InputGradient => g.batch * g.c_in * g.input.0 * g.input.1,
+                    Pass::WeightGradient => g.c_out * g.c_in * g.kernel.0 * g.kernel.1,
+                };
+                let bytes = elements * on.dtype.size_in_bytes();
+                cudnn.with_spare(bytes, |cudnn, spare| {
+                    let trial = match pass {
+                        Pass::Forward => Operands {
+                            y: spare,
+                            ..operands
+                        },
+                        Pass::InputGradient => Operands {
+                            x: spare,
+                            ..operands
+                        },
+                        Pass::WeightGradient => Operands {
+                            weight: spare,
+                            ..operands
+                        },
+                    };
+                    Plan::of(cudnn, device.id(), key, trial)
+                })?
+            }
+            None => Plan::of(cudnn, device.id(), key, operands)?,
+        };
+        plan.run(cudnn, operands, add)
+    })
 }
 
 fn view<'a, T: CudaElement>((storage, layout): Operand<'a>) -> Result<CudaView<'a, T>> {
@@ -306,7 +375,16 @@ struct Plan {
     refuses_fused: Cell<bool>,
 }
 
+thread_local! {
+    static PLANS: RefCell<HashMap<(DeviceId, PlanKey), Rc<Plan>>> = RefCell::new(HashMap::new());
+}
+
 impl Plan {
+    /// The plan that this thread has made before.
+    fn known(device: DeviceId, key: PlanKey) -> Option<Rc<Self>> {
+        PLANS.with_borrow(|plans| plans.get(&(device, key)).cloned())
+    }
+
     /// The plan of this thread; made now if there is none.
     ///
     /// Making it may run algorithms on `operands`, for their times: the pass is to be run after that.
@@ -316,10 +394,7 @@ impl Plan {
         key: PlanKey,
         operands: Operands,
     ) -> Result<Rc<Self>> {
-        thread_local! {
-            static PLANS: RefCell<HashMap<(DeviceId, PlanKey), Rc<Plan>>> = RefCell::new(HashMap::new());
-        }
-        if let Some(plan) = PLANS.with_borrow(|plans| plans.get(&(device, key)).cloned()) {
+        if let Some(plan) = Self::known(device, key) {
             return Ok(plan);
         }
         let plan = Rc::new(Self::new(cudnn, key, operands)?);
@@ -335,11 +410,15 @@ impl Plan {
             _ => sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
         };
         let describe = |error: CudnnError| failed(OP, "a descriptor", error.0, &key);
+        let format = match key.format {
+            MemoryFormat::Contiguous => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW,
+            MemoryFormat::ChannelsLast => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC,
+        };
         let plan = Self {
             key,
-            x: TensorDescriptor::nchw(kind, numbers.x).map_err(describe)?,
-            weight: FilterDescriptor::kcrs(kind, numbers.weight).map_err(describe)?,
-            y: TensorDescriptor::nchw(kind, numbers.y).map_err(describe)?,
+            x: TensorDescriptor::new(format, kind, numbers.x).map_err(describe)?,
+            weight: FilterDescriptor::new(format, kind, numbers.weight).map_err(describe)?,
+            y: TensorDescriptor::new(format, kind, numbers.y).map_err(describe)?,
             convolution: ConvolutionDescriptor::new(
                 numbers.padding,
                 numbers.stride,
@@ -348,7 +427,7 @@ impl Plan {
                 math_type(&key),
             )
             .map_err(describe)?,
-            bias: TensorDescriptor::nchw(kind, [1, numbers.y[1], 1, 1]).map_err(describe)?,
+            bias: TensorDescriptor::new(format, kind, [1, numbers.y[1], 1, 1]).map_err(describe)?,
             relu: ActivationDescriptor::new(sys::cudnnActivationMode_t::CUDNN_ACTIVATION_RELU)
                 .map_err(describe)?,
             identity: ActivationDescriptor::new(
@@ -411,9 +490,10 @@ impl Plan {
             .collect()
     }
 
-    /// The computation itself.
-    fn run(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<()> {
+    /// The computation itself, of which the result takes the place of what was there, or is added to it.
+    fn run(&self, cudnn: &mut Cudnn, operands: Operands, add: bool) -> Result<()> {
         let (one, zero) = one_and_zero(self.key.dtype);
+        let old = if add { one } else { zero };
         let Operands { x, weight, y } = operands;
         loop {
             let Some(&(choice, bytes)) = self.choices.borrow().last() else {
@@ -442,7 +522,7 @@ impl Plan {
                                 algorithm,
                                 memory,
                                 length,
-                                zero,
+                                old,
                                 self.y.raw(),
                                 y,
                             ),
@@ -460,7 +540,7 @@ impl Plan {
                                 algorithm,
                                 memory,
                                 length,
-                                zero,
+                                old,
                                 self.x.raw(),
                                 x,
                             ),
@@ -478,7 +558,7 @@ impl Plan {
                                 algorithm,
                                 memory,
                                 length,
-                                zero,
+                                old,
                                 self.weight.raw(),
                                 weight,
                             ),

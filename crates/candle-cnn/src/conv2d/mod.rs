@@ -17,7 +17,9 @@ use candle_core::{
 };
 
 #[cfg(feature = "cuda")]
-pub(crate) use plan::parts_of;
+pub(crate) use cuda::{ChannelsLast, channels_last_pass};
+#[cfg(feature = "cuda")]
+pub(crate) use plan::{Pass, parts_of};
 
 use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};

@@ -12,16 +12,26 @@ use crate::error::OpError;
 
 /// The three computations of a convolution. Each has algorithms of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Pass {
+pub(crate) enum Pass {
     Forward,
     InputGradient,
     WeightGradient,
+}
+
+/// How the tensors of a convolution lie in memory, weights like the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum MemoryFormat {
+    /// (N, C, H, W): a plane per channel.
+    Contiguous,
+    /// (N, H, W, C): the channels of a pixel side by side. What tensor cores want; cuDNN lays other tensors out anew.
+    ChannelsLast,
 }
 
 /// All that the choice of an algorithm depends on, besides the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct PlanKey {
     pub(super) geometry: Conv2dGeometry,
+    pub(super) format: MemoryFormat,
     pub(super) dtype: DType,
     pub(super) pass: Pass,
     /// The arithmetic of f32; `Full` for other types, which have no choice.
@@ -36,12 +46,14 @@ pub(super) struct PlanKey {
 impl PlanKey {
     pub(super) fn new(
         geometry: Conv2dGeometry,
+        format: MemoryFormat,
         dtype: DType,
         pass: Pass,
         settings: &Settings,
     ) -> Self {
         Self {
             geometry,
+            format,
             dtype,
             pass,
             math: match dtype {
@@ -78,9 +90,12 @@ impl fmt::Display for PlanKey {
             [g.batch, g.c_out, g.output.0, g.output.1],
             self.dtype,
         )?;
-        match (self.dtype, self.math) {
-            (DType::F32, F32Math::Tf32) => write!(f, " with TF32 allowed"),
-            _ => Ok(()),
+        if (self.dtype, self.math) == (DType::F32, F32Math::Tf32) {
+            write!(f, " with TF32 allowed")?;
+        }
+        match self.format {
+            MemoryFormat::Contiguous => Ok(()),
+            MemoryFormat::ChannelsLast => write!(f, ", channels last"),
         }
     }
 }
@@ -204,7 +219,13 @@ mod tests {
     }
 
     fn key(settings: Settings) -> PlanKey {
-        PlanKey::new(geometry(), DType::F32, Pass::Forward, &settings)
+        PlanKey::new(
+            geometry(),
+            MemoryFormat::Contiguous,
+            DType::F32,
+            Pass::Forward,
+            &settings,
+        )
     }
 
     #[test]
@@ -233,11 +254,48 @@ mod tests {
                 workspace_limit: 1,
                 ..default
             }),
-            PlanKey::new(geometry(), DType::F32, Pass::WeightGradient, &default),
-            PlanKey::new(geometry(), DType::F32, Pass::InputGradient, &default),
-            PlanKey::new(geometry(), DType::BF16, Pass::Forward, &default),
-            PlanKey::new(geometry(), DType::F64, Pass::Forward, &default),
-            PlanKey::new(wider, DType::F32, Pass::Forward, &default),
+            PlanKey::new(
+                geometry(),
+                MemoryFormat::Contiguous,
+                DType::F32,
+                Pass::WeightGradient,
+                &default,
+            ),
+            PlanKey::new(
+                geometry(),
+                MemoryFormat::Contiguous,
+                DType::F32,
+                Pass::InputGradient,
+                &default,
+            ),
+            PlanKey::new(
+                geometry(),
+                MemoryFormat::Contiguous,
+                DType::BF16,
+                Pass::Forward,
+                &default,
+            ),
+            PlanKey::new(
+                geometry(),
+                MemoryFormat::Contiguous,
+                DType::F64,
+                Pass::Forward,
+                &default,
+            ),
+            PlanKey::new(
+                wider,
+                MemoryFormat::Contiguous,
+                DType::F32,
+                Pass::Forward,
+                &default,
+            ),
+            PlanKey::new(
+                geometry(),
+                MemoryFormat::ChannelsLast,
+                DType::F32,
+                Pass::Forward,
+                &default,
+            ),
         ];
         let distinct: HashSet<_> = keys.into_iter().collect();
         assert_eq!(distinct.len(), keys.len());
@@ -251,7 +309,13 @@ mod tests {
                 convolution,
                 ..default
             };
-            PlanKey::new(geometry(), DType::F64, Pass::Forward, &settings)
+            PlanKey::new(
+                geometry(),
+                MemoryFormat::Contiguous,
+                DType::F64,
+                Pass::Forward,
+                &settings,
+            )
         };
         assert_eq!(tf32_of_f64(F32Math::Tf32), tf32_of_f64(F32Math::Full));
         let matmul = Settings {

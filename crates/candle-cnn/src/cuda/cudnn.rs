@@ -110,6 +110,19 @@ impl Cudnn {
         result
     }
 
+    /// Calls `f` with the address of `bytes` of device memory that hold anything.
+    pub(crate) fn with_spare<R>(
+        &mut self,
+        bytes: usize,
+        f: impl FnOnce(&mut Self, *mut c_void) -> Result<R>,
+    ) -> Result<R> {
+        // SAFETY: the caller expects nothing of its contents.
+        let mut buffer = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.w()?;
+        let stream = Arc::clone(&self.stream);
+        let (pointer, _recorded) = buffer.device_ptr_mut(&stream);
+        f(self, address(pointer))
+    }
+
     /// As [`Self::with_workspace`], with memory that goes back right after, in the order of the stream.
     pub(crate) fn with_temporary<R>(
         &self,
@@ -203,11 +216,11 @@ macro_rules! descriptor {
 }
 
 descriptor!(
-    /// Shape and type of (N, C, H, W), contiguous.
+    /// Shape, type and memory format of (N, C, H, W), without gaps.
     TensorDescriptor: cudnnTensorDescriptor_t, cudnnCreateTensorDescriptor, cudnnDestroyTensorDescriptor
 );
 descriptor!(
-    /// Shape and type of weights (C_out, C_in, R, S), contiguous.
+    /// Shape, type and memory format of weights (C_out, C_in, R, S), without gaps.
     FilterDescriptor: cudnnFilterDescriptor_t, cudnnCreateFilterDescriptor, cudnnDestroyFilterDescriptor
 );
 descriptor!(
@@ -222,9 +235,12 @@ descriptor!(
 type Described<T> = std::result::Result<T, result::CudnnError>;
 
 impl TensorDescriptor {
-    pub(crate) fn nchw(kind: sys::cudnnDataType_t, sizes: [c_int; 4]) -> Described<Self> {
+    pub(crate) fn new(
+        format: sys::cudnnTensorFormat_t,
+        kind: sys::cudnnDataType_t,
+        sizes: [c_int; 4],
+    ) -> Described<Self> {
         let new = Self::create()?;
-        let format = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW;
         // SAFETY: the descriptor exists.
         unsafe { result::set_tensor4d_descriptor(new.0, format, kind, sizes) }?;
         Ok(new)
@@ -232,9 +248,12 @@ impl TensorDescriptor {
 }
 
 impl FilterDescriptor {
-    pub(crate) fn kcrs(kind: sys::cudnnDataType_t, sizes: [c_int; 4]) -> Described<Self> {
+    pub(crate) fn new(
+        format: sys::cudnnTensorFormat_t,
+        kind: sys::cudnnDataType_t,
+        sizes: [c_int; 4],
+    ) -> Described<Self> {
         let new = Self::create()?;
-        let format = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW;
         // SAFETY: the descriptor exists.
         unsafe { result::set_filter4d_descriptor(new.0, kind, format, sizes) }?;
         Ok(new)

@@ -104,6 +104,7 @@ pub(crate) fn alloc(
             DType::F64 => CudaStorageSlice::F64(device.alloc::<f64>(elements)?),
             DType::BF16 => CudaStorageSlice::BF16(device.alloc::<bf16>(elements)?),
             DType::U32 => CudaStorageSlice::U32(device.alloc::<u32>(elements)?),
+            DType::U8 => CudaStorageSlice::U8(device.alloc::<u8>(elements)?),
             other => return Err(OpError::dtype(op, other)),
         }
     };
@@ -262,4 +263,14 @@ pub(crate) fn address<'a>(
         let (pointer, held) = slice.device_ptr(stream);
         Ok((pointer + bytes, held))
     })
+}
+
+/// The address of a storage's first element, for a table of pointers. What is launched with it must come before the storage is
+/// freed, in the device's one stream.
+pub(crate) fn start(
+    op: &'static str,
+    storage: &CudaStorage,
+    stream: &CudaStream,
+) -> Result<CUdeviceptr> {
+    typed!(op, &storage.slice, slice => Ok(slice.device_ptr(stream).0))
 }

@@ -37,6 +37,9 @@ pub struct Settings {
     pub benchmark: bool,
     /// Let cuDNN add the bias and take the ReLU inside the convolution, where its algorithm can.
     pub fused_epilogue: bool,
+    /// Run a [`crate::StaticGraph`] on CUDA, whose maps lie channels last (`torch.channels_last`). Where this is off, networks that
+    /// have one run operation by operation, over planes.
+    pub channels_last: bool,
     /// Most bytes of device memory that an algorithm may ask for to work in. Each thread keeps one buffer
     /// per device, of the size its algorithms have asked for. Where no algorithm stays below, the most modest one is taken.
     pub workspace_limit: usize,
@@ -50,6 +53,7 @@ impl Default for Settings {
             deterministic: false,
             benchmark: true,
             fused_epilogue: true,
+            channels_last: true,
             workspace_limit: 1 << 30,
         }
     }

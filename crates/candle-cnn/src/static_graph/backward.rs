@@ -32,21 +32,10 @@ impl<'a, T: Element> Backward<'a, T> {
         needs_input: bool,
         trainable: &'a [bool],
     ) -> Self {
-        let mut needed = vec![false; graph.nodes.len()];
-        needed[0] = needs_input;
-        let mut parameters = trainable.iter();
-        for operation in &graph.operations {
-            let is_trainable = match operation {
-                Operation::Convolution(_) => parameters.next().copied().unwrap_or(false),
-                Operation::MaxPool(_) => false,
-            };
-            let output = graph.place(operation.output()).0;
-            needed[output] |= is_trainable || needed[operation.input()];
-        }
         Self {
             forward: Forward::new(graph, isa, batch),
             trainable,
-            needed,
+            needed: graph.needed(needs_input, trainable),
         }
     }
 

@@ -11,6 +11,8 @@
 
 mod arena;
 mod backward;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod forward;
 mod gather;
 mod norm;
@@ -19,6 +21,8 @@ mod packed;
 mod pass;
 mod pool;
 mod profile;
+#[cfg(any(feature = "cuda", test))]
+mod stages;
 #[cfg(test)]
 mod tests;
 mod way;
@@ -28,7 +32,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use candle_core::{
-    CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, WithDType,
+    CpuStorage, CustomOp2, D, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType,
 };
 
 use self::arena::Arenas;
@@ -420,7 +424,7 @@ pub struct GraphOutput {
 }
 
 /// A network of convolutions with ReLU, max-poolings and concatenations that
-/// ends in a global average pool, run as one operation on the CPU.
+/// ends in a global average pool, run as one operation, on the CPU or on CUDA.
 ///
 /// ```
 /// use candle_cnn::{ConvParameters, MaxPool2dConfig, StaticGraphBuilder};
@@ -524,14 +528,15 @@ impl StaticGraph {
     /// (N, C, H, W) → (N, C'), with the `parameters` of each convolution in the
     /// order in which they were described.
     ///
-    /// f32 and f64. A gradient that nobody needs is not computed: neither those
+    /// f32 and f64; on CUDA images of f32 or bf16, and parameters and features of f32 beside either. A gradient that nobody needs is not computed: neither those
     /// of the images and of frozen parameters nor any before the first
     /// trainable one. Where nobody needs any, no map outlives its last reader.
     ///
     /// # Errors
     /// Another number of parameters or other shapes than described, and what
     /// [`crate::conv2d`] and [`crate::batch_norm_train`] refuse. A gradient of
-    /// images that a convolution reads with a stride above 1.
+    /// images that a convolution reads with a stride above 1. On CUDA no images at all, a pool whose window has more than
+    /// 256 pixels, and a backward pass that is not [`crate::backward`] where variables need a gradient.
     pub fn forward(
         &self,
         images: &Tensor,
@@ -554,6 +559,10 @@ impl StaticGraph {
         let batch = images.dims()[0];
         for (c, parameters) in convolutions.iter().zip(parameters) {
             inner.check_parameters(c, parameters, batch)?;
+        }
+        #[cfg(feature = "cuda")]
+        if images.device().is_cuda() {
+            return cuda::forward(self, images, parameters);
         }
         let all: Vec<&Tensor> = std::iter::once(images)
             .chain(parameters.iter().flat_map(ConvParameters::tensors))
@@ -606,6 +615,19 @@ impl StaticGraph {
             features,
             statistics: inner.statistics(&moments, batch, &images)?,
         })
+    }
+
+    /// Whether a graph takes images of this device and type. One on CUDA does so unless
+    /// [`crate::cuda::Settings::channels_last`] is off.
+    pub fn takes(images: &Tensor) -> bool {
+        match images.device() {
+            Device::Cpu => matches!(images.dtype(), DType::F32 | DType::F64),
+            Device::Cuda(_) => {
+                let is_taken = matches!(images.dtype(), DType::F32 | DType::BF16);
+                is_taken && crate::cuda::settings().channels_last
+            }
+            Device::Metal(_) => false,
+        }
     }
 
     /// The forward pass where nobody needs a gradient: parameters are read where they are.
@@ -705,6 +727,22 @@ impl<'a> ConvParameters<'a> {
 }
 
 impl Inner {
+    /// Whether the gradient of each node's buffer is needed.
+    fn needed(&self, needs_input: bool, trainable: &[bool]) -> Vec<bool> {
+        let mut needed = vec![false; self.nodes.len()];
+        needed[0] = needs_input;
+        let mut parameters = trainable.iter();
+        for operation in &self.operations {
+            let is_trainable = match operation {
+                Operation::Convolution(_) => parameters.next().copied().unwrap_or(false),
+                Operation::MaxPool(_) => false,
+            };
+            let output = self.place(operation.output()).0;
+            needed[output] |= is_trainable || needed[operation.input()];
+        }
+        needed
+    }
+
     /// The map that an operation reads, or the pooling that is part of it.
     fn source(&self, index: usize) -> usize {
         self.operations[self.pooled[index].unwrap_or(index)].input()
@@ -888,6 +926,18 @@ impl CustomOp2 for Token {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         Ok((token.clone(), Shape::from(1)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        token: &candle_core::CudaStorage,
+        layout: &Layout,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        Ok((token.try_clone(layout)?, Shape::from(1)))
     }
 
     fn bwd(

@@ -14,17 +14,17 @@ use crate::{
 
 /// A graph with everything in it: two Inception blocks with a pool between,
 /// kernels 1, 2, 3 and 5, unpadded and padded, widths that fill no vector.
-struct Example {
-    graph: StaticGraph,
+pub(super) struct Example {
+    pub(super) graph: StaticGraph,
     stem: Stem,
-    images: Tensor,
+    pub(super) images: Tensor,
     /// Of each convolution: weight and bias, or weight, norm weight and norm bias.
-    parameters: Vec<Vec<Var>>,
+    pub(super) parameters: Vec<Vec<Var>>,
 }
 
 /// The first convolution, and what all of them have behind them.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Stem {
+pub(super) enum Stem {
     /// 2×2, unpadded; biases.
     Bias,
     /// The same; batch norms.
@@ -43,9 +43,9 @@ impl Stem {
     }
 }
 
-const EPS: f64 = 1e-3;
+pub(super) const EPS: f64 = 1e-3;
 
-fn tensor<T: Element>(name: &str, shape: &[usize], scale: f64) -> Tensor {
+pub(super) fn tensor<T: Element>(name: &str, shape: &[usize], scale: f64) -> Tensor {
     let values = seeded_values(name, shape.iter().product(), scale);
     let values: Vec<T> = values.into_iter().map(|v| T::real(f64::from(v))).collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
@@ -53,7 +53,12 @@ fn tensor<T: Element>(name: &str, shape: &[usize], scale: f64) -> Tensor {
 
 const BLOCK_POOL: fn() -> MaxPool2dConfig = || MaxPool2dConfig::square(3, 1, 1);
 
-fn example<T: Element>(stem: Stem, batch: usize, size: (usize, usize), ceil_mode: bool) -> Example {
+pub(super) fn example<T: Element>(
+    stem: Stem,
+    batch: usize,
+    size: (usize, usize),
+    ceil_mode: bool,
+) -> Example {
     let mut shapes = Vec::new();
     let mut builder = StaticGraphBuilder::new(3, size);
     let mut conv = |b: &mut StaticGraphBuilder, x: Node, c_in, c_out, kernel, padding| {
@@ -115,7 +120,7 @@ fn halving(ceil_mode: bool) -> MaxPool2dConfig {
 }
 
 /// The same network from ordinary operations.
-fn composed(
+pub(super) fn composed(
     stem: Stem,
     images: &Tensor,
     parameters: &[ConvParameters<'_>],
@@ -167,7 +172,7 @@ fn composed(
     global_avg_pool2d(&x)
 }
 
-fn parameters(of: &[Vec<Var>]) -> Vec<ConvParameters<'_>> {
+pub(super) fn parameters(of: &[Vec<Var>]) -> Vec<ConvParameters<'_>> {
     of.iter()
         .map(|parameters| match parameters.as_slice() {
             [weight, bias] => ConvParameters::Bias { weight, bias },
@@ -182,11 +187,11 @@ fn parameters(of: &[Vec<Var>]) -> Vec<ConvParameters<'_>> {
 }
 
 impl Example {
-    fn parameters(&self) -> Vec<ConvParameters<'_>> {
+    pub(super) fn parameters(&self) -> Vec<ConvParameters<'_>> {
         parameters(&self.parameters)
     }
 
-    fn has_image_gradient(&self) -> bool {
+    pub(super) fn has_image_gradient(&self) -> bool {
         self.stem != Stem::StridedNorm
     }
 
@@ -309,7 +314,7 @@ fn both_passes_equal_those_of_ordinary_operations_where_winograd_pays() {
 }
 
 /// Statistics as after some training: means around 0, variances around 1.
-fn running<T: Element>(example: &Example) -> Vec<[Tensor; 2]> {
+pub(super) fn running<T: Element>(example: &Example) -> Vec<[Tensor; 2]> {
     let statistics = example.parameters.iter().enumerate().map(|(i, p)| {
         let shape = [p[0].dims()[0]];
         let variance = tensor::<T>(&format!("variance{i}"), &shape, 1.0);

@@ -1,0 +1,777 @@
+//! A graph on CUDA.
+//!
+//! Maps lie channels last, (N, H, W, C), as tensor cores want them; Candle's tensors do not. cuDNN takes the sums of each
+//! convolution into memory of their own, and small kernels of ours do what lies between for a whole [`Stage`] at once: bias or
+//! batch norm and ReLU on the way into the maps, concatenations among them, and the same on the way back. A gradient is added to
+//! another where it is made. Memory is taken and freed in the order of the device's stream, so that a step can be captured.
+
+#![allow(unsafe_code)]
+
+mod launches;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+
+use self::launches::{Kind, Launches, SEGMENTS, Segment, Way, Weight};
+use super::stages::{Member, Stage, Unit, stages};
+use super::{
+    ConvParameters, Gradients, GraphOutput, Inner, MaxPool, OP, Operation, StaticGraph, Token, lock,
+};
+use crate::backward::aside;
+use crate::batch_norm::BatchStatistics;
+use crate::conv2d::{ChannelsLast, Conv2dConfig, Conv2dGeometry, Pass, channels_last_pass};
+use crate::cuda::launch::{Held, Operand, address, tensor};
+use crate::error::OpError;
+
+/// Channels of the images' pixels are made a multiple of so many bytes, which tensor cores want; the network's own widths
+/// are taken as they are.
+const PIXEL: usize = 16;
+
+/// [`StaticGraph::forward`] of images on CUDA, which fit the graph as the parameters do.
+pub(super) fn forward(
+    graph: &StaticGraph,
+    images: &Tensor,
+    parameters: &[ConvParameters<'_>],
+) -> Result<GraphOutput> {
+    let inner = &graph.inner;
+    let dtype = images.dtype();
+    if !matches!(dtype, DType::F32 | DType::BF16) {
+        return Err(OpError::dtype(OP, dtype));
+    }
+    for tensor in parameters.iter().flat_map(ConvParameters::tensors) {
+        if tensor.dtype() != DType::F32 {
+            return Err(OpError::dtype_mismatch(OP, DType::F32, tensor.dtype()));
+        }
+        if !tensor.device().same_device(images.device()) {
+            return Err(OpError::device(OP, tensor));
+        }
+    }
+    for operation in &inner.operations {
+        if let Operation::MaxPool(p) = operation
+            && p.h.kernel * p.w.kernel > 256
+        {
+            let window = (p.h.kernel, p.w.kernel);
+            let expected = "at most 256 pixels on CUDA";
+            return Err(OpError::setting(OP, "kernel_size", window, expected));
+        }
+    }
+    if images.dims()[0] == 0 {
+        let expected = "at least 1 on CUDA";
+        return Err(OpError::setting(OP, "images", 0, expected));
+    }
+    let images = images.contiguous()?;
+    let trainable: Vec<bool> = parameters
+        .iter()
+        .map(|p| p.tensors().iter().any(|tensor| tensor.track_op()))
+        .collect();
+    let statistics = Arc::new(Mutex::new(Vec::new()));
+    let mut op = Run {
+        graph: Arc::clone(inner),
+        dtype,
+        tracks: images.track_op() || trainable.contains(&true),
+        needs_input: images.track_op(),
+        trainable,
+        parameters: Vec::with_capacity(parameters.len()),
+        receivers: Vec::new(),
+        gradients: Arc::default(),
+        statistics: Arc::clone(&statistics),
+        kept: Mutex::new(None),
+    };
+    // An operation of Candle's has few inputs. So variables get their gradients past its graph, and one of them as the second
+    // input is enough for the way back to be taken. What is not a variable hangs on a chain of tokens.
+    let mut second = images.detach();
+    let mut token: Option<Tensor> = None;
+    for (c, parameters) in inner.convolutions().iter().zip(parameters) {
+        let tensors = match op.tracks {
+            true => parameters.folded(c.eps.unwrap_or(0.0))?,
+            false => parameters.tensors().into_iter().cloned().collect(),
+        };
+        for tensor in &tensors {
+            let receiver = if !tensor.track_op() {
+                Receiver::Nobody
+            } else if tensor.is_variable() {
+                second = tensor.clone();
+                Receiver::Variable(tensor.clone())
+            } else {
+                let before = match token.take() {
+                    Some(token) => token,
+                    None => Tensor::zeros(1, DType::F32, images.device())?,
+                };
+                let gradients = Arc::clone(&op.gradients);
+                let index = op.receivers.len();
+                token = Some(before.apply_op2(tensor, Token { gradients, index })?);
+                Receiver::Token
+            };
+            op.receivers.push(receiver);
+        }
+        let contiguous = tensors.iter().map(|t| t.detach().contiguous());
+        op.parameters.push(contiguous.collect::<Result<_>>()?);
+    }
+    let features = images.apply_op2(&token.unwrap_or(second), op)?;
+    let statistics = std::mem::take(&mut *lock(&statistics));
+    Ok(GraphOutput {
+        features,
+        statistics: statistics.into_iter().flatten().collect(),
+    })
+}
+
+/// One pass through the graph as a node of Candle's.
+struct Run {
+    graph: Arc<Inner>,
+    dtype: DType,
+    /// Whether somebody needs a gradient.
+    tracks: bool,
+    needs_input: bool,
+    /// Whether each convolution's parameters need their gradient.
+    trainable: Vec<bool>,
+    /// Of each convolution, contiguous; running statistics are a part of weight and bias where somebody needs a gradient.
+    parameters: Vec<Vec<Tensor>>,
+    /// Of each parameter, in order.
+    receivers: Vec<Receiver>,
+    /// Where the backward pass leaves gradients for the tokens.
+    gradients: Gradients,
+    /// Where the forward pass leaves them, of each convolution.
+    statistics: Arc<Mutex<Vec<Option<BatchStatistics>>>>,
+    /// The maps of the forward pass, where somebody needs a gradient.
+    kept: Mutex<Option<Kept>>,
+}
+
+/// Who gets the gradient of a parameter.
+enum Receiver {
+    Nobody,
+    Variable(Tensor),
+    Token,
+}
+
+impl CustomOp2 for Run {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let device = "Cpu".to_owned();
+        Err(OpError::Device { op: OP, device }.into())
+    }
+
+    fn cuda_fwd(
+        &self,
+        images: &CudaStorage,
+        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let batch = layout.dims()[0];
+        let channels = self.graph.nodes[self.graph.output].channels;
+        let pass = GraphPass::new(self, images.device(), batch);
+        let output = pass.forward((images, layout))?;
+        *lock(&self.statistics) = output.statistics;
+        *lock(&self.kept) = output.kept;
+        Ok((output.features, Shape::from((batch, channels))))
+    }
+
+    fn bwd(
+        &self,
+        images: &Tensor,
+        second: &Tensor,
+        _features: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Some(kept) = lock(&self.kept).take() else {
+            let expected = "one backward pass for each forward pass";
+            return Err(OpError::setting(OP, "backward", "a second one", expected));
+        };
+        let gradient = gradient.contiguous()?;
+        let held = Held::new(&gradient);
+        let d_features = held.operand(OP)?;
+        let pass = GraphPass::new(self, d_features.0.device(), images.dims()[0]);
+        let (d_images, d_parameters) = pass.backward(kept, d_features)?;
+        let mut for_tokens = Vec::with_capacity(d_parameters.len());
+        for (receiver, gradient) in self.receivers.iter().zip(d_parameters) {
+            for_tokens.push(match receiver {
+                Receiver::Nobody => None,
+                Receiver::Token => gradient,
+                Receiver::Variable(variable) => {
+                    if aside(variable, gradient).is_some() {
+                        let expected = "candle_cnn::backward(&loss), through which a graph on CUDA hands \
+                                        gradients of variables over";
+                        return Err(OpError::setting(OP, "backward", "loss.backward()", expected));
+                    }
+                    None
+                }
+            });
+        }
+        *lock(&self.gradients) = for_tokens;
+        // A variable has got its gradient; the end of a chain of tokens passes the word on.
+        let d_second = (second.track_op() && !second.is_variable())
+            .then(|| second.zeros_like())
+            .transpose()?;
+        Ok((d_images, d_second))
+    }
+}
+
+/// What the backward pass needs of the forward pass.
+struct Kept {
+    /// The map of each node that has one of its own.
+    nodes: Vec<Option<CudaStorage>>,
+    /// Of each stage and unit: the sums that a batch norm normalises.
+    raws: Vec<Vec<Option<CudaStorage>>>,
+    /// Of each stage and chunk: mean, 1/σ and unbiased variance, (3, channels).
+    statistics: Vec<Vec<Option<Tensor>>>,
+    /// Of each pooling, by its operation.
+    winners: Vec<Option<CudaStorage>>,
+    weights: CudaStorage,
+}
+
+struct Output {
+    features: CudaStorage,
+    statistics: Vec<Option<BatchStatistics>>,
+    kept: Option<Kept>,
+}
+
+/// Members of a stage's units that one launch does the like work for, by their numbers there.
+struct Chunk {
+    members: Vec<(usize, usize)>,
+    rows: usize,
+    kind: Kind,
+}
+
+/// A pass through a graph.
+struct GraphPass<'a> {
+    run: &'a Run,
+    graph: &'a Inner,
+    launches: Launches,
+    stages: Vec<Stage>,
+    /// Elements that the weights of all units take.
+    weights: usize,
+    batch: usize,
+}
+
+impl<'a> GraphPass<'a> {
+    fn new(run: &'a Run, device: &CudaDevice, batch: usize) -> Self {
+        let graph = &*run.graph;
+        let width = |node: usize| width(graph, run.dtype, node);
+        let (stages, weights) = stages(graph, &run.trainable, width);
+        Self {
+            run,
+            graph,
+            launches: Launches::new(device, run.dtype),
+            stages,
+            weights,
+            batch,
+        }
+    }
+
+    fn forward(&self, images: Operand) -> Result<Output> {
+        let graph = self.graph;
+        let keep = self.run.tracks;
+        let weights = self.lay_weights()?;
+        let mut nodes: Vec<Option<CudaStorage>> = graph.nodes.iter().map(|_| None).collect();
+        let mut winners: Vec<Option<CudaStorage>> = graph.operations.iter().map(|_| None).collect();
+        let input = &graph.nodes[0];
+        let planes = (self.batch, input.channels, input.size.0 * input.size.1);
+        nodes[0] = Some(self.launches.pixels_of(images, planes, self.width(0))?);
+        let mut all_raws = Vec::with_capacity(self.stages.len());
+        let mut all_statistics = Vec::with_capacity(self.stages.len());
+        let mut of_convolutions = vec![None; self.run.parameters.len()];
+        for (index, stage) in self.stages.iter().enumerate() {
+            let mut raws = Vec::with_capacity(stage.units.len());
+            for unit in &stage.units {
+                let raw = self.room(self.rows(unit) * unit.c_out)?;
+                let x = map_of(&nodes, unit.shape().input)?;
+                self.convolve(Pass::Forward, unit, [x, &weights, &raw], false)?;
+                raws.push(Some(raw));
+                for member in &unit.members {
+                    let buffer = graph.place(member.convolution.output).0;
+                    if nodes[buffer].is_none() {
+                        nodes[buffer] = Some(self.room(self.elements(buffer))?);
+                    }
+                }
+            }
+            let mut statistics = Vec::new();
+            for chunk in self.chunks(stage) {
+                let mut segments = self.segments(stage, &chunk, &raws, &nodes, None)?;
+                let moments = match chunk.kind {
+                    Kind::Batch => {
+                        let moments = self.launches.moments(&segments, chunk.rows)?;
+                        Some(tensor(moments, (3, all_channels(&segments))))
+                    }
+                    _ => None,
+                };
+                if let Some(moments) = &moments {
+                    self.point_to(moments, &mut segments)?;
+                    for (segment, &(u, m)) in segments.iter().zip(&chunk.members) {
+                        let number = stage.units[u].members[m].number;
+                        of_convolutions[number] = Some(statistics_of(moments, segment)?);
+                    }
+                }
+                self.launches.finish(&segments, chunk.rows)?;
+                statistics.push(moments);
+            }
+            for &operation in &stage.pools {
+                let p = self.pool(operation)?;
+                let of = (self.batch, graph.nodes[p.input].channels);
+                let x = map_of(&nodes, p.input)?;
+                let (y, won) = self.launches.max_pool(x, (&p.h, &p.w), of, keep)?;
+                nodes[p.output] = Some(y);
+                winners[operation] = won;
+            }
+            if keep {
+                for (raw, unit) in raws.iter_mut().zip(&stage.units) {
+                    // Only batch norms look back at what they normalised.
+                    if unit.members.iter().all(|m| self.kind(m) != Kind::Batch) {
+                        *raw = None;
+                    }
+                }
+                all_raws.push(raws);
+                all_statistics.push(statistics);
+            } else {
+                for (node, map) in nodes.iter_mut().enumerate() {
+                    if node != graph.output && self.last_reader(node) == Some(index) {
+                        *map = None;
+                    }
+                }
+            }
+        }
+        let output = &graph.nodes[graph.output];
+        let pixels = output.size.0 * output.size.1;
+        let sizes = (self.batch, pixels, output.channels);
+        let features = self
+            .launches
+            .average(map_of(&nodes, graph.output)?, sizes)?;
+        Ok(Output {
+            features,
+            statistics: of_convolutions,
+            kept: keep.then_some(Kept {
+                nodes,
+                raws: all_raws,
+                statistics: all_statistics,
+                winners,
+                weights,
+            }),
+        })
+    }
+
+    /// Gradients of the images, if they are needed, and of every parameter of the convolutions that train, in order.
+    fn backward(
+        &self,
+        mut kept: Kept,
+        d_features: Operand,
+    ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>)> {
+        let graph = self.graph;
+        let needed = graph.needed(self.run.needs_input, &self.run.trainable);
+        let d_weights = self.room(self.weights)?;
+        let mut d_follows: Vec<Vec<Tensor>> = vec![Vec::new(); self.run.parameters.len()];
+        let mut gradients: Vec<Option<CudaStorage>> = graph.nodes.iter().map(|_| None).collect();
+        if needed[graph.output] {
+            let output = &graph.nodes[graph.output];
+            let sizes = (self.batch, output.size.0 * output.size.1, output.channels);
+            gradients[graph.output] = Some(self.launches.spread(d_features, sizes)?);
+        }
+        for (index, stage) in self.stages.iter().enumerate().rev() {
+            let takes_part = |u: &Unit| u.trains || needed[u.shape().input];
+            let mut raws = std::mem::take(&mut kept.raws[index]);
+            for (raw, unit) in raws.iter_mut().zip(&stage.units) {
+                if takes_part(unit) && raw.is_none() {
+                    *raw = Some(self.room(self.rows(unit) * unit.c_out)?);
+                }
+            }
+            for (number, chunk) in self.chunks(stage).iter().enumerate() {
+                // Units that take part have all of their members' gradients; those of others may be missing.
+                if !chunk
+                    .members
+                    .iter()
+                    .all(|&(u, _)| takes_part(&stage.units[u]))
+                {
+                    continue;
+                }
+                let maps = Some(&gradients);
+                let mut segments = self.segments(stage, chunk, &raws, &kept.nodes, maps)?;
+                if let Some(moments) = &kept.statistics[index][number] {
+                    self.point_to(moments, &mut segments)?;
+                }
+                let joined = self.launches.gradient_sums(&segments, chunk.rows)?;
+                if chunk.kind == Kind::Batch {
+                    self.launches
+                        .input_gradient(&segments, chunk.rows, &joined)?;
+                }
+                let joined = tensor(joined, (2, all_channels(&segments)));
+                for (segment, &(u, m)) in segments.iter().zip(&chunk.members) {
+                    let d_bias = row_of(&joined, 0, segment)?;
+                    let d_weight = row_of(&joined, 1, segment)?;
+                    d_follows[stage.units[u].members[m].number] = match chunk.kind {
+                        Kind::Batch => vec![d_weight, d_bias],
+                        _ => vec![d_bias],
+                    };
+                }
+            }
+            for (raw, unit) in raws.into_iter().zip(&stage.units) {
+                let (Some(dy), true) = (raw, takes_part(unit)) else {
+                    continue;
+                };
+                let input = unit.shape().input;
+                if unit.trains {
+                    let x = map_of(&kept.nodes, input)?;
+                    self.convolve(Pass::WeightGradient, unit, [x, &d_weights, &dy], false)?;
+                }
+                if needed[input] {
+                    let add = gradients[input].is_some();
+                    let dx = match gradients[input].take() {
+                        Some(dx) => dx,
+                        None => self.room(self.elements(input))?,
+                    };
+                    self.convolve(Pass::InputGradient, unit, [&dx, &kept.weights, &dy], add)?;
+                    gradients[input] = Some(dx);
+                }
+            }
+            for &operation in &stage.pools {
+                let p = self.pool(operation)?;
+                let winners = kept.winners[operation].take();
+                let (Some(winners), Some(dy), true) =
+                    (winners, gradients[p.output].take(), needed[p.input])
+                else {
+                    continue;
+                };
+                let add = gradients[p.input].is_some();
+                let mut dx = match gradients[p.input].take() {
+                    Some(dx) => dx,
+                    None => self.room(self.elements(p.input))?,
+                };
+                let of = (self.batch, graph.nodes[p.input].channels);
+                let maps = (&winners, &dy);
+                self.launches
+                    .max_pool_gradient(maps, &mut dx, (&p.h, &p.w), of, add)?;
+                gradients[p.input] = Some(dx);
+            }
+            // Nobody before this stage has written them, and all their readers come after it.
+            let maps = kept.nodes.iter_mut().zip(&mut gradients);
+            for (node, (map, gradient)) in maps.enumerate() {
+                if self.first_writer(node) == Some(index) {
+                    (*map, *gradient) = (None, None);
+                }
+            }
+        }
+        let d_images = match gradients[0].take() {
+            Some(map) => {
+                let input = &graph.nodes[0];
+                let planes = (self.batch, input.channels, input.size.0 * input.size.1);
+                let planes = self.launches.planes_of(&map, planes, self.width(0))?;
+                let shape = (self.batch, input.channels, input.size.0, input.size.1);
+                Some(tensor(planes, shape))
+            }
+            None => None,
+        };
+        Ok((d_images, self.parameter_gradients(&d_weights, d_follows)?))
+    }
+
+    /// The gradients of weights under Candle's shapes, and of what follows each.
+    fn parameter_gradients(
+        &self,
+        d_weights: &CudaStorage,
+        mut d_follows: Vec<Vec<Tensor>>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let trains = |unit: &&Unit| unit.trains;
+        let units = || self.stages.iter().flat_map(|s| &s.units).filter(trains);
+        let members = || units().flat_map(|unit| unit.members.iter().map(move |m| (unit, m)));
+        let elements = |m: &Member| self.run.parameters[m.number][0].elem_count();
+        let planes = members().map(|(_, m)| elements(m)).sum();
+        let planes = self.launches.room_of(DType::F32, planes)?;
+        let mut weights = Vec::new();
+        let mut first = 0;
+        for (unit, member) in members() {
+            weights.push(Weight {
+                planes: self.launches.at(&planes, first)?,
+                ..self.weight(unit, member, d_weights)?
+            });
+            first += elements(member);
+        }
+        self.launches.weights(&weights, Way::ToPlanes)?;
+        let planes = tensor(planes, first.max(1));
+        let mut of_numbers: Vec<Option<Tensor>> = vec![None; self.run.parameters.len()];
+        let mut first = 0;
+        for (_, member) in members() {
+            let weight = &self.run.parameters[member.number][0];
+            let gradient = planes.narrow(0, first, weight.elem_count())?;
+            of_numbers[member.number] = Some(gradient.reshape(weight.shape())?);
+            first += weight.elem_count();
+        }
+        let mut all = Vec::with_capacity(self.run.receivers.len());
+        for (number, parameters) in self.run.parameters.iter().enumerate() {
+            let weight = of_numbers[number].take();
+            let follows = std::mem::take(&mut d_follows[number]);
+            let is_there = weight.is_some();
+            all.push(weight);
+            let follows = follows.into_iter().map(|d| is_there.then_some(d));
+            all.extend(
+                follows
+                    .chain(std::iter::repeat(None))
+                    .take(parameters.len() - 1),
+            );
+        }
+        Ok(all)
+    }
+
+    /// All weights as cuDNN takes them.
+    fn lay_weights(&self) -> Result<CudaStorage> {
+        let pixels = self.room(self.weights)?;
+        let mut weights = Vec::new();
+        for unit in self.stages.iter().flat_map(|stage| &stage.units) {
+            for member in &unit.members {
+                weights.push(Weight {
+                    planes: self.parameter(member, 0)?,
+                    ..self.weight(unit, member, &pixels)?
+                });
+            }
+        }
+        self.launches.weights(&weights, Way::ToPixels)?;
+        Ok(pixels)
+    }
+
+    /// A member's weight among those of all units.
+    fn weight(&self, unit: &Unit, member: &Member, pixels: &CudaStorage) -> Result<Weight> {
+        let c = &member.convolution;
+        let (taps, width) = (c.kernel * c.kernel, self.width(c.input));
+        Ok(Weight {
+            planes: 0,
+            pixels: (self.launches).at(pixels, unit.weight + member.channel * taps * width)?,
+            c_out: c.c_out,
+            c_in: c.c_in,
+            taps,
+            width,
+        })
+    }
+
+    /// A pass of a unit over its input, the weights of all units, and its own sums.
+    fn convolve(
+        &self,
+        pass: Pass,
+        unit: &Unit,
+        [x, weights, raw]: [&CudaStorage; 3],
+        add: bool,
+    ) -> Result<()> {
+        let c = unit.shape();
+        let geometry = Conv2dGeometry {
+            batch: self.batch,
+            c_in: self.width(c.input),
+            input: self.graph.nodes[c.input].size,
+            c_out: unit.c_out,
+            kernel: (c.kernel, c.kernel),
+            output: self.graph.nodes[c.output].size,
+            config: Conv2dConfig {
+                stride: (c.stride, c.stride),
+                ..Conv2dConfig::padded(c.padding)
+            },
+        };
+        let on = ChannelsLast {
+            geometry,
+            dtype: self.run.dtype,
+            x: self.launches.at(x, 0)?,
+            weight: self.launches.at(weights, unit.weight)?,
+            y: self.launches.at(raw, 0)?,
+        };
+        // SAFETY: memory of these sizes that was made for them, by this pass on this device.
+        unsafe { channels_last_pass(&self.launches.device, pass, on, add) }
+    }
+
+    /// A stage's members, by the size of their outputs and what follows them.
+    fn chunks(&self, stage: &Stage) -> Vec<Chunk> {
+        let mut chunks: Vec<Chunk> = Vec::new();
+        for (u, unit) in stage.units.iter().enumerate() {
+            for (m, member) in unit.members.iter().enumerate() {
+                let (rows, kind) = (self.rows(unit), self.kind(member));
+                // Those that train are apart, so that a chunk goes the way back as a whole or not at all.
+                let fits = |chunk: &&mut Chunk| {
+                    let first = &stage.units[chunk.members[0].0];
+                    (chunk.rows, chunk.kind) == (rows, kind)
+                        && chunk.members.len() < SEGMENTS
+                        && first.trains == unit.trains
+                        && (unit.trains || first.shape().input == unit.shape().input)
+                };
+                match chunks.iter_mut().find(fits) {
+                    Some(chunk) => chunk.members.push((u, m)),
+                    None => chunks.push(Chunk {
+                        members: vec![(u, m)],
+                        rows,
+                        kind,
+                    }),
+                }
+            }
+        }
+        chunks
+    }
+
+    /// The segments of a chunk, without statistics of the batch.
+    fn segments(
+        &self,
+        stage: &Stage,
+        chunk: &Chunk,
+        raws: &[Option<CudaStorage>],
+        nodes: &[Option<CudaStorage>],
+        gradients: Option<&Vec<Option<CudaStorage>>>,
+    ) -> Result<Vec<Segment>> {
+        let mut segments = Vec::with_capacity(chunk.members.len());
+        let mut first = 0;
+        for &(u, m) in &chunk.members {
+            let unit = &stage.units[u];
+            let member = &unit.members[m];
+            let c = &member.convolution;
+            let (buffer, channel) = self.graph.place(c.output);
+            let at = |map: &CudaStorage, channel: usize| self.launches.at(map, channel);
+            let mut segment = Segment {
+                raw: at(map_of(raws, u)?, member.channel)?,
+                map: at(map_of(nodes, buffer)?, channel)?,
+                gradient: match gradients {
+                    Some(gradients) => at(map_of(gradients, buffer)?, channel)?,
+                    None => 0,
+                },
+                channels: c.c_out as u32,
+                raw_width: unit.c_out as u32,
+                map_width: self.width(buffer) as u32,
+                first,
+                kind: chunk.kind,
+                eps: c.eps.unwrap_or(0.0) as f32,
+                ..Segment::EMPTY
+            };
+            match chunk.kind {
+                Kind::Bias => segment.bias = self.parameter(member, 1)?,
+                Kind::Batch | Kind::Running => {
+                    segment.weight = self.parameter(member, 1)?;
+                    segment.bias = self.parameter(member, 2)?;
+                }
+            }
+            if chunk.kind == Kind::Running {
+                segment.mean = self.parameter(member, 3)?;
+                segment.deviation = self.parameter(member, 4)?;
+            }
+            first += segment.channels;
+            segments.push(segment);
+        }
+        Ok(segments)
+    }
+
+    /// Gives segments their part of statistics (3, channels).
+    fn point_to(&self, statistics: &Tensor, segments: &mut [Segment]) -> Result<()> {
+        let channels = all_channels(segments);
+        let held = Held::new(statistics);
+        let (storage, _) = held.operand(OP)?;
+        for segment in segments {
+            let first = segment.first as usize;
+            segment.mean = self.launches.at(storage, first)?;
+            segment.deviation = self.launches.at(storage, channels + first)?;
+        }
+        Ok(())
+    }
+
+    fn kind(&self, member: &Member) -> Kind {
+        match self.run.parameters[member.number].len() {
+            2 => Kind::Bias,
+            3 => Kind::Batch,
+            _ => Kind::Running,
+        }
+    }
+
+    fn parameter(&self, member: &Member, at: usize) -> Result<CUdeviceptr> {
+        let held = Held::new(&self.run.parameters[member.number][at]);
+        let stream = self.launches.device.cuda_stream();
+        // The run holds the tensor itself.
+        let (pointer, _) = address(OP, held.operand(OP)?, &stream)?;
+        Ok(pointer)
+    }
+
+    fn pool(&self, operation: usize) -> Result<&MaxPool> {
+        match &self.graph.operations[operation] {
+            Operation::MaxPool(p) => Ok(p),
+            Operation::Convolution(_) => Err(missing()),
+        }
+    }
+
+    fn room(&self, elements: usize) -> Result<CudaStorage> {
+        self.launches.room(elements)
+    }
+
+    fn width(&self, node: usize) -> usize {
+        width(self.graph, self.run.dtype, node)
+    }
+
+    /// Pixels of a unit's output.
+    fn rows(&self, unit: &Unit) -> usize {
+        let (height, width) = self.graph.nodes[unit.shape().output].size;
+        self.batch * height * width
+    }
+
+    /// Elements of a node's map.
+    fn elements(&self, node: usize) -> usize {
+        let (height, width) = self.graph.nodes[node].size;
+        self.batch * height * width * self.width(node)
+    }
+
+    /// The nodes that a stage's operations read, and those that they write.
+    fn reads_and_writes(&self, stage: &Stage) -> (Vec<usize>, Vec<usize>) {
+        let members = stage.units.iter().flat_map(|unit| &unit.members);
+        let of_members = members.map(|m| (m.convolution.input, m.convolution.output));
+        let operations = stage.pools.iter().map(|&p| &self.graph.operations[p]);
+        let of_pools = operations.map(|o| (o.input(), o.output()));
+        of_members
+            .chain(of_pools)
+            .map(|(input, output)| (input, self.graph.place(output).0))
+            .unzip()
+    }
+
+    fn last_reader(&self, node: usize) -> Option<usize> {
+        let reads = |stage: &Stage| self.reads_and_writes(stage).0.contains(&node);
+        self.stages.iter().rposition(reads)
+    }
+
+    fn first_writer(&self, node: usize) -> Option<usize> {
+        let writes = |stage: &Stage| self.reads_and_writes(stage).1.contains(&node);
+        self.stages.iter().position(writes)
+    }
+}
+
+fn all_channels(segments: &[Segment]) -> usize {
+    segments.iter().map(|s| s.channels as usize).sum()
+}
+
+/// A segment's part of a row of (rows, channels).
+fn row_of(numbers: &Tensor, row: usize, segment: &Segment) -> Result<Tensor> {
+    let row = numbers.get(row)?;
+    row.narrow(0, segment.first as usize, segment.channels as usize)
+}
+
+/// A segment's part of statistics (3, channels).
+fn statistics_of(moments: &Tensor, segment: &Segment) -> Result<BatchStatistics> {
+    Ok(BatchStatistics {
+        mean: row_of(moments, 0, segment)?,
+        unbiased_variance: row_of(moments, 2, segment)?,
+    })
+}
+
+/// Channels of a node's pixels in memory.
+fn width(graph: &Inner, dtype: DType, node: usize) -> usize {
+    let channels = graph.nodes[node].channels;
+    match node {
+        0 => channels.next_multiple_of(PIXEL / dtype.size_in_bytes()),
+        _ => channels,
+    }
+}
+
+fn map_of(maps: &[Option<CudaStorage>], node: usize) -> Result<&CudaStorage> {
+    maps.get(node).and_then(Option::as_ref).ok_or_else(missing)
+}
+
+/// An error that only a mistake in this module can bring about.
+fn missing() -> candle_core::Error {
+    let expected = "maps that its operations have in the order in which they run";
+    OpError::setting(OP, "graph", "a map that is not there", expected)
+}
