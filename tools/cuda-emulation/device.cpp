@@ -58,6 +58,7 @@ enum : int {
     NOT_FOUND = 500,
     STREAM_CAPTURE_UNSUPPORTED = 900,
     STREAM_CAPTURE_INVALIDATED = 901,
+    STREAM_CAPTURE_UNJOINED = 904,
 };
 
 constexpr size_t GUARD = 256;
@@ -75,7 +76,7 @@ struct Block {
 // By address. Freed memory stays for a while, so that who still reads it reads NaN.
 std::map<Address, Block> blocks;
 std::vector<Address> freed;
-size_t in_use, freed_bytes;
+size_t in_use, most_in_use, freed_bytes;
 
 size_t capacity() {
     static const size_t bytes = [] {
@@ -119,6 +120,7 @@ int allocate(Address *at, size_t bytes, Graph *graph) {
     *at = reinterpret_cast<Address>(raw + GUARD);
     blocks[*at] = {bytes, graph, true};
     in_use += bytes;
+    most_in_use = std::max(most_in_use, in_use);
     return SUCCESS;
 }
 
@@ -158,8 +160,12 @@ void check_range(Address at, size_t bytes, const char *what) {
 
 // ---- Streams and graphs ----
 
+struct Stream;
+
 struct Graph {
     std::vector<std::function<void()>> nodes;
+    // Streams that wait for the one that is captured.
+    std::vector<Stream *> others;
     std::vector<Address> allocated;
     int references = 1;
 };
@@ -167,6 +173,20 @@ struct Graph {
 struct Stream {
     Graph *captured = nullptr;
     bool broken = false;
+    // How much was given to it, and how much of other streams' work it has waited for.
+    uint64_t clock = 0;
+    std::map<Stream *, uint64_t> seen;
+    uint64_t saw(Stream *other) const {
+        auto found = seen.find(other);
+        return found == seen.end() ? 0 : found->second;
+    }
+};
+
+struct Event {
+    std::chrono::steady_clock::time_point time;
+    Stream *stream = nullptr;
+    uint64_t clock = 0;
+    std::map<Stream *, uint64_t> seen;
 };
 
 Stream default_stream;
@@ -180,6 +200,53 @@ Stream &stream_of(void *stream) {
 bool logs() {
     static const bool on = std::getenv("CUDA_EMULATION_LOG") != nullptr;
     return on;
+}
+
+// Here work is done as it is given. On a GPU streams run side by side, so that whoever touches memory must have waited for
+// those that touched it before on another stream. Streams of which none ever waits for the other have memory of their own, and
+// so have threads.
+struct Access {
+    Address begin, end;
+    bool writes;
+    Stream *stream;
+    uint64_t clock;
+    std::thread::id thread;
+};
+std::vector<Access> accesses;
+
+void touch(Stream &stream, Address begin, Address end, bool writes, const char *what, bool is_exact = false) {
+    auto thread = std::this_thread::get_id();
+    for (const Access &before : accesses) {
+        // What may have touched anything has not touched what a stream takes and frees for itself.
+        if (is_exact && before.end == ~Address(0)) {
+            continue;
+        }
+        bool together = before.stream->seen.contains(&stream) || stream.seen.contains(before.stream);
+        if (before.thread == thread && before.stream != &stream && together && (writes || before.writes) && before.begin < end &&
+            begin < before.end && stream.saw(before.stream) < before.clock) {
+            fatal("%s: another stream may still work on its memory", what);
+        }
+    }
+    accesses.push_back({begin, end, writes, &stream, ++stream.clock, thread});
+}
+
+// Of work that may touch anything.
+void touch_all(Stream &stream, const char *what) {
+    touch(stream, 0, ~Address(0), true, what);
+    // What comes later waits for this, and so for what this has waited for.
+    auto thread = std::this_thread::get_id();
+    std::erase_if(accesses, [&](const Access &before) {
+        bool is_this = before.stream == &stream && before.clock == stream.clock;
+        return before.thread == thread && !is_this && (before.stream == &stream || stream.saw(before.stream) >= before.clock);
+    });
+}
+
+template <typename... A> void log_of(const char *format, A... arguments) {
+    if (logs()) {
+        std::fputs("CUDA emulation: ", stderr);
+        std::fprintf(stderr, format, arguments...);
+        std::fprintf(stderr, " (%zu MiB in use, %zu at most)\n", in_use >> 20, most_in_use >> 20);
+    }
 }
 
 int submit(void *handle, std::function<void()> work) {
@@ -221,7 +288,25 @@ struct Kernel {
     std::string name;
     // Takes the arguments out of CUDA's list, which lasts no longer than the call, and gives the work.
     std::function<std::function<void()>(void **)> bind;
+    // What it writes and what it only reads; empty where it has tables of pointers.
+    std::function<std::vector<std::pair<Address, bool>>(void **)> pointers;
 };
+
+template <typename A> void add_pointer(std::vector<std::pair<Address, bool>> &to, void *given) {
+    if constexpr (std::is_pointer_v<A>) {
+        to.emplace_back(*static_cast<Address *>(given), !std::is_const_v<std::remove_pointer_t<A>>);
+    }
+}
+
+template <typename... A, size_t... I>
+std::vector<std::pair<Address, bool>> pointers_of([[maybe_unused]] void **given, std::index_sequence<I...>) {
+    std::vector<std::pair<Address, bool>> pointers;
+    // Structures are windows of a pool, or else tables.
+    if constexpr (((!std::is_class_v<A> || sizeof(A) <= 32) && ...)) {
+        (add_pointer<A>(pointers, given[I]), ...);
+    }
+    return pointers;
+}
 
 struct Grid {
     unsigned int x, y, z;
@@ -260,7 +345,8 @@ template <typename... A> Kernel block_kernel(const char *name, void (*function)(
             }
         };
     };
-    return {name, bind};
+    auto pointers = [](void **given) { return pointers_of<A...>(given, std::index_sequence_for<A...>()); };
+    return {name, bind, pointers};
 }
 
 // Those of Candle's own kernels that the project comes by: over all elements at once, since what they launch is theirs.
@@ -269,7 +355,7 @@ template <typename... A> Kernel whole_kernel(const std::string &name, void (*fun
         auto arguments = arguments_of<A...>(given, std::index_sequence_for<A...>());
         return [=] { std::apply(function, arguments); };
     };
-    return {name, bind};
+    return {name, bind, nullptr};
 }
 
 size_t strided(size_t index, size_t dims, const size_t *sizes, const size_t *strides) {
@@ -478,9 +564,31 @@ API int cuCtxSynchronize() { return SUCCESS; }
 API int cuCtxSetFlags(unsigned) { return SUCCESS; }
 
 API int cuStreamCreate(void **stream, unsigned) { return *stream = new Stream, SUCCESS; }
-API int cuStreamDestroy_v2(void *stream) { return delete static_cast<Stream *>(stream), SUCCESS; }
+API int cuStreamDestroy_v2(void *stream) {
+    LOCKED;
+    std::erase_if(accesses, [=](const Access &access) { return access.stream == stream; });
+    return delete static_cast<Stream *>(stream), SUCCESS;
+}
 API int cuStreamSynchronize(void *stream) { LOCKED; return not_in_capture(stream); }
-API int cuStreamWaitEvent(void *, void *, unsigned) { return SUCCESS; }
+API int cuStreamWaitEvent(void *stream, void *of, unsigned) {
+    LOCKED;
+    Stream &waits = stream_of(stream);
+    auto event = static_cast<Event *>(of);
+    if (!event->stream) {
+        return SUCCESS;
+    }
+    waits.seen[event->stream] = std::max(waits.seen[event->stream], event->clock);
+    for (auto [other, clock] : event->seen) {
+        waits.seen[other] = std::max(waits.seen[other], clock);
+    }
+    // Who waits for a stream that is captured is captured with it.
+    if (Graph *graph = event->stream->captured; graph && !waits.captured) {
+        waits.captured = graph;
+        waits.broken = false;
+        graph->others.push_back(&waits);
+    }
+    return SUCCESS;
+}
 API int cuStreamIsCapturing(void *stream, int *status) {
     LOCKED;
     Stream &of = stream_of(stream);
@@ -504,9 +612,15 @@ API int cuStreamEndCapture(void *stream, void **graph) {
         return INVALID_VALUE;
     }
     *graph = nullptr;
-    if (of.broken) {
+    bool joined = true;
+    for (Stream *other : captured->others) {
+        of.broken |= other->broken;
+        joined &= of.saw(other) >= other->clock;
+        other->captured = nullptr;
+    }
+    if (of.broken || !joined) {
         drop_graph(captured);
-        return STREAM_CAPTURE_INVALIDATED;
+        return of.broken ? STREAM_CAPTURE_INVALIDATED : STREAM_CAPTURE_UNJOINED;
     }
     *graph = captured;
     return SUCCESS;
@@ -542,12 +656,16 @@ API int cuGraphExecDestroy(void *exec) { LOCKED; return drop_graph(static_cast<G
 API int cuGraphDestroy(void *graph) { LOCKED; return drop_graph(static_cast<Graph *>(graph)), SUCCESS; }
 
 using Clock = std::chrono::steady_clock;
-API int cuEventCreate(void **event, unsigned) { return *event = new Clock::time_point, SUCCESS; }
-API int cuEventRecord(void *event, void *) { return *static_cast<Clock::time_point *>(event) = Clock::now(), SUCCESS; }
+API int cuEventCreate(void **event, unsigned) { return *event = new Event, SUCCESS; }
+API int cuEventRecord(void *event, void *stream) {
+    LOCKED;
+    Stream &of = stream_of(stream);
+    return *static_cast<Event *>(event) = {Clock::now(), &of, of.clock, of.seen}, SUCCESS;
+}
 API int cuEventSynchronize(void *) { return SUCCESS; }
-API int cuEventDestroy_v2(void *event) { return delete static_cast<Clock::time_point *>(event), SUCCESS; }
+API int cuEventDestroy_v2(void *event) { return delete static_cast<Event *>(event), SUCCESS; }
 API int cuEventElapsedTime(float *ms, void *start, void *end) {
-    auto time = *static_cast<Clock::time_point *>(end) - *static_cast<Clock::time_point *>(start);
+    auto time = static_cast<Event *>(end)->time - static_cast<Event *>(start)->time;
     return *ms = std::chrono::duration<float, std::milli>(time).count(), SUCCESS;
 }
 API int cuEventElapsedTime_v2(float *ms, void *start, void *end) { return cuEventElapsedTime(ms, start, end); }
@@ -566,6 +684,7 @@ API int cuMemAllocAsync(Address *at, size_t bytes, void *stream) {
     if (int status = allocate(at, bytes, graph)) {
         return status;
     }
+    touch(stream_of(stream), *at, *at + bytes, true, "an allocation", true);
     if (graph) {
         graph->allocated.push_back(*at);
         // It exists while the graph runs.
@@ -576,6 +695,7 @@ API int cuMemAllocAsync(Address *at, size_t bytes, void *stream) {
             std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
             block.live = true;
             in_use += block.bytes;
+            most_in_use = std::max(most_in_use, in_use);
         });
     }
     return SUCCESS;
@@ -594,10 +714,13 @@ API int cuMemFreeAsync(Address at, void *stream) {
     if (!of.captured && !found->second.live) {
         return INVALID_VALUE;
     }
+    touch(of, at, at + found->second.bytes, true, "freeing", true);
     return submit(stream, [=] { release(at); });
 }
 API int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, void *stream) {
     LOCKED;
+    log_of("memset of %zu bytes", bytes);
+    touch_all(stream_of(stream), "memset");
     return submit(stream, [=] {
         check_range(at, bytes, "memset");
         std::memset(reinterpret_cast<void *>(at), value, bytes);
@@ -610,6 +733,7 @@ API int cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *s
         return status;
     }
     check_range(to, bytes, "copy to the device");
+    touch_all(stream_of(stream), "copy to the device");
     std::memcpy(reinterpret_cast<void *>(to), from, bytes);
     return SUCCESS;
 }
@@ -619,11 +743,14 @@ API int cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream)
         return status;
     }
     check_range(from, bytes, "copy to the host");
+    touch_all(stream_of(stream), "copy to the host");
     std::memcpy(to, reinterpret_cast<void *>(from), bytes);
     return SUCCESS;
 }
 API int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void *stream) {
     LOCKED;
+    log_of("copy of %zu bytes", bytes);
+    touch_all(stream_of(stream), "copy");
     return submit(stream, [=] {
         check_range(to, bytes, "copy");
         check_range(from, bytes, "copy");
@@ -650,11 +777,20 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
     if (!gx || !gy || !gz || bx * by * bz > 1024) {
         return INVALID_VALUE;
     }
-    if (logs()) {
-        std::fprintf(stderr, "CUDA emulation: %s, %u×%u blocks\n", kernel->name.c_str(), gx, gy);
-    }
+    log_of("%s, %u×%u blocks", kernel->name.c_str(), gx, gy);
     launch_grid = {gx, gy, gz};
     launch_block = {bx, by, bz};
+    auto pointers = kernel->pointers ? kernel->pointers(arguments) : std::vector<std::pair<Address, bool>>();
+    if (pointers.empty()) {
+        touch_all(stream_of(stream), kernel->name.c_str());
+    }
+    for (auto [at, writes] : pointers) {
+        // All of the allocation: the kernel knows how much of it.
+        if (auto next = blocks.upper_bound(at); at && next != blocks.begin()) {
+            auto &[begin, block] = *std::prev(next);
+            touch(stream_of(stream), begin, begin + block.bytes, writes, kernel->name.c_str());
+        }
+    }
     return submit(stream, kernel->bind(arguments));
 }
 
@@ -732,6 +868,8 @@ template <typename T, typename S>
 static int gemm(void *handle, int ta, int tb, int m, int n, int k, S alpha, const void *a, int lda, long long sa,
                 const void *b, int ldb, long long sb, S beta, void *c, int ldc, long long sc, int batch, bool tf32 = false) {
     LOCKED;
+    touch_all(stream_of(static_cast<Blas *>(handle)->stream), "a matrix product");
+    log_of("matrix product %d×%d×%d, %d of them", m, n, k, batch);
     return submit(static_cast<Blas *>(handle)->stream, [=] {
         for (int image = 0; image < batch; image++) {
             auto x = static_cast<const T *>(a) + image * sa, y = static_cast<const T *>(b) + image * sb;
@@ -1015,6 +1153,16 @@ int run_convolution(Pass pass, void *handle, const void *one, const void *zero, 
     if (length < needed || (needed && !memory)) {
         return refuse(BAD_PARAM, "too small a workspace");
     }
+    auto touch_operand = [&](const void *at, size_t bytes, bool writes) {
+        auto begin = reinterpret_cast<Address>(at);
+        touch(stream_of(static_cast<Dnn *>(handle)->stream), begin, begin + bytes, writes, "a convolution");
+    };
+    touch_operand(x, work.x.bytes(), pass == INPUT_GRADIENT);
+    touch_operand(w, work.w.bytes(), pass == WEIGHT_GRADIENT);
+    touch_operand(y, work.y.bytes(), pass == FORWARD);
+    touch_operand(memory, needed, true);
+    const auto &[n, c, h, w_] = work.x.sizes;
+    log_of("convolution, pass %d, of (%d, %d, %d, %d), kernel %d, %d channels", pass, n, c, h, w_, work.w.sizes[2], work.w.sizes[0]);
     return submit(static_cast<Dnn *>(handle)->stream, [=] {
         check_range(reinterpret_cast<Address>(x), work.x.bytes(), "a convolution's input");
         check_range(reinterpret_cast<Address>(w), work.w.bytes(), "a convolution's weight");

@@ -99,7 +99,31 @@ fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
             variance: &moved_variance,
             batches: &batches,
         };
-        take_up_statistics(running, &batch, 0.1)?;
+        // As the last of more than a launch takes, of which the others count.
+        let small = |value: f32| Tensor::new(&[value], device);
+        let batch_of_others = BatchStatistics {
+            mean: small(3.0)?,
+            unbiased_variance: small(0.0)?,
+        };
+        let others: Vec<[Tensor; 3]> = (0..70)
+            .map(|i| Ok([small(1.0)?, small(2.0)?, Tensor::new(&[i as i64], device)?]))
+            .collect::<Result<_>>()?;
+        let mut all: Vec<_> = others
+            .iter()
+            .map(|[mean, variance, batches]| {
+                let running = RunningStatistics {
+                    mean,
+                    variance,
+                    batches,
+                };
+                (running, &batch_of_others)
+            })
+            .collect();
+        all.push((running, &batch));
+        take_up_statistics(&all, 0.1)?;
+        for (i, [_, _, batches]) in others.iter().enumerate() {
+            assert_eq!(batches.to_vec1::<i64>()?, [i as i64 + 1]);
+        }
         let bits = |tensor: &Tensor| -> Result<Vec<u32>> {
             let values: Vec<f32> = tensor.to_device(cpu)?.to_vec1()?;
             Ok(values.into_iter().map(f32::to_bits).collect())
@@ -113,7 +137,7 @@ fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
             batches: &moved_mean,
             ..running
         };
-        let error = take_up_statistics(wrong, &batch, 0.1).unwrap_err();
+        let error = take_up_statistics(&[(wrong, &batch)], 0.1).unwrap_err();
         assert!(error.to_string().contains("one i64"), "{error}");
     }
     Ok(())

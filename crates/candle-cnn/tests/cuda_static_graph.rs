@@ -59,13 +59,18 @@ fn gradients_of_a_map_that_several_operations_read_add_up() -> Result<()> {
     let settings = [F32Math::Full, F32Math::Tf32]
         .into_iter()
         .flat_map(|convolution| {
-            [(true, false), (false, false), (false, true)].map(|(benchmark, deterministic)| {
-                Settings {
-                    convolution,
-                    benchmark,
-                    deterministic,
-                    ..Settings::default()
-                }
+            let ways = [
+                (true, false, 4),
+                (true, false, 1),
+                (false, false, 2),
+                (false, true, 9),
+            ];
+            ways.map(|(benchmark, deterministic, streams)| Settings {
+                convolution,
+                benchmark,
+                deterministic,
+                streams,
+                ..Settings::default()
             })
         });
     // Of all four, and with one of those frozen that the others' gradients pass by.

@@ -420,9 +420,8 @@ impl GoogLeNet {
             images.clone()
         };
         let output = graph.forward(&images, &parameters)?;
-        for (conv, statistics) in convs.iter().zip(&output.statistics) {
-            conv.norm.take_up(statistics)?;
-        }
+        let norms = convs.iter().map(|conv| &conv.norm);
+        BatchNorm::take_up(norms.zip(&output.statistics))?;
         Ok(output.features)
     }
 
@@ -863,28 +862,49 @@ impl BatchNorm {
             return batch_norm_relu_eval(x, weight, bias, &mean, &var, EPS);
         }
         let (y, batch) = batch_norm_relu_train(x, weight, bias, EPS)?;
-        self.take_up(&batch)?;
+        Self::take_up(std::iter::once((self, &batch)))?;
         Ok(y)
     }
 
-    /// Moves the running statistics.
-    fn take_up(&self, batch: &BatchStatistics) -> Result<()> {
-        let mean = self.running_mean.as_detached_tensor();
-        let var = self.running_var.as_detached_tensor();
+    /// Moves the running statistics of batch norms, those on a GPU together.
+    fn take_up<'a>(norms: impl Iterator<Item = (&'a Self, &'a BatchStatistics)>) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if mean.device().is_cuda() {
-            let running = candle_cnn::cuda::RunningStatistics {
-                mean: &mean,
-                variance: &var,
-                batches: &self.num_batches_tracked.as_detached_tensor(),
+        let norms = {
+            let is_cuda = |(norm, _): &(&Self, _)| norm.running_mean.device().is_cuda();
+            let (on_gpu, others): (Vec<_>, Vec<_>) = norms.partition(is_cuda);
+            let detach = |(norm, _): &(&Self, _)| {
+                [
+                    &norm.running_mean,
+                    &norm.running_var,
+                    &norm.num_batches_tracked,
+                ]
+                .map(Var::as_detached_tensor)
             };
-            return candle_cnn::cuda::take_up_statistics(running, batch, MOMENTUM);
+            let tensors: Vec<[Tensor; 3]> = on_gpu.iter().map(detach).collect();
+            let all: Vec<_> = tensors
+                .iter()
+                .zip(&on_gpu)
+                .map(|([mean, variance, batches], (_, batch))| {
+                    let running = candle_cnn::cuda::RunningStatistics {
+                        mean,
+                        variance,
+                        batches,
+                    };
+                    (running, *batch)
+                })
+                .collect();
+            candle_cnn::cuda::take_up_statistics(&all, MOMENTUM)?;
+            others.into_iter()
+        };
+        for (norm, batch) in norms {
+            let [mean, var] = [&norm.running_mean, &norm.running_var].map(Var::as_detached_tensor);
+            let mean = update_running(&mean, &batch.mean, MOMENTUM)?;
+            let var = update_running(&var, &batch.unbiased_variance, MOMENTUM)?;
+            norm.running_mean.set(&mean)?;
+            norm.running_var.set(&var)?;
+            let counted = (norm.num_batches_tracked.as_detached_tensor() + 1.0)?;
+            norm.num_batches_tracked.set(&counted)?;
         }
-        let mean = update_running(&mean, &batch.mean, MOMENTUM)?;
-        let var = update_running(&var, &batch.unbiased_variance, MOMENTUM)?;
-        self.running_mean.set(&mean)?;
-        self.running_var.set(&var)?;
-        let counted = (self.num_batches_tracked.as_detached_tensor() + 1.0)?;
-        self.num_batches_tracked.set(&counted)
+        Ok(())
     }
 }

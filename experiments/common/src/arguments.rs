@@ -119,6 +119,9 @@ pub struct ComputeArguments {
     /// channels of each pixel side by side
     #[arg(long)]
     pub no_channels_last: bool,
+    /// Convolutions that a GPU may run side by side, where none waits for another [default: 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=32), conflicts_with = "no_channels_last")]
+    pub streams: Option<u64>,
 }
 
 /// How many processes train together. Neither is needed where the environment says so, as under

@@ -73,7 +73,7 @@ pub enum Precision {
 
 impl Precision {
     /// The settings of CUDA's convolutions and matrix products.
-    fn settings(self, deterministic: bool, channels_last: bool) -> Settings {
+    fn settings(self, deterministic: bool, channels_last: bool, streams: usize) -> Settings {
         let (convolution, matmul) = match self {
             Self::F32 => (F32Math::Full, F32Math::Full),
             Self::Tf32Convolutions | Self::Bf16 => (F32Math::Tf32, F32Math::Full),
@@ -84,6 +84,7 @@ impl Precision {
             matmul,
             deterministic,
             channels_last,
+            streams,
             ..Settings::default()
         }
     }
@@ -116,6 +117,9 @@ pub struct ComputeConfig {
     /// Whether the GPU runs networks as a whole, channels last; in runs from before there was a choice it does not.
     #[serde(default)]
     pub channels_last: bool,
+    /// Streams that the GPU computes on.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub streams: usize,
     /// Processes that train together. `device` is that of the first; the others on its machine take
     /// the GPUs that follow.
     #[serde(default = "one", skip_serializing_if = "is_one")]
@@ -195,6 +199,12 @@ impl ComputeArguments {
             deterministic: self.deterministic,
             cuda_graph: matches!(device, DeviceChoice::Cuda(_)) && !self.no_cuda_graph,
             channels_last: matches!(device, DeviceChoice::Cuda(_)) && !self.no_channels_last,
+            streams: match device {
+                DeviceChoice::Cuda(_) if !self.no_channels_last => self
+                    .streams
+                    .map_or(Settings::default().streams, |streams| streams as usize),
+                _ => 1,
+            },
             processes: role.processes(),
         })
     }
@@ -208,9 +218,9 @@ impl ComputeConfig {
     /// environment asks for and the processor lacks.
     pub fn start(&self) -> Result<Device> {
         start_threads(Some(self.threads))?;
-        let settings = self
-            .precision
-            .settings(self.deterministic, self.channels_last);
+        let settings =
+            self.precision
+                .settings(self.deterministic, self.channels_last, self.streams);
         set_settings(settings);
         let local_rank = match self.processes {
             1 => 0,
@@ -349,7 +359,7 @@ mod tests {
     #[test]
     fn precisions_mean_what_pytorch_means_by_them() {
         let math = |precision: Precision| {
-            let settings = precision.settings(false, true);
+            let settings = precision.settings(false, true, 4);
             (settings.convolution, settings.matmul)
         };
         assert_eq!(math(Precision::F32), (F32Math::Full, F32Math::Full));
@@ -357,7 +367,7 @@ mod tests {
         assert_eq!(math(Precision::Tf32Convolutions), pytorch);
         assert_eq!(math(Precision::Tf32), (F32Math::Tf32, F32Math::Tf32));
         assert_eq!(Precision::Bf16.activations(), DType::BF16);
-        assert!(Precision::F32.settings(true, true).deterministic);
+        assert!(Precision::F32.settings(true, true, 4).deterministic);
     }
 
     #[test]
@@ -366,5 +376,6 @@ mod tests {
             serde_json::from_str(r#"{"device": "cpu", "threads": 2}"#).unwrap();
         assert_eq!(config.precision, Precision::F32);
         assert!(!config.deterministic && !config.cuda_graph && !config.channels_last);
+        assert_eq!(config.streams, 1);
     }
 }

@@ -119,7 +119,7 @@ fn forward_typed<T: CudaElement>(
         // SAFETY: the convolution below writes every element.
         let mut y = unsafe { device.alloc::<T>(elements)? };
         let settings = settings();
-        let complete = with_cudnn(&device, OP, |cudnn| {
+        let complete = with_cudnn(&device, 0, OP, |cudnn| {
             let (x, _x) = x.device_ptr(&stream);
             let (weight, _weight) = weight.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);
@@ -186,7 +186,7 @@ fn backward_typed<T: CudaElement>(
         }
         // SAFETY: the pass below writes every element.
         let mut written = unsafe { device.alloc::<T>(elements)? };
-        with_cudnn(&device, OP, |cudnn| {
+        with_cudnn(&device, 0, OP, |cudnn| {
             let (x, _x) = x_view.device_ptr(&stream);
             let (weight, _weight) = weight_view.device_ptr(&stream);
             let (dy, _dy) = match &masked {
@@ -238,22 +238,25 @@ pub(crate) struct ChannelsLast {
     pub(crate) y: CUdeviceptr,
 }
 
-/// One pass of a convolution. With `add` the result is added to what is there.
+/// One pass of a convolution, on a lane of the device. With `add` the result is added to what is there.
 ///
 /// # Safety
-/// The addresses are those of live memory on the device, of the sizes and the type that are told, aligned to 16 bytes, and
-/// used by nothing but the device's one stream.
+/// The addresses are those of memory on the device, of the sizes and the type that are told, aligned to 16 bytes. It lives until the
+/// lane has come to this point, and no other lane writes what this reads, or touches what this writes.
 pub(crate) unsafe fn channels_last_pass(
-    device: &CudaDevice,
+    (device, lane): (&CudaDevice, usize),
     pass: Pass,
     on: ChannelsLast,
     add: bool,
 ) -> Result<()> {
     let g = &on.geometry;
     DescriptorNumbers::new(g)?;
-    let key = PlanKey::new(*g, MemoryFormat::ChannelsLast, on.dtype, pass, &settings());
+    let mut settings = settings();
+    // Each lane has a workspace.
+    settings.workspace_limit /= settings.streams.max(1);
+    let key = PlanKey::new(*g, MemoryFormat::ChannelsLast, on.dtype, pass, &settings);
     let operands = Operands::new(on.x, on.weight, on.y);
-    with_cudnn(device, OP, |cudnn| {
+    with_cudnn(device, lane, OP, |cudnn| {
         let plan = match Plan::known(device.id(), key) {
             Some(plan) => plan,
             // To time algorithms overwrites what is there.

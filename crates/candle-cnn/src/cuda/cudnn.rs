@@ -17,25 +17,27 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
 use candle_core::{DType, Result};
 
+use super::lanes;
 use crate::error::OpError;
 
-/// Runs `f` with the calling thread's cuDNN on the stream of `device`.
+/// Runs `f` with the calling thread's cuDNN on the stream of a lane of `device`; see [`super::lanes`].
 ///
 /// `f` must not call this again.
 pub(crate) fn with_cudnn<R>(
     device: &CudaDevice,
+    lane: usize,
     op: &'static str,
     f: impl FnOnce(&mut Cudnn) -> Result<R>,
 ) -> Result<R> {
     thread_local! {
         // A handle serves one thread at a time. One that stays in its thread needs no lock.
-        static CUDNN: RefCell<HashMap<DeviceId, Cudnn>> = RefCell::new(HashMap::new());
+        static CUDNN: RefCell<HashMap<(DeviceId, usize), Cudnn>> = RefCell::new(HashMap::new());
     }
     CUDNN.with_borrow_mut(|cudnn| {
-        let cudnn = match cudnn.entry(device.id()) {
+        let cudnn = match cudnn.entry((device.id(), lane)) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Cudnn::new(device, op)?)
+                entry.insert(Cudnn::new(lanes::stream(device, lane)?, op)?)
             }
         };
         // cuDNN works in the current context, which another device may have changed.
@@ -52,8 +54,7 @@ pub(crate) struct Cudnn {
 }
 
 impl Cudnn {
-    fn new(device: &CudaDevice, op: &'static str) -> Result<Self> {
-        let stream = device.cuda_stream();
+    fn new(stream: Arc<CudaStream>, op: &'static str) -> Result<Self> {
         stream.context().bind_to_thread().w()?;
         let problem = &"a handle";
         let handle =

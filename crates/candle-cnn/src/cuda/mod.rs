@@ -17,6 +17,8 @@ mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod kernels;
 #[cfg(feature = "cuda")]
+pub(crate) mod lanes;
+#[cfg(feature = "cuda")]
 pub(crate) mod launch;
 mod settings;
 #[cfg(feature = "cuda")]

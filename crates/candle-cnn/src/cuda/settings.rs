@@ -40,8 +40,12 @@ pub struct Settings {
     /// Run a [`crate::StaticGraph`] on CUDA, whose maps lie channels last (`torch.channels_last`). Where this is off, networks that
     /// have one run operation by operation, over planes.
     pub channels_last: bool,
+    /// How many streams a [`crate::StaticGraph`] on CUDA may use for convolutions that need not wait for each other, each with a
+    /// workspace of its own; at least 1.
+    pub streams: usize,
     /// Most bytes of device memory that an algorithm may ask for to work in. Each thread keeps one buffer
-    /// per device, of the size its algorithms have asked for. Where no algorithm stays below, the most modest one is taken.
+    /// per device and stream, of the size its algorithms have asked for; streams that run side by side share the limit. Where no algorithm stays below, the
+    /// most modest one is taken.
     pub workspace_limit: usize,
 }
 
@@ -54,6 +58,7 @@ impl Default for Settings {
             benchmark: true,
             fused_epilogue: true,
             channels_last: true,
+            streams: 4,
             workspace_limit: 1 << 30,
         }
     }

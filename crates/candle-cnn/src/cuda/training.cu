@@ -106,32 +106,39 @@ KERNELS(bf16, bf16)
 SGD(f32, float)
 SGD(f64, double)
 
-// running = (1 − momentum) running + momentum batch, rounded after each product as on the CPU, of a batch norm's mean and
-// variance; one more batch is counted.
-template <typename T>
-static __device__ __forceinline__ void take_up(T *mean, T *variance, long long *batches, const T *batch_mean, const T *batch_variance,
-                                               double momentum_, unsigned int channels) {
-    unsigned int channel = thread_of_grid();
+// As many batch norms as fit likewise.
+#define NORMS 64
+
+// The statistics of some batch norms, running and of a batch; `end` as above.
+template <typename T> struct Norms {
+    T *mean[NORMS], *variance[NORMS];
+    long long *batches[NORMS];
+    const T *batch_mean[NORMS], *batch_variance[NORMS];
+    unsigned int channels[NORMS], end[NORMS];
+};
+
+// running = (1 − momentum) running + momentum batch, rounded after each product as on the CPU, of each batch norm's mean and
+// variance; one more batch is counted. A thread a channel.
+template <typename T> static __device__ __forceinline__ void take_up(const Norms<T> &all, double momentum_) {
+    unsigned int n = 0;
+    while (blockIdx.x >= all.end[n]) {
+        n++;
+    }
+    unsigned int channel = (blockIdx.x - (n ? all.end[n - 1] : 0)) * THREADS + threadIdx.x;
     T keep = static_cast<T>(1 - momentum_), momentum = static_cast<T>(momentum_);
-    if (channel < channels) {
+    if (channel < all.channels[n]) {
         // Fused with a zero, so that the compiler fuses no product with the sum.
-        T taken = multiply_add(batch_mean[channel], momentum, static_cast<T>(0));
-        T kept = multiply_add(mean[channel], keep, static_cast<T>(0));
-        mean[channel] = kept + taken;
-        taken = multiply_add(batch_variance[channel], momentum, static_cast<T>(0));
-        kept = multiply_add(variance[channel], keep, static_cast<T>(0));
-        variance[channel] = kept + taken;
+        T taken = multiply_add(all.batch_mean[n][channel], momentum, static_cast<T>(0));
+        T kept = multiply_add(all.mean[n][channel], keep, static_cast<T>(0));
+        all.mean[n][channel] = kept + taken;
+        taken = multiply_add(all.batch_variance[n][channel], momentum, static_cast<T>(0));
+        kept = multiply_add(all.variance[n][channel], keep, static_cast<T>(0));
+        all.variance[n][channel] = kept + taken;
     }
     if (channel == 0) {
-        *batches += 1;
+        *all.batches[n] += 1;
     }
 }
 
-#define TAKE_UP(NAME, T)                                                                                               \
-    extern "C" __global__ void take_up_##NAME(T *mean, T *variance, long long *batches, const T *batch_mean,           \
-                                              const T *batch_variance, double momentum, unsigned int channels) {       \
-        take_up<T>(mean, variance, batches, batch_mean, batch_variance, momentum, channels);                           \
-    }
-
-TAKE_UP(f32, float)
-TAKE_UP(f64, double)
+extern "C" __global__ void take_up_f32(Norms<float> all, double momentum) { take_up<float>(all, momentum); }
+extern "C" __global__ void take_up_f64(Norms<double> all, double momentum) { take_up<double>(all, momentum); }

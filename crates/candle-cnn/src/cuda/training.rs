@@ -308,33 +308,66 @@ pub struct RunningStatistics<'a> {
     pub batches: &'a Tensor,
 }
 
-/// [`crate::update_running`] of both statistics, and one more batch counted, in one launch.
+/// `NORMS` of training.cu.
+const NORMS: usize = 64;
+
+/// `Norms` of training.cu.
+#[repr(C)]
+struct Norms {
+    mean: [u64; NORMS],
+    variance: [u64; NORMS],
+    batches: [u64; NORMS],
+    batch_mean: [u64; NORMS],
+    batch_variance: [u64; NORMS],
+    channels: [u32; NORMS],
+    end: [u32; NORMS],
+}
+
+// SAFETY: plain numbers, laid out as training.cu has them, without padding.
+unsafe impl DeviceRepr for Norms {}
+
+/// [`crate::update_running`] of both statistics of each batch norm, and one more batch counted, in a launch for 64 of them.
 ///
 /// # Errors
 /// [`OpError`] for tensors that do not fit one another; nothing is moved then.
 pub fn take_up_statistics(
-    running: RunningStatistics<'_>,
-    batch: &BatchStatistics,
+    norms: &[(RunningStatistics<'_>, &BatchStatistics)],
     momentum: f64,
 ) -> Result<()> {
-    const OP: &str = "take_up_statistics";
-    let statistics = [
+    let Some((first, _)) = norms.first() else {
+        return Ok(());
+    };
+    let dtype = first.mean.dtype();
+    if !matches!(dtype, DType::F32 | DType::F64) {
+        return Err(OpError::dtype(TAKE_UP, dtype));
+    }
+    for (running, batch) in norms {
+        check_statistics(running, batch, dtype)?;
+    }
+    norms
+        .chunks(NORMS)
+        .try_for_each(|norms| take_up_chunk(norms, dtype, momentum))
+}
+
+const TAKE_UP: &str = "take_up_statistics";
+
+fn check_statistics(
+    running: &RunningStatistics<'_>,
+    batch: &BatchStatistics,
+    dtype: DType,
+) -> Result<()> {
+    for (name, tensor) in [
         ("running mean", running.mean),
         ("running variance", running.variance),
         ("mean of the batch", &batch.mean),
         ("variance of the batch", &batch.unbiased_variance),
-    ];
-    let dtype = running.mean.dtype();
-    if !matches!(dtype, DType::F32 | DType::F64) {
-        return Err(OpError::dtype(OP, dtype));
-    }
-    for (name, tensor) in statistics {
+    ] {
         if tensor.dtype() != dtype {
-            return Err(OpError::dtype_mismatch(OP, dtype, tensor.dtype()));
+            return Err(OpError::dtype_mismatch(TAKE_UP, dtype, tensor.dtype()));
         }
         if tensor.rank() != 1 || tensor.shape() != running.mean.shape() {
             return Err(OpError::Shapes {
-                op: OP,
+                op: TAKE_UP,
                 left_name: "running mean",
                 left: running.mean.dims().to_vec(),
                 right_name: name,
@@ -343,25 +376,76 @@ pub fn take_up_statistics(
             }
             .into());
         }
+        if !tensor.is_contiguous() {
+            return Err(OpError::not_contiguous(TAKE_UP, tensor.layout()));
+        }
     }
     if running.batches.dtype() != DType::I64 || running.batches.elem_count() != 1 {
-        return Err(OpError::rank(OP, "batches", running.batches, "one i64"));
+        return Err(OpError::rank(
+            TAKE_UP,
+            "batches",
+            running.batches,
+            "one i64",
+        ));
     }
-    let channels = count(OP, running.mean.elem_count())?;
-    let held = [statistics[0].1, statistics[1].1, running.batches].map(Held::new);
-    let of_batch = [statistics[2].1, statistics[3].1].map(Held::new);
-    let device = held[0].operand(OP)?.0.device();
+    Ok(())
+}
+
+fn take_up_chunk(
+    norms: &[(RunningStatistics<'_>, &BatchStatistics)],
+    dtype: DType,
+    momentum: f64,
+) -> Result<()> {
+    let held: Vec<[Held<'_>; 5]> = norms
+        .iter()
+        .map(|(running, batch)| {
+            [
+                running.mean,
+                running.variance,
+                running.batches,
+                &batch.mean,
+                &batch.unbiased_variance,
+            ]
+            .map(Held::new)
+        })
+        .collect();
+    let device = held[0][0].operand(TAKE_UP)?.0.device();
     let stream = device.cuda_stream();
-    let name = format!("take_up_{}", suffix(OP, dtype)?);
-    let mut launch = Launch::new(OP, device, &stream, &SOURCE, &name)?;
-    for held in held.iter().chain(&of_batch) {
-        launch = launch.read(held.operand(OP)?)?;
+    let mut table = Norms {
+        mean: [0; NORMS],
+        variance: [0; NORMS],
+        batches: [0; NORMS],
+        batch_mean: [0; NORMS],
+        batch_variance: [0; NORMS],
+        channels: [0; NORMS],
+        end: [0; NORMS],
+    };
+    let mut guards = Vec::new();
+    let mut blocks = 0u32;
+    for (i, ((running, _), held)) in norms.iter().zip(&held).enumerate() {
+        let pointers = [
+            &mut table.mean[i],
+            &mut table.variance[i],
+            &mut table.batches[i],
+            &mut table.batch_mean[i],
+            &mut table.batch_variance[i],
+        ];
+        for (pointer, held) in pointers.into_iter().zip(held) {
+            let (at, guard) = address(TAKE_UP, held.operand(TAKE_UP)?, &stream)?;
+            *pointer = at;
+            guards.push(guard);
+        }
+        let channels = count(TAKE_UP, running.mean.elem_count())?;
+        // One thread counts the batch even where there is no channel.
+        blocks += channels.max(1).div_ceil(THREADS);
+        table.channels[i] = channels;
+        table.end[i] = blocks;
     }
-    let launch = launch.double(momentum).number(channels);
-    // SAFETY: the arguments of `take_up`: four of (channels) and one number. As in `sgd_step`, the first three are
-    // written although only read locks are held: the stream orders it, and nobody but the network writes them. One thread
-    // counts the batch even where there is no channel.
-    unsafe { launch.run(channels.max(1)) }
+    let name = format!("take_up_{}", suffix(TAKE_UP, dtype)?);
+    let launch = Launch::new(TAKE_UP, device, &stream, &SOURCE, &name)?.double(momentum);
+    // SAFETY: the arguments of `take_up`: four of (channels) and one number for each batch norm. As in `sgd_step`, the running
+    // ones are written although only read locks are held: the stream orders it, and nobody but the network writes them.
+    unsafe { launch.run_blocks((blocks, 1), Some(&table)) }
 }
 
 fn of_type(op: &'static str, name: &'static str, tensor: &Tensor, dtype: DType) -> Result<()> {

@@ -11,6 +11,7 @@ mod launches;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use candle_core::backend::BackendStorage;
@@ -26,6 +27,7 @@ use super::{
 use crate::backward::aside;
 use crate::batch_norm::BatchStatistics;
 use crate::conv2d::{ChannelsLast, Conv2dConfig, Conv2dGeometry, Pass, channels_last_pass};
+use crate::cuda::lanes::side_by_side;
 use crate::cuda::launch::{Held, Operand, address, tensor};
 use crate::error::OpError;
 
@@ -288,16 +290,39 @@ impl<'a> GraphPass<'a> {
         for (index, stage) in self.stages.iter().enumerate() {
             let mut raws = Vec::with_capacity(stage.units.len());
             for unit in &stage.units {
-                let raw = self.room(self.rows(unit) * unit.c_out)?;
-                let x = map_of(&nodes, unit.shape().input)?;
-                self.convolve(Pass::Forward, unit, [x, &weights, &raw], false)?;
-                raws.push(Some(raw));
+                raws.push(Some(self.room(self.rows(unit) * unit.c_out)?));
                 for member in &unit.members {
                     let buffer = graph.place(member.convolution.output).0;
                     if nodes[buffer].is_none() {
                         nodes[buffer] = Some(self.room(self.elements(buffer))?);
                     }
                 }
+            }
+            let tasks: Vec<usize> = (0..stage.units.len()).collect();
+            let mut pooled = Vec::with_capacity(stage.pools.len());
+            let mut pool = || {
+                for &operation in &stage.pools {
+                    let p = self.pool(operation)?;
+                    let of = (self.batch, graph.nodes[p.input].channels);
+                    let x = map_of(&nodes, p.input)?;
+                    pooled.push(self.launches.max_pool(x, (&p.h, &p.w), of, keep)?);
+                }
+                Ok(())
+            };
+            side_by_side(
+                &self.launches.device,
+                &tasks,
+                |lane, &u| {
+                    let unit = &stage.units[u];
+                    let x = map_of(&nodes, unit.shape().input)?;
+                    let raw = map_of(&raws, u)?;
+                    self.convolve(lane, Pass::Forward, unit, [x, &weights, raw], false)
+                },
+                (!stage.pools.is_empty()).then_some(&mut pool),
+            )?;
+            for (&operation, (y, won)) in stage.pools.iter().zip(pooled) {
+                nodes[self.pool(operation)?.output] = Some(y);
+                winners[operation] = won;
             }
             let mut statistics = Vec::new();
             for chunk in self.chunks(stage) {
@@ -318,14 +343,6 @@ impl<'a> GraphPass<'a> {
                 }
                 self.launches.finish(&segments, chunk.rows)?;
                 statistics.push(moments);
-            }
-            for &operation in &stage.pools {
-                let p = self.pool(operation)?;
-                let of = (self.batch, graph.nodes[p.input].channels);
-                let x = map_of(&nodes, p.input)?;
-                let (y, won) = self.launches.max_pool(x, (&p.h, &p.w), of, keep)?;
-                nodes[p.output] = Some(y);
-                winners[operation] = won;
             }
             if keep {
                 for (raw, unit) in raws.iter_mut().zip(&stage.units) {
@@ -416,25 +433,42 @@ impl<'a> GraphPass<'a> {
                     };
                 }
             }
-            for (raw, unit) in raws.into_iter().zip(&stage.units) {
-                let (Some(dy), true) = (raw, takes_part(unit)) else {
-                    continue;
-                };
+            // One task for each gradient of weights, and one for each of a map: what adds up there takes turns.
+            let mut tasks: Vec<Vec<(Pass, usize, bool)>> = Vec::new();
+            let mut of_maps: BTreeMap<usize, Vec<(Pass, usize, bool)>> = BTreeMap::new();
+            for (u, unit) in stage
+                .units
+                .iter()
+                .enumerate()
+                .filter(|(_, u)| takes_part(u))
+            {
                 let input = unit.shape().input;
-                if unit.trains {
-                    let x = map_of(&kept.nodes, input)?;
-                    self.convolve(Pass::WeightGradient, unit, [x, &d_weights, &dy], false)?;
-                }
                 if needed[input] {
                     let add = gradients[input].is_some();
-                    let dx = match gradients[input].take() {
-                        Some(dx) => dx,
-                        None => self.room(self.elements(input))?,
-                    };
-                    self.convolve(Pass::InputGradient, unit, [&dx, &kept.weights, &dy], add)?;
-                    gradients[input] = Some(dx);
+                    if !add {
+                        gradients[input] = Some(self.room(self.elements(input))?);
+                    }
+                    let of_map = of_maps.entry(input).or_default();
+                    of_map.push((Pass::InputGradient, u, add));
+                }
+                if unit.trains {
+                    tasks.push(vec![(Pass::WeightGradient, u, false)]);
                 }
             }
+            tasks.extend(of_maps.into_values());
+            let run = |lane: usize, task: &Vec<(Pass, usize, bool)>| {
+                task.iter().try_for_each(|&(pass, u, add)| {
+                    let unit = &stage.units[u];
+                    let (input, dy) = (unit.shape().input, map_of(&raws, u)?);
+                    let operands = match pass {
+                        Pass::InputGradient => [map_of(&gradients, input)?, &kept.weights, dy],
+                        _ => [map_of(&kept.nodes, input)?, &d_weights, dy],
+                    };
+                    self.convolve(lane, pass, unit, operands, add)
+                })
+            };
+            side_by_side(&self.launches.device, &tasks, run, None)?;
+            drop(raws);
             for &operation in &stage.pools {
                 let p = self.pool(operation)?;
                 let winners = kept.winners[operation].take();
@@ -552,9 +586,10 @@ impl<'a> GraphPass<'a> {
         })
     }
 
-    /// A pass of a unit over its input, the weights of all units, and its own sums.
+    /// A pass of a unit over its input, the weights of all units, and its own sums, on a lane.
     fn convolve(
         &self,
+        lane: usize,
         pass: Pass,
         unit: &Unit,
         [x, weights, raw]: [&CudaStorage; 3],
@@ -580,8 +615,9 @@ impl<'a> GraphPass<'a> {
             weight: self.launches.at(weights, unit.weight)?,
             y: self.launches.at(raw, 0)?,
         };
-        // SAFETY: memory of these sizes that was made for them, by this pass on this device.
-        unsafe { channels_last_pass(&self.launches.device, pass, on, add) }
+        // SAFETY: memory of these sizes that was made for them by this pass, which frees it after all lanes were waited for.
+        // What one lane writes, others leave alone: outputs, weights' gradients and maps' gradients are a task's own.
+        unsafe { channels_last_pass((&self.launches.device, lane), pass, on, add) }
     }
 
     /// A stage's members, by the size of their outputs and what follows them.

@@ -1,0 +1,66 @@
+//! Work that need not wait for each other, on streams beside the device's own.
+//!
+//! A convolution over small maps fills a tenth of a large GPU. So those that wait for the same run side by side: the other
+//! streams wait for what the device's own stream had to do so far, and it waits for them at the end. Memory is taken and freed in
+//! its order alone. A CUDA graph that captures the device's stream captures the others as well.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::Result;
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
+
+use super::settings;
+
+/// The stream of a lane for the calling thread; lane 0 is the device's own.
+pub(crate) fn stream(device: &CudaDevice, lane: usize) -> Result<Arc<CudaStream>> {
+    thread_local! {
+        static OTHERS: RefCell<HashMap<DeviceId, Vec<Arc<CudaStream>>>> = RefCell::new(HashMap::new());
+    }
+    let Some(other) = lane.checked_sub(1) else {
+        return Ok(device.cuda_stream());
+    };
+    OTHERS.with_borrow_mut(|others| {
+        let others = others.entry(device.id()).or_default();
+        while others.len() <= other {
+            others.push(device.cuda_stream().context().new_stream().w()?);
+        }
+        Ok(Arc::clone(&others[other]))
+    })
+}
+
+/// Gives each of `tasks` to a lane, in turn, where none waits for another; then `meanwhile`, which has lane 0 for itself,
+/// if there is such a thing. Returns when all is given, and what comes later on the device's stream waits for all of it.
+///
+/// Tasks write to memory that was taken before, and take none but in the order of their own lane.
+pub(crate) fn side_by_side<T>(
+    device: &CudaDevice,
+    tasks: &[T],
+    mut run: impl FnMut(usize, &T) -> Result<()>,
+    meanwhile: Option<&mut dyn FnMut() -> Result<()>>,
+) -> Result<()> {
+    let first = usize::from(meanwhile.is_some());
+    let lanes = settings().streams.clamp(1, (first + tasks.len()).max(1));
+    // Without a lane of its own it has its turn at the end.
+    let first = if lanes > first { first } else { 0 };
+    let main = device.cuda_stream();
+    let others = (1..lanes).map(|lane| stream(device, lane));
+    let others = others.collect::<Result<Vec<_>>>()?;
+    for other in &others {
+        other.join(&main).w()?;
+    }
+    let mut given = tasks
+        .iter()
+        .enumerate()
+        .try_for_each(|(i, task)| run(first + i % (lanes - first), task));
+    if let (Ok(()), Some(meanwhile)) = (&given, meanwhile) {
+        given = meanwhile();
+    }
+    // Where something failed as well: memory must not be freed under those that run.
+    for other in &others {
+        main.join(other).w()?;
+    }
+    given
+}
