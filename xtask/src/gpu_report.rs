@@ -113,6 +113,13 @@ const ROWS: [Row; 4] = [
 
 const OURS: &str = "ours";
 const OURS_BY_PLANES: &str = "ours, --no-channels-last";
+const OURS_ON_ONE_STREAM: &str = "ours, --streams 1";
+/// Our ways and their flags.
+const WAYS: [(&str, &[&str]); 3] = [
+    (OURS, &[]),
+    (OURS_BY_PLANES, &["--no-channels-last"]),
+    (OURS_ON_ONE_STREAM, &["--streams", "1"]),
+];
 const EAGER: &str = "PyTorch, eager";
 /// PyTorch's variants and their flags.
 const VARIANTS: [(&str, &[&str]); 3] = [
@@ -500,7 +507,7 @@ impl Runs<'_> {
         for number in 0..rounds {
             let mut round = Round::new();
             let idle = gpu_mib()?;
-            for (name, flags) in [(OURS, &[][..]), (OURS_BY_PLANES, &["--no-channels-last"])] {
+            for (name, flags) in WAYS {
                 let (speed, peak) = with_peak_memory(|| self.our_speed(row, number, flags))?;
                 round.insert(name.to_string(), timing(speed, peak, idle));
             }
@@ -662,21 +669,20 @@ fn summary(report: &Report) -> String {
             parity.what, parity.largest_relative_difference, parity.bound
         );
     }
-    text += "\n| work | ours, images/s | ÷ ours by planes | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
-             | --- | ---: | ---: | ---: | ---: | ---: | --- |\n";
+    text += "\n| work | ours, images/s | ÷ ours by planes | ÷ ours on one stream | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n";
     for row in &ROWS {
         let Some(rounds) = report
             .rows
             .get(row.name)
             .filter(|rounds| !rounds.is_empty())
         else {
-            let _ = writeln!(text, "| {} | not measured | | | | | |", row.what);
+            let _ = writeln!(text, "| {} | not measured | | | | | | |", row.what);
             continue;
         };
         let ours: Vec<f64> = rounds.iter().map(|r| r[OURS].images_per_second).collect();
-        let planes = ratio(rounds, |round| {
-            Some(round.get(OURS_BY_PLANES)?.images_per_second)
-        });
+        let [planes, one_stream] = [OURS_BY_PLANES, OURS_ON_ONE_STREAM]
+            .map(|way| ratio(rounds, |round| Some(round.get(way)?.images_per_second)));
         let eager = ratio(rounds, |round| Some(round.get(EAGER)?.images_per_second));
         let fastest = ratio(rounds, |round| {
             others(round).map(|t| t.images_per_second).reduce(f64::max)
@@ -692,10 +698,11 @@ fn summary(report: &Report) -> String {
         let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
         let _ = writeln!(
             text,
-            "| {} | {:.0} | {} | {} | {} | {} | {} |",
+            "| {} | {:.0} | {} | {} | {} | {} | {} | {} |",
             row.what,
             median(&ours),
             show(planes),
+            show(one_stream),
             show(eager),
             show(fastest),
             memory.unwrap_or_default(),
@@ -724,7 +731,7 @@ fn summary(report: &Report) -> String {
 fn others(round: &Round) -> impl Iterator<Item = &Timing> {
     round
         .iter()
-        .filter(|(name, _)| ![OURS, OURS_BY_PLANES].contains(&name.as_str()))
+        .filter(|(name, _)| WAYS.iter().all(|(way, _)| name != way))
         .map(|(_, timing)| timing)
 }
 
@@ -815,18 +822,21 @@ mod tests {
             round(&[
                 (OURS, 400.0, 500),
                 (OURS_BY_PLANES, 500.0, 400),
+                (OURS_ON_ONE_STREAM, 200.0, 400),
                 (EAGER, 100.0, 1000),
                 (compiled, 300.0, 2000),
             ]),
             round(&[
                 (OURS, 100.0, 500),
                 (OURS_BY_PLANES, 50.0, 400),
+                (OURS_ON_ONE_STREAM, 100.0, 400),
                 (EAGER, 100.0, 1000),
                 (compiled, 300.0, 2000),
             ]),
             round(&[
                 (OURS, 350.0, 500),
                 (OURS_BY_PLANES, 250.0, 400),
+                (OURS_ON_ONE_STREAM, 280.0, 400),
                 (EAGER, 100.0, 1000),
                 (compiled, 400.0, 2000),
             ]),
@@ -836,7 +846,7 @@ mod tests {
             ..Report::default()
         };
         let text = summary(&report);
-        let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 1.40 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
+        let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 1.40 | 1.25 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
                     3 × eager: reached, 1 × the fastest: missed |";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("32×32, batch 32 | not measured"), "{text}");

@@ -15,14 +15,14 @@
 //! | [`cross_entropy`] | `F.cross_entropy` | no label smoothing |
 //! | [`linear`] | `F.linear` | the same, by its `matmul` |
 //! | [`dropout`] | `F.dropout` | no seed on the CPU |
-//! | [`StaticGraph`] | a whole network as one operation, on the CPU | – |
+//! | [`StaticGraph`] | a whole network as one operation | – |
 //! | [`backward`] | `loss.backward()` | adds each gradient of a graph to zeros |
 //!
 //! Tensors are (N, C, H, W), f32 or f64, of any strides. A gradient that
 //! nobody needs is not computed: neither that of an input image nor that of a
 //! frozen weight.
 //!
-//! With the feature `cuda`, all but [`StaticGraph`] take tensors on an NVIDIA
+//! With the feature `cuda`, all take tensors on an NVIDIA
 //! GPU, in bf16 too: see [`cuda`]. That side has not run on a GPU yet.
 //!
 //! ```

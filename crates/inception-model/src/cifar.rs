@@ -89,8 +89,9 @@ impl CifarGoogLeNet {
     }
 
     /// Logits (N, classes) of images (N, 3, H, W); the lesson's are 32×32,
-    /// normalised to −1 … 1. On a CPU all but the head runs as one
-    /// [`StaticGraph`].
+    /// normalised to −1 … 1. All but the head runs as one
+    /// [`StaticGraph`], whose gradients come through [`candle_cnn::backward`]
+    /// alone on CUDA.
     ///
     /// # Errors
     /// Images of another rank or number of channels, or too small for the pools.

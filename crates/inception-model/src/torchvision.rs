@@ -159,9 +159,10 @@ impl GoogLeNet {
         Ok(())
     }
 
-    /// Logits of images (N, 3, H, W) of any size from 15×15. On a CPU the
+    /// Logits of images (N, 3, H, W) of any size from 15×15. The
     /// backbone runs as one [`StaticGraph`], unless auxiliary heads or the
-    /// images need a gradient.
+    /// images need a gradient; on CUDA gradients then come through
+    /// [`candle_cnn::backward`] alone.
     ///
     /// # Errors
     /// Smaller images ([`ModelError`]), another rank or number of channels, and

@@ -7,6 +7,8 @@
 //! ([`Settings::benchmark`]). After that a step can be captured in a CUDA graph. A shape first met while a stream is
 //! being captured gets its algorithm by rules of thumb.
 //!
+//! A [`crate::StaticGraph`] uses more than one stream ([`Settings::streams`]); to whoever works on the device's own it looks like one.
+//!
 //! What cuDNN needs (a handle, one workspace, the algorithms chosen) is kept for each thread and device, and freed at the
 //! thread's end: a captured graph must not be launched after the thread that captured it has ended.
 

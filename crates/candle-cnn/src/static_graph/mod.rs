@@ -8,6 +8,9 @@
 //! added up where they belong, and buffers are kept from step to step. To
 //! Candle it is one operation on the images and the parameters, with gradients
 //! through the ordinary `backward()`.
+//!
+//! On CUDA (`cuda/`) maps lie channels last without padding, cuDNN computes the
+//! convolutions, and gradients of variables come through [`crate::backward`] alone.
 
 mod arena;
 mod backward;
