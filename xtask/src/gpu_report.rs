@@ -508,8 +508,16 @@ impl Runs<'_> {
             let mut round = Round::new();
             let idle = gpu_mib()?;
             for (name, flags) in WAYS {
-                let (speed, peak) = with_peak_memory(|| self.our_speed(row, number, flags))?;
-                round.insert(name.to_string(), timing(speed, peak, idle));
+                // One way may fail on a GPU where another works.
+                match with_peak_memory(|| self.our_speed(row, number, flags)) {
+                    Ok((speed, peak)) => {
+                        round.insert(name.to_string(), timing(speed, peak, idle));
+                    }
+                    Err(error) => {
+                        let what = row.name;
+                        report.failures.push(format!("{what}, {name}: {error:#}"));
+                    }
+                }
             }
             for (name, flags) in VARIANTS.iter().filter(|_| python.is_some()) {
                 let Some(python) = python else { continue };
@@ -680,7 +688,12 @@ fn summary(report: &Report) -> String {
             let _ = writeln!(text, "| {} | not measured | | | | | | |", row.what);
             continue;
         };
-        let ours: Vec<f64> = rounds.iter().map(|r| r[OURS].images_per_second).collect();
+        let ours = rounds.iter().filter_map(|round| round.get(OURS));
+        let ours: Vec<f64> = ours.map(|timing| timing.images_per_second).collect();
+        if ours.is_empty() {
+            let _ = writeln!(text, "| {} | failed | | | | | | |", row.what);
+            continue;
+        }
         let [planes, one_stream] = [OURS_BY_PLANES, OURS_ON_ONE_STREAM]
             .map(|way| ratio(rounds, |round| Some(round.get(way)?.images_per_second)));
         let eager = ratio(rounds, |round| Some(round.get(EAGER)?.images_per_second));
@@ -689,7 +702,7 @@ fn summary(report: &Report) -> String {
         });
         let memory = rounds.last().and_then(|round| {
             let least = others(round).map(|t| t.gpu_mib).min()?;
-            let ours = round[OURS].gpu_mib;
+            let ours = round.get(OURS)?.gpu_mib;
             Some(format!(
                 "{:.2} ({ours} of {least} MiB)",
                 ours as f64 / least as f64
@@ -739,7 +752,7 @@ fn others(round: &Round) -> impl Iterator<Item = &Timing> {
 fn ratio(rounds: &[Round], other: impl Fn(&Round) -> Option<f64>) -> Option<f64> {
     let ratios: Option<Vec<f64>> = rounds
         .iter()
-        .map(|round| Some(round[OURS].images_per_second / other(round)?))
+        .map(|round| Some(round.get(OURS)?.images_per_second / other(round)?))
         .collect();
     ratios
         .filter(|ratios| !ratios.is_empty())
@@ -850,6 +863,23 @@ mod tests {
                     3 × eager: reached, 1 × the fastest: missed |";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("32×32, batch 32 | not measured"), "{text}");
+    }
+
+    #[test]
+    fn a_row_whose_main_way_failed_says_so() {
+        let rounds = vec![round(&[(OURS_BY_PLANES, 400.0, 500), (EAGER, 100.0, 1000)])];
+        let report = Report {
+            rows: BTreeMap::from([("lesson-32".to_string(), rounds)]),
+            failures: vec!["lesson-32, ours: no algorithm".to_string()],
+            ..Report::default()
+        };
+        let text = summary(&report);
+        let line = "| lesson's net, batch 32, TF32 in convolutions | failed |";
+        assert!(text.contains(line), "{text}");
+        assert!(
+            text.contains("Failed: lesson-32, ours: no algorithm."),
+            "{text}"
+        );
     }
 
     #[test]

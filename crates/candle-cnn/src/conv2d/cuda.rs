@@ -257,7 +257,12 @@ pub(crate) unsafe fn channels_last_pass(
     let key = PlanKey::new(*g, MemoryFormat::ChannelsLast, on.dtype, pass, &settings);
     let operands = Operands::new(on.x, on.weight, on.y);
     with_cudnn(device, lane, OP, |cudnn| {
-        let plan = match Plan::known(device.id(), key) {
+        let known = Plan::known(device.id(), key);
+        if known.is_none() && key.timed && !cudnn.is_capturing()? {
+            // What runs on other lanes would spoil the times.
+            device.cuda_stream().context().synchronize().w()?;
+        }
+        let plan = match known {
             Some(plan) => plan,
             // To time algorithms overwrites what is there.
             None if add => {
@@ -872,7 +877,14 @@ impl Plan {
             } else {
                 ""
             },
-            problem: self.key.to_string(),
+            problem: match self.key.format {
+                MemoryFormat::Contiguous => self.key.to_string(),
+                MemoryFormat::ChannelsLast => format!(
+                    "{}; it may have one for planes: turn Settings::channels_last off \
+                     (--no-channels-last)",
+                    self.key
+                ),
+            },
         }
     }
 }
