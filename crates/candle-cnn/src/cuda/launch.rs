@@ -15,6 +15,7 @@ use half::bf16;
 
 use super::kernels::{self, Source};
 use crate::error::OpError;
+use crate::window::Axis;
 
 /// Threads of every block, as in `prelude.cuh`.
 pub(crate) const THREADS: u32 = 256;
@@ -46,6 +47,20 @@ pub(crate) fn count(op: &'static str, elements: usize) -> Result<u32> {
         Ok(count) if count <= i32::MAX as u32 => Ok(count),
         _ => Err(OpError::KernelSize { op, elements }.into()),
     }
+}
+
+/// `Axis` of prelude.cuh.
+pub(crate) fn axis(op: &'static str, axis: &Axis) -> Result<[u32; 5]> {
+    let reach = axis.output * axis.stride + axis.kernel;
+    count(op, reach.max(axis.input + 2 * axis.padding))?;
+    Ok([
+        axis.input,
+        axis.output,
+        axis.kernel,
+        axis.stride,
+        axis.padding,
+    ]
+    .map(|number| number as u32))
 }
 
 /// A tensor's memory, held against being written from elsewhere.

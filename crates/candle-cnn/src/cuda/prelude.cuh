@@ -34,6 +34,26 @@ template <typename T> static __device__ __forceinline__ T keep_positive(T value,
 static __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 static __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+// A pooling's window along one axis, as `Axis` in window.rs.
+struct Axis {
+    unsigned int input, output, kernel, stride, padding;
+
+    // Positions start..end of window o that lie inside the input.
+    __device__ unsigned int start(unsigned int o) const { return o * stride > padding ? o * stride - padding : 0; }
+    __device__ unsigned int end(unsigned int o) const {
+        unsigned int end = o * stride + kernel - padding;
+        return end < input ? end : input;
+    }
+    // Windows first..last+1 that see position i.
+    __device__ unsigned int first(unsigned int i) const {
+        return i + padding < kernel ? 0 : (i + padding - kernel) / stride + 1;
+    }
+    __device__ unsigned int last(unsigned int i) const {
+        unsigned int last = (i + padding) / stride;
+        return last < output ? last : output - 1;
+    }
+};
+
 // This thread's number in the grid.
 static __device__ __forceinline__ unsigned int thread_of_grid() { return blockIdx.x * THREADS + threadIdx.x; }
 

@@ -7,8 +7,8 @@ use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, count, suffix, tensor};
-use crate::window::{Axis, Planes};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, axis, count, suffix, tensor};
+use crate::window::Planes;
 
 const SOURCE: Source = Source {
     file: "max_pool2d/kernels.cu",
@@ -25,8 +25,8 @@ pub(super) fn forward(planes: &Planes, x: Operand) -> Result<CudaStorage> {
         let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
             .read(x)?
             .write(&mut y)?
-            .structure(axis(&planes.h)?)
-            .structure(axis(&planes.w)?)
+            .structure(axis(OP, &planes.h)?)
+            .structure(axis(OP, &planes.w)?)
             .number(outputs);
         // SAFETY: the arguments of `forward`; x and y are planes of the axes' inputs and outputs.
         unsafe { launch.run(outputs) }?;
@@ -43,7 +43,11 @@ pub(super) fn backward(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tenso
     if inputs > 0 {
         let mut winners = alloc(OP, device, DType::U32, outputs as usize)?;
         let stream = device.cuda_stream();
-        let (suffix, h, w) = (suffix(OP, dtype)?, axis(&planes.h)?, axis(&planes.w)?);
+        let (suffix, h, w) = (
+            suffix(OP, dtype)?,
+            axis(OP, &planes.h)?,
+            axis(OP, &planes.w)?,
+        );
         let name = format!("max_pool2d_winners_{suffix}");
         let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
             .read(x_operand)?
@@ -74,18 +78,4 @@ fn sizes(planes: &Planes) -> Result<(u32, u32)> {
         count(OP, images * planes.input_plane())?,
         count(OP, images * planes.output_plane())?,
     ))
-}
-
-/// `Axis` of kernels.cu.
-fn axis(axis: &Axis) -> Result<[u32; 5]> {
-    let reach = axis.output * axis.stride + axis.kernel;
-    count(OP, reach.max(axis.input + 2 * axis.padding))?;
-    Ok([
-        axis.input,
-        axis.output,
-        axis.kernel,
-        axis.stride,
-        axis.padding,
-    ]
-    .map(|number| number as u32))
 }

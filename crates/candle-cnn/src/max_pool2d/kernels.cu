@@ -1,25 +1,5 @@
 // Maximum pooling over planes, a thread an element.
 
-// A window along one axis, as `Axis` in window.rs.
-struct Axis {
-    unsigned int input, output, kernel, stride, padding;
-
-    // Positions start..end of window o that lie inside the input.
-    __device__ unsigned int start(unsigned int o) const { return o * stride > padding ? o * stride - padding : 0; }
-    __device__ unsigned int end(unsigned int o) const {
-        unsigned int end = o * stride + kernel - padding;
-        return end < input ? end : input;
-    }
-    // Windows first..last+1 that see position i.
-    __device__ unsigned int first(unsigned int i) const {
-        return i + padding < kernel ? 0 : (i + padding - kernel) / stride + 1;
-    }
-    __device__ unsigned int last(unsigned int i) const {
-        unsigned int last = (i + padding) / stride;
-        return last < output ? last : output - 1;
-    }
-};
-
 // Index in the plane of the window's first maximum in row-major order, or of its last NaN.
 template <typename T>
 static __device__ __forceinline__ unsigned int winner(const T *plane, Axis h, Axis w, unsigned int oh, unsigned int ow) {

@@ -183,10 +183,21 @@ template <typename T> struct Column {
     __device__ unsigned int line() const { return threadIdx.x / LANES; }
 };
 
+// statistics[0][channel] = mean, [1] = 1/σ, [2] = unbiased variance, from the mean and the sum of squared differences from it.
+template <typename T>
+static __device__ __forceinline__ void set_statistics(const Segments<T> &all, float *statistics, const Segment<T> &s,
+                                                      unsigned int channel, double mean, double squares) {
+    statistics[channel] = static_cast<float>(mean);
+    statistics[all.channels + channel] = static_cast<float>(1 / sqrt(squares / all.rows + s.eps));
+    statistics[2 * all.channels + channel] = static_cast<float>(squares / (all.rows - 1));
+}
+
 // means[part][channel], squares[part][channel] = the part's mean and its sum of squared differences from that. The mean that
 // a float can hold is off by its last digit, which beside a small deviation counts: what the differences still sum to mends both.
+// Of a single part the statistics are written at once, as `join_moments` has them.
 template <typename T>
-static __device__ __forceinline__ void moments(const Segments<T> &all, double *means, float *squares, unsigned int per_part) {
+static __device__ __forceinline__ void moments(const Segments<T> &all, double *means, float *squares, float *statistics,
+                                               unsigned int per_part) {
     __shared__ float shared[THREADS];
     Column<T> at(all, blockIdx.x, per_part);
     const Segment<T> &s = at.segment;
@@ -209,13 +220,18 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     rest = column_sum(rest, shared);
     square = column_sum(square, shared) - rest * rest / at.count;
     if (at.inside && at.line() == 0) {
+        double exact = mean + static_cast<double>(rest) / at.count;
+        if (gridDim.y == 1) {
+            set_statistics(all, statistics, s, s.first + at.channel, exact, square);
+            return;
+        }
         unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
-        means[to] = mean + static_cast<double>(rest) / at.count;
+        means[to] = exact;
         squares[to] = square;
     }
 }
 
-// statistics[0][channel] = mean, [1] = 1/σ, [2] = unbiased variance. A thread a channel.
+// The statistics of each channel from its parts. A thread a channel.
 template <typename T>
 static __device__ __forceinline__ void join_moments(const Segments<T> &all, const double *means, const float *squares,
                                                     float *statistics, unsigned int parts, unsigned int per_part) {
@@ -238,13 +254,11 @@ static __device__ __forceinline__ void join_moments(const Segments<T> &all, cons
         double difference = means[part * all.channels + channel] - mean;
         joined += squares[part * all.channels + channel] + difference * difference * (rest < per_part ? rest : per_part);
     }
-    statistics[channel] = static_cast<float>(mean);
-    statistics[all.channels + channel] = static_cast<float>(1 / sqrt(joined / all.rows + all.of[s].eps));
-    statistics[2 * all.channels + channel] = static_cast<float>(joined / (all.rows - 1));
+    set_statistics(all, statistics, all.of[s], channel, mean, joined);
 }
 
 // sums[0][part][channel] = Σ g, sums[1][part][channel] = Σ g·x̂, where g is the gradient before the ReLU. Behind a bias there
-// is no x̂, and `raw` becomes g.
+// is no x̂, and `raw` becomes g. Of a single part these are the sums of all.
 template <typename T>
 static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, float *sums, unsigned int per_part) {
     __shared__ float shared[THREADS];
@@ -324,18 +338,6 @@ static __device__ __forceinline__ void input_gradient(const Segments<T> &all, co
     }
 }
 
-// A window along one axis, as `Axis` in window.rs.
-struct Axis {
-    unsigned int input, output, kernel, stride, padding;
-
-    // Windows first..last+1 that see position i.
-    __device__ unsigned int first(unsigned int i) const { return i + padding < kernel ? 0 : (i + padding - kernel) / stride + 1; }
-    __device__ unsigned int last(unsigned int i) const {
-        unsigned int last = (i + padding) / stride;
-        return last < output ? last : output - 1;
-    }
-};
-
 // y = the window's maximum, and winners = where in the window it is: the first in row-major order, or the last NaN. `winners`
 // may be null. A thread a number.
 template <typename T>
@@ -347,28 +349,22 @@ static __device__ __forceinline__ void max_pool(const T *x, T *y, unsigned char 
     }
     unsigned int c = i % channels, window = i / channels;
     unsigned int ow = window % w.output, oh = window / w.output % h.output, image = window / (w.output * h.output);
-    unsigned int winner = 0;
-    T best;
-    bool found = false;
-    for (unsigned int r = 0; r < h.kernel; r++) {
-        // Beyond the input on either side, as differences wrap around.
-        unsigned int ih = oh * h.stride + r - h.padding;
-        for (unsigned int s = 0; s < w.kernel && ih < h.input; s++) {
-            unsigned int iw = ow * w.stride + s - w.padding;
-            if (iw >= w.input) {
-                continue;
-            }
-            T value = x[((image * h.input + ih) * w.input + iw) * channels + c];
-            if (!found || widen(value) > widen(best) || widen(value) != widen(value)) {
-                found = true;
+    const T *in_image = x + image * h.input * w.input * channels + c;
+    unsigned int best_at = h.start(oh) * w.input + w.start(ow);
+    T best = in_image[best_at * channels];
+    for (unsigned int ih = h.start(oh); ih < h.end(oh); ih++) {
+        for (unsigned int iw = w.start(ow); iw < w.end(ow); iw++) {
+            T value = in_image[(ih * w.input + iw) * channels];
+            if (widen(value) > widen(best) || widen(value) != widen(value)) {
                 best = value;
-                winner = r * w.kernel + s;
+                best_at = ih * w.input + iw;
             }
         }
     }
     y[i] = best;
     if (winners) {
-        winners[i] = static_cast<unsigned char>(winner);
+        unsigned int r = best_at / w.input + h.padding - oh * h.stride, s = best_at % w.input + w.padding - ow * w.stride;
+        winners[i] = static_cast<unsigned char>(r * w.kernel + s);
     }
 }
 
@@ -437,8 +433,8 @@ static __device__ __forceinline__ void spread(const float *features, T *map, uns
     extern "C" __global__ void static_graph_finish_##NAME(Segments<T> all) { finish<T, 1>(all); }                      \
     extern "C" __global__ void static_graph_finish_packs_##NAME(Segments<T> all) { finish<T, PACK>(all); }             \
     extern "C" __global__ void static_graph_moments_##NAME(Segments<T> all, double *means, float *squares,             \
-                                                           unsigned int per_part) {                                    \
-        moments<T>(all, means, squares, per_part);                                                                     \
+                                                           float *statistics, unsigned int per_part) {                 \
+        moments<T>(all, means, squares, statistics, per_part);                                                         \
     }                                                                                                                  \
     extern "C" __global__ void static_graph_join_moments_##NAME(Segments<T> all, const double *means,                  \
                                                                 const float *squares, float *statistics,               \

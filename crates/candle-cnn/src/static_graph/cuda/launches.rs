@@ -12,7 +12,7 @@ use candle_core::{CudaStorage, DType, Result};
 use super::super::OP;
 use crate::conv2d::parts_of;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Launch, Operand, THREADS, alloc, count, start, suffix};
+use crate::cuda::launch::{Launch, Operand, THREADS, alloc, axis, count, start, suffix};
 use crate::window::Axis;
 
 const SOURCE: Source = Source {
@@ -265,14 +265,22 @@ impl Launches {
     pub(super) fn moments(&self, segments: &[Segment], rows: usize) -> Result<CudaStorage> {
         let (table, blocks) = columns(segments, rows)?;
         let parts = parts(rows)?;
+        let mut statistics = self.room_of(DType::F32, 3 * table.channels as usize)?;
+        if parts.count == 1 {
+            let launch = self.launch("moments")?.null().null();
+            let launch = launch.write(&mut statistics)?.number(parts.rows);
+            // SAFETY: the arguments of `moments`, which writes no means and squares of a single part.
+            unsafe { launch.run_blocks((blocks, 1), Some(&table)) }?;
+            return Ok(statistics);
+        }
         let sums = table.channels as usize * parts.count as usize;
         let mut means = self.room_of(DType::F64, sums)?;
         let mut squares = self.room_of(DType::F32, sums)?;
-        let mut statistics = self.room_of(DType::F32, 3 * table.channels as usize)?;
         let launch = self
             .launch("moments")?
             .write(&mut means)?
             .write(&mut squares)?
+            .null()
             .number(parts.rows);
         // SAFETY: the arguments of `moments`; means and squares are (parts, channels), and no part is empty.
         unsafe { launch.run_blocks((blocks, parts.count), Some(&table)) }?;
@@ -295,13 +303,16 @@ impl Launches {
         let parts = parts(rows)?;
         let channels = table.channels;
         let mut sums = self.room_of(DType::F32, 2 * channels as usize * parts.count as usize)?;
-        let mut joined = self.room_of(DType::F32, 2 * channels as usize)?;
         let launch = self
             .launch("gradient_sums")?
             .write(&mut sums)?
             .number(parts.rows);
         // SAFETY: the arguments of `gradient_sums`; sums are (2, parts, channels), and no part is empty.
         unsafe { launch.run_blocks((blocks, parts.count), Some(&table)) }?;
+        if parts.count == 1 {
+            return Ok(sums);
+        }
+        let mut joined = self.room_of(DType::F32, 2 * channels as usize)?;
         let name = "static_graph_join_sums_f32";
         let launch = Launch::new(OP, &self.device, &self.stream, &SOURCE, name)?
             .read_all(&sums)?
@@ -354,8 +365,8 @@ impl Launches {
             None => launch.null(),
         };
         let launch = launch
-            .structure(axis(h)?)
-            .structure(axis(w)?)
+            .structure(axis(OP, h)?)
+            .structure(axis(OP, w)?)
             .number(channels as u32)
             .number(elements);
         // SAFETY: the arguments of `max_pool`; x and y are maps of the axes' inputs and outputs.
@@ -378,8 +389,8 @@ impl Launches {
             .read_all(winners)?
             .read_all(dy)?
             .write(dx)?
-            .structure(axis(h)?)
-            .structure(axis(w)?)
+            .structure(axis(OP, h)?)
+            .structure(axis(OP, w)?)
             .number(channels as u32)
             .number(add.into())
             .number(elements);
@@ -478,26 +489,15 @@ fn table(
 }
 
 fn parts(rows: usize) -> Result<Parts> {
-    // 32 channels share a block, which has 8 threads for each of them: as many values a thread as elsewhere.
-    let (parts, per_part) = parts_of(rows * LANES as usize);
-    let per_part = per_part.div_ceil(LANES as usize).max(1);
-    debug_assert!(parts <= 64);
+    // 32 channels share a block, which has 8 threads for each of them: as many values a thread as elsewhere. A few
+    // more cost less than another launch that joins two parts.
+    const ROWS_AT_ONCE: usize = 256;
+    let per_part = match rows {
+        ..=ROWS_AT_ONCE => rows.max(1),
+        _ => parts_of(rows * LANES as usize).1.div_ceil(LANES as usize),
+    };
     Ok(Parts {
         count: count(OP, rows.div_ceil(per_part))?,
         rows: count(OP, per_part)?,
     })
-}
-
-/// `Axis` of kernels.cu.
-fn axis(axis: &Axis) -> Result<[u32; 5]> {
-    let reach = axis.output * axis.stride + axis.kernel;
-    count(OP, reach.max(axis.input + 2 * axis.padding))?;
-    Ok([
-        axis.input,
-        axis.output,
-        axis.kernel,
-        axis.stride,
-        axis.padding,
-    ]
-    .map(|number| number as u32))
 }
