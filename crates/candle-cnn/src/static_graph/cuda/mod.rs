@@ -278,6 +278,7 @@ impl<'a> GraphPass<'a> {
     fn forward(&self, images: Operand) -> Result<Output> {
         let graph = self.graph;
         let keep = self.run.tracks;
+        let uses = self.uses();
         let weights = self.lay_weights()?;
         let mut nodes: Vec<Option<CudaStorage>> = graph.nodes.iter().map(|_| None).collect();
         let mut winners: Vec<Option<CudaStorage>> = graph.operations.iter().map(|_| None).collect();
@@ -355,7 +356,7 @@ impl<'a> GraphPass<'a> {
                 all_statistics.push(statistics);
             } else {
                 for (node, map) in nodes.iter_mut().enumerate() {
-                    if node != graph.output && self.last_reader(node) == Some(index) {
+                    if node != graph.output && uses[node].last_read == Some(index) {
                         *map = None;
                     }
                 }
@@ -388,6 +389,7 @@ impl<'a> GraphPass<'a> {
     ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>)> {
         let graph = self.graph;
         let needed = graph.needed(self.run.needs_input, &self.run.trainable);
+        let uses = self.uses();
         let d_weights = self.room(self.weights)?;
         let mut d_follows: Vec<Vec<Tensor>> = vec![Vec::new(); self.run.parameters.len()];
         let mut gradients: Vec<Option<CudaStorage>> = graph.nodes.iter().map(|_| None).collect();
@@ -491,7 +493,7 @@ impl<'a> GraphPass<'a> {
             // Nobody before this stage has written them, and all their readers come after it.
             let maps = kept.nodes.iter_mut().zip(&mut gradients);
             for (node, (map, gradient)) in maps.enumerate() {
-                if self.first_writer(node) == Some(index) {
+                if uses[node].first_write == Some(index) {
                     (*map, *gradient) = (None, None);
                 }
             }
@@ -752,27 +754,29 @@ impl<'a> GraphPass<'a> {
         self.batch * height * width * self.width(node)
     }
 
-    /// The nodes that a stage's operations read, and those that they write.
-    fn reads_and_writes(&self, stage: &Stage) -> (Vec<usize>, Vec<usize>) {
-        let members = stage.units.iter().flat_map(|unit| &unit.members);
-        let of_members = members.map(|m| (m.convolution.input, m.convolution.output));
-        let operations = stage.pools.iter().map(|&p| &self.graph.operations[p]);
-        let of_pools = operations.map(|o| (o.input(), o.output()));
-        of_members
-            .chain(of_pools)
-            .map(|(input, output)| (input, self.graph.place(output).0))
-            .unzip()
+    /// Of each node, the first stage that writes its map and the last that reads it.
+    fn uses(&self) -> Vec<Uses> {
+        let mut uses = vec![Uses::default(); self.graph.nodes.len()];
+        for (index, stage) in self.stages.iter().enumerate() {
+            let members = stage.units.iter().flat_map(|unit| &unit.members);
+            let of_members = members.map(|m| (m.convolution.input, m.convolution.output));
+            let operations = stage.pools.iter().map(|&p| &self.graph.operations[p]);
+            let of_pools = operations.map(|o| (o.input(), o.output()));
+            for (input, output) in of_members.chain(of_pools) {
+                uses[input].last_read = Some(index);
+                let written = &mut uses[self.graph.place(output).0].first_write;
+                *written = written.or(Some(index));
+            }
+        }
+        uses
     }
+}
 
-    fn last_reader(&self, node: usize) -> Option<usize> {
-        let reads = |stage: &Stage| self.reads_and_writes(stage).0.contains(&node);
-        self.stages.iter().rposition(reads)
-    }
-
-    fn first_writer(&self, node: usize) -> Option<usize> {
-        let writes = |stage: &Stage| self.reads_and_writes(stage).1.contains(&node);
-        self.stages.iter().position(writes)
-    }
+/// Stages between which a map lives.
+#[derive(Clone, Debug, Default)]
+struct Uses {
+    first_write: Option<usize>,
+    last_read: Option<usize>,
 }
 
 fn all_channels(segments: &[Segment]) -> usize {
