@@ -77,6 +77,13 @@ struct Block {
 std::map<Address, Block> blocks;
 std::vector<Address> freed;
 size_t in_use, most_in_use, freed_bytes;
+// What the driver does not get back: the pool of streams keeps the most that was in use at once, graphs keep theirs aside.
+struct Held {
+    size_t used, held;
+    void take(size_t bytes) { held = std::max(held, used += bytes); }
+} pool, graphs;
+// Of the pool, freed since the device was waited for.
+size_t freed_lately;
 
 size_t capacity() {
     static const size_t bytes = [] {
@@ -103,6 +110,19 @@ void forget(Address at) {
     blocks.erase(at);
 }
 
+void count_in(Address at) {
+    auto [bytes, graph, live] = blocks.at(at);
+    (graph ? graphs : pool).take(bytes);
+    in_use += bytes;
+    most_in_use = std::max(most_in_use, in_use);
+}
+
+void count_out(Address at) {
+    auto [bytes, graph, live] = blocks.at(at);
+    (graph ? graphs : pool).used -= bytes;
+    in_use -= bytes;
+}
+
 int allocate(Address *at, size_t bytes, Graph *graph) {
     if (bytes == 0) {
         return INVALID_VALUE;
@@ -119,8 +139,7 @@ int allocate(Address *at, size_t bytes, Graph *graph) {
     std::memset(raw + GUARD, 0xFF, bytes);
     *at = reinterpret_cast<Address>(raw + GUARD);
     blocks[*at] = {bytes, graph, true};
-    in_use += bytes;
-    most_in_use = std::max(most_in_use, in_use);
+    count_in(*at);
     return SUCCESS;
 }
 
@@ -129,10 +148,11 @@ void release(Address at) {
     check_fences(at, block, "free");
     std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
     block.live = false;
-    in_use -= block.bytes;
+    count_out(at);
     if (block.graph) {
         return;
     }
+    freed_lately += block.bytes;
     freed.push_back(at);
     freed_bytes += block.bytes;
     size_t gone = 0;
@@ -245,7 +265,7 @@ template <typename... A> void log_of(const char *format, A... arguments) {
     if (logs()) {
         std::fputs("CUDA emulation: ", stderr);
         std::fprintf(stderr, format, arguments...);
-        std::fprintf(stderr, " (%zu MiB in use, %zu at most)\n", in_use >> 20, most_in_use >> 20);
+        std::fprintf(stderr, " (%zu MiB in use, %zu at most, %zu held)\n", in_use >> 20, most_in_use >> 20, (pool.held + graphs.held) >> 20);
     }
 }
 
@@ -569,7 +589,14 @@ API int cuStreamDestroy_v2(void *stream) {
     std::erase_if(accesses, [=](const Access &access) { return access.stream == stream; });
     return delete static_cast<Stream *>(stream), SUCCESS;
 }
-API int cuStreamSynchronize(void *stream) { LOCKED; return not_in_capture(stream); }
+API int cuStreamSynchronize(void *stream) {
+    LOCKED;
+    if (int status = not_in_capture(stream)) {
+        return status;
+    }
+    freed_lately = 0;
+    return SUCCESS;
+}
 API int cuStreamWaitEvent(void *stream, void *of, unsigned) {
     LOCKED;
     Stream &waits = stream_of(stream);
@@ -671,10 +698,16 @@ API int cuEventElapsedTime(float *ms, void *start, void *end) {
 API int cuEventElapsedTime_v2(float *ms, void *start, void *end) { return cuEventElapsedTime(ms, start, end); }
 
 API int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &primary_context, SUCCESS; }
+// As with a release threshold of all memory, which is the only attribute that is ever set.
 API int cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
+API int cuMemPoolTrimTo(void *, size_t keep) {
+    LOCKED;
+    pool.held = std::clamp(std::max(keep, pool.used + freed_lately), pool.used, pool.held);
+    return SUCCESS;
+}
 API int cuMemGetInfo_v2(size_t *available, size_t *total) {
     LOCKED;
-    return *available = capacity() - in_use, *total = capacity(), SUCCESS;
+    return *available = capacity() - std::min(capacity(), pool.held + graphs.held), *total = capacity(), SUCCESS;
 }
 API int cuMemAlloc_v2(Address *at, size_t bytes) { LOCKED; return allocate(at, bytes, nullptr); }
 API int cuMemFree_v2(Address at) { LOCKED; return release(at), SUCCESS; }
@@ -689,13 +722,12 @@ API int cuMemAllocAsync(Address *at, size_t bytes, void *stream) {
         graph->allocated.push_back(*at);
         // It exists while the graph runs.
         blocks[*at].live = false;
-        in_use -= bytes;
+        count_out(*at);
         graph->nodes.push_back([at = *at] {
             Block &block = blocks.at(at);
             std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
             block.live = true;
-            in_use += block.bytes;
-            most_in_use = std::max(most_in_use, in_use);
+            count_in(at);
         });
     }
     return SUCCESS;

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUmemPool_attribute, CUmemoryPool};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 use candle_core::{Device, Result};
 
@@ -67,16 +67,33 @@ pub fn open_device(ordinal: usize) -> Result<Device> {
     Ok(device)
 }
 
+/// Gives memory that is free back to the driver: a CUDA graph takes its own from there, and not what is kept for the
+/// tensors of this process. Waits for the device.
+///
+/// # Errors
+/// A tensor device that is no GPU, and as [`synchronize`].
+pub fn release_freed_memory(device: &Device) -> Result<()> {
+    // What is freed belongs to the stream until it has come to that point.
+    synchronize(device)?;
+    let pool = pool(device)?;
+    // SAFETY: the pool is the device's own, which lives as long as the driver.
+    unsafe { result::mem_pool::trim_to(pool, 0) }.w()
+}
+
 /// Tells the pool from which streams allocate never to give memory back.
 fn keep_freed_memory(device: &Device) -> Result<()> {
+    let pool = pool(device)?;
+    let mut threshold = u64::MAX;
+    let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: as above, and the attribute is 64 bits wide.
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()) }.w()
+}
+
+/// The pool from which streams allocate.
+fn pool(device: &Device) -> Result<CUmemoryPool> {
     let stream = device.as_cuda_device()?.cuda_stream();
     let context = stream.context();
     context.bind_to_thread().w()?;
-    let mut threshold = u64::MAX;
-    // SAFETY: the device is the context's, and the attribute is 64 bits wide.
-    unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
-        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).w()
-    }
+    // SAFETY: the device is the context's.
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.w()
 }

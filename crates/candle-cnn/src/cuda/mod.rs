@@ -27,7 +27,7 @@ mod settings;
 mod training;
 
 #[cfg(feature = "cuda")]
-pub use device::{DeviceInfo, device_info, memory, open_device, synchronize};
+pub use device::{DeviceInfo, device_info, memory, open_device, release_freed_memory, synchronize};
 pub use settings::{F32Math, Settings, set_settings, settings};
 #[cfg(feature = "cuda")]
 pub use training::{

@@ -76,6 +76,8 @@ impl Training<'_> {
         let device = self.device.clone();
         let cuda = device.as_cuda_device().map_err(&failed)?;
         let stream = cuda.cuda_stream();
+        // The graph takes memory of its own for a step. What the steps before it took would lie idle beside it.
+        candle_cnn::cuda::release_freed_memory(&device).map_err(&failed)?;
         let _cache = cuda.enable_cuda_graph_htod_cache();
         // What the step allocates becomes part of the graph, and what a library allocates aside may do so at once:
         // no other thread works on this device.
