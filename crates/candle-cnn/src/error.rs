@@ -197,6 +197,13 @@ impl OpError {
         Self::Device { op, device }.into()
     }
 
+    /// Of what is for CUDA alone.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_cpu(op: &'static str) -> Error {
+        let device = "Cpu".to_owned();
+        Self::Device { op, device }.into()
+    }
+
     pub(crate) fn not_contiguous(op: &'static str, layout: &Layout) -> Error {
         let layout = format!("{layout:?}");
         Self::NotContiguous { op, layout }.into()

@@ -329,11 +329,7 @@ impl CustomOp3 for CudaBatchNorm {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Err(OpError::Device {
-            op: OP,
-            device: "Cpu".to_owned(),
-        }
-        .into())
+        Err(OpError::on_cpu(OP))
     }
 
     fn cuda_fwd(

@@ -90,11 +90,7 @@ impl CustomOp2 for CudaCrossEntropy {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Err(OpError::Device {
-            op: OP,
-            device: "Cpu".to_owned(),
-        }
-        .into())
+        Err(OpError::on_cpu(OP))
     }
 
     fn cuda_fwd(

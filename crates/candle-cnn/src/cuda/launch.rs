@@ -20,6 +20,9 @@ use crate::window::Axis;
 /// Threads of every block, as in `prelude.cuh`.
 pub(crate) const THREADS: u32 = 256;
 
+/// CUDA takes 4 KiB of arguments; 64 bytes are for those beside a table.
+pub(crate) const MOST_IN_TABLE: usize = 4096 - 64;
+
 /// A contiguous operand and where it lies.
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
 

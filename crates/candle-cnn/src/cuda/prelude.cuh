@@ -57,6 +57,16 @@ struct Axis {
 // This thread's number in the grid.
 static __device__ __forceinline__ unsigned int thread_of_grid() { return blockIdx.x * THREADS + threadIdx.x; }
 
+// The entry of a table that `block` is for, where entry i has the blocks before `end[i]`; `block` becomes its number there.
+static __device__ __forceinline__ unsigned int entry_of(const unsigned int *end, unsigned int &block) {
+    unsigned int i = 0;
+    while (block >= end[i]) {
+        i++;
+    }
+    block -= i ? end[i - 1] : 0;
+    return i;
+}
+
 // The sum of `value` over the block, in an order that does not change; for every thread.
 template <typename T> static __device__ __forceinline__ T block_sum(T value, T *shared) {
     __syncthreads();

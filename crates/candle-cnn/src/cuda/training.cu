@@ -45,13 +45,13 @@ static __device__ __forceinline__ void count_correct(const T *logits, const unsi
 // As many parameters as fit into a kernel's 4 KiB of arguments.
 #define TENSORS 96
 
-// `Chunk` in sgd.rs.
+// `Chunk` in training.rs.
 template <typename T> struct Chunk {
     T *parameter[TENSORS];
     const T *gradient[TENSORS];
     T *buffer[TENSORS]; // null without momentum
     unsigned int elements[TENSORS];
-    unsigned int end[TENSORS]; // the first block that belongs to the next tensor
+    unsigned int end[TENSORS]; // of its blocks
     unsigned char first[TENSORS];
 };
 
@@ -61,11 +61,7 @@ template <typename T> struct Chunk {
 template <typename T>
 static __device__ __forceinline__ void sgd(const Chunk<T> &chunk, const float *lr, double momentum_, double dampening_,
                                            double weight_decay_, unsigned int nesterov) {
-    unsigned int tensor = 0;
-    while (chunk.end[tensor] <= blockIdx.x) {
-        tensor++;
-    }
-    unsigned int begin = (blockIdx.x - (tensor ? chunk.end[tensor - 1] : 0)) * PER_BLOCK;
+    unsigned int block = blockIdx.x, tensor = entry_of(chunk.end, block), begin = block * PER_BLOCK;
     unsigned int elements = chunk.elements[tensor];
     T *parameter = chunk.parameter[tensor], *buffer = chunk.buffer[tensor];
     const T *gradient = chunk.gradient[tensor];
@@ -120,11 +116,7 @@ template <typename T> struct Norms {
 // running = (1 − momentum) running + momentum batch, rounded after each product as on the CPU, of each batch norm's mean and
 // variance; one more batch is counted. A thread a channel.
 template <typename T> static __device__ __forceinline__ void take_up(const Norms<T> &all, double momentum_) {
-    unsigned int n = 0;
-    while (blockIdx.x >= all.end[n]) {
-        n++;
-    }
-    unsigned int channel = (blockIdx.x - (n ? all.end[n - 1] : 0)) * THREADS + threadIdx.x;
+    unsigned int block = blockIdx.x, n = entry_of(all.end, block), channel = block * THREADS + threadIdx.x;
     T keep = static_cast<T>(1 - momentum_), momentum = static_cast<T>(momentum_);
     if (channel < all.channels[n]) {
         // Fused with a zero, so that the compiler fuses no product with the sum.

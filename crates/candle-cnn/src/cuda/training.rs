@@ -9,7 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
 use super::kernels::Source;
-use super::launch::{Held, Launch, THREADS, address, alloc, count, suffix, tensor};
+use super::launch::{Held, Launch, MOST_IN_TABLE, THREADS, address, alloc, count, suffix, tensor};
 use crate::batch_norm::BatchStatistics;
 use crate::error::OpError;
 
@@ -189,9 +189,7 @@ struct Chunk {
 
 // SAFETY: plain numbers, in C's order; 96 is a multiple of 8, so that there is no padding.
 unsafe impl DeviceRepr for Chunk {}
-
-// CUDA takes 4 KiB of arguments; 64 bytes are for the others.
-const _: () = assert!(size_of::<Chunk>() <= 4096 - 64);
+const _: () = assert!(size_of::<Chunk>() <= MOST_IN_TABLE);
 
 impl SgdTensor<'_> {
     fn check(&self, dtype: DType) -> Result<()> {
@@ -325,6 +323,7 @@ struct Norms {
 
 // SAFETY: plain numbers, laid out as training.cu has them, without padding.
 unsafe impl DeviceRepr for Norms {}
+const _: () = assert!(size_of::<Norms>() <= MOST_IN_TABLE);
 
 /// [`crate::update_running`] of both statistics of each batch norm, and one more batch counted, in a launch for 64 of them.
 ///

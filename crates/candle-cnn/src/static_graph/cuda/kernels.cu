@@ -44,18 +44,9 @@ template <typename T> struct Weights {
     unsigned int c_in[WEIGHTS], width[WEIGHTS], taps[WEIGHTS], elements[WEIGHTS], end[WEIGHTS];
 };
 
-// This thread's number among those of the weight that its block is for.
-template <typename T> static __device__ __forceinline__ unsigned int weight_of(const Weights<T> &all, unsigned int &w) {
-    w = 0;
-    while (blockIdx.x >= all.end[w]) {
-        w++;
-    }
-    return (blockIdx.x - (w ? all.end[w - 1] : 0)) * THREADS + threadIdx.x;
-}
-
 // `elements` are those of `pixels`.
 template <typename T> static __device__ __forceinline__ void lay_weights(const Weights<T> &all) {
-    unsigned int w, i = weight_of(all, w);
+    unsigned int block = blockIdx.x, w = entry_of(all.end, block), i = block * THREADS + threadIdx.x;
     if (i < all.elements[w]) {
         unsigned int c = i % all.width[w], tap = i / all.width[w] % all.taps[w], k = i / (all.width[w] * all.taps[w]);
         store(&all.pixels[w][i], c < all.c_in[w] ? all.planes[w][(k * all.c_in[w] + c) * all.taps[w] + tap] : 0.0f);
@@ -64,7 +55,7 @@ template <typename T> static __device__ __forceinline__ void lay_weights(const W
 
 // `elements` are those of `planes`.
 template <typename T> static __device__ __forceinline__ void take_weights(const Weights<T> &all) {
-    unsigned int w, i = weight_of(all, w);
+    unsigned int block = blockIdx.x, w = entry_of(all.end, block), i = block * THREADS + threadIdx.x;
     if (i < all.elements[w]) {
         unsigned int tap = i % all.taps[w], c = i / all.taps[w] % all.c_in[w], k = i / (all.taps[w] * all.c_in[w]);
         all.planes[w][i] = widen(all.pixels[w][(k * all.taps[w] + tap) * all.width[w] + c]);
@@ -88,26 +79,29 @@ template <typename T> struct Segment {
     // Its first channel among those of all segments.
     unsigned int first;
     unsigned int kind;
-    // The blocks of all segments up to this one.
-    unsigned int end;
     float eps;
-    unsigned int unused;
 };
+// Some segments, which have the blocks before `end`, and channels of all.
 template <typename T> struct Segments {
     Segment<T> of[SEGMENTS];
-    unsigned int rows, channels;
+    unsigned int end[SEGMENTS], rows, channels;
 };
 
-// The segment that `block` is for; `block` becomes its number there.
-template <typename T> static __device__ __forceinline__ const Segment<T> &segment_of(const Segments<T> &all, unsigned int &block) {
-    unsigned int s = 0;
-    while (block >= all.of[s].end) {
-        s++;
+// A pack's channels, or the only one.
+template <typename T, unsigned int N> static __device__ __forceinline__ Pack<T> load_pack(const T *from) {
+    if (N == PACK) {
+        return *reinterpret_cast<const Pack<T> *>(from);
     }
-    if (s) {
-        block -= all.of[s - 1].end;
+    Pack<T> pack;
+    pack.of[0] = *from;
+    return pack;
+}
+template <typename T, unsigned int N> static __device__ __forceinline__ void store_pack(T *to, const Pack<T> &pack) {
+    if (N == PACK) {
+        *reinterpret_cast<Pack<T> *>(to) = pack;
+    } else {
+        *to = pack.of[0];
     }
-    return all.of[s];
 }
 
 // What follows a convolution at one channel.
@@ -132,27 +126,18 @@ struct Follows {
 // map = ReLU of what follows `raw`. A thread takes N channels of a row.
 template <typename T, unsigned int N> static __device__ __forceinline__ void finish(const Segments<T> &all) {
     unsigned int block = blockIdx.x;
-    const Segment<T> &s = segment_of(all, block);
+    const Segment<T> &s = all.of[entry_of(all.end, block)];
     unsigned int i = block * THREADS + threadIdx.x, per_row = s.channels / N;
     if (i >= all.rows * per_row) {
         return;
     }
     unsigned int row = i / per_row, c = i % per_row * N;
-    Pack<T> pack;
-    if (N == PACK) {
-        pack = *reinterpret_cast<const Pack<T> *>(&s.raw[row * s.raw_width + c]);
-    } else {
-        pack.of[0] = s.raw[row * s.raw_width + c];
-    }
+    Pack<T> pack = load_pack<T, N>(&s.raw[row * s.raw_width + c]);
     for (unsigned int k = 0; k < N; k++) {
         float value = Follows(s, c + k).value(widen(pack.of[k]));
         store(&pack.of[k], keep_positive(value, value));
     }
-    if (N == PACK) {
-        *reinterpret_cast<Pack<T> *>(&s.map[row * s.map_width + c]) = pack;
-    } else {
-        s.map[row * s.map_width + c] = pack.of[0];
-    }
+    store_pack<T, N>(&s.map[row * s.map_width + c], pack);
 }
 
 // The sum of `value` over the block's rows, for every thread of the channel.
@@ -173,7 +158,7 @@ template <typename T> struct Column {
     unsigned int channel, start, count;
     bool inside;
 
-    __device__ Column(const Segments<T> &all, unsigned int block, unsigned int per_part) : segment(segment_of(all, block)) {
+    __device__ Column(const Segments<T> &all, unsigned int block, unsigned int per_part) : segment(all.of[entry_of(all.end, block)]) {
         channel = block * LANES + threadIdx.x % LANES;
         inside = channel < segment.channels;
         start = blockIdx.y * per_part;
@@ -309,20 +294,13 @@ static __device__ __forceinline__ void join_sums(const float *sums, float *joine
 template <typename T, unsigned int N>
 static __device__ __forceinline__ void input_gradient(const Segments<T> &all, const float *joined, float share) {
     unsigned int block = blockIdx.x;
-    const Segment<T> &s = segment_of(all, block);
+    const Segment<T> &s = all.of[entry_of(all.end, block)];
     unsigned int i = block * THREADS + threadIdx.x, per_row = s.channels / N;
     if (i >= all.rows * per_row) {
         return;
     }
     unsigned int row = i / per_row, c = i % per_row * N;
-    Pack<T> raw, dy;
-    if (N == PACK) {
-        raw = *reinterpret_cast<const Pack<T> *>(&s.raw[row * s.raw_width + c]);
-        dy = *reinterpret_cast<const Pack<T> *>(&s.gradient[row * s.map_width + c]);
-    } else {
-        raw.of[0] = s.raw[row * s.raw_width + c];
-        dy.of[0] = s.gradient[row * s.map_width + c];
-    }
+    Pack<T> raw = load_pack<T, N>(&s.raw[row * s.raw_width + c]), dy = load_pack<T, N>(&s.gradient[row * s.map_width + c]);
     for (unsigned int k = 0; k < N; k++) {
         Follows follows(s, c + k);
         float value = widen(raw.of[k]);
@@ -331,11 +309,7 @@ static __device__ __forceinline__ void input_gradient(const Segments<T> &all, co
         gradient -= joined[s.first + c + k] * share + x * (joined[all.channels + s.first + c + k] * share);
         store(&raw.of[k], follows.scale * gradient);
     }
-    if (N == PACK) {
-        *reinterpret_cast<Pack<T> *>(&s.raw[row * s.raw_width + c]) = raw;
-    } else {
-        s.raw[row * s.raw_width + c] = raw.of[0];
-    }
+    store_pack<T, N>(&s.raw[row * s.raw_width + c], raw);
 }
 
 // y = the window's maximum, and winners = where in the window it is: the first in row-major order, or the last NaN. `winners`

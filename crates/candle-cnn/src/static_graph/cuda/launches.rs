@@ -12,7 +12,9 @@ use candle_core::{CudaStorage, DType, Result};
 use super::super::OP;
 use crate::conv2d::parts_of;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Launch, Operand, THREADS, alloc, axis, count, start, suffix};
+use crate::cuda::launch::{
+    Launch, MOST_IN_TABLE, Operand, THREADS, alloc, axis, count, start, suffix,
+};
 use crate::window::Axis;
 
 const SOURCE: Source = Source {
@@ -51,10 +53,7 @@ pub(super) struct Segment {
     pub(super) map_width: u32,
     pub(super) first: u32,
     pub(super) kind: Kind,
-    /// Set as the table is made.
-    pub(super) end: u32,
     pub(super) eps: f32,
-    pub(super) unused: u32,
 }
 
 impl Segment {
@@ -71,21 +70,21 @@ impl Segment {
         map_width: 0,
         first: 0,
         kind: Kind::Bias,
-        end: 0,
         eps: 0.0,
-        unused: 0,
     };
 }
 
 #[repr(C)]
 struct Segments {
     of: [Segment; SEGMENTS],
+    end: [u32; SEGMENTS],
     rows: u32,
     channels: u32,
 }
 
 // SAFETY: plain numbers, laid out as kernels.cu has them, without padding.
 unsafe impl DeviceRepr for Segments {}
+const _: () = assert!(size_of::<Segments>() <= MOST_IN_TABLE);
 
 /// One weight as Candle has it and as cuDNN takes it; for gradients the way is the other one.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +120,7 @@ struct Weights {
 
 // SAFETY: plain numbers, laid out as kernels.cu has them, without padding.
 unsafe impl DeviceRepr for Weights {}
+const _: () = assert!(size_of::<Weights>() <= MOST_IN_TABLE);
 
 /// Launches on one device, of kernels for maps of one type.
 ///
@@ -473,16 +473,18 @@ fn table(
 ) -> Result<(Segments, u32)> {
     let mut table = Segments {
         of: [Segment::EMPTY; SEGMENTS],
+        end: [0; SEGMENTS],
         rows: count(OP, rows)?,
         channels: 0,
     };
     let mut end = 0u32;
-    for (slot, segment) in table.of.iter_mut().zip(segments) {
+    for (i, segment) in segments.iter().enumerate() {
         for width in [segment.raw_width, segment.map_width] {
             count(OP, rows * width as usize)?;
         }
         end += blocks(table.rows, segment);
-        *slot = Segment { end, ..*segment };
+        table.of[i] = *segment;
+        table.end[i] = end;
         table.channels = table.channels.max(segment.first + segment.channels);
     }
     Ok((table, end))

@@ -163,8 +163,7 @@ impl CustomOp2 for Run {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let device = "Cpu".to_owned();
-        Err(OpError::Device { op: OP, device }.into())
+        Err(OpError::on_cpu(OP))
     }
 
     fn cuda_fwd(
