@@ -1,4 +1,4 @@
-// A CUDA device that is none: the part of the driver, NVRTC, cuDNN, cuBLAS and cuRAND that this project calls, on the CPU.
+// A CUDA device that is none: the part of the driver, NVRTC, cuDNN, cuBLAS, cuRAND and NCCL that this project calls, on the CPU.
 //
 // Built as one library that takes the place of all of them, so that programs built with `--features cuda` run as they
 // are on a machine without CUDA. Work is done when it is given to a stream, unless the stream is being captured: then
@@ -7,7 +7,8 @@
 // for a stream that is being captured, copying from or to the host in one, freeing in one what was not allocated there.
 // Fresh memory and freed memory are NaN.
 //
-// CUDA_EMULATION_MEMORY is the device's size in MiB (8192), CUDA_EMULATION_LOG=1 prints every launch.
+// CUDA_EMULATION_MEMORY is the device's size in MiB (8192), CUDA_EMULATION_LOG=1 prints every launch. CUDA_EMULATION_DEVICES is how
+// many there are (1), of which a process computes on one.
 
 #include <algorithm>
 #include <atomic>
@@ -29,6 +30,7 @@
 
 #include "fibers.h"
 #include "kernels.h"
+#include "nccl.h"
 
 namespace {
 
@@ -61,6 +63,7 @@ enum : int {
     STREAM_CAPTURE_UNJOINED = 904,
 };
 
+constexpr int MOST_DEVICES = Ranks::MOST;
 constexpr size_t GUARD = 256;
 constexpr unsigned char FENCE = 0xA5;
 
@@ -548,8 +551,17 @@ const std::map<std::string, Kernel> &kernels() {
 
 API int cuInit(unsigned) { return SUCCESS; }
 API int cuDriverGetVersion(int *version) { return *version = 13000, SUCCESS; }
-API int cuDeviceGet(int *device, int ordinal) { return *device = 0, ordinal == 0 ? SUCCESS : INVALID_DEVICE; }
-API int cuDeviceGetCount(int *count) { return *count = 1, SUCCESS; }
+static int devices() {
+    static const int number = [] {
+        const char *text = std::getenv("CUDA_EMULATION_DEVICES");
+        return text ? std::clamp(std::atoi(text), 0, MOST_DEVICES) : 1;
+    }();
+    return number;
+}
+API int cuDeviceGet(int *device, int ordinal) {
+    return *device = ordinal, 0 <= ordinal && ordinal < devices() ? SUCCESS : INVALID_DEVICE;
+}
+API int cuDeviceGetCount(int *count) { return *count = devices(), SUCCESS; }
 API int cuDeviceGetName(char *name, int length, int) {
     std::snprintf(name, length, "emulated on the CPU");
     return SUCCESS;
@@ -574,16 +586,24 @@ API int cuDeviceGetAttribute(int *value, int attribute, int) {
     }
     return SUCCESS;
 }
-static int primary_context;
+static int primary_contexts[MOST_DEVICES];
 static thread_local void *current_context;
-API int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &primary_context, SUCCESS; }
+API int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &primary_contexts[device], SUCCESS; }
 API int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API int cuCtxGetCurrent(void **context) { return *context = current_context, SUCCESS; }
 API int cuCtxSetCurrent(void *context) { return current_context = context, SUCCESS; }
 API int cuCtxSynchronize() { return SUCCESS; }
 API int cuCtxSetFlags(unsigned) { return SUCCESS; }
 
-API int cuStreamCreate(void **stream, unsigned) { return *stream = new Stream, SUCCESS; }
+API int cuStreamCreate(void **stream, unsigned) {
+    LOCKED;
+    // Memory is not told apart by device.
+    static void *const computes_on = current_context;
+    if (current_context != computes_on) {
+        fatal("a process that computes on two devices");
+    }
+    return *stream = new Stream, SUCCESS;
+}
 API int cuStreamDestroy_v2(void *stream) {
     LOCKED;
     std::erase_if(accesses, [=](const Access &access) { return access.stream == stream; });
@@ -697,7 +717,7 @@ API int cuEventElapsedTime(float *ms, void *start, void *end) {
 }
 API int cuEventElapsedTime_v2(float *ms, void *start, void *end) { return cuEventElapsedTime(ms, start, end); }
 
-API int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &primary_context, SUCCESS; }
+API int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &primary_contexts, SUCCESS; }
 // As with a release threshold of all memory, which is the only attribute that is ever set.
 API int cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
 API int cuMemPoolTrimTo(void *, size_t keep) {
@@ -792,7 +812,7 @@ API int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void *strea
 API int cuMemHostAlloc(void **at, size_t bytes, unsigned) { return *at = std::malloc(bytes), SUCCESS; }
 API int cuMemFreeHost(void *at) { return std::free(at), SUCCESS; }
 
-API int cuModuleLoadData(void **module, const void *) { return *module = &primary_context, SUCCESS; }
+API int cuModuleLoadData(void **module, const void *) { return *module = &primary_contexts, SUCCESS; }
 API int cuModuleUnload(void *) { return SUCCESS; }
 API int cuModuleGetFunction(void **function, void *, const char *name) {
     auto found = kernels().find(name);
@@ -1390,6 +1410,51 @@ API int cudnnConvolutionBiasActivationForward(void *handle, const void *one, voi
     }
     return run_convolution(FORWARD, handle, one, zero, work, x, w, y, algorithm, memory, length, {bias, how.mode == 1});
 }
+
+// ---- NCCL ----
+
+enum : int { NCCL_SYSTEM_ERROR = 2, NCCL_INVALID_ARGUMENT = 4, NCCL_INVALID_USAGE = 5 };
+
+struct UniqueId {
+    char name[128];
+};
+API int ncclGetUniqueId(UniqueId *id) {
+    std::string name = Ranks::create();
+    *id = {};
+    return name.copy(id->name, sizeof id->name - 1) ? SUCCESS : NCCL_SYSTEM_ERROR;
+}
+API int ncclCommInitRank(void **communicator, int world, UniqueId id, int rank) {
+    if (rank < 0 || rank >= world || world > Ranks::MOST || !current_context) {
+        return NCCL_INVALID_ARGUMENT;
+    }
+    auto ranks = new Ranks;
+    *communicator = ranks;
+    switch (ranks->join(id.name, rank, world, static_cast<int>(static_cast<int *>(current_context) - primary_contexts))) {
+    case Ranks::OK:
+        return SUCCESS;
+    case Ranks::SAME_DEVICE:
+        return delete ranks, NCCL_INVALID_USAGE;
+    default:
+        return delete ranks, NCCL_SYSTEM_ERROR;
+    }
+}
+API int ncclAllReduce(const float *values, float *sums, size_t count, int type, int operation, void *communicator, void *stream) {
+    LOCKED;
+    // float, and a sum
+    if (type != 7 || operation != 0) {
+        fatal("ncclAllReduce of type %d by operation %d is not emulated", type, operation);
+    }
+    log_of("all-reduce of %zu numbers", count);
+    touch_all(stream_of(stream), "an all-reduce");
+    return submit(stream, [=] {
+        check_range(reinterpret_cast<Address>(values), count * sizeof(float), "an all-reduce");
+        check_range(reinterpret_cast<Address>(sums), count * sizeof(float), "an all-reduce");
+        if (!static_cast<Ranks *>(communicator)->add_up(values, sums, count)) {
+            fatal("an all-reduce that not all ranks join with %zu numbers", count);
+        }
+    });
+}
+API int ncclCommAbort(void *communicator) { return delete static_cast<Ranks *>(communicator), SUCCESS; }
 
 // ---- What programs name and do not call ----
 

@@ -13,7 +13,7 @@ use crate::cuda_stand_in::{StandIn, before};
 
 /// Run what is built with `--features cuda` on a device that the CPU emulates; needs neither a GPU nor CUDA
 ///
-/// Builds a library that takes the place of the driver, NVRTC, cuDNN, cuBLAS and cuRAND, and runs cargo with it. Without arguments that
+/// Builds a library that takes the place of the driver, NVRTC, cuDNN, cuBLAS, cuRAND and NCCL, and runs cargo with it. Without arguments that
 /// is `cargo test` of everything that computes on a GPU; others are cargo's, as in
 ///
 /// cargo xtask cuda-emulate run -p finetune-full --features cuda -- --device cuda --quick
@@ -32,12 +32,12 @@ pub(crate) struct CudaEmulate {
 
 /// The tests that use every device there is, and those of the programs that are about CUDA.
 const TESTS: [&str; 2] = [
-    "test --features cuda --lib --tests --package candle-cnn --package inception-model --package trainer",
-    "test --features cuda --package scratch-train --package finetune-full --test cuda",
+    "test --features cuda,nccl --lib --tests --package candle-cnn --package inception-model --package trainer",
+    "test --features cuda,nccl --package scratch-train --package finetune-full --test cuda",
 ];
 /// The names under which programs are linked with the library.
-const TAKES_THE_PLACE_OF: [&str; 7] = [
-    "cuda", "cudart", "nvrtc", "cudnn", "cublas", "cublasLt", "curand",
+const TAKES_THE_PLACE_OF: [&str; 8] = [
+    "cuda", "cudart", "nvrtc", "cudnn", "cublas", "cublasLt", "curand", "nccl",
 ];
 const LIBRARY: &str = "libcuda-emulation.so";
 
@@ -100,6 +100,8 @@ fn build(libraries: &Path) -> Result<()> {
             .arg("-I")
             .arg(&kernels)
             .arg(sources.join("device.cpp"))
+            // Shared memory, in C libraries before glibc 2.34.
+            .arg("-lrt")
             .arg("-o")
             .arg(&unfinished);
         let status = compiler

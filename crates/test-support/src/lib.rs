@@ -1,18 +1,20 @@
 //! What the tests of several crates share: fixtures made by PyTorch,
 //! comparisons with a tolerance, gradients by finite differences, an HTTP server
-//! that misbehaves, and `.pth` files.
+//! that misbehaves, `.pth` files, and what programs under test write.
 
 pub mod http;
 
 mod devices;
 mod fixture;
 mod gradient;
+mod runs;
 mod seeded;
 mod torch_file;
 
 pub use devices::devices;
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
+pub use runs::step_losses;
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
 pub use torch_file::legacy_pth;
 

@@ -1,10 +1,8 @@
 //! The program on a GPU, or on the emulated one of `cargo xtask cuda-emulate`.
 #![cfg(feature = "cuda")]
 
-use std::fs;
-
 use assert_cmd::Command;
-use test_support::devices;
+use test_support::{devices, step_losses};
 
 /// Losses of a run's steps; warnings are failures.
 fn losses(arguments: &str) -> Vec<f64> {
@@ -21,18 +19,7 @@ fn losses(arguments: &str) -> Vec<f64> {
     let assert = command.assert().success();
     let said = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
     assert!(!said.contains("WARN"), "{said}");
-    let run = fs::read_dir(out.path().join("finetune-full"))
-        .unwrap()
-        .next();
-    let metrics = run.unwrap().unwrap().path().join("metrics.jsonl");
-    let text = fs::read_to_string(metrics).unwrap();
-    let events = text
-        .lines()
-        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    events
-        .filter(|event| event["event"] == "step")
-        .map(|event| event["loss"].as_f64().unwrap())
-        .collect()
+    step_losses(out.path(), "finetune-full")
 }
 
 /// Batch norm and dropout included. Only the first step is compared with the CPU: random weights make rounding grow
