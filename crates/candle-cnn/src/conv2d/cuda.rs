@@ -272,7 +272,7 @@ pub(crate) unsafe fn channels_last_pass(
                     Pass::WeightGradient => g.c_out * g.c_in * g.kernel.0 * g.kernel.1,
                 };
                 let bytes = elements * on.dtype.size_in_bytes();
-                cudnn.with_spare(bytes, |cudnn, spare| {
+                cudnn.with_temporary(bytes, |cudnn, spare, _| {
                     let trial = match pass {
                         Pass::Forward => Operands {
                             y: spare,
@@ -462,7 +462,7 @@ impl Plan {
     }
 
     /// What cuDNN offers and the settings allow, the best first.
-    fn find_choices(&self, cudnn: &Cudnn, operands: Operands) -> Result<Vec<(Choice, usize)>> {
+    fn find_choices(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<Vec<(Choice, usize)>> {
         // Timing waits for the device, which a capture forbids.
         let timed = match self.key.timed && !cudnn.is_capturing()? {
             true => match self.timed(cudnn, operands) {
@@ -656,7 +656,7 @@ impl Plan {
     }
 
     /// All algorithms that cuDNN has, timed on `operands`, of which it overwrites the one that the pass writes.
-    fn timed(&self, cudnn: &Cudnn, operands: Operands) -> Result<Vec<Candidate<Choice>>> {
+    fn timed(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<Vec<Candidate<Choice>>> {
         let memory = algorithms(self.key.pass)
             .into_iter()
             .filter_map(|algorithm| {

@@ -94,13 +94,13 @@ impl Cudnn {
         if kept < bytes {
             if capturing {
                 // What is allocated while capturing belongs to the graph and has to be freed in it.
-                return self.with_temporary(bytes, f);
+                return self.with_temporary(bytes, |cudnn, memory, bytes| f(cudnn, memory, bytes));
             }
             self.workspace.grow(&self.stream, bytes)?;
         }
         self.workspace.captured |= capturing;
         let Some(mut buffer) = self.workspace.buffer.take() else {
-            return self.with_temporary(bytes, f);
+            return self.with_temporary(bytes, |cudnn, memory, bytes| f(cudnn, memory, bytes));
         };
         let length = buffer.len();
         let result = {
@@ -111,28 +111,17 @@ impl Cudnn {
         result
     }
 
-    /// Calls `f` with the address of `bytes` of device memory that hold anything.
-    pub(crate) fn with_spare<R>(
+    /// Calls `f` with the address and size of device memory that holds anything, and goes back right after, in the order of
+    /// the stream.
+    pub(crate) fn with_temporary<R>(
         &mut self,
         bytes: usize,
-        f: impl FnOnce(&mut Self, *mut c_void) -> Result<R>,
+        f: impl FnOnce(&mut Self, *mut c_void, usize) -> Result<R>,
     ) -> Result<R> {
-        // SAFETY: the caller expects nothing of its contents.
-        let mut buffer = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.w()?;
         let stream = Arc::clone(&self.stream);
+        // SAFETY: the caller expects nothing of its contents.
+        let mut buffer = unsafe { stream.alloc::<u8>(bytes.max(1)) }.w()?;
         let (pointer, _recorded) = buffer.device_ptr_mut(&stream);
-        f(self, address(pointer))
-    }
-
-    /// As [`Self::with_workspace`], with memory that goes back right after, in the order of the stream.
-    pub(crate) fn with_temporary<R>(
-        &self,
-        bytes: usize,
-        f: impl FnOnce(&Self, *mut c_void, usize) -> Result<R>,
-    ) -> Result<R> {
-        // SAFETY: cuDNN expects nothing of a workspace's contents.
-        let mut buffer = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.w()?;
-        let (pointer, _recorded) = buffer.device_ptr_mut(&self.stream);
         f(self, address(pointer), bytes)
     }
 }
