@@ -206,7 +206,6 @@ struct Stream {
 };
 
 struct Event {
-    std::chrono::steady_clock::time_point time;
     Stream *stream = nullptr;
     uint64_t clock = 0;
     std::map<Stream *, uint64_t> seen;
@@ -272,11 +271,15 @@ template <typename... A> void log_of(const char *format, A... arguments) {
     }
 }
 
+// The number of the work that is done, on any stream.
+uint64_t works_done = 0;
+
 int submit(void *handle, std::function<void()> work) {
     Stream &stream = stream_of(handle);
     if (stream.captured) {
         stream.captured->nodes.push_back(std::move(work));
     } else {
+        works_done++;
         work();
     }
     return SUCCESS;
@@ -607,7 +610,8 @@ API int cuStreamCreate(void **stream, unsigned) {
 API int cuStreamDestroy_v2(void *stream) {
     LOCKED;
     std::erase_if(accesses, [=](const Access &access) { return access.stream == stream; });
-    return delete static_cast<Stream *>(stream), SUCCESS;
+    // Not freed: what others know of it must not be taken for knowledge of the next at the same address.
+    return SUCCESS;
 }
 API int cuStreamSynchronize(void *stream) {
     LOCKED;
@@ -695,6 +699,7 @@ API int cuGraphLaunch(void *exec, void *stream) {
         }
     }
     for (const auto &node : graph->nodes) {
+        works_done++;
         node();
     }
     return SUCCESS;
@@ -702,18 +707,21 @@ API int cuGraphLaunch(void *exec, void *stream) {
 API int cuGraphExecDestroy(void *exec) { LOCKED; return drop_graph(static_cast<Graph *>(exec)), SUCCESS; }
 API int cuGraphDestroy(void *graph) { LOCKED; return drop_graph(static_cast<Graph *>(graph)), SUCCESS; }
 
-using Clock = std::chrono::steady_clock;
 API int cuEventCreate(void **event, unsigned) { return *event = new Event, SUCCESS; }
 API int cuEventRecord(void *event, void *stream) {
     LOCKED;
     Stream &of = stream_of(stream);
-    return *static_cast<Event *>(event) = {Clock::now(), &of, of.clock, of.seen}, SUCCESS;
+    return *static_cast<Event *>(event) = {&of, of.clock, of.seen}, SUCCESS;
 }
 API int cuEventSynchronize(void *) { return SUCCESS; }
 API int cuEventDestroy_v2(void *event) { return delete static_cast<Event *>(event), SUCCESS; }
+// All work takes the same time, so that what is chosen by it is the same each time.
 API int cuEventElapsedTime(float *ms, void *start, void *end) {
-    auto time = static_cast<Event *>(end)->time - static_cast<Event *>(start)->time;
-    return *ms = std::chrono::duration<float, std::milli>(time).count(), SUCCESS;
+    auto from = static_cast<Event *>(start), to = static_cast<Event *>(end);
+    if (from->stream != to->stream) {
+        fatal("the time between two streams is not emulated");
+    }
+    return *ms = 1e-3f * static_cast<float>(to->clock - from->clock), SUCCESS;
 }
 API int cuEventElapsedTime_v2(float *ms, void *start, void *end) { return cuEventElapsedTime(ms, start, end); }
 
@@ -962,454 +970,7 @@ API int cublasDgemmStridedBatched(void *handle, int ta, int tb, int m, int n, in
     return gemm<double, double>(handle, ta, tb, m, n, k, *alpha, a, lda, sa, b, ldb, sb, *beta, c, ldc, sc, batch);
 }
 
-// ---- cuDNN ----
-
-namespace {
-
-enum : int { DNN_SUCCESS = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000, EXECUTION_FAILED = 5000 };
-enum : int { DNN_FLOAT = 0, DNN_DOUBLE = 1, DNN_BFLOAT16 = 9 };
-
-thread_local std::string last_dnn_error;
-
-int refuse(int status, const char *why) { return last_dnn_error = why, status; }
-
-struct Dnn {
-    void *stream = nullptr;
-};
-struct TensorDescription {
-    int type = -1, sizes[4] = {};
-    bool channels_last = false;
-    size_t elements() const { return size_t(sizes[0]) * sizes[1] * sizes[2] * sizes[3]; }
-    size_t bytes() const { return elements() * (type == DNN_DOUBLE ? 8 : type == DNN_FLOAT ? 4 : 2); }
-};
-struct ConvolutionDescription {
-    int padding[2], stride[2], dilation[2], mode = 1, compute = -1, math = -1;
-};
-struct ActivationDescription {
-    int mode = -1, nan = 0;
-    double limit = 0;
-};
-
-enum Pass { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
-
-// What an algorithm asks for to work in. The number of the algorithm decides, so that all cases occur.
-size_t workspace_of(int algorithm, const TensorDescription &y) { return algorithm == 0 ? 0 : 512 + 4 * (y.elements() % 4096); }
-// Algorithms that there are in each pass, by whether they repeat their bits.
-bool offers(Pass, int algorithm) { return algorithm == 0 || algorithm == 1; }
-bool repeats(Pass pass, int algorithm) { return pass == FORWARD || algorithm == 1; }
-
-const char *mismatch(const TensorDescription &x, const TensorDescription &w, const ConvolutionDescription &c,
-                     const TensorDescription &y) {
-    if (x.type != w.type || x.type != y.type) {
-        return "tensors of several types";
-    }
-    if (x.channels_last != w.channels_last || x.channels_last != y.channels_last) {
-        return "tensors of several memory formats";
-    }
-    if (x.channels_last && x.type == DNN_DOUBLE) {
-        return "f64 with channels last";
-    }
-    if (c.mode != 1 || c.compute != (x.type == DNN_DOUBLE ? DNN_DOUBLE : DNN_FLOAT)) {
-        return "no cross-correlation in the type of sums";
-    }
-    if (x.type == DNN_BFLOAT16 && c.math != 1) {
-        return "bf16 without tensor cores";
-    }
-    if (x.sizes[1] != w.sizes[1] || y.sizes[1] != w.sizes[0] || x.sizes[0] != y.sizes[0]) {
-        return "channels or images that do not fit";
-    }
-    for (int d = 0; d < 2; d++) {
-        int window = c.dilation[d] * (w.sizes[2 + d] - 1) + 1;
-        if (y.sizes[2 + d] != (x.sizes[2 + d] + 2 * c.padding[d] - window) / c.stride[d] + 1) {
-            return "an output that is not that of the input";
-        }
-    }
-    return nullptr;
-}
-
-struct Work {
-    TensorDescription x, w, y;
-    ConvolutionDescription c;
-};
-
-// Calls `f(at in x, at in w, at in y, length, step in x)` for each run of products along a line of the output.
-template <typename F> void each_run(const Work &work, int image, int out_channel, F f) {
-    const auto &[x, w, y, c] = work;
-    int height = x.sizes[2], width = x.sizes[3], channels = x.sizes[1];
-    for (int channel = 0; channel < channels; channel++) {
-        for (int r = 0; r < w.sizes[2]; r++) {
-            for (int s = 0; s < w.sizes[3]; s++) {
-                size_t in_w = ((size_t(out_channel) * channels + channel) * w.sizes[2] + r) * w.sizes[3] + s;
-                int left = s * c.dilation[1] - c.padding[1];
-                int from = 0, to = y.sizes[3];
-                while (from < to && from * c.stride[1] + left < 0) {
-                    from++;
-                }
-                while (to > from && (to - 1) * c.stride[1] + left >= width) {
-                    to--;
-                }
-                if (from == to) {
-                    continue;
-                }
-                for (int h = 0; h < y.sizes[2]; h++) {
-                    int line = h * c.stride[0] + r * c.dilation[0] - c.padding[0];
-                    if (line < 0 || line >= height) {
-                        continue;
-                    }
-                    size_t in_x = ((size_t(image) * channels + channel) * height + line) * width + from * c.stride[1] + left;
-                    size_t in_y = ((size_t(image) * w.sizes[0] + out_channel) * y.sizes[2] + h) * y.sizes[3] + from;
-                    f(in_x, in_w, in_y, to - from, c.stride[1]);
-                }
-            }
-        }
-    }
-}
-
-template <typename T> using Sums = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Where the element that is number `i` of the contiguous tensor lies.
-size_t place_of(const TensorDescription &of, size_t i) {
-    if (!of.channels_last) {
-        return i;
-    }
-    size_t channels = of.sizes[1], pixels = size_t(of.sizes[2]) * of.sizes[3];
-    return (i / (channels * pixels) * pixels + i % pixels) * channels + i / pixels % channels;
-}
-
-template <typename T> std::vector<Sums<T>> widened(const void *from, const TensorDescription &of, bool tf32) {
-    std::vector<Sums<T>> to(of.elements());
-    for (size_t i = 0; i < to.size(); i++) {
-        auto value = value_of(static_cast<const T *>(from)[place_of(of, i)]);
-        to[i] = tf32 ? to_tf32(value) : value;
-    }
-    return to;
-}
-
-// y += factor x, and Σ x y, of numbers that lie some elements apart.
-template <typename S> void multiply_run(S *__restrict y, size_t y_step, const S *__restrict x, size_t x_step, S factor, int length) {
-    if (y_step == 1 && x_step == 1) {
-        for (int i = 0; i < length; i++) {
-            y[i] += factor * x[i];
-        }
-        return;
-    }
-    for (int i = 0; i < length; i++) {
-        y[i * y_step] += factor * x[i * x_step];
-    }
-}
-template <typename S> S dot_run(const S *x, size_t x_step, const S *y, int length) {
-    // Several sums, so that they need not wait for each other.
-    S sums[8] = {};
-    int i = 0;
-    for (; x_step == 1 && i + 8 <= length; i += 8) {
-        for (int lane = 0; lane < 8; lane++) {
-            sums[lane] += x[i + lane] * y[i + lane];
-        }
-    }
-    S sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-    for (; i < length; i++) {
-        sum += x[i * x_step] * y[i];
-    }
-    return sum;
-}
-
-// Calls `f` with each number below `count`, on all cores.
-void side_by_side(int count, const std::function<void(int)> &f) {
-    std::atomic<int> next = 0;
-    auto work = [&] {
-        for (int i; (i = next++) < count;) {
-            f(i);
-        }
-    };
-    std::vector<std::thread> others;
-    for (unsigned int t = 1; t < std::min<unsigned>(count, std::thread::hardware_concurrency()); t++) {
-        others.emplace_back(work);
-    }
-    work();
-    for (auto &thread : others) {
-        thread.join();
-    }
-}
-
-// The pass named, into the tensor that it computes; `finish(channel, sum)` is what follows a forward pass.
-template <typename T, typename F>
-void convolve(Pass pass, const Work &work, void *x, void *w, void *y, bool add, F finish) {
-    using S = Sums<T>;
-    // cuDNN takes TF32 for f32 unless it is told to multiply as f32 (3).
-    bool tf32 = std::is_same_v<T, float> && work.c.math != 3;
-    auto factor = [=](void *from, const TensorDescription &of, Pass not_in) {
-        return pass == not_in ? std::vector<S>(of.elements()) : widened<T>(from, of, tf32);
-    };
-    std::vector<S> a = factor(x, work.x, INPUT_GRADIENT);
-    std::vector<S> b = factor(w, work.w, WEIGHT_GRADIENT);
-    std::vector<S> c = factor(y, work.y, FORWARD);
-    auto compute = [&](int image, int k) {
-        each_run(work, image, k, [&](size_t in_x, size_t in_w, size_t in_y, int length, int step) {
-            S *px = &a[in_x], *py = &c[in_y];
-            if (pass == FORWARD) {
-                multiply_run(py, 1, px, step, b[in_w], length);
-            } else if (pass == INPUT_GRADIENT) {
-                multiply_run(px, step, py, 1, b[in_w], length);
-            } else {
-                b[in_w] += dot_run(px, step, py, length);
-            }
-        });
-    };
-    // Each task has outputs of its own, so that their bits do not depend on the number of threads.
-    int images = work.x.sizes[0], channels_out = work.w.sizes[0];
-    if (pass == WEIGHT_GRADIENT) {
-        side_by_side(channels_out, [&](int k) {
-            for (int image = 0; image < images; image++) {
-                compute(image, k);
-            }
-        });
-    } else {
-        side_by_side(images, [&](int image) {
-            for (int k = 0; k < channels_out; k++) {
-                compute(image, k);
-            }
-        });
-    }
-    const auto &result = pass == FORWARD ? c : pass == INPUT_GRADIENT ? a : b;
-    auto to = static_cast<T *>(pass == FORWARD ? y : pass == INPUT_GRADIENT ? x : w);
-    const auto &of = pass == FORWARD ? work.y : pass == INPUT_GRADIENT ? work.x : work.w;
-    size_t pixels = size_t(work.y.sizes[2]) * work.y.sizes[3], channels = work.y.sizes[1];
-    for (size_t i = 0; i < result.size(); i++) {
-        T &at = to[place_of(of, i)];
-        auto value = pass == FORWARD ? finish(i / pixels % channels, result[i]) : result[i];
-        set(at, add ? value_of(at) + value : value);
-    }
-}
-
-struct Epilogue {
-    const void *bias = nullptr;
-    bool relu = false;
-};
-
-int run_convolution(Pass pass, void *handle, const void *one, const void *zero, const Work &work, const void *x,
-                    const void *w, const void *y, int algorithm, void *memory, size_t length, Epilogue epilogue) {
-    LOCKED;
-    if (const char *why = mismatch(work.x, work.w, work.c, work.y)) {
-        return refuse(BAD_PARAM, why);
-    }
-    if (!offers(pass, algorithm)) {
-        return refuse(NOT_SUPPORTED, "no such algorithm");
-    }
-    bool is_double = work.x.type == DNN_DOUBLE;
-    auto factor = [&](const void *at) { return is_double ? *static_cast<const double *>(at) : *static_cast<const float *>(at); };
-    bool add = factor(zero) == 1;
-    if (factor(one) != 1 || (factor(zero) != 0 && !add) || (add && epilogue.bias)) {
-        return refuse(NOT_SUPPORTED, "factors other than 1 and 0");
-    }
-    size_t needed = workspace_of(algorithm, work.y);
-    if (length < needed || (needed && !memory)) {
-        return refuse(BAD_PARAM, "too small a workspace");
-    }
-    auto touch_operand = [&](const void *at, size_t bytes, bool writes) {
-        auto begin = reinterpret_cast<Address>(at);
-        touch(stream_of(static_cast<Dnn *>(handle)->stream), begin, begin + bytes, writes, "a convolution");
-    };
-    touch_operand(x, work.x.bytes(), pass == INPUT_GRADIENT);
-    touch_operand(w, work.w.bytes(), pass == WEIGHT_GRADIENT);
-    touch_operand(y, work.y.bytes(), pass == FORWARD);
-    touch_operand(memory, needed, true);
-    const auto &[n, c, h, w_] = work.x.sizes;
-    log_of("convolution, pass %d, of (%d, %d, %d, %d), kernel %d, %d channels", pass, n, c, h, w_, work.w.sizes[2], work.w.sizes[0]);
-    return submit(static_cast<Dnn *>(handle)->stream, [=] {
-        check_range(reinterpret_cast<Address>(x), work.x.bytes(), "a convolution's input");
-        check_range(reinterpret_cast<Address>(w), work.w.bytes(), "a convolution's weight");
-        check_range(reinterpret_cast<Address>(y), work.y.bytes(), "a convolution's output");
-        if (needed) {
-            check_range(reinterpret_cast<Address>(memory), needed, "a workspace");
-            std::memset(memory, 0xFF, needed);
-        }
-        if (epilogue.bias) {
-            size_t element = work.y.bytes() / work.y.elements();
-            check_range(reinterpret_cast<Address>(epilogue.bias), work.y.sizes[1] * element, "a bias");
-        }
-        auto go = [&](auto element) {
-            using T = decltype(element);
-            auto bias = static_cast<const T *>(epilogue.bias);
-            convolve<T>(pass, work, const_cast<void *>(x), const_cast<void *>(w), const_cast<void *>(y), add, [&](size_t channel, auto sum) {
-                auto value = bias ? sum + value_of(bias[channel]) : sum;
-                return epilogue.relu && value < 0 ? decltype(value)(0) : value;
-            });
-        };
-        if (work.x.type == DNN_DOUBLE) {
-            go(double());
-        } else if (work.x.type == DNN_FLOAT) {
-            go(float());
-        } else {
-            go(bf16());
-        }
-    });
-}
-
-struct Offer {
-    int algorithm, status;
-    float time;
-    size_t memory;
-    int determinism, math, reserved[3];
-};
-static_assert(sizeof(Offer) == 48);
-
-int offered(Pass pass, const Work &work, int most, int *count, Offer *found) {
-    if (const char *why = mismatch(work.x, work.w, work.c, work.y)) {
-        return refuse(BAD_PARAM, why);
-    }
-    *count = 0;
-    // The fastest first; one that does not work comes along, as it does with cuDNN.
-    for (int algorithm : {pass == FORWARD ? 1 : 0, pass == FORWARD ? 0 : 1, 4}) {
-        if (*count < most) {
-            found[(*count)++] = {algorithm,         offers(pass, algorithm) ? 0 : NOT_SUPPORTED,
-                                 0.1f,              workspace_of(algorithm, work.y),
-                                 repeats(pass, algorithm) ? 1 : 0, work.c.math,
-                                 {}};
-        }
-    }
-    return DNN_SUCCESS;
-}
-
-// Times algorithms on the operands, and so writes to the one that the pass computes.
-int tried(Pass pass, void *handle, const Work &work, const void *x, const void *w, const void *y, int most, int *count,
-          Offer *found, void *memory, size_t length) {
-    LOCKED;
-    if (int status = not_in_capture(static_cast<Dnn *>(handle)->stream)) {
-        (void)status;
-        return refuse(EXECUTION_FAILED, "a capture is under way");
-    }
-    if (int status = offered(pass, work, most, count, found)) {
-        return status;
-    }
-    for (int i = 0; i < *count; i++) {
-        if (found[i].status == 0 && found[i].memory > length) {
-            found[i].status = BAD_PARAM;
-        }
-        if (found[i].status == 0 && found[i].memory) {
-            check_range(reinterpret_cast<Address>(memory), found[i].memory, "a workspace");
-            std::memset(memory, 0xFF, found[i].memory);
-        }
-    }
-    const void *written = pass == FORWARD ? y : pass == INPUT_GRADIENT ? x : w;
-    const auto &of = pass == FORWARD ? work.y : pass == INPUT_GRADIENT ? work.x : work.w;
-    check_range(reinterpret_cast<Address>(written), of.bytes(), "a convolution to be timed");
-    std::memset(const_cast<void *>(written), 0xFF, of.bytes());
-    return DNN_SUCCESS;
-}
-
-Work work_of(void *x, void *w, void *c, void *y) {
-    return {*static_cast<TensorDescription *>(x), *static_cast<TensorDescription *>(w),
-            *static_cast<TensorDescription *>(y), *static_cast<ConvolutionDescription *>(c)};
-}
-
-int workspace_size(Pass pass, const Work &work, int algorithm, size_t *bytes) {
-    if (const char *why = mismatch(work.x, work.w, work.c, work.y)) {
-        return refuse(BAD_PARAM, why);
-    }
-    if (!offers(pass, algorithm)) {
-        return refuse(NOT_SUPPORTED, "no such algorithm");
-    }
-    return *bytes = workspace_of(algorithm, work.y), DNN_SUCCESS;
-}
-
-} // namespace
-
-API size_t cudnnGetVersion() { return 91000; }
-API int cudnnCreate(void **handle) { return *handle = new Dnn, DNN_SUCCESS; }
-API int cudnnDestroy(void *handle) { return delete static_cast<Dnn *>(handle), DNN_SUCCESS; }
-API int cudnnSetStream(void *handle, void *stream) { return static_cast<Dnn *>(handle)->stream = stream, DNN_SUCCESS; }
-API const char *cudnnGetErrorString(int) { return "an error of the emulation"; }
-API void cudnnGetLastErrorString(char *message, size_t length) {
-    std::snprintf(message, length, "%s", last_dnn_error.c_str());
-    last_dnn_error.clear();
-}
-
-API int cudnnCreateTensorDescriptor(void **descriptor) { return *descriptor = new TensorDescription, DNN_SUCCESS; }
-API int cudnnDestroyTensorDescriptor(void *descriptor) { return delete static_cast<TensorDescription *>(descriptor), DNN_SUCCESS; }
-API int cudnnSetTensor4dDescriptor(void *descriptor, int format, int type, int n, int c, int h, int w) {
-    if (format < 0 || format > 1 || n < 1 || c < 1 || h < 1 || w < 1) {
-        return refuse(BAD_PARAM, "a tensor that is empty, or neither NCHW nor NHWC");
-    }
-    return *static_cast<TensorDescription *>(descriptor) = {type, {n, c, h, w}, format == 1}, DNN_SUCCESS;
-}
-API int cudnnCreateFilterDescriptor(void **descriptor) { return cudnnCreateTensorDescriptor(descriptor); }
-API int cudnnDestroyFilterDescriptor(void *descriptor) { return cudnnDestroyTensorDescriptor(descriptor); }
-API int cudnnSetFilter4dDescriptor(void *descriptor, int type, int format, int k, int c, int h, int w) {
-    return cudnnSetTensor4dDescriptor(descriptor, format, type, k, c, h, w);
-}
-API int cudnnCreateConvolutionDescriptor(void **descriptor) { return *descriptor = new ConvolutionDescription, DNN_SUCCESS; }
-API int cudnnDestroyConvolutionDescriptor(void *descriptor) { return delete static_cast<ConvolutionDescription *>(descriptor), DNN_SUCCESS; }
-API int cudnnSetConvolution2dDescriptor(void *descriptor, int ph, int pw, int sh, int sw, int dh, int dw, int mode, int compute) {
-    if (ph < 0 || pw < 0 || sh < 1 || sw < 1 || dh < 1 || dw < 1) {
-        return refuse(BAD_PARAM, "a convolution that there is not");
-    }
-    return *static_cast<ConvolutionDescription *>(descriptor) = {{ph, pw}, {sh, sw}, {dh, dw}, mode, compute, 0}, DNN_SUCCESS;
-}
-API int cudnnSetConvolutionMathType(void *descriptor, int math) { return static_cast<ConvolutionDescription *>(descriptor)->math = math, DNN_SUCCESS; }
-API int cudnnSetConvolutionGroupCount(void *, int groups) { return groups == 1 ? DNN_SUCCESS : NOT_SUPPORTED; }
-API int cudnnCreateActivationDescriptor(void **descriptor) { return *descriptor = new ActivationDescription, DNN_SUCCESS; }
-API int cudnnDestroyActivationDescriptor(void *descriptor) { return delete static_cast<ActivationDescription *>(descriptor), DNN_SUCCESS; }
-API int cudnnSetActivationDescriptor(void *descriptor, int mode, int nan, double limit) {
-    return *static_cast<ActivationDescription *>(descriptor) = {mode, nan, limit}, DNN_SUCCESS;
-}
-
-API int cudnnGetConvolutionForwardWorkspaceSize(void *, void *x, void *w, void *c, void *y, int algorithm, size_t *bytes) {
-    return workspace_size(FORWARD, work_of(x, w, c, y), algorithm, bytes);
-}
-API int cudnnGetConvolutionBackwardDataWorkspaceSize(void *, void *w, void *y, void *c, void *x, int algorithm, size_t *bytes) {
-    return workspace_size(INPUT_GRADIENT, work_of(x, w, c, y), algorithm, bytes);
-}
-API int cudnnGetConvolutionBackwardFilterWorkspaceSize(void *, void *x, void *y, void *c, void *w, int algorithm, size_t *bytes) {
-    return workspace_size(WEIGHT_GRADIENT, work_of(x, w, c, y), algorithm, bytes);
-}
-API int cudnnGetConvolutionForwardAlgorithm_v7(void *, void *x, void *w, void *c, void *y, int most, int *count, Offer *found) {
-    return offered(FORWARD, work_of(x, w, c, y), most, count, found);
-}
-API int cudnnGetConvolutionBackwardDataAlgorithm_v7(void *, void *w, void *y, void *c, void *x, int most, int *count, Offer *found) {
-    return offered(INPUT_GRADIENT, work_of(x, w, c, y), most, count, found);
-}
-API int cudnnGetConvolutionBackwardFilterAlgorithm_v7(void *, void *x, void *y, void *c, void *w, int most, int *count, Offer *found) {
-    return offered(WEIGHT_GRADIENT, work_of(x, w, c, y), most, count, found);
-}
-API int cudnnFindConvolutionForwardAlgorithmEx(void *handle, void *xd, const void *x, void *wd, const void *w, void *c, void *yd, void *y,
-                                               int most, int *count, Offer *found, void *memory, size_t length) {
-    return tried(FORWARD, handle, work_of(xd, wd, c, yd), x, w, y, most, count, found, memory, length);
-}
-API int cudnnFindConvolutionBackwardDataAlgorithmEx(void *handle, void *wd, const void *w, void *yd, const void *y, void *c, void *xd, void *x,
-                                                    int most, int *count, Offer *found, void *memory, size_t length) {
-    return tried(INPUT_GRADIENT, handle, work_of(xd, wd, c, yd), x, w, y, most, count, found, memory, length);
-}
-API int cudnnFindConvolutionBackwardFilterAlgorithmEx(void *handle, void *xd, const void *x, void *yd, const void *y, void *c, void *wd, void *w,
-                                                      int most, int *count, Offer *found, void *memory, size_t length) {
-    return tried(WEIGHT_GRADIENT, handle, work_of(xd, wd, c, yd), x, w, y, most, count, found, memory, length);
-}
-API int cudnnConvolutionForward(void *handle, const void *one, void *xd, const void *x, void *wd, const void *w, void *c, int algorithm,
-                                void *memory, size_t length, const void *zero, void *yd, void *y) {
-    return run_convolution(FORWARD, handle, one, zero, work_of(xd, wd, c, yd), x, w, y, algorithm, memory, length, {});
-}
-API int cudnnConvolutionBackwardData(void *handle, const void *one, void *wd, const void *w, void *yd, const void *y, void *c, int algorithm,
-                                     void *memory, size_t length, const void *zero, void *xd, void *x) {
-    return run_convolution(INPUT_GRADIENT, handle, one, zero, work_of(xd, wd, c, yd), x, w, y, algorithm, memory, length, {});
-}
-API int cudnnConvolutionBackwardFilter(void *handle, const void *one, void *xd, const void *x, void *yd, const void *y, void *c, int algorithm,
-                                       void *memory, size_t length, const void *zero, void *wd, void *w) {
-    return run_convolution(WEIGHT_GRADIENT, handle, one, zero, work_of(xd, wd, c, yd), x, w, y, algorithm, memory, length, {});
-}
-API int cudnnConvolutionBiasActivationForward(void *handle, const void *one, void *xd, const void *x, void *wd, const void *w, void *c,
-                                              int algorithm, void *memory, size_t length, const void *zero, void *, const void *,
-                                              void *bd, const void *bias, void *activation, void *yd, void *y) {
-    auto how = *static_cast<ActivationDescription *>(activation);
-    auto of = *static_cast<TensorDescription *>(bd);
-    // As documented: the identity (5) needs algorithm 1, a ReLU is 1.
-    if (how.mode != 1 && (how.mode != 5 || algorithm != 1)) {
-        return refuse(NOT_SUPPORTED, "this activation with this algorithm");
-    }
-    Work work = work_of(xd, wd, c, yd);
-    if (of.type != work.y.type || of.sizes[0] != 1 || of.sizes[1] != work.y.sizes[1] || of.sizes[2] * of.sizes[3] != 1) {
-        return refuse(BAD_PARAM, "a bias that does not fit");
-    }
-    return run_convolution(FORWARD, handle, one, zero, work, x, w, y, algorithm, memory, length, {bias, how.mode == 1});
-}
+#include "cudnn.h"
 
 // ---- NCCL ----
 
@@ -1421,7 +982,7 @@ struct UniqueId {
 API int ncclGetUniqueId(UniqueId *id) {
     std::string name = Ranks::create();
     *id = {};
-    return name.copy(id->name, sizeof id->name - 1) ? SUCCESS : NCCL_SYSTEM_ERROR;
+    return name.copy(id->name, sizeof id->name - 1) ? 0 : int(NCCL_SYSTEM_ERROR);
 }
 API int ncclCommInitRank(void **communicator, int world, UniqueId id, int rank) {
     if (rank < 0 || rank >= world || world > Ranks::MOST || !current_context) {
@@ -1463,4 +1024,19 @@ API int ncclCommAbort(void *communicator) { return delete static_cast<Ranks *>(c
 NOT_EMULATED(cuCtxDestroy_v2)
 NOT_EMULATED(cuMemcpyPeerAsync)
 NOT_EMULATED(cuModuleLoad)
+// Of Candle's own convolution.
 NOT_EMULATED(cudnnSetTensor4dDescriptorEx)
+NOT_EMULATED(cudnnSetTensor4dDescriptor)
+NOT_EMULATED(cudnnCreateTensorDescriptor)
+NOT_EMULATED(cudnnDestroyTensorDescriptor)
+NOT_EMULATED(cudnnCreateFilterDescriptor)
+NOT_EMULATED(cudnnDestroyFilterDescriptor)
+NOT_EMULATED(cudnnSetFilter4dDescriptor)
+NOT_EMULATED(cudnnCreateConvolutionDescriptor)
+NOT_EMULATED(cudnnDestroyConvolutionDescriptor)
+NOT_EMULATED(cudnnSetConvolution2dDescriptor)
+NOT_EMULATED(cudnnSetConvolutionMathType)
+NOT_EMULATED(cudnnSetConvolutionGroupCount)
+NOT_EMULATED(cudnnGetConvolutionForwardAlgorithm_v7)
+NOT_EMULATED(cudnnGetConvolutionForwardWorkspaceSize)
+NOT_EMULATED(cudnnConvolutionForward)

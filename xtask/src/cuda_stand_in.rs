@@ -3,7 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -29,6 +29,11 @@ impl StandIn {
     /// Where the linker looks for CUDA's libraries.
     pub(crate) fn libraries(&self) -> PathBuf {
         self.home.join("lib64")
+    }
+
+    /// Where programs and files go that are made beside it.
+    pub(crate) fn tools_made(&self) -> &Path {
+        &self.home
     }
 
     /// The folder of its `nvcc`.

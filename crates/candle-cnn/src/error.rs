@@ -139,9 +139,9 @@ pub enum OpError {
         /// What NVRTC says.
         log: String,
     },
-    /// A computation for which cuDNN has no algorithm.
-    #[error("{op}: cuDNN has no {deterministic}algorithm for {problem}")]
-    NoAlgorithm {
+    /// A computation for which cuDNN has no engine.
+    #[error("{op}: cuDNN has no {deterministic}engine for {problem}")]
+    NoEngine {
         /// The operation, as PyTorch names it.
         op: &'static str,
         /// `"deterministic "` where only such were asked for, else empty.

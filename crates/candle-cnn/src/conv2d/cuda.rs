@@ -1,40 +1,25 @@
-//! The convolution on CUDA: cuDNN's three passes, and small kernels of our own around them.
-//!
-//! What a pass needs besides its tensors is its [`Plan`]: descriptors and algorithm, made when the
-//! geometry is first met, and kept by thread like the handle. After that a pass neither waits for the device nor
-//! allocates outside of the stream's order.
+//! The convolution on CUDA: cuDNN's three passes (`engines.rs`), and small kernels of our own around them.
 
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
-use std::rc::Rc;
-
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::cudnn::result::{self, CudnnError};
-use candle_core::cuda_backend::cudarc::cudnn::sys;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
     PushKernelArg, ValidAsZeroBits,
 };
-use candle_core::cuda_backend::{CudaDType, CudaDevice, DeviceId, WrapErr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use half::bf16;
 
 use super::cpu::Needs;
-use super::plan::{
-    Candidate, DescriptorNumbers, MemoryFormat, Pass, PlanKey, by_preference, parts_of,
-};
+use super::engines::{Operands, Plan};
+use super::plan::{DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, parts_of};
 use super::{Activation, Conv2d, Conv2dGeometry, OP};
-use crate::cuda::cudnn::{
-    ActivationDescriptor, ConvolutionDescriptor, Cudnn, FilterDescriptor, TensorDescriptor,
-    address, data_type, failed, one_and_zero, with_cudnn,
-};
+use crate::cuda::cudnn::{address, with_cudnn};
 use crate::cuda::kernels::{self, Source};
-use crate::cuda::{F32Math, settings};
+use crate::cuda::settings;
 use crate::error::OpError;
 
 /// A contiguous operand and where it lies.
@@ -124,23 +109,36 @@ fn forward_typed<T: CudaElement>(
             let (weight, _weight) = weight.device_ptr(&stream);
             let (y, _y) = y.device_ptr_mut(&stream);
             let bias = bias.as_ref().map(|bias| bias.device_ptr(&stream));
-            let key = PlanKey::new(
-                *g,
-                MemoryFormat::Contiguous,
-                op.dtype,
-                Pass::Forward,
-                &settings,
-            );
-            let operands = Operands::new(x, weight, y);
-            let plan = Plan::of(cudnn, device.id(), key, operands)?;
-            if let Some((bias, _)) = &bias
-                && settings.fused_epilogue
-                && plan.run_fused(cudnn, operands, address(*bias), op.activation)?
-            {
-                return Ok(true);
+            let mut operands = Operands::new(x, weight, y);
+            let epilogue = Epilogue {
+                bias: bias.is_some(),
+                relu,
+            };
+            let key = |operands: &Operands, epilogue| PlanKey {
+                epilogue,
+                alignment: operands.alignment(),
+                ..PlanKey::new(
+                    *g,
+                    MemoryFormat::Contiguous,
+                    op.dtype,
+                    Pass::Forward,
+                    &settings,
+                )
+            };
+            if epilogue != Epilogue::default() && settings.fused_epilogue {
+                if let Some((bias, _)) = &bias {
+                    operands.bias = address(*bias);
+                }
+                let key = key(&operands, epilogue);
+                let fused = Plan::of(cudnn, device.id(), key, operands)?;
+                if fused.run_if_offered(cudnn, operands)? {
+                    return Ok(true);
+                }
             }
-            plan.run(cudnn, operands, false)?;
-            Ok(bias.is_none() && !relu)
+            let operands = Operands::new(x, weight, y);
+            let key = key(&operands, Epilogue::default());
+            Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)?;
+            Ok(epilogue == Epilogue::default())
         })?;
         (y, complete)
     };
@@ -198,8 +196,11 @@ fn backward_typed<T: CudaElement>(
                 Pass::InputGradient => Operands::new(written, weight, dy),
                 _ => Operands::new(x, written, dy),
             };
-            let key = PlanKey::new(*g, MemoryFormat::Contiguous, op.dtype, pass, &settings());
-            Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands, false)
+            let key = PlanKey {
+                alignment: operands.alignment(),
+                ..PlanKey::new(*g, MemoryFormat::Contiguous, op.dtype, pass, &settings())
+            };
+            Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)
         })?;
         Ok(written)
     };
@@ -254,17 +255,16 @@ pub(crate) unsafe fn channels_last_pass(
     let mut settings = settings();
     // Each lane has a workspace.
     settings.workspace_limit /= settings.streams.max(1);
-    let key = PlanKey::new(*g, MemoryFormat::ChannelsLast, on.dtype, pass, &settings);
     let operands = Operands::new(on.x, on.weight, on.y);
+    let key = PlanKey {
+        adds: add,
+        alignment: operands.alignment(),
+        ..PlanKey::new(*g, MemoryFormat::ChannelsLast, on.dtype, pass, &settings)
+    };
     with_cudnn(device, lane, OP, |cudnn| {
-        let known = Plan::known(device.id(), key);
-        if known.is_none() && key.timed && !cudnn.is_capturing()? {
-            // What runs on other lanes would spoil the times.
-            device.cuda_stream().context().synchronize().w()?;
-        }
-        let plan = match known {
+        let plan = match Plan::known(device.id(), key) {
             Some(plan) => plan,
-            // To time algorithms overwrites what is there.
+            // To time engines adds to what is there, over and over.
             None if add => {
                 let elements = match pass {
                     Pass::Forward => g.batch * g.c_out * g.output.0 * g.output.1,
@@ -273,26 +273,14 @@ pub(crate) unsafe fn channels_last_pass(
                 };
                 let bytes = elements * on.dtype.size_in_bytes();
                 cudnn.with_temporary(bytes, |cudnn, spare, _| {
-                    let trial = match pass {
-                        Pass::Forward => Operands {
-                            y: spare,
-                            ..operands
-                        },
-                        Pass::InputGradient => Operands {
-                            x: spare,
-                            ..operands
-                        },
-                        Pass::WeightGradient => Operands {
-                            weight: spare,
-                            ..operands
-                        },
-                    };
+                    let mut trial = operands;
+                    *trial.written(pass) = spare;
                     Plan::of(cudnn, device.id(), key, trial)
                 })?
             }
             None => Plan::of(cudnn, device.id(), key, operands)?,
         };
-        plan.run(cudnn, operands, add)
+        plan.run(cudnn, operands)
     })
 }
 
@@ -304,649 +292,6 @@ fn view<'a, T: CudaElement>((storage, layout): Operand<'a>) -> Result<CudaView<'
         .as_cuda_slice::<T>()?
         .try_slice(start..end)
         .ok_or_else(|| OpError::not_contiguous(OP, layout))
-}
-
-/// The three tensors of a convolution. A pass writes the one that it is named after: the output, or the gradient in the
-/// place of what it is the gradient of.
-#[derive(Clone, Copy)]
-struct Operands {
-    x: *mut c_void,
-    weight: *mut c_void,
-    y: *mut c_void,
-}
-
-impl Operands {
-    fn new(x: CUdeviceptr, weight: CUdeviceptr, y: CUdeviceptr) -> Self {
-        Self {
-            x: address(x),
-            weight: address(weight),
-            y: address(y),
-        }
-    }
-}
-
-/// cuDNN's name of an algorithm.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Algorithm {
-    Forward(sys::cudnnConvolutionFwdAlgo_t),
-    InputGradient(sys::cudnnConvolutionBwdDataAlgo_t),
-    WeightGradient(sys::cudnnConvolutionBwdFilterAlgo_t),
-}
-
-/// An algorithm, and the arithmetic with which cuDNN offered it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Choice {
-    algorithm: Algorithm,
-    math: sys::cudnnMathType_t,
-}
-
-/// More than cuDNN has for any pass: eight algorithms, each with and without tensor cores.
-const MOST_OFFERED: usize = 32;
-
-/// What cuDNN found of `$perf` results, as candidates.
-macro_rules! candidates {
-    ($wrap:expr, $perf:ident, $math:expr, $call:expr) => {{
-        // SAFETY: plain numbers and enums, all of which have a member 0.
-        let mut found: [sys::$perf; MOST_OFFERED] = unsafe { std::mem::zeroed() };
-        let mut count: c_int = 0;
-        let call: &dyn Fn(*mut c_int, *mut sys::$perf) -> sys::cudnnStatus_t = &$call;
-        call(&raw mut count, found.as_mut_ptr()).result()?;
-        let count = usize::try_from(count).unwrap_or(0).min(MOST_OFFERED);
-        found[..count]
-            .iter()
-            .map(|found| Candidate {
-                algorithm: Choice {
-                    algorithm: $wrap(found.algo),
-                    math: $math.unwrap_or(found.mathType),
-                },
-                works: found.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS,
-                deterministic: found.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC,
-                workspace: found.memory,
-            })
-            .collect()
-    }};
-}
-
-/// How one pass over one geometry is computed.
-struct Plan {
-    key: PlanKey,
-    x: TensorDescriptor,
-    weight: FilterDescriptor,
-    y: TensorDescriptor,
-    convolution: ConvolutionDescriptor,
-    /// One value per output channel.
-    bias: TensorDescriptor,
-    relu: ActivationDescriptor,
-    identity: ActivationDescriptor,
-    /// With their workspaces in bytes, the best last. cuDNN may refuse one in spite of having offered it.
-    choices: RefCell<Vec<(Choice, usize)>>,
-    refuses_fused: Cell<bool>,
-}
-
-thread_local! {
-    static PLANS: RefCell<HashMap<(DeviceId, PlanKey), Rc<Plan>>> = RefCell::new(HashMap::new());
-}
-
-impl Plan {
-    /// The plan that this thread has made before.
-    fn known(device: DeviceId, key: PlanKey) -> Option<Rc<Self>> {
-        PLANS.with_borrow(|plans| plans.get(&(device, key)).cloned())
-    }
-
-    /// The plan of this thread; made now if there is none.
-    ///
-    /// Making it may run algorithms on `operands`, for their times: the pass is to be run after that.
-    fn of(
-        cudnn: &mut Cudnn,
-        device: DeviceId,
-        key: PlanKey,
-        operands: Operands,
-    ) -> Result<Rc<Self>> {
-        if let Some(plan) = Self::known(device, key) {
-            return Ok(plan);
-        }
-        let plan = Rc::new(Self::new(cudnn, key, operands)?);
-        PLANS.with_borrow_mut(|plans| plans.insert((device, key), plan.clone()));
-        Ok(plan)
-    }
-
-    fn new(cudnn: &mut Cudnn, key: PlanKey, operands: Operands) -> Result<Self> {
-        let numbers = DescriptorNumbers::new(&key.geometry)?;
-        let kind = data_type(OP, key.dtype)?;
-        let compute = match key.dtype {
-            DType::F64 => sys::cudnnDataType_t::CUDNN_DATA_DOUBLE,
-            _ => sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
-        };
-        let describe = |error: CudnnError| failed(OP, "a descriptor", error.0, &key);
-        let format = match key.format {
-            MemoryFormat::Contiguous => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW,
-            MemoryFormat::ChannelsLast => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC,
-        };
-        let plan = Self {
-            key,
-            x: TensorDescriptor::new(format, kind, numbers.x).map_err(describe)?,
-            weight: FilterDescriptor::new(format, kind, numbers.weight).map_err(describe)?,
-            y: TensorDescriptor::new(format, kind, numbers.y).map_err(describe)?,
-            convolution: ConvolutionDescriptor::new(
-                numbers.padding,
-                numbers.stride,
-                numbers.dilation,
-                compute,
-                math_type(&key),
-            )
-            .map_err(describe)?,
-            bias: TensorDescriptor::new(format, kind, [1, numbers.y[1], 1, 1]).map_err(describe)?,
-            relu: ActivationDescriptor::new(sys::cudnnActivationMode_t::CUDNN_ACTIVATION_RELU)
-                .map_err(describe)?,
-            identity: ActivationDescriptor::new(
-                sys::cudnnActivationMode_t::CUDNN_ACTIVATION_IDENTITY,
-            )
-            .map_err(describe)?,
-            choices: RefCell::default(),
-            refuses_fused: Cell::new(false),
-        };
-        let mut choices = plan.find_choices(cudnn, operands)?;
-        choices.reverse();
-        let Some((best, bytes)) = choices.last() else {
-            return Err(plan.no_algorithm().into());
-        };
-        tracing::debug!(?best, bytes, "conv2d: {key}");
-        if *bytes > key.workspace_limit {
-            tracing::warn!(
-                "conv2d: no algorithm works in {} bytes, taking one that needs {bytes}, for {key}",
-                key.workspace_limit
-            );
-        }
-        plan.choices.replace(choices);
-        Ok(plan)
-    }
-
-    /// What cuDNN offers and the settings allow, the best first.
-    fn find_choices(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<Vec<(Choice, usize)>> {
-        // Timing waits for the device, which a capture forbids.
-        let timed = match self.key.timed && !cudnn.is_capturing()? {
-            true => match self.timed(cudnn, operands) {
-                Ok(offered) => offered,
-                Err(error) => {
-                    tracing::warn!(
-                        "{error}; taking the algorithm by cuDNN's rules of thumb instead"
-                    );
-                    Vec::new()
-                }
-            },
-            false => Vec::new(),
-        };
-        let mut choices = self.fitting(cudnn, &timed);
-        if choices.is_empty() {
-            let offered = self
-                .heuristics(cudnn)
-                .map_err(|e| failed(OP, "cudnnGetConvolution*Algorithm_v7", e.0, &self.key))?;
-            choices = self.fitting(cudnn, &offered);
-        }
-        Ok(choices)
-    }
-
-    /// The candidates that may be taken, with their workspaces.
-    fn fitting(&self, cudnn: &Cudnn, offered: &[Candidate<Choice>]) -> Vec<(Choice, usize)> {
-        by_preference(offered, &self.key)
-            .into_iter()
-            .filter_map(|candidate| {
-                let choice = candidate.algorithm;
-                let bytes = self.workspace(cudnn, choice).ok()?;
-                Some((choice, bytes))
-            })
-            .collect()
-    }
-
-    /// The computation itself, of which the result takes the place of what was there, or is added to it.
-    fn run(&self, cudnn: &mut Cudnn, operands: Operands, add: bool) -> Result<()> {
-        let (one, zero) = one_and_zero(self.key.dtype);
-        let old = if add { one } else { zero };
-        let Operands { x, weight, y } = operands;
-        loop {
-            let Some(&(choice, bytes)) = self.choices.borrow().last() else {
-                return Err(self.no_algorithm().into());
-            };
-            self.convolution
-                .set_math(choice.math)
-                .map_err(|e| self.failed("cudnnSetConvolutionMathType", e))?;
-            let (call, outcome) = cudnn.with_workspace(bytes, |cudnn, memory, length| {
-                let handle = cudnn.handle();
-                // SAFETY: the descriptors are those of the operands, which are contiguous, of the descriptors'
-                // sizes and types, and held by the caller until the call is in the stream; the workspace has the
-                // size that cuDNN asked for.
-                Ok(unsafe {
-                    match choice.algorithm {
-                        Algorithm::Forward(algorithm) => (
-                            "cudnnConvolutionForward",
-                            result::convolution_forward(
-                                handle,
-                                one,
-                                self.x.raw(),
-                                x,
-                                self.weight.raw(),
-                                weight,
-                                self.convolution.raw(),
-                                algorithm,
-                                memory,
-                                length,
-                                old,
-                                self.y.raw(),
-                                y,
-                            ),
-                        ),
-                        Algorithm::InputGradient(algorithm) => (
-                            "cudnnConvolutionBackwardData",
-                            result::convolution_backward_data(
-                                handle,
-                                one,
-                                self.weight.raw(),
-                                weight,
-                                self.y.raw(),
-                                y,
-                                self.convolution.raw(),
-                                algorithm,
-                                memory,
-                                length,
-                                old,
-                                self.x.raw(),
-                                x,
-                            ),
-                        ),
-                        Algorithm::WeightGradient(algorithm) => (
-                            "cudnnConvolutionBackwardFilter",
-                            result::convolution_backward_filter(
-                                handle,
-                                one,
-                                self.x.raw(),
-                                x,
-                                self.y.raw(),
-                                y,
-                                self.convolution.raw(),
-                                algorithm,
-                                memory,
-                                length,
-                                old,
-                                self.weight.raw(),
-                                weight,
-                            ),
-                        ),
-                    }
-                })
-            })?;
-            let Err(status) = outcome else {
-                return Ok(());
-            };
-            let error = self.failed(call, status);
-            if !is_refusal(status) || self.choices.borrow().len() == 1 {
-                return Err(error.into());
-            }
-            tracing::warn!("{error}; taking the next algorithm");
-            self.choices.borrow_mut().pop();
-        }
-    }
-
-    /// The forward pass with `bias` and `activation` in it; false where cuDNN has no such thing here, and nothing was
-    /// done.
-    fn run_fused(
-        &self,
-        cudnn: &mut Cudnn,
-        operands: Operands,
-        bias: *const c_void,
-        activation: Activation,
-    ) -> Result<bool> {
-        let Some(&(choice, bytes)) = self.choices.borrow().last() else {
-            return Ok(false);
-        };
-        let Algorithm::Forward(algorithm) = choice.algorithm else {
-            return Ok(false);
-        };
-        let activation = match activation {
-            Activation::Relu => &self.relu,
-            // cuDNN takes no other algorithm where no ReLU follows.
-            Activation::Identity if algorithm != sys::cudnnConvolutionFwdAlgo_t::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM => {
-                return Ok(false);
-            }
-            Activation::Identity => &self.identity,
-        };
-        if self.refuses_fused.get() {
-            return Ok(false);
-        }
-        self.convolution
-            .set_math(choice.math)
-            .map_err(|e| self.failed("cudnnSetConvolutionMathType", e))?;
-        let (one, zero) = one_and_zero(self.key.dtype);
-        let Operands { x, weight, y } = operands;
-        let outcome = cudnn.with_workspace(bytes, |cudnn, memory, length| {
-            // SAFETY: as in `run`; `bias` has one value per output channel. The tensor to add, here `y`, is not
-            // read where its factor is 0.
-            Ok(unsafe {
-                result::convolution_bias_activation_forward(
-                    cudnn.handle(),
-                    one,
-                    self.x.raw(),
-                    x,
-                    self.weight.raw(),
-                    weight,
-                    self.convolution.raw(),
-                    algorithm,
-                    memory,
-                    length,
-                    zero,
-                    self.y.raw(),
-                    y,
-                    self.bias.raw(),
-                    bias,
-                    activation.raw(),
-                    self.y.raw(),
-                    y,
-                )
-            })
-        })?;
-        let Err(status) = outcome else {
-            return Ok(true);
-        };
-        let error = self.failed("cudnnConvolutionBiasActivationForward", status);
-        if !is_refusal(status) {
-            return Err(error.into());
-        }
-        tracing::info!("{error}; bias and ReLU get a pass of their own");
-        self.refuses_fused.set(true);
-        Ok(false)
-    }
-
-    /// All algorithms that cuDNN has, timed on `operands`, of which it overwrites the one that the pass writes.
-    fn timed(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<Vec<Candidate<Choice>>> {
-        let memory = algorithms(self.key.pass)
-            .into_iter()
-            .filter_map(|algorithm| {
-                let math = math_type(&self.key);
-                self.workspace(cudnn, Choice { algorithm, math }).ok()
-            })
-            .filter(|&bytes| bytes <= self.key.workspace_limit)
-            .max()
-            .unwrap_or(0);
-        self.convolution
-            .set_math(math_type(&self.key))
-            .map_err(|e| self.failed("cudnnSetConvolutionMathType", e))?;
-        cudnn.with_temporary(memory, |cudnn, memory, length| {
-            self.find(cudnn, operands, memory, length)
-                .map_err(|e| self.failed("cudnnFindConvolution*AlgorithmEx", e).into())
-        })
-    }
-
-    fn find(
-        &self,
-        cudnn: &Cudnn,
-        Operands { x, weight, y }: Operands,
-        memory: *mut c_void,
-        length: usize,
-    ) -> std::result::Result<Vec<Candidate<Choice>>, CudnnError> {
-        let math = forced_math(&self.key);
-        let (handle, most) = (cudnn.handle(), MOST_OFFERED as c_int);
-        let (x_desc, weight_desc, y_desc) = (self.x.raw(), self.weight.raw(), self.y.raw());
-        let convolution = self.convolution.raw();
-        Ok(match self.key.pass {
-            Pass::Forward => candidates!(
-                Algorithm::Forward,
-                cudnnConvolutionFwdAlgoPerf_t,
-                math,
-                // SAFETY: as in `run`; there is room for `most` results.
-                |count, found| unsafe {
-                    sys::cudnnFindConvolutionForwardAlgorithmEx(
-                        handle,
-                        x_desc,
-                        x,
-                        weight_desc,
-                        weight,
-                        convolution,
-                        y_desc,
-                        y,
-                        most,
-                        count,
-                        found,
-                        memory,
-                        length,
-                    )
-                }
-            ),
-            Pass::InputGradient => candidates!(
-                Algorithm::InputGradient,
-                cudnnConvolutionBwdDataAlgoPerf_t,
-                math,
-                // SAFETY: as in `run`; there is room for `most` results.
-                |count, found| unsafe {
-                    sys::cudnnFindConvolutionBackwardDataAlgorithmEx(
-                        handle,
-                        weight_desc,
-                        weight,
-                        y_desc,
-                        y,
-                        convolution,
-                        x_desc,
-                        x,
-                        most,
-                        count,
-                        found,
-                        memory,
-                        length,
-                    )
-                }
-            ),
-            Pass::WeightGradient => candidates!(
-                Algorithm::WeightGradient,
-                cudnnConvolutionBwdFilterAlgoPerf_t,
-                math,
-                // SAFETY: as in `run`; there is room for `most` results.
-                |count, found| unsafe {
-                    sys::cudnnFindConvolutionBackwardFilterAlgorithmEx(
-                        handle,
-                        x_desc,
-                        x,
-                        y_desc,
-                        y,
-                        convolution,
-                        weight_desc,
-                        weight,
-                        most,
-                        count,
-                        found,
-                        memory,
-                        length,
-                    )
-                }
-            ),
-        })
-    }
-
-    /// What cuDNN expects to be fast, without trying.
-    fn heuristics(&self, cudnn: &Cudnn) -> std::result::Result<Vec<Candidate<Choice>>, CudnnError> {
-        let math = forced_math(&self.key);
-        self.convolution.set_math(math_type(&self.key))?;
-        let (handle, most) = (cudnn.handle(), MOST_OFFERED as c_int);
-        let (x, weight, y) = (self.x.raw(), self.weight.raw(), self.y.raw());
-        let convolution = self.convolution.raw();
-        Ok(match self.key.pass {
-            Pass::Forward => candidates!(
-                Algorithm::Forward,
-                cudnnConvolutionFwdAlgoPerf_t,
-                math,
-                // SAFETY: handle and descriptors exist; there is room for `most` results.
-                |count, found| unsafe {
-                    sys::cudnnGetConvolutionForwardAlgorithm_v7(
-                        handle,
-                        x,
-                        weight,
-                        convolution,
-                        y,
-                        most,
-                        count,
-                        found,
-                    )
-                }
-            ),
-            Pass::InputGradient => candidates!(
-                Algorithm::InputGradient,
-                cudnnConvolutionBwdDataAlgoPerf_t,
-                math,
-                // SAFETY: handle and descriptors exist; there is room for `most` results.
-                |count, found| unsafe {
-                    sys::cudnnGetConvolutionBackwardDataAlgorithm_v7(
-                        handle,
-                        weight,
-                        y,
-                        convolution,
-                        x,
-                        most,
-                        count,
-                        found,
-                    )
-                }
-            ),
-            Pass::WeightGradient => candidates!(
-                Algorithm::WeightGradient,
-                cudnnConvolutionBwdFilterAlgoPerf_t,
-                math,
-                // SAFETY: handle and descriptors exist; there is room for `most` results.
-                |count, found| unsafe {
-                    sys::cudnnGetConvolutionBackwardFilterAlgorithm_v7(
-                        handle,
-                        x,
-                        y,
-                        convolution,
-                        weight,
-                        most,
-                        count,
-                        found,
-                    )
-                }
-            ),
-        })
-    }
-
-    /// Bytes that an algorithm works in.
-    fn workspace(&self, cudnn: &Cudnn, choice: Choice) -> std::result::Result<usize, CudnnError> {
-        self.convolution.set_math(choice.math)?;
-        let handle = cudnn.handle();
-        let (x, weight, y) = (self.x.raw(), self.weight.raw(), self.y.raw());
-        let convolution = self.convolution.raw();
-        // SAFETY: handle and descriptors exist.
-        unsafe {
-            match choice.algorithm {
-                Algorithm::Forward(algorithm) => result::get_convolution_forward_workspace_size(
-                    handle,
-                    x,
-                    weight,
-                    convolution,
-                    y,
-                    algorithm,
-                ),
-                Algorithm::InputGradient(algorithm) => {
-                    result::get_convolution_backward_data_workspace_size(
-                        handle,
-                        weight,
-                        y,
-                        convolution,
-                        x,
-                        algorithm,
-                    )
-                }
-                Algorithm::WeightGradient(algorithm) => {
-                    result::get_convolution_backward_filter_workspace_size(
-                        handle,
-                        x,
-                        y,
-                        convolution,
-                        weight,
-                        algorithm,
-                    )
-                }
-            }
-        }
-    }
-
-    fn failed(&self, call: &'static str, error: CudnnError) -> OpError {
-        failed(OP, call, error.0, &self.key)
-    }
-
-    fn no_algorithm(&self) -> OpError {
-        OpError::NoAlgorithm {
-            op: OP,
-            deterministic: if self.key.deterministic {
-                "deterministic "
-            } else {
-                ""
-            },
-            problem: match self.key.format {
-                MemoryFormat::Contiguous => self.key.to_string(),
-                MemoryFormat::ChannelsLast => format!(
-                    "{}; it may have one for planes: turn Settings::channels_last off \
-                     (--no-channels-last)",
-                    self.key
-                ),
-            },
-        }
-    }
-}
-
-/// The arithmetic to ask for. cuDNN's default takes TF32 for f32.
-fn math_type(key: &PlanKey) -> sys::cudnnMathType_t {
-    match (key.dtype, key.math) {
-        (DType::F32, F32Math::Full) => sys::cudnnMathType_t::CUDNN_FMA_MATH,
-        (DType::BF16, _) => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
-        _ => sys::cudnnMathType_t::CUDNN_DEFAULT_MATH,
-    }
-}
-
-/// The arithmetic to insist on, whatever cuDNN offers beside an algorithm (as PyTorch does).
-fn forced_math(key: &PlanKey) -> Option<sys::cudnnMathType_t> {
-    (key.dtype == DType::F32 && key.math == F32Math::Full).then_some(math_type(key))
-}
-
-fn algorithms(pass: Pass) -> Vec<Algorithm> {
-    use sys::cudnnConvolutionBwdDataAlgo_t::*;
-    use sys::cudnnConvolutionBwdFilterAlgo_t::*;
-    use sys::cudnnConvolutionFwdAlgo_t::*;
-    match pass {
-        Pass::Forward => [
-            CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
-            CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
-            CUDNN_CONVOLUTION_FWD_ALGO_GEMM,
-            CUDNN_CONVOLUTION_FWD_ALGO_DIRECT,
-            CUDNN_CONVOLUTION_FWD_ALGO_FFT,
-            CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING,
-            CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD,
-            CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED,
-        ]
-        .map(Algorithm::Forward)
-        .to_vec(),
-        Pass::InputGradient => [
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_0,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED,
-        ]
-        .map(Algorithm::InputGradient)
-        .to_vec(),
-        Pass::WeightGradient => [
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_0,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_3,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING,
-        ]
-        .map(Algorithm::WeightGradient)
-        .to_vec(),
-    }
-}
-
-/// Whether cuDNN declined before it launched anything: its families of `BAD_PARAM`, `NOT_SUPPORTED` and
-/// `INTERNAL_ERROR`, but not `EXECUTION_FAILED`.
-fn is_refusal(error: CudnnError) -> bool {
-    (2000..5000).contains(&(error.0 as u32))
 }
 
 /// Threads of a block, as in `kernels.cu`.

@@ -3,6 +3,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod engines;
 mod packed_weight;
 #[cfg(any(feature = "cuda", test))]
 mod plan;
@@ -19,7 +21,7 @@ use candle_core::{
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{ChannelsLast, channels_last_pass};
 #[cfg(feature = "cuda")]
-pub(crate) use plan::{Pass, parts_of};
+pub(crate) use plan::{Notes, Pass, parts_of};
 
 use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};

@@ -1,7 +1,7 @@
-//! Which algorithm a convolution on CUDA takes: what the choice depends on, and the choice itself. Nothing here
+//! How a convolution on CUDA is computed: what the choice depends on, and the choice itself. Nothing here
 //! needs CUDA, so that it is tested everywhere.
 
-use std::ffi::c_int;
+use std::collections::HashMap;
 use std::fmt;
 
 use candle_core::DType;
@@ -10,7 +10,7 @@ use super::{Conv2dConfig, Conv2dGeometry, OP};
 use crate::cuda::{F32Math, Settings};
 use crate::error::OpError;
 
-/// The three computations of a convolution. Each has algorithms of its own.
+/// The three computations of a convolution. Each has engines of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Pass {
     Forward,
@@ -27,7 +27,15 @@ pub(crate) enum MemoryFormat {
     ChannelsLast,
 }
 
-/// All that the choice of an algorithm depends on, besides the device.
+/// What follows a forward pass before its result is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Epilogue {
+    /// One value per output channel is added.
+    pub(super) bias: bool,
+    pub(super) relu: bool,
+}
+
+/// All that the choice of an engine depends on, besides the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct PlanKey {
     pub(super) geometry: Conv2dGeometry,
@@ -37,13 +45,19 @@ pub(super) struct PlanKey {
     /// The arithmetic of f32; `Full` for other types, which have no choice.
     pub(super) math: F32Math,
     pub(super) deterministic: bool,
-    /// Whether the algorithms are timed.
+    /// Whether engines are timed.
     pub(super) timed: bool,
     /// Bytes.
     pub(super) workspace_limit: usize,
+    pub(super) epilogue: Epilogue,
+    /// Whether the result is added to what is there.
+    pub(super) adds: bool,
+    /// Bytes of which all addresses are multiples.
+    pub(super) alignment: usize,
 }
 
 impl PlanKey {
+    /// Of a pass whose result takes the place of what was there, with nothing that follows, on addresses of the best alignment.
     pub(super) fn new(
         geometry: Conv2dGeometry,
         format: MemoryFormat,
@@ -64,8 +78,22 @@ impl PlanKey {
             // Times differ from run to run, and so would the choice.
             timed: settings.benchmark && !settings.deterministic,
             workspace_limit: settings.workspace_limit,
+            epilogue: Epilogue::default(),
+            adds: false,
+            alignment: BEST_ALIGNMENT,
         }
     }
+}
+
+/// Bytes that an engine moves at once, at the most.
+pub(super) const BEST_ALIGNMENT: usize = 16;
+
+/// The bytes of which all addresses are multiples, as far as it matters.
+pub(super) fn common_alignment(addresses: impl IntoIterator<Item = usize>) -> usize {
+    let bits = addresses
+        .into_iter()
+        .fold(BEST_ALIGNMENT, |bits, address| bits | address);
+    1 << bits.trailing_zeros()
 }
 
 impl fmt::Display for PlanKey {
@@ -93,33 +121,42 @@ impl fmt::Display for PlanKey {
         if (self.dtype, self.math) == (DType::F32, F32Math::Tf32) {
             write!(f, " with TF32 allowed")?;
         }
-        match self.format {
-            MemoryFormat::Contiguous => Ok(()),
-            MemoryFormat::ChannelsLast => write!(f, ", channels last"),
+        if self.format == MemoryFormat::ChannelsLast {
+            write!(f, ", channels last")?;
         }
+        if self.adds {
+            write!(f, ", added to what is there")?;
+        }
+        if self.epilogue.bias {
+            write!(f, ", with bias")?;
+        }
+        if self.epilogue.relu {
+            write!(f, ", with ReLU")?;
+        }
+        Ok(())
     }
 }
 
-/// A geometry in the C integers of descriptors.
+/// A geometry in the integers of descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DescriptorNumbers {
     /// (N, C_in, H, W).
-    pub(super) x: [c_int; 4],
+    pub(super) x: [i64; 4],
     /// (C_out, C_in, R, S).
-    pub(super) weight: [c_int; 4],
+    pub(super) weight: [i64; 4],
     /// (N, C_out, H', W').
-    pub(super) y: [c_int; 4],
+    pub(super) y: [i64; 4],
     /// Vertical, horizontal, here and below.
-    pub(super) padding: [c_int; 2],
-    pub(super) stride: [c_int; 2],
-    pub(super) dilation: [c_int; 2],
+    pub(super) padding: [i64; 2],
+    pub(super) stride: [i64; 2],
+    pub(super) dilation: [i64; 2],
 }
 
 impl DescriptorNumbers {
     /// # Errors
-    /// A size, or the number of a tensor's elements, that is no C `int`: cuDNN's strides are such.
+    /// A size, or the number of a tensor's elements, that is no C `int`: many engines, and our kernels, count in such.
     pub(super) fn new(g: &Conv2dGeometry) -> Result<Self, OpError> {
-        let tensor = |what: &'static str, sizes: [usize; 4]| -> Result<[c_int; 4], OpError> {
+        let tensor = |what: &'static str, sizes: [usize; 4]| -> Result<[i64; 4], OpError> {
             let elements = sizes
                 .iter()
                 .fold(1usize, |product, &size| product.saturating_mul(size));
@@ -153,37 +190,73 @@ impl DescriptorNumbers {
     }
 }
 
-fn c_number(what: &'static str, found: usize) -> Result<c_int, OpError> {
-    c_int::try_from(found).map_err(|_| OpError::CudnnSize {
-        op: OP,
-        what,
-        found,
-    })
+fn c_number(what: &'static str, found: usize) -> Result<i64, OpError> {
+    i32::try_from(found)
+        .map(i64::from)
+        .map_err(|_| OpError::CudnnSize {
+            op: OP,
+            what,
+            found,
+        })
 }
 
-/// An algorithm that cuDNN offers for a computation.
+/// The distances between neighbours along each dimension of a tensor of `sizes`, which has no gaps.
+pub(super) fn strides([_, c, h, w]: [i64; 4], format: MemoryFormat) -> [i64; 4] {
+    match format {
+        MemoryFormat::Contiguous => [c * h * w, h * w, w, 1],
+        MemoryFormat::ChannelsLast => [c * h * w, 1, w * c, c],
+    }
+}
+
+/// What distinguishes the arithmetic of an engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Notes {
+    /// Products on tensor cores: for f32 with factors rounded to TF32.
+    pub(crate) tensor_cores: bool,
+    /// Factors rounded to a smaller type.
+    pub(crate) rounds_factors: bool,
+    /// Sums of less than f32.
+    pub(crate) rounds_sums: bool,
+    /// Other bits from run to run.
+    pub(crate) nondeterministic: bool,
+}
+
+impl Notes {
+    /// Whether an engine may compute what the key describes.
+    pub(super) fn suit(&self, key: &PlanKey) -> bool {
+        // For f64 there are tensor cores that round nothing, and bf16 is theirs.
+        let is_exact = key.dtype == DType::F32 && key.math == F32Math::Full;
+        let rounds = self.rounds_factors || self.rounds_sums || (self.tensor_cores && is_exact);
+        !rounds && (!self.nondeterministic || !key.deterministic)
+    }
+}
+
+/// An engine with its settings, ready to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Candidate<A> {
-    pub(super) algorithm: A,
-    /// Whether cuDNN can take it here.
-    pub(super) works: bool,
-    pub(super) deterministic: bool,
+pub(super) struct Candidate<P> {
+    pub(super) plan: P,
+    /// cuDNN's number of the engine, which it offers under several settings.
+    pub(super) engine: i64,
     /// Bytes of workspace.
     pub(super) workspace: usize,
 }
 
-/// The candidates in the order in which to try them: cuDNN's own, fastest first, without those that do not work or
-/// are not deterministic where they must be. Those beyond the workspace's limit are the last resort, least memory first.
-pub(super) fn by_preference<A: Copy>(offered: &[Candidate<A>], key: &PlanKey) -> Vec<Candidate<A>> {
-    let usable = offered
-        .iter()
-        .copied()
-        .filter(|c| c.works && (c.deterministic || !key.deterministic));
-    let (mut within, mut beyond): (Vec<_>, Vec<_>) =
-        usable.partition(|c| c.workspace <= key.workspace_limit);
-    beyond.sort_by_key(|c| c.workspace);
-    within.append(&mut beyond);
-    within
+/// The first `most` candidates, without those of an engine that has been taken `most_of_one` times: settings of one engine are often alike.
+pub(super) fn worth_timing<P>(
+    candidates: Vec<Candidate<P>>,
+    most: usize,
+    most_of_one: usize,
+) -> Vec<Candidate<P>> {
+    let mut taken = HashMap::new();
+    candidates
+        .into_iter()
+        .filter(|candidate| {
+            let of_one = taken.entry(candidate.engine).or_insert(0);
+            *of_one += 1;
+            *of_one <= most_of_one
+        })
+        .take(most)
+        .collect()
 }
 
 /// Into how many parts the sum over `values` of one channel is cut, and how many values each has; the last may
@@ -229,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_may_change_the_algorithm_changes_the_key() {
+    fn whatever_may_change_the_engine_changes_the_key() {
         let default = Settings::default();
         let full = Settings {
             convolution: F32Math::Full,
@@ -296,6 +369,28 @@ mod tests {
                 Pass::Forward,
                 &default,
             ),
+            PlanKey {
+                adds: true,
+                ..key(default)
+            },
+            PlanKey {
+                alignment: 4,
+                ..key(default)
+            },
+            PlanKey {
+                epilogue: Epilogue {
+                    bias: true,
+                    relu: false,
+                },
+                ..key(default)
+            },
+            PlanKey {
+                epilogue: Epilogue {
+                    bias: true,
+                    relu: true,
+                },
+                ..key(default)
+            },
         ];
         let distinct: HashSet<_> = keys.into_iter().collect();
         assert_eq!(distinct.len(), keys.len());
@@ -326,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn deterministic_algorithms_are_never_chosen_by_time() {
+    fn deterministic_engines_are_never_chosen_by_time() {
         let settings = Settings {
             deterministic: true,
             benchmark: true,
@@ -378,7 +473,7 @@ mod tests {
         );
         let error = OpError::Cudnn {
             op: OP,
-            call: "cudnnConvolutionForward",
+            call: "cudnnBackendExecute",
             status: "CUDNN_STATUS_NOT_SUPPORTED".to_owned(),
             details: " (why)".to_owned(),
             problem,
@@ -386,40 +481,97 @@ mod tests {
         let text = error.to_string();
         assert!(
             text.starts_with(
-                "conv2d: cudnnConvolutionForward failed with CUDNN_STATUS_NOT_SUPPORTED (why), for the forward"
+                "conv2d: cudnnBackendExecute failed with CUDNN_STATUS_NOT_SUPPORTED (why), for the forward"
             ),
             "{text}"
         );
     }
 
     #[test]
-    fn the_fastest_that_works_within_the_limit_comes_first() {
-        let candidate = |algorithm, works, deterministic, workspace| Candidate {
-            algorithm,
-            works,
-            deterministic,
-            workspace,
-        };
-        let offered = [
-            candidate("does not work", false, true, 0),
-            candidate("hungry", true, true, 900),
-            candidate("fast", true, false, 100),
-            candidate("greedy", true, true, 300),
-            candidate("steady", true, true, 0),
-        ];
-        let order = |deterministic| {
-            let settings = Settings {
+    fn engines_that_round_or_do_not_repeat_are_taken_only_where_that_is_allowed() {
+        let with = |dtype, convolution, deterministic| PlanKey {
+            dtype,
+            ..key(Settings {
+                convolution,
                 deterministic,
-                workspace_limit: 200,
                 ..Settings::default()
-            };
-            by_preference(&offered, &key(settings))
-                .iter()
-                .map(|c| c.algorithm)
-                .collect::<Vec<_>>()
+            })
         };
-        assert_eq!(order(false), ["fast", "steady", "greedy", "hungry"]);
-        assert_eq!(order(true), ["steady", "greedy", "hungry"]);
+        let plain = Notes::default();
+        let tensor_cores = Notes {
+            tensor_cores: true,
+            ..plain
+        };
+        let nondeterministic = Notes {
+            nondeterministic: true,
+            ..plain
+        };
+        let rounding = [
+            Notes {
+                rounds_factors: true,
+                ..plain
+            },
+            Notes {
+                rounds_sums: true,
+                ..plain
+            },
+        ];
+        for dtype in [DType::F32, DType::F64, DType::BF16] {
+            for math in [F32Math::Full, F32Math::Tf32] {
+                for deterministic in [false, true] {
+                    let key = with(dtype, math, deterministic);
+                    assert!(plain.suit(&key), "{key:?}");
+                    assert_eq!(nondeterministic.suit(&key), !deterministic, "{key:?}");
+                    let rounds = (dtype, math) == (DType::F32, F32Math::Full);
+                    assert_eq!(tensor_cores.suit(&key), !rounds, "{key:?}");
+                    assert!(!rounding.iter().any(|notes| notes.suit(&key)), "{key:?}");
+                }
+            }
+        }
+    }
+
+    fn candidate(plan: &'static str, engine: i64, workspace: usize) -> Candidate<&'static str> {
+        Candidate {
+            plan,
+            engine,
+            workspace,
+        }
+    }
+
+    fn plans(candidates: &[Candidate<&'static str>]) -> Vec<&'static str> {
+        candidates.iter().map(|c| c.plan).collect()
+    }
+
+    #[test]
+    fn all_engines_get_a_trial_before_one_gets_many() {
+        let offered = vec![
+            candidate("a1", 1, 0),
+            candidate("a2", 1, 0),
+            candidate("a3", 1, 0),
+            candidate("b1", 2, 0),
+            candidate("a4", 1, 0),
+            candidate("c1", 3, 0),
+            candidate("d1", 4, 0),
+        ];
+        assert_eq!(
+            plans(&worth_timing(offered, 4, 2)),
+            ["a1", "a2", "b1", "c1"]
+        );
+    }
+
+    #[test]
+    fn tensors_without_gaps_step_over_what_lies_within() {
+        let sizes = [2, 3, 5, 7];
+        assert_eq!(strides(sizes, MemoryFormat::Contiguous), [105, 35, 7, 1]);
+        assert_eq!(strides(sizes, MemoryFormat::ChannelsLast), [105, 1, 21, 3]);
+    }
+
+    #[test]
+    fn the_alignment_is_that_of_the_least_aligned_address() {
+        assert_eq!(common_alignment([]), 16);
+        assert_eq!(common_alignment([0, 256, 64]), 16);
+        assert_eq!(common_alignment([256, 24]), 8);
+        assert_eq!(common_alignment([256, 24, 2]), 2);
     }
 
     #[test]

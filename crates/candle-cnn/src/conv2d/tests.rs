@@ -176,7 +176,7 @@ fn gradients_agree_with_finite_differences() -> Result<()> {
 #[test]
 fn fused_relu_has_the_bits_of_convolution_then_relu() -> Result<()> {
     on_each_device(|device| {
-        // cuDNN may fuse bias and ReLU into an algorithm that rounds otherwise.
+        // cuDNN may fuse bias and ReLU into an engine that rounds otherwise.
         let allowed = if device.is_cpu() { 0.0 } else { 1e-5 };
         let x = Var::randn(0f32, 1.0, (2, 5, 6, 6), device)?;
         let weight = Var::randn(0f32, 1.0, (7, 5, 3, 3), device)?;

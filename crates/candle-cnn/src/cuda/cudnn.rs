@@ -1,14 +1,15 @@
-//! cuDNN for the calling thread: its handle, descriptors that free themselves, and memory to work in.
+//! cuDNN for the calling thread: its handle, and memory to work in.
 //!
-//! cudarc's safe wrappers cannot do what training needs (they keep handle and descriptors to themselves, and have
-//! neither timed algorithms nor the backward pass of a bias), so that this stands on its `result` and `sys`.
+//! cudarc's safe wrappers know the older functions of cuDNN alone ([`super::graph_api`] says why not those), so that this
+//! stands on its `result` and `sys`.
 
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::fmt::Display;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cudnn::{result, sys};
@@ -48,7 +49,7 @@ pub(crate) fn with_cudnn<R>(
 
 /// A handle, its stream and its workspace.
 pub(crate) struct Cudnn {
-    handle: Handle,
+    handle: Rc<Handle>,
     workspace: Workspace,
     stream: Arc<CudaStream>,
 }
@@ -56,21 +57,47 @@ pub(crate) struct Cudnn {
 impl Cudnn {
     fn new(stream: Arc<CudaStream>, op: &'static str) -> Result<Self> {
         stream.context().bind_to_thread().w()?;
-        let problem = &"a handle";
-        let handle =
-            Handle(result::create_handle().map_err(|e| failed(op, "cudnnCreate", e.0, problem))?);
-        // SAFETY: the handle was just made, and the stream lives as long as it does: it is kept in the same struct.
-        unsafe { result::set_stream(handle.0, stream.cu_stream() as sys::cudaStream_t) }
-            .map_err(|e| failed(op, "cudnnSetStream", e.0, problem))?;
-        Ok(Self {
-            handle,
+        let raw =
+            result::create_handle().map_err(|e| failed(op, "cudnnCreate", e.0, &"a handle"))?;
+        let handle = Handle {
+            raw,
+            _stream: Arc::clone(&stream),
+        };
+        let new = Self {
+            handle: Rc::new(handle),
             workspace: Workspace::default(),
             stream,
-        })
+        };
+        new.give_work_to(&new.stream, op)?;
+        Ok(new)
     }
 
-    pub(crate) fn handle(&self) -> sys::cudnnHandle_t {
-        self.handle.0
+    pub(crate) fn handle(&self) -> &Rc<Handle> {
+        &self.handle
+    }
+
+    /// Calls `f` with a stream that nobody else uses, to which cuDNN gives its work meanwhile. It begins when all that
+    /// the device has to do is done, and what comes later waits for it.
+    pub(crate) fn apart<R>(
+        &mut self,
+        op: &'static str,
+        f: impl FnOnce(&mut Self, &Arc<CudaStream>) -> Result<R>,
+    ) -> Result<R> {
+        let context = Arc::clone(self.stream.context());
+        context.synchronize().w()?;
+        let apart = context.new_stream().w()?;
+        apart.join(&self.stream).w()?;
+        self.give_work_to(&apart, op)?;
+        let outcome = f(self, &apart);
+        self.give_work_to(&self.stream, op)?;
+        self.stream.join(&apart).w()?;
+        outcome
+    }
+
+    fn give_work_to(&self, stream: &CudaStream, op: &'static str) -> Result<()> {
+        // SAFETY: the handle exists. Its own stream lives as long as it does, and another until it has its own again.
+        unsafe { result::set_stream(self.handle.raw, stream.cu_stream() as sys::cudaStream_t) }
+            .map_err(|e| failed(op, "cudnnSetStream", e.0, &"a stream").into())
     }
 
     /// Whether what is launched goes into a CUDA graph, so that waiting for the device is not allowed.
@@ -157,16 +184,6 @@ pub(crate) fn address(pointer: CUdeviceptr) -> *mut c_void {
     pointer as usize as *mut c_void
 }
 
-/// 1 and 0, of the type that cuDNN expects beside tensors of `dtype`.
-pub(crate) fn one_and_zero(dtype: DType) -> (*const c_void, *const c_void) {
-    static F32: [f32; 2] = [1.0, 0.0];
-    static F64: [f64; 2] = [1.0, 0.0];
-    match dtype {
-        DType::F64 => ((&raw const F64[0]).cast(), (&raw const F64[1]).cast()),
-        _ => ((&raw const F32[0]).cast(), (&raw const F32[1]).cast()),
-    }
-}
-
 /// The type of the elements, if cuDNN is to take it.
 pub(crate) fn data_type(op: &'static str, dtype: DType) -> Result<sys::cudnnDataType_t> {
     match dtype {
@@ -177,142 +194,27 @@ pub(crate) fn data_type(op: &'static str, dtype: DType) -> Result<sys::cudnnData
     }
 }
 
-/// A descriptor that is destroyed when dropped.
-macro_rules! descriptor {
-    ($(#[$doc:meta])* $name:ident: $raw:ident, $create:ident, $destroy:ident) => {
-        $(#[$doc])*
-        pub(crate) struct $name(sys::$raw);
-
-        impl $name {
-            fn create() -> std::result::Result<Self, result::CudnnError> {
-                let mut raw = std::ptr::null_mut();
-                // SAFETY: writes one pointer.
-                unsafe { sys::$create(&raw mut raw) }.result()?;
-                Ok(Self(raw))
-            }
-
-            pub(crate) fn raw(&self) -> sys::$raw {
-                self.0
-            }
-        }
-
-        impl Drop for $name {
-            fn drop(&mut self) {
-                // SAFETY: made by `create`, and destroyed nowhere else. A failure has nobody to hear of it.
-                let _ = unsafe { sys::$destroy(self.0) };
-            }
-        }
-    };
+/// What functions of cuDNN are called with.
+pub(crate) struct Handle {
+    raw: sys::cudnnHandle_t,
+    /// To which it gives its work.
+    _stream: Arc<CudaStream>,
 }
 
-descriptor!(
-    /// Shape, type and memory format of (N, C, H, W), without gaps.
-    TensorDescriptor: cudnnTensorDescriptor_t, cudnnCreateTensorDescriptor, cudnnDestroyTensorDescriptor
-);
-descriptor!(
-    /// Shape, type and memory format of weights (C_out, C_in, R, S), without gaps.
-    FilterDescriptor: cudnnFilterDescriptor_t, cudnnCreateFilterDescriptor, cudnnDestroyFilterDescriptor
-);
-descriptor!(
-    /// Padding, stride, dilation and arithmetic of a convolution.
-    ConvolutionDescriptor: cudnnConvolutionDescriptor_t, cudnnCreateConvolutionDescriptor, cudnnDestroyConvolutionDescriptor
-);
-descriptor!(
-    /// What follows a convolution.
-    ActivationDescriptor: cudnnActivationDescriptor_t, cudnnCreateActivationDescriptor, cudnnDestroyActivationDescriptor
-);
-
-type Described<T> = std::result::Result<T, result::CudnnError>;
-
-impl TensorDescriptor {
-    pub(crate) fn new(
-        format: sys::cudnnTensorFormat_t,
-        kind: sys::cudnnDataType_t,
-        sizes: [c_int; 4],
-    ) -> Described<Self> {
-        let new = Self::create()?;
-        // SAFETY: the descriptor exists.
-        unsafe { result::set_tensor4d_descriptor(new.0, format, kind, sizes) }?;
-        Ok(new)
+impl Handle {
+    pub(crate) fn raw(&self) -> sys::cudnnHandle_t {
+        self.raw
     }
 }
-
-impl FilterDescriptor {
-    pub(crate) fn new(
-        format: sys::cudnnTensorFormat_t,
-        kind: sys::cudnnDataType_t,
-        sizes: [c_int; 4],
-    ) -> Described<Self> {
-        let new = Self::create()?;
-        // SAFETY: the descriptor exists.
-        unsafe { result::set_filter4d_descriptor(new.0, kind, format, sizes) }?;
-        Ok(new)
-    }
-}
-
-impl ConvolutionDescriptor {
-    /// A cross-correlation that adds up in `compute`; pairs are vertical, horizontal.
-    pub(crate) fn new(
-        padding: [c_int; 2],
-        stride: [c_int; 2],
-        dilation: [c_int; 2],
-        compute: sys::cudnnDataType_t,
-        math: sys::cudnnMathType_t,
-    ) -> Described<Self> {
-        let new = Self::create()?;
-        // SAFETY: the descriptor exists.
-        unsafe {
-            result::set_convolution2d_descriptor(
-                new.0,
-                padding[0],
-                padding[1],
-                stride[0],
-                stride[1],
-                dilation[0],
-                dilation[1],
-                sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION,
-                compute,
-            )
-        }?;
-        new.set_math(math)?;
-        Ok(new)
-    }
-
-    pub(crate) fn set_math(&self, math: sys::cudnnMathType_t) -> Described<()> {
-        // SAFETY: the descriptor exists.
-        unsafe { result::set_convolution_math_type(self.0, math) }
-    }
-}
-
-impl ActivationDescriptor {
-    /// A NaN stays NaN in a ReLU, as on the CPU, or the convolution has to refuse it; else one that diverges could go
-    /// on with zeros. The identity passes it on anyway.
-    pub(crate) fn new(mode: sys::cudnnActivationMode_t) -> Described<Self> {
-        let new = Self::create()?;
-        let nan = match mode {
-            sys::cudnnActivationMode_t::CUDNN_ACTIVATION_RELU => {
-                sys::cudnnNanPropagation_t::CUDNN_PROPAGATE_NAN
-            }
-            _ => sys::cudnnNanPropagation_t::CUDNN_NOT_PROPAGATE_NAN,
-        };
-        // The largest value that a ReLU lets pass; PyTorch sets no limit either.
-        let limit = f64::MAX;
-        // SAFETY: the descriptor exists.
-        unsafe { result::set_activation_descriptor(new.0, mode, nan, limit) }?;
-        Ok(new)
-    }
-}
-
-struct Handle(sys::cudnnHandle_t);
 
 impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: made by `create_handle`, and destroyed nowhere else. A failure has nobody to hear of it.
-        let _ = unsafe { result::destroy_handle(self.0) };
+        let _ = unsafe { result::destroy_handle(self.raw) };
     }
 }
 
-/// Device memory for the algorithms, one after the other: a stream runs one at a time.
+/// Device memory for the engines, one after the other: a stream runs one at a time.
 #[derive(Default)]
 struct Workspace {
     buffer: Option<CudaSlice<u8>>,

@@ -3,19 +3,21 @@
 //! The operations of this crate take tensors of a CUDA device as they take those of the CPU, where it is built with the
 //! feature `cuda`. Without the feature the settings can be set, and nothing reads them.
 //!
-//! Nothing waits for the device, except that the first pass of each shape may time the algorithms it has
+//! Nothing waits for the device, except that the first pass of each shape may time the engines it has
 //! ([`Settings::benchmark`]). After that a step can be captured in a CUDA graph. A shape first met while a stream is
-//! being captured gets its algorithm by rules of thumb.
+//! being captured gets its engine by rules of thumb.
 //!
 //! A [`crate::StaticGraph`] uses more than one stream ([`Settings::streams`]); to whoever works on the device's own it looks like one.
 //!
-//! What cuDNN needs (a handle, one workspace, the algorithms chosen) is kept for each thread and device, and freed at the
+//! What cuDNN needs (a handle, one workspace, the engines chosen) is kept for each thread and device, and freed at the
 //! thread's end: a captured graph must not be launched after the thread that captured it has ended.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cudnn;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "cuda")]
+pub(crate) mod graph_api;
 #[cfg(feature = "cuda")]
 pub(crate) mod kernels;
 #[cfg(feature = "cuda")]

@@ -29,13 +29,13 @@ pub struct Settings {
     pub convolution: F32Math,
     /// f32 matrix products of Candle, [`crate::linear`] among them (`torch.backends.cuda.matmul.allow_tf32`).
     pub matmul: F32Math,
-    /// Only algorithms that give the same bits each time, and the same algorithms each time: none is chosen by its
+    /// Only engines that give the same bits each time, and the same engines each time: none is chosen by its
     /// time (`torch.backends.cudnn.deterministic`, and `benchmark` off).
     pub deterministic: bool,
-    /// Time the algorithms of a convolution when its shape is first met, instead of going by cuDNN's rules of thumb
+    /// Time cuDNN's engines for a convolution when its shape is first met, instead of going by cuDNN's rules of thumb
     /// (`torch.backends.cudnn.benchmark`).
     pub benchmark: bool,
-    /// Let cuDNN add the bias and take the ReLU inside the convolution, where its algorithm can.
+    /// Let cuDNN add the bias and take the ReLU inside the convolution, where it has an engine that does.
     pub fused_epilogue: bool,
     /// Run a [`crate::StaticGraph`] on CUDA, whose maps lie channels last (`torch.channels_last`). Where this is off, networks that
     /// have one run operation by operation, over planes.
@@ -43,8 +43,8 @@ pub struct Settings {
     /// How many streams a [`crate::StaticGraph`] on CUDA may use for convolutions that need not wait for each other, each with a
     /// workspace of its own; at least 1.
     pub streams: usize,
-    /// Most bytes of device memory that an algorithm may ask for to work in. Each thread keeps one buffer
-    /// per device and stream, of the size its algorithms have asked for; streams that run side by side share the limit. Where no algorithm stays below, the
+    /// Most bytes of device memory that an engine may ask for to work in. Each thread keeps one buffer
+    /// per device and stream, of the size its engines have asked for; streams that run side by side share the limit. Where no engine stays below, the
     /// most modest one is taken.
     pub workspace_limit: usize,
 }

@@ -23,7 +23,7 @@ const READ_EVERY_STEPS: usize = 64;
 /// read at the same steps.
 const READ_EVERY: Duration = Duration::from_millis(200);
 /// Steps made as usual before one is recorded as a graph: the first makes the momentum buffers and chooses cuDNN's
-/// algorithms, the second runs as all that follow.
+/// engines, the second runs as all that follow.
 #[cfg(feature = "cuda")]
 const WARM_UP_STEPS: usize = 2;
 

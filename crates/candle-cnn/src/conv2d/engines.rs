@@ -1,0 +1,511 @@
+//! The engines of cuDNN that compute a convolution: described, chosen and run.
+//!
+//! What a pass needs besides its tensors is its [`Plan`], made when the geometry is first met, and kept by thread like
+//! the handle. After that a pass neither waits for the device nor allocates outside of the stream's order.
+
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::cudnn::result::CudnnError;
+use candle_core::cuda_backend::cudarc::cudnn::sys::{
+    self, cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind,
+    cudnnBackendHeurMode_t as Heuristics, cudnnPointwiseMode_t as Pointwise,
+};
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUdeviceptr, CUevent_flags, CUgraphInstantiate_flags_enum, CUstreamCaptureMode_enum,
+};
+use candle_core::cuda_backend::{DeviceId, WrapErr};
+use candle_core::{DType, Result};
+
+use super::OP;
+use super::plan::{
+    Candidate, DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, common_alignment, strides,
+    worth_timing,
+};
+use crate::cuda::cudnn::{Cudnn, address, data_type, failed};
+use crate::cuda::graph_api::{Described, Descriptor, ExecutionPlan, OperationGraph};
+use crate::error::OpError;
+
+/// The tensors of a convolution. A pass writes the one that it is named after: the output, or the gradient in the
+/// place of what it is the gradient of.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    pub(super) x: *mut c_void,
+    pub(super) weight: *mut c_void,
+    pub(super) y: *mut c_void,
+    /// One value per output channel, or null where nothing is added.
+    pub(super) bias: *mut c_void,
+}
+
+impl Operands {
+    pub(super) fn new(x: CUdeviceptr, weight: CUdeviceptr, y: CUdeviceptr) -> Self {
+        Self {
+            x: address(x),
+            weight: address(weight),
+            y: address(y),
+            bias: std::ptr::null_mut(),
+        }
+    }
+
+    /// Bytes of which all addresses are multiples.
+    pub(super) fn alignment(&self) -> usize {
+        let Self { x, weight, y, bias } = *self;
+        common_alignment([x, weight, y, bias].map(|pointer| pointer as usize))
+    }
+
+    /// The one that a pass writes.
+    pub(super) fn written(&mut self, pass: Pass) -> &mut *mut c_void {
+        match pass {
+            Pass::Forward => &mut self.y,
+            Pass::InputGradient => &mut self.x,
+            Pass::WeightGradient => &mut self.weight,
+        }
+    }
+
+    /// Those that there are, by their numbers in a graph.
+    fn numbered(&self) -> Vec<(i64, *mut c_void)> {
+        let Self { x, weight, y, bias } = *self;
+        let mut numbered = vec![(X, x), (WEIGHT, weight), (Y, y)];
+        if !bias.is_null() {
+            numbered.push((BIAS, bias));
+        }
+        numbered
+    }
+}
+
+// The numbers of the tensors in a graph. `Y` is the output, whatever precedes it.
+const X: i64 = 1;
+const WEIGHT: i64 = 2;
+const Y: i64 = 3;
+const BIAS: i64 = 4;
+const SUM: i64 = 5;
+const WITH_BIAS: i64 = 6;
+
+/// How one pass over one geometry is computed.
+pub(super) struct Plan {
+    key: PlanKey,
+    /// The best last. cuDNN may refuse one in spite of having offered it.
+    candidates: RefCell<Vec<Candidate<ExecutionPlan>>>,
+}
+
+thread_local! {
+    static PLANS: RefCell<HashMap<(DeviceId, PlanKey), Rc<Plan>>> = RefCell::new(HashMap::new());
+}
+
+/// How many candidates are timed, and of those how many with the same engine.
+const MOST_TIMED: usize = 16;
+const MOST_TIMED_OF_ONE_ENGINE: usize = 6;
+/// How many are kept of those that cuDNN expects to be fast, should it refuse one.
+const MOST_KEPT: usize = 4;
+
+impl Plan {
+    /// The plan that this thread has made before.
+    pub(super) fn known(device: DeviceId, key: PlanKey) -> Option<Rc<Self>> {
+        PLANS.with_borrow(|plans| plans.get(&(device, key)).cloned())
+    }
+
+    /// The plan of this thread; made now if there is none.
+    ///
+    /// Making it may run the pass on `operands`, for its times: it is to be run after that.
+    pub(super) fn of(
+        cudnn: &mut Cudnn,
+        device: DeviceId,
+        key: PlanKey,
+        operands: Operands,
+    ) -> Result<Rc<Self>> {
+        if let Some(plan) = Self::known(device, key) {
+            return Ok(plan);
+        }
+        let plan = Rc::new(Self::new(cudnn, key, operands)?);
+        PLANS.with_borrow_mut(|plans| plans.insert((device, key), plan.clone()));
+        Ok(plan)
+    }
+
+    fn new(cudnn: &mut Cudnn, key: PlanKey, operands: Operands) -> Result<Self> {
+        let numbers = DescriptorNumbers::new(&key.geometry)?;
+        let kind = data_type(OP, key.dtype)?;
+        let offered = match offers(cudnn, &key, &numbers, kind) {
+            // cuDNN may know no such thing at all; without what follows the pass can be computed.
+            Err(status) if is_refusal(status) && key.epilogue != Epilogue::default() => {
+                Offers::default()
+            }
+            offered => offered.map_err(|e| failed(OP, "a descriptor", e.0, &key))?,
+        };
+        let fits = |c: &Candidate<ExecutionPlan>| c.workspace <= key.workspace_limit;
+        let (mut candidates, mut beyond): (Vec<_>, Vec<_>) =
+            offered.fast.into_iter().partition(fits);
+        // Timing waits for the device, which a capture forbids.
+        if key.timed && candidates.len() > 1 && !cudnn.is_capturing()? {
+            let tried = worth_timing(candidates, MOST_TIMED, MOST_TIMED_OF_ONE_ENGINE);
+            candidates = by_time(cudnn, &key, operands, tried)?;
+        }
+        candidates.truncate(MOST_KEPT);
+        let (within, more): (Vec<_>, Vec<_>) = offered.general.into_iter().partition(fits);
+        candidates.extend(within);
+        beyond.extend(more);
+        if candidates.is_empty()
+            && let Some(least) = beyond.iter().map(|c| c.workspace).min()
+        {
+            tracing::warn!(
+                "conv2d: nothing works in {} bytes, taking what needs {least}, for {key}",
+                key.workspace_limit,
+            );
+            beyond.sort_by_key(|c| c.workspace);
+            beyond.truncate(MOST_KEPT);
+            candidates = beyond;
+        }
+        if let Some(Candidate {
+            engine, workspace, ..
+        }) = candidates.first()
+        {
+            tracing::debug!(engine, workspace, "conv2d: {key}");
+        }
+        candidates.reverse();
+        Ok(Self {
+            key,
+            candidates: RefCell::new(candidates),
+        })
+    }
+
+    /// The computation itself.
+    pub(super) fn run(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<()> {
+        match self.run_if_offered(cudnn, operands)? {
+            true => Ok(()),
+            false => Err(self.no_engine().into()),
+        }
+    }
+
+    /// The computation itself; false where cuDNN has nothing for it, and nothing was done.
+    pub(super) fn run_if_offered(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<bool> {
+        loop {
+            let candidates = self.candidates.borrow();
+            let Some(candidate) = candidates.last() else {
+                return Ok(false);
+            };
+            let outcome = cudnn.with_workspace(candidate.workspace, |cudnn, memory, _| {
+                // SAFETY: the operands are contiguous, of the sizes, type and alignment of the key, and held by the
+                // caller until the call is in the stream; the workspace has the size that was asked for.
+                Ok(unsafe {
+                    candidate
+                        .plan
+                        .execute(cudnn.handle(), &operands.numbered(), memory)
+                })
+            })?;
+            let Err(status) = outcome else {
+                return Ok(true);
+            };
+            let error = failed(OP, "cudnnBackendExecute", status.0, &self.key);
+            if !is_refusal(status) {
+                return Err(error.into());
+            }
+            tracing::warn!("{error}, by engine {}; taking the next", candidate.engine);
+            drop(candidates);
+            self.candidates.borrow_mut().pop();
+        }
+    }
+
+    fn no_engine(&self) -> OpError {
+        OpError::NoEngine {
+            op: OP,
+            deterministic: if self.key.deterministic {
+                "deterministic "
+            } else {
+                ""
+            },
+            problem: match self.key.format {
+                MemoryFormat::Contiguous => self.key.to_string(),
+                MemoryFormat::ChannelsLast => format!(
+                    "{}; it may have one for planes: turn Settings::channels_last off \
+                     (--no-channels-last)",
+                    self.key
+                ),
+            },
+        }
+    }
+}
+
+/// What cuDNN has for a pass and its key allows.
+#[derive(Default)]
+struct Offers {
+    /// In the order in which cuDNN expects them to be fast.
+    fast: Vec<Candidate<ExecutionPlan>>,
+    /// Those that compute almost everything.
+    general: Vec<Candidate<ExecutionPlan>>,
+}
+
+fn offers(
+    cudnn: &Cudnn,
+    key: &PlanKey,
+    numbers: &DescriptorNumbers,
+    kind: sys::cudnnDataType_t,
+) -> Described<Offers> {
+    let graph = operation_graph(cudnn, key, numbers, kind)?;
+    let under = |mode| -> Described<Vec<Candidate<ExecutionPlan>>> {
+        let engines = match graph.engines(mode) {
+            // A mode that knows nothing of such a graph.
+            Err(status) if is_refusal(status) => Vec::new(),
+            engines => engines?,
+        };
+        let suitable = engines.iter().filter(|engine| engine.notes.suit(key));
+        let planned = suitable.filter_map(|engine| {
+            let plan = engine.plan().ok()?;
+            Some(Candidate {
+                engine: engine.index,
+                workspace: plan.workspace,
+                plan,
+            })
+        });
+        Ok(planned.collect())
+    };
+    Ok(Offers {
+        fast: under(Heuristics::CUDNN_HEUR_MODE_A)?,
+        general: under(Heuristics::CUDNN_HEUR_MODE_FALLBACK)?,
+    })
+}
+
+/// The pass as cuDNN's graph of operations.
+fn operation_graph(
+    cudnn: &Cudnn,
+    key: &PlanKey,
+    numbers: &DescriptorNumbers,
+    kind: sys::cudnnDataType_t,
+) -> Described<OperationGraph> {
+    let sums = match key.dtype {
+        DType::F64 => sys::cudnnDataType_t::CUDNN_DATA_DOUBLE,
+        _ => sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
+    };
+    let tensor = |number: i64, sizes: [i64; 4], kind, lives: Lives| {
+        Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, number)?
+            .with(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, kind)?
+            .with_all(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &sizes)?
+            .with_all(Name::CUDNN_ATTR_TENSOR_STRIDES, &strides(sizes, key.format))?
+            .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, key.alignment as i64)?
+            .with(
+                Name::CUDNN_ATTR_TENSOR_IS_VIRTUAL,
+                lives == Lives::InTheGraph,
+            )?
+            .finalized()
+    };
+    // The result of each operation is the output, if nothing follows.
+    let result = |number, is_followed| match is_followed {
+        true => tensor(number, numbers.y, sums, Lives::InTheGraph),
+        false => tensor(Y, numbers.y, kind, Lives::InMemory),
+    };
+    let Epilogue { bias, relu } = key.epilogue;
+    let x = tensor(X, numbers.x, kind, Lives::InMemory)?;
+    let weight = tensor(WEIGHT, numbers.weight, kind, Lives::InMemory)?;
+    let mut last = result(SUM, bias || relu)?;
+    let mut operations = vec![convolution(key, numbers, sums, [&x, &weight, &last])?];
+    if bias {
+        let bias = tensor(BIAS, [1, numbers.y[1], 1, 1], kind, Lives::InMemory)?;
+        let with_bias = result(WITH_BIAS, relu)?;
+        let mode = Pointwise::CUDNN_POINTWISE_ADD;
+        operations.push(pointwise(sums, mode, &last, Some(&bias), &with_bias)?);
+        last = with_bias;
+    }
+    if relu {
+        let mode = Pointwise::CUDNN_POINTWISE_RELU_FWD;
+        operations.push(pointwise(sums, mode, &last, None, &result(Y, false)?)?);
+    }
+    OperationGraph::new(cudnn.handle(), &operations)
+}
+
+/// Where a tensor of a graph is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lives {
+    InMemory,
+    /// Between two operations, and written nowhere.
+    InTheGraph,
+}
+
+/// The pass itself, as a cross-correlation that adds up in `sums`.
+fn convolution(
+    key: &PlanKey,
+    numbers: &DescriptorNumbers,
+    sums: sys::cudnnDataType_t,
+    [x, weight, y]: [&Descriptor; 3],
+) -> Described<Descriptor> {
+    let convolution = Descriptor::new(Kind::CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR)?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, 2i64)?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_COMP_TYPE, sums)?
+        .with(
+            Name::CUDNN_ATTR_CONVOLUTION_CONV_MODE,
+            sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION,
+        )?
+        .with_all(Name::CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, &numbers.padding)?
+        .with_all(Name::CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, &numbers.padding)?
+        .with_all(Name::CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, &numbers.stride)?
+        .with_all(Name::CUDNN_ATTR_CONVOLUTION_DILATIONS, &numbers.dilation)?
+        .finalized()?;
+    // The operation and its attributes: factors of the result and of what is there, description, tensors.
+    let (kind, [new, old, description, w_name, x_name, y_name]) = match key.pass {
+        Pass::Forward => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y,
+            ],
+        ),
+        Pass::InputGradient => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_BETA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY,
+            ],
+        ),
+        Pass::WeightGradient => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_BETA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY,
+            ],
+        ),
+    };
+    let factor = f32::from(u8::from(key.adds));
+    let operation = Descriptor::new(kind)?;
+    let operation = match key.dtype {
+        DType::F64 => operation.with(new, 1f64)?.with(old, f64::from(factor))?,
+        _ => operation.with(new, 1f32)?.with(old, factor)?,
+    };
+    operation
+        .with_descriptor(description, &convolution)?
+        .with_descriptor(w_name, weight)?
+        .with_descriptor(x_name, x)?
+        .with_descriptor(y_name, y)?
+        .finalized()
+}
+
+/// `y = mode(x)`, or `mode(x, other)`, where `other` is repeated over images and pixels.
+fn pointwise(
+    sums: sys::cudnnDataType_t,
+    mode: Pointwise,
+    x: &Descriptor,
+    other: Option<&Descriptor>,
+    y: &Descriptor,
+) -> Described<Descriptor> {
+    let mut description = Descriptor::new(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR)?
+        .with(Name::CUDNN_ATTR_POINTWISE_MODE, mode)?
+        .with(Name::CUDNN_ATTR_POINTWISE_MATH_PREC, sums)?;
+    if mode == Pointwise::CUDNN_POINTWISE_RELU_FWD {
+        // A NaN stays NaN in a ReLU, as on the CPU; else a network that diverges could go on with zeros.
+        description = description.with(
+            Name::CUDNN_ATTR_POINTWISE_NAN_PROPAGATION,
+            sys::cudnnNanPropagation_t::CUDNN_PROPAGATE_NAN,
+        )?;
+    }
+    let mut operation = Descriptor::new(Kind::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR)?
+        .with_descriptor(
+            Name::CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR,
+            &description.finalized()?,
+        )?
+        .with_descriptor(Name::CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x)?;
+    if let Some(other) = other {
+        operation = operation.with_descriptor(Name::CUDNN_ATTR_OPERATION_POINTWISE_BDESC, other)?;
+    }
+    operation
+        .with_descriptor(Name::CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y)?
+        .finalized()
+}
+
+/// Those of `candidates` that run, the fastest on `operands` first.
+fn by_time(
+    cudnn: &mut Cudnn,
+    key: &PlanKey,
+    operands: Operands,
+    candidates: Vec<Candidate<ExecutionPlan>>,
+) -> Result<Vec<Candidate<ExecutionPlan>>> {
+    let bytes = candidates.iter().map(|c| c.workspace).max().unwrap_or(0);
+    let mut timed = cudnn.with_temporary(bytes, |cudnn, memory, _| {
+        cudnn.apart(OP, |cudnn, stream| {
+            let timed = candidates.into_iter().filter_map(|candidate| {
+                let plan = &candidate.plan;
+                match time(cudnn, stream, plan, operands, memory) {
+                    Ok(milliseconds) => Some((milliseconds, candidate)),
+                    Err(error) => {
+                        let engine = candidate.engine;
+                        tracing::info!("conv2d: engine {engine} cannot be timed: {error}; {key}");
+                        None
+                    }
+                }
+            });
+            Ok(timed.collect::<Vec<_>>())
+        })
+    })?;
+    timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    Ok(timed.into_iter().map(|(_, candidate)| candidate).collect())
+}
+
+/// Milliseconds of one run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.
+fn time(
+    cudnn: &Cudnn,
+    stream: &Arc<CudaStream>,
+    plan: &ExecutionPlan,
+    operands: Operands,
+    memory: *mut c_void,
+) -> Result<f32> {
+    /// Enough for the time between two events to be that of the work.
+    const RUNS: u8 = 6;
+    const ROUNDS: usize = 3;
+    let run = || -> Result<()> {
+        // SAFETY: as in `Plan::run_if_offered`; the workspace is that of the hungriest candidate, which have turns.
+        unsafe { plan.execute(cudnn.handle(), &operands.numbered(), memory) }
+            .map_err(|error| failed(OP, "cudnnBackendExecute", error.0, &"a trial").into())
+    };
+    // Kernels are loaded when they are first run, which a capture forbids.
+    run()?;
+    stream
+        .begin_capture(CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .w()?;
+    let given = (0..RUNS).try_for_each(|_| run());
+    let graph = stream.end_capture(
+        CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH,
+    );
+    given?;
+    let Some(graph) = graph.w()? else {
+        return Err(failed(
+            OP,
+            "cudnnBackendExecute",
+            sys::cudnnStatus_t::CUDNN_STATUS_NOT_SUPPORTED,
+            &"a capture, which stayed empty",
+        )
+        .into());
+    };
+    graph.launch().w()?;
+    let now = || {
+        stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+            .w()
+    };
+    let mut least = f32::INFINITY;
+    for _ in 0..ROUNDS {
+        let start = now()?;
+        graph.launch().w()?;
+        least = least.min(start.elapsed_ms(&now()?).w()?);
+    }
+    Ok(least / f32::from(RUNS))
+}
+
+/// Whether cuDNN declined before it launched anything: its families of `BAD_PARAM`, `NOT_SUPPORTED` and
+/// `INTERNAL_ERROR`, but not `EXECUTION_FAILED`.
+fn is_refusal(error: CudnnError) -> bool {
+    (2000..5000).contains(&(error.0 as u32))
+}
