@@ -372,7 +372,7 @@ enum Kind : int {
     WEIGHT_OPERATION = 11, INPUT_OPERATION = 12, POINTWISE_OPERATION = 13, GRAPH = 15, VARIANT_PACK = 16, TENSOR = 17, PROPERTIES_OF = 38,
 };
 enum Mode : int { FALLBACK = 2 };
-enum Type : int { HANDLE = 0, INT64 = 3, FLOAT = 4, DOUBLE = 5, NOTE = 11, REFERENCE = 15, CHAR = 24 };
+enum Type : int { HANDLE = 0, INT64 = 3, FLOAT = 4, DOUBLE = 5, NOTE = 11, REFERENCE = 15, BEHAVIOR = 19, CHAR = 24 };
 enum Name : int {
     POINTWISE_MODE = 0, POINTWISE_TYPE = 1, POINTWISE_NAN = 2, COMPUTE_TYPE = 100, CONVOLUTION_MODE = 101, DILATIONS = 102,
     STRIDES = 103, PADDINGS_AFTER = 104, PADDINGS_BEFORE = 105, SPATIAL_DIMENSIONS = 106, HEURISTICS_MODE = 200, HEURISTICS_GRAPH = 201,
@@ -380,7 +380,8 @@ enum Name : int {
     PLAN_CONFIGURATION = 401, PLAN_WORKSPACE = 402, PLAN_PROPERTIES = 407, FORWARD_ALPHA = 700, INPUT_ALPHA = 706, WEIGHT_ALPHA = 712,
     POINTWISE_OF = 750, POINTWISE_X = 751, POINTWISE_B = 752, POINTWISE_Y = 753, GRAPH_HANDLE = 800, GRAPH_OPERATIONS = 801,
     ALIGNMENT = 900, DATA_TYPE = 901, DIMENSIONS = 902, TENSOR_STRIDES = 903, NUMBER = 906, IS_VIRTUAL = 907, PACK_NUMBERS = 1000,
-    PACK_POINTERS = 1001, PACK_WORKSPACE = 1003, ENGINE_INDEX = 1301, ENGINE_NOTES = 1303, PROPERTIES_JSON = 2702,
+    PACK_POINTERS = 1001, PACK_WORKSPACE = 1003, ENGINE_INDEX = 1301, ENGINE_NOTES = 1303,
+    ENGINE_BEHAVIOR = 1305, PROPERTIES_JSON = 2702,
 };
 
 class RealCudnn {
@@ -653,19 +654,22 @@ std::vector<std::pair<uint64_t, Engine>> real_engines(const Descriptor &heuristi
         real.destroy(configurations.back());
     }
     std::vector<std::pair<uint64_t, Engine>> offered;
-    size_t planned = 0, exact = 0, repeating = 0;
+    size_t planned = 0, exact = 0, repeating = 0, compiled = 0;
     std::string refusals;
     for (uint64_t configuration : configurations) {
         Engine engine;
         int64_t count_of_notes = 0;
         uint64_t plan = 0;
         std::vector<uint64_t> of(1);
-        std::vector<int> notes(64);
+        std::vector<int> notes(64), behavior(64);
         real.must(real.create(ENGINE, &of[0]), "an engine");
         real.must(real.get(configuration, CONFIGURATION_ENGINE, REFERENCE, of, &count), "an engine");
         engine.index = real.get_one<int64_t>(of[0], ENGINE_INDEX, INT64, -1, "an engine's number");
         real.must(real.get(of[0], ENGINE_NOTES, NOTE, notes, &count_of_notes), "an engine's notes");
         engine.notes.assign(notes.begin(), notes.begin() + count_of_notes);
+        real.must(real.get(of[0], ENGINE_BEHAVIOR, BEHAVIOR, behavior, &count_of_notes), "an engine's behavior");
+        // The first note of behavior is that a kernel has to be compiled.
+        compiled += std::count(behavior.begin(), behavior.begin() + count_of_notes, 0) > 0;
         auto as_bytes = [](const uint64_t &descriptor) { return std::span(reinterpret_cast<const char *>(&descriptor), sizeof descriptor); };
         real.must(real.create(PLAN, &plan), "a plan");
         real.must(real.set(plan, PLAN_CONFIGURATION, REFERENCE, 1, as_bytes(configuration)), "a plan's engine");
@@ -696,7 +700,7 @@ std::vector<std::pair<uint64_t, Engine>> real_engines(const Descriptor &heuristi
                << 'x' << h << 'x' << w << ',' << work.w.sizes[0] << 'x' << work.w.sizes[2] << 'x' << work.w.sizes[3] << ",stride "
                << work.c.stride[0] << ' ' << work.c.stride[1] << ",padding " << work.c.padding[0] << ' ' << work.c.padding[1]
                << (work.adds ? ",adds" : ",") << (work.has_bias ? ",bias" : ",") << (work.relu ? ",relu" : ",") << ",mode " << mode << ','
-               << configurations.size() << ',' << planned << ',' << exact << ',' << repeating << ','
+               << configurations.size() << ',' << planned << ',' << exact << ',' << repeating << ',' << compiled << ','
                << (offered.empty() ? -1 : offered[0].second.index) << ',' << (offered.empty() ? 0 : offered[0].second.workspace) << ','
                << refusals << '\n';
     }

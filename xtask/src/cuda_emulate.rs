@@ -149,7 +149,7 @@ impl RealCudnn {
 
 /// The columns that `cudnn.h` writes.
 const HEADER: &str = "pass,type,layout,input,kernels,stride,padding,adds,bias,relu,mode,offered,planned,\
-                      without tensor cores,deterministic,first engine,its workspace,refusals\n";
+                      without tensor cores,deterministic,compiled at run time,first engine,its workspace,refusals\n";
 
 /// What cuDNN said of all computations that it was asked for.
 #[derive(Debug, Default, PartialEq)]
@@ -286,11 +286,11 @@ mod tests {
     fn computations_without_an_engine_are_named() {
         let text = format!(
             "{HEADER}\
-             forward,f32,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 3,4,3,1,4,0,0, engine 7: why;\n\
-             forward,f32,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 3,4,3,1,4,0,0, engine 7: why;\n\
-             forward,f32,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 2,1,1,1,1,0,0,\n\
-             forward,f64,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,bias,,mode 3,0,0,0,0,-1,0,\n\
-             forward,f64,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 3,0,0,0,0,-1,0,\n"
+             forward,f32,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 3,4,3,1,4,0,0,0, engine 7: why;\n\
+             forward,f32,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 3,4,3,1,4,0,0,0, engine 7: why;\n\
+             forward,f32,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 2,1,1,1,1,0,0,0,\n\
+             forward,f64,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,bias,,mode 3,0,0,0,0,0,-1,0,\n\
+             forward,f64,planes,1x2x3x4,5x1x1,stride 1 1,padding 0 0,,,,mode 3,0,0,0,0,0,-1,0,\n"
         );
         let answers = Answers::read(&text).unwrap();
         let expected = Answers {

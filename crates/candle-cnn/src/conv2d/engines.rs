@@ -436,18 +436,27 @@ fn by_time(
     let bytes = candidates.iter().map(|c| c.workspace).max().unwrap_or(0);
     let mut timed = cudnn.with_temporary(bytes, |cudnn, memory, _| {
         cudnn.apart(OP, |cudnn, stream| {
-            let timed = candidates.into_iter().filter_map(|candidate| {
-                let plan = &candidate.plan;
-                match time(cudnn, stream, plan, operands, memory) {
-                    Ok(milliseconds) => Some((milliseconds, candidate)),
+            let mut best = f32::INFINITY;
+            let mut timed = Vec::new();
+            for candidate in candidates {
+                // SAFETY: as in `Plan::run_if_offered`; the workspace is that of the hungriest candidate, which have turns.
+                let run = || unsafe {
+                    let plan = &candidate.plan;
+                    plan.execute(cudnn.handle(), &operands.numbered(), memory)
+                        .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
+                };
+                match time(stream, run, best) {
+                    Ok(milliseconds) => {
+                        best = best.min(milliseconds);
+                        timed.push((milliseconds, candidate));
+                    }
                     Err(error) => {
                         let engine = candidate.engine;
-                        tracing::info!("conv2d: engine {engine} cannot be timed: {error}; {key}");
-                        None
+                        tracing::info!("conv2d: engine {engine} cannot be timed: {error}");
                     }
                 }
-            });
-            Ok(timed.collect::<Vec<_>>())
+            }
+            Ok(timed)
         })
     })?;
     timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
@@ -455,53 +464,48 @@ fn by_time(
 }
 
 /// Milliseconds of one run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.
-fn time(
-    cudnn: &Cudnn,
-    stream: &Arc<CudaStream>,
-    plan: &ExecutionPlan,
-    operands: Operands,
-    memory: *mut c_void,
-) -> Result<f32> {
-    /// Enough for the time between two events to be that of the work.
-    const RUNS: u8 = 6;
+///
+/// What is obviously slower than `best` is not timed as exactly.
+fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>, best: f32) -> Result<f32> {
+    /// Between two events, so that their own time does not count.
+    const LEAST_MILLISECONDS: f32 = 0.2;
+    const MOST_RUNS: f32 = 8.0;
     const ROUNDS: usize = 3;
-    let run = || -> Result<()> {
-        // SAFETY: as in `Plan::run_if_offered`; the workspace is that of the hungriest candidate, which have turns.
-        unsafe { plan.execute(cudnn.handle(), &operands.numbered(), memory) }
-            .map_err(|error| failed(OP, "cudnnBackendExecute", error.0, &"a trial").into())
-    };
-    // Kernels are loaded when they are first run, which a capture forbids.
-    run()?;
-    stream
-        .begin_capture(CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-        .w()?;
-    let given = (0..RUNS).try_for_each(|_| run());
-    let graph = stream.end_capture(
-        CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH,
-    );
-    given?;
-    let Some(graph) = graph.w()? else {
-        return Err(failed(
-            OP,
-            "cudnnBackendExecute",
-            sys::cudnnStatus_t::CUDNN_STATUS_NOT_SUPPORTED,
-            &"a capture, which stayed empty",
-        )
-        .into());
-    };
-    graph.launch().w()?;
+    /// What the host may take to give a single run.
+    const HOST_MILLISECONDS: f32 = 0.05;
     let now = || {
         stream
             .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
             .w()
     };
+    let timed = |work: &dyn Fn() -> Result<()>| -> Result<f32> {
+        let start = now()?;
+        work()?;
+        start.elapsed_ms(&now()?).w()
+    };
+    // Kernels are loaded when they are first run, which takes its time and is forbidden in a capture.
+    run()?;
+    let single = timed(&run)?;
+    if single > 2.0 * best + HOST_MILLISECONDS {
+        return Ok(single);
+    }
+    let runs = (LEAST_MILLISECONDS / single).clamp(1.0, MOST_RUNS).round();
+    stream
+        .begin_capture(CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .w()?;
+    let given = (0..runs as usize).try_for_each(|_| run());
+    let graph = stream.end_capture(
+        CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH,
+    );
+    given?;
+    let graph = graph
+        .w()?
+        .ok_or_else(|| candle_core::Error::msg("its capture stayed empty"))?;
     let mut least = f32::INFINITY;
     for _ in 0..ROUNDS {
-        let start = now()?;
-        graph.launch().w()?;
-        least = least.min(start.elapsed_ms(&now()?).w()?);
+        least = least.min(timed(&|| graph.launch().w())?);
     }
-    Ok(least / f32::from(RUNS))
+    Ok(least / runs)
 }
 
 /// Whether cuDNN declined before it launched anything: its families of `BAD_PARAM`, `NOT_SUPPORTED` and
