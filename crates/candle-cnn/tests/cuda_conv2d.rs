@@ -179,6 +179,28 @@ fn deterministic_convolutions_repeat_their_bits_on_another_thread() -> Result<()
 }
 
 #[test]
+fn a_view_that_begins_between_the_words_of_an_engine_gives_the_result_of_the_cpu() -> Result<()> {
+    let Some(gpu) = gpu() else {
+        return Ok(());
+    };
+    let _alone = alone();
+    set_settings(Settings {
+        convolution: F32Math::Full,
+        ..Settings::default()
+    });
+    // The second image begins after 245 numbers, the second kernel after 45.
+    let x = values("x", &[3, 5, 7, 7], &Device::Cpu)?;
+    let weight = values("weight", &[4, 5, 3, 3], &Device::Cpu)?;
+    let on = |device: &Device| -> Result<Tensor> {
+        let x = x.to_device(device)?.narrow(0, 1, 2)?;
+        let weight = weight.to_device(device)?.narrow(0, 1, 3)?;
+        conv2d(&x, &weight, None, Conv2dConfig::padded(1))?.to_device(&Device::Cpu)
+    };
+    assert_close("the view's result", &on(&gpu)?, &on(&Device::Cpu)?, 1e-5);
+    Ok(())
+}
+
+#[test]
 fn no_memory_to_work_in_still_gives_the_result() -> Result<()> {
     let Some(gpu) = gpu() else {
         return Ok(());
