@@ -1,8 +1,8 @@
 // cuDNN's graph API, as far as convolutions need it: descriptors, the engines that there are, and what they compute.
 //
 // With CUDA_EMULATION_CUDNN, the program real_cudnn.cpp and the library's path after a colon, each description goes to the
-// real library as well, which knows without a GPU what it has for one (cuDNN 9.11 and later: "deviceless"). Then its
-// engines are the ones offered, each of them has been planned by it, and only the computation is emulated.
+// real library as well, which knows without a GPU what it has for one (cuDNN 9.11 and later: "deviceless"). Then all its
+// engines are planned, the first of each kind of arithmetic is offered, and only the computation is emulated.
 // CUDA_EMULATION_CUDNN_REPORT=FILE appends a line for each question. With CUDA_EMULATION_ZEROS=1 the result of each
 // convolution is zeros at once, so that batches of real sizes can be planned. Part of device.cpp.
 #pragma once
@@ -297,7 +297,6 @@ int run_convolution(Dnn *handle, const Work &work, const Engine &engine, const O
         check_range(reinterpret_cast<Address>(at.y), work.y.bytes(), "a convolution's output");
         if (workspace) {
             check_range(reinterpret_cast<Address>(memory), workspace, "a workspace");
-            std::memset(memory, 0xFF, workspace);
         }
         if (work.has_bias) {
             check_range(reinterpret_cast<Address>(at.bias), work.bias.bytes(), "a bias");
@@ -313,6 +312,9 @@ int run_convolution(Dnn *handle, const Work &work, const Engine &engine, const O
         last = {works_done, work, at, tf32};
         if (again && !work.adds) {
             return;
+        }
+        if (workspace) {
+            std::memset(memory, 0xFF, workspace);
         }
         static const bool computes = !std::getenv("CUDA_EMULATION_ZEROS");
         if (!computes) {

@@ -21,6 +21,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -212,6 +213,8 @@ struct Event {
 };
 
 Stream default_stream;
+// Those that there are besides.
+std::set<Stream *> streams;
 
 Stream &stream_of(void *stream) {
     auto number = reinterpret_cast<uintptr_t>(stream);
@@ -595,7 +598,17 @@ API int cuDevicePrimaryCtxRetain(void **context, int device) { return *context =
 API int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API int cuCtxGetCurrent(void **context) { return *context = current_context, SUCCESS; }
 API int cuCtxSetCurrent(void *context) { return current_context = context, SUCCESS; }
-API int cuCtxSynchronize() { return SUCCESS; }
+// It waits for all streams, and so for one that another thread is capturing, too.
+API int cuCtxSynchronize() {
+    LOCKED;
+    int status = SUCCESS;
+    for (Stream *stream : streams) {
+        if (int refused = not_in_capture(stream)) {
+            status = refused;
+        }
+    }
+    return status;
+}
 API int cuCtxSetFlags(unsigned) { return SUCCESS; }
 
 API int cuStreamCreate(void **stream, unsigned) {
@@ -605,11 +618,14 @@ API int cuStreamCreate(void **stream, unsigned) {
     if (current_context != computes_on) {
         fatal("a process that computes on two devices");
     }
-    return *stream = new Stream, SUCCESS;
+    auto made = new Stream;
+    streams.insert(made);
+    return *stream = made, SUCCESS;
 }
 API int cuStreamDestroy_v2(void *stream) {
     LOCKED;
     std::erase_if(accesses, [=](const Access &access) { return access.stream == stream; });
+    streams.erase(static_cast<Stream *>(stream));
     // Not freed: what others know of it must not be taken for knowledge of the next at the same address.
     return SUCCESS;
 }

@@ -175,6 +175,20 @@ impl Side {
         );
         Ok(answer)
     }
+
+    /// Ends the process, and with it all that it holds.
+    pub(crate) fn finish(self) -> Result<()> {
+        let Self {
+            name,
+            mut process,
+            orders,
+            ..
+        } = self;
+        drop(orders);
+        let status = process.wait()?;
+        ensure!(status.success(), "{name} ended with {status}");
+        Ok(())
+    }
 }
 
 /// Rounds in which every side steps, after one that does not count. Each round starts with the

@@ -125,7 +125,7 @@ fn forward_typed<T: CudaElement>(
                     &settings,
                 )
             };
-            if epilogue != Epilogue::default() && settings.fused_epilogue {
+            if !epilogue.is_nothing() && settings.fused_epilogue {
                 if let Some((bias, _)) = &bias {
                     operands.bias = address(*bias);
                 }
@@ -138,7 +138,7 @@ fn forward_typed<T: CudaElement>(
             let operands = Operands::new(x, weight, y);
             let key = key(&operands, Epilogue::default());
             Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)?;
-            Ok(epilogue == Epilogue::default())
+            Ok(epilogue.is_nothing())
         })?;
         (y, complete)
     };

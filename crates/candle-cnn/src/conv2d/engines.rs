@@ -25,8 +25,7 @@ use candle_core::{DType, Result};
 
 use super::OP;
 use super::plan::{
-    Candidate, DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, common_alignment, strides,
-    worth_timing,
+    DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
 };
 use crate::cuda::cudnn::{Cudnn, address, data_type, failed};
 use crate::cuda::graph_api::{Described, Descriptor, ExecutionPlan, OperationGraph};
@@ -87,11 +86,18 @@ const BIAS: i64 = 4;
 const SUM: i64 = 5;
 const WITH_BIAS: i64 = 6;
 
+/// An engine with its settings, ready to run.
+struct Candidate {
+    plan: ExecutionPlan,
+    /// cuDNN's number of the engine, which it offers under several settings.
+    engine: i64,
+}
+
 /// How one pass over one geometry is computed.
 pub(super) struct Plan {
     key: PlanKey,
     /// The best last. cuDNN may refuse one in spite of having offered it.
-    candidates: RefCell<Vec<Candidate<ExecutionPlan>>>,
+    candidates: RefCell<Vec<Candidate>>,
 }
 
 thread_local! {
@@ -130,41 +136,42 @@ impl Plan {
     fn new(cudnn: &mut Cudnn, key: PlanKey, operands: Operands) -> Result<Self> {
         let numbers = DescriptorNumbers::new(&key.geometry)?;
         let kind = data_type(OP, key.dtype)?;
-        let offered = match offers(cudnn, &key, &numbers, kind) {
+        // Timing waits for the device, which a capture forbids.
+        let timed = key.timed && !cudnn.is_capturing()?;
+        let offered = match offers(cudnn, &key, &numbers, kind, timed) {
             // cuDNN may know no such thing at all; without what follows the pass can be computed.
-            Err(status) if is_refusal(status) && key.epilogue != Epilogue::default() => {
-                Offers::default()
-            }
+            Err(status) if is_refusal(status) && !key.epilogue.is_nothing() => Offers::default(),
             offered => offered.map_err(|e| failed(OP, "a descriptor", e.0, &key))?,
         };
-        let fits = |c: &Candidate<ExecutionPlan>| c.workspace <= key.workspace_limit;
-        let (mut candidates, mut beyond): (Vec<_>, Vec<_>) =
-            offered.fast.into_iter().partition(fits);
-        // Timing waits for the device, which a capture forbids.
-        if key.timed && candidates.len() > 1 && !cudnn.is_capturing()? {
-            let tried = worth_timing(candidates, MOST_TIMED, MOST_TIMED_OF_ONE_ENGINE);
-            candidates = by_time(cudnn, &key, operands, tried)?;
+        let Offers {
+            mut fast,
+            general,
+            mut beyond,
+        } = offered;
+        if timed && fast.len() > 1 {
+            match times(cudnn, &key, operands, &fast) {
+                Ok(times) => fast = by_time(fast, &times),
+                Err(error) => {
+                    tracing::warn!("conv2d: {error}; taking the engine by cuDNN's rules of thumb");
+                }
+            }
         }
-        candidates.truncate(MOST_KEPT);
-        let (within, more): (Vec<_>, Vec<_>) = offered.general.into_iter().partition(fits);
-        candidates.extend(within);
-        beyond.extend(more);
+        fast.truncate(MOST_KEPT);
+        let mut candidates = fast;
+        candidates.extend(general);
+        beyond.sort_by_key(|c| c.plan.workspace);
         if candidates.is_empty()
-            && let Some(least) = beyond.iter().map(|c| c.workspace).min()
+            && let Some(least) = beyond.first()
         {
             tracing::warn!(
-                "conv2d: nothing works in {} bytes, taking what needs {least}, for {key}",
+                "conv2d: nothing works in {} bytes, taking what needs {}, for {key}",
                 key.workspace_limit,
+                least.plan.workspace,
             );
-            beyond.sort_by_key(|c| c.workspace);
-            beyond.truncate(MOST_KEPT);
             candidates = beyond;
         }
-        if let Some(Candidate {
-            engine, workspace, ..
-        }) = candidates.first()
-        {
-            tracing::debug!(engine, workspace, "conv2d: {key}");
+        if let Some(Candidate { engine, plan }) = candidates.first() {
+            tracing::debug!(engine, workspace = plan.workspace, "conv2d: {key}");
         }
         candidates.reverse();
         Ok(Self {
@@ -188,7 +195,7 @@ impl Plan {
             let Some(candidate) = candidates.last() else {
                 return Ok(false);
             };
-            let outcome = cudnn.with_workspace(candidate.workspace, |cudnn, memory, _| {
+            let outcome = cudnn.with_workspace(candidate.plan.workspace, |cudnn, memory, _| {
                 // SAFETY: the operands are contiguous, of the sizes, type and alignment of the key, and held by the
                 // caller until the call is in the stream; the workspace has the size that was asked for.
                 Ok(unsafe {
@@ -234,9 +241,11 @@ impl Plan {
 #[derive(Default)]
 struct Offers {
     /// In the order in which cuDNN expects them to be fast.
-    fast: Vec<Candidate<ExecutionPlan>>,
+    fast: Vec<Candidate>,
     /// Those that compute almost everything.
-    general: Vec<Candidate<ExecutionPlan>>,
+    general: Vec<Candidate>,
+    /// Those that want more workspace than there may be.
+    beyond: Vec<Candidate>,
 }
 
 fn offers(
@@ -244,29 +253,55 @@ fn offers(
     key: &PlanKey,
     numbers: &DescriptorNumbers,
     kind: sys::cudnnDataType_t,
+    timed: bool,
 ) -> Described<Offers> {
     let graph = operation_graph(cudnn, key, numbers, kind)?;
-    let under = |mode| -> Described<Vec<Candidate<ExecutionPlan>>> {
+    let mut offers = Offers::default();
+    let mut under = |mode, to: &mut Vec<Candidate>, most, most_of_one| -> Described<()> {
         let engines = match graph.engines(mode) {
             // A mode that knows nothing of such a graph.
             Err(status) if is_refusal(status) => Vec::new(),
             engines => engines?,
         };
-        let suitable = engines.iter().filter(|engine| engine.notes.suit(key));
-        let planned = suitable.filter_map(|engine| {
-            let plan = engine.plan().ok()?;
-            Some(Candidate {
-                engine: engine.index,
-                workspace: plan.workspace,
-                plan,
-            })
-        });
-        Ok(planned.collect())
+        let mut turns = Turns::new(most_of_one);
+        for engine in engines.iter().filter(|engine| engine.notes.suit(key)) {
+            if to.len() == most {
+                break;
+            }
+            if turns.take(engine.index)
+                && let Ok(plan) = engine.plan()
+            {
+                let fits = plan.workspace <= key.workspace_limit;
+                let to = if fits { &mut *to } else { &mut offers.beyond };
+                to.push(Candidate {
+                    engine: engine.index,
+                    plan,
+                });
+            }
+        }
+        Ok(())
     };
-    Ok(Offers {
-        fast: under(Heuristics::CUDNN_HEUR_MODE_A)?,
-        general: under(Heuristics::CUDNN_HEUR_MODE_FALLBACK)?,
-    })
+    let (most, most_of_one) = match timed {
+        true => (MOST_TIMED, MOST_TIMED_OF_ONE_ENGINE),
+        false => (MOST_KEPT, MOST_KEPT),
+    };
+    let mut fast = Vec::new();
+    under(Heuristics::CUDNN_HEUR_MODE_A, &mut fast, most, most_of_one)?;
+    let mut general = Vec::new();
+    // With an epilogue the pass without it is the better last resort.
+    if key.epilogue.is_nothing() {
+        under(
+            Heuristics::CUDNN_HEUR_MODE_FALLBACK,
+            &mut general,
+            MOST_KEPT,
+            MOST_KEPT,
+        )?;
+    } else {
+        offers.beyond.clear();
+    }
+    offers.fast = fast;
+    offers.general = general;
+    Ok(offers)
 }
 
 /// The pass as cuDNN's graph of operations.
@@ -426,69 +461,70 @@ fn pointwise(
         .finalized()
 }
 
-/// Those of `candidates` that run, the fastest on `operands` first.
-fn by_time(
+/// The times of `candidates` on `operands` in milliseconds, infinite of those that do not run.
+fn times(
     cudnn: &mut Cudnn,
     key: &PlanKey,
     operands: Operands,
-    candidates: Vec<Candidate<ExecutionPlan>>,
-) -> Result<Vec<Candidate<ExecutionPlan>>> {
-    let bytes = candidates.iter().map(|c| c.workspace).max().unwrap_or(0);
-    let mut timed = cudnn.with_temporary(bytes, |cudnn, memory, _| {
+    candidates: &[Candidate],
+) -> Result<Vec<f32>> {
+    let bytes = candidates.iter().map(|c| c.plan.workspace).max();
+    cudnn.with_temporary(bytes.unwrap_or(0), |cudnn, memory, _| {
         cudnn.apart(OP, |cudnn, stream| {
             let mut best = f32::INFINITY;
-            let mut timed = Vec::new();
-            for candidate in candidates {
+            let times = candidates.iter().map(|Candidate { plan, engine }| {
                 // SAFETY: as in `Plan::run_if_offered`; the workspace is that of the hungriest candidate, which have turns.
                 let run = || unsafe {
-                    let plan = &candidate.plan;
                     plan.execute(cudnn.handle(), &operands.numbered(), memory)
                         .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
                 };
-                match time(stream, run, best) {
-                    Ok(milliseconds) => {
-                        best = best.min(milliseconds);
-                        timed.push((milliseconds, candidate));
-                    }
-                    Err(error) => {
-                        let engine = candidate.engine;
-                        tracing::info!("conv2d: engine {engine} cannot be timed: {error}");
-                    }
-                }
-            }
-            Ok(timed)
+                let time = time(stream, run, best).unwrap_or_else(|error| {
+                    tracing::warn!("{error}, by engine {engine}, which is left out");
+                    f32::INFINITY
+                });
+                best = best.min(time);
+                time
+            });
+            Ok(times.collect())
         })
-    })?;
+    })
+}
+
+/// Those that run, the fastest first.
+fn by_time(candidates: Vec<Candidate>, times: &[f32]) -> Vec<Candidate> {
+    let mut timed: Vec<_> = times.iter().zip(candidates).collect();
+    timed.retain(|(time, _)| time.is_finite());
     timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    Ok(timed.into_iter().map(|(_, candidate)| candidate).collect())
+    timed.into_iter().map(|(_, candidate)| candidate).collect()
 }
 
 /// Milliseconds of one run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.
 ///
 /// What is obviously slower than `best` is not timed as exactly.
 fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>, best: f32) -> Result<f32> {
-    /// Between two events, so that their own time does not count.
-    const LEAST_MILLISECONDS: f32 = 0.2;
-    const MOST_RUNS: f32 = 8.0;
-    const ROUNDS: usize = 3;
     /// What the host may take to give a single run.
     const HOST_MILLISECONDS: f32 = 0.05;
-    let now = || {
-        stream
-            .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
-            .w()
-    };
-    let timed = |work: &dyn Fn() -> Result<()>| -> Result<f32> {
-        let start = now()?;
-        work()?;
-        start.elapsed_ms(&now()?).w()
-    };
     // Kernels are loaded when they are first run, which takes its time and is forbidden in a capture.
     run()?;
-    let single = timed(&run)?;
+    let single = least_time(stream, 2, &run)?;
     if single > 2.0 * best + HOST_MILLISECONDS {
         return Ok(single);
     }
+    Ok(time_in_graph(stream, &run, single).unwrap_or_else(|error| {
+        tracing::warn!("conv2d: an engine is timed without a CUDA graph: {error}");
+        single
+    }))
+}
+
+/// Milliseconds of one run in a CUDA graph of several, each of which takes `single` at the most.
+fn time_in_graph(
+    stream: &Arc<CudaStream>,
+    run: &dyn Fn() -> Result<()>,
+    single: f32,
+) -> Result<f32> {
+    /// Between two events, so that what a launch takes does not count.
+    const LEAST_MILLISECONDS: f32 = 0.2;
+    const MOST_RUNS: f32 = 32.0;
     let runs = (LEAST_MILLISECONDS / single).clamp(1.0, MOST_RUNS).round();
     stream
         .begin_capture(CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
@@ -498,14 +534,25 @@ fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>, best: f32) -> Re
         CUgraphInstantiate_flags_enum::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH,
     );
     given?;
-    let graph = graph
-        .w()?
-        .ok_or_else(|| candle_core::Error::msg("its capture stayed empty"))?;
+    let graph = graph.w()?;
+    let graph = graph.ok_or_else(|| candle_core::Error::msg("its capture stayed empty"))?;
+    Ok(least_time(stream, 3, &|| graph.launch().w())? / runs)
+}
+
+/// The least time in milliseconds of so many rounds of `work`.
+fn least_time(stream: &CudaStream, rounds: usize, work: &dyn Fn() -> Result<()>) -> Result<f32> {
+    let now = || {
+        stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+            .w()
+    };
     let mut least = f32::INFINITY;
-    for _ in 0..ROUNDS {
-        least = least.min(timed(&|| graph.launch().w())?);
+    for _ in 0..rounds {
+        let start = now()?;
+        work()?;
+        least = least.min(start.elapsed_ms(&now()?).w()?);
     }
-    Ok(least / runs)
+    Ok(least)
 }
 
 /// Whether cuDNN declined before it launched anything: its families of `BAD_PARAM`, `NOT_SUPPORTED` and

@@ -35,6 +35,12 @@ pub(super) struct Epilogue {
     pub(super) relu: bool,
 }
 
+impl Epilogue {
+    pub(super) fn is_nothing(&self) -> bool {
+        !self.bias && !self.relu
+    }
+}
+
 /// All that the choice of an engine depends on, besides the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct PlanKey {
@@ -231,32 +237,26 @@ impl Notes {
     }
 }
 
-/// An engine with its settings, ready to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Candidate<P> {
-    pub(super) plan: P,
-    /// cuDNN's number of the engine, which it offers under several settings.
-    pub(super) engine: i64,
-    /// Bytes of workspace.
-    pub(super) workspace: usize,
+/// Counts how often each engine has had its turn: settings of one engine are often alike.
+pub(super) struct Turns {
+    most: usize,
+    of_each: HashMap<i64, usize>,
 }
 
-/// The first `most` candidates, without those of an engine that has been taken `most_of_one` times: settings of one engine are often alike.
-pub(super) fn worth_timing<P>(
-    candidates: Vec<Candidate<P>>,
-    most: usize,
-    most_of_one: usize,
-) -> Vec<Candidate<P>> {
-    let mut taken = HashMap::new();
-    candidates
-        .into_iter()
-        .filter(|candidate| {
-            let of_one = taken.entry(candidate.engine).or_insert(0);
-            *of_one += 1;
-            *of_one <= most_of_one
-        })
-        .take(most)
-        .collect()
+impl Turns {
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            most,
+            of_each: HashMap::new(),
+        }
+    }
+
+    /// Whether the engine has another turn, which this is.
+    pub(super) fn take(&mut self, engine: i64) -> bool {
+        let taken = self.of_each.entry(engine).or_insert(0);
+        *taken += 1;
+        *taken <= self.most
+    }
 }
 
 /// Into how many parts the sum over `values` of one channel is cut, and how many values each has; the last may
@@ -530,33 +530,11 @@ mod tests {
         }
     }
 
-    fn candidate(plan: &'static str, engine: i64, workspace: usize) -> Candidate<&'static str> {
-        Candidate {
-            plan,
-            engine,
-            workspace,
-        }
-    }
-
-    fn plans(candidates: &[Candidate<&'static str>]) -> Vec<&'static str> {
-        candidates.iter().map(|c| c.plan).collect()
-    }
-
     #[test]
-    fn all_engines_get_a_trial_before_one_gets_many() {
-        let offered = vec![
-            candidate("a1", 1, 0),
-            candidate("a2", 1, 0),
-            candidate("a3", 1, 0),
-            candidate("b1", 2, 0),
-            candidate("a4", 1, 0),
-            candidate("c1", 3, 0),
-            candidate("d1", 4, 0),
-        ];
-        assert_eq!(
-            plans(&worth_timing(offered, 4, 2)),
-            ["a1", "a2", "b1", "c1"]
-        );
+    fn an_engine_has_so_many_turns_and_the_others_have_theirs() {
+        let mut turns = Turns::new(2);
+        let taken = [1, 1, 1, 2, 1, 3].map(|engine| turns.take(engine));
+        assert_eq!(taken, [true, true, false, true, false, true]);
     }
 
     #[test]

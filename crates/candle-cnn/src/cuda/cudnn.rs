@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt::Display;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cudnn::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::sys::{CUdeviceptr, CUstreamCaptureStatus};
@@ -38,7 +38,7 @@ pub(crate) fn with_cudnn<R>(
         let cudnn = match cudnn.entry((device.id(), lane)) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Cudnn::new(lanes::stream(device, lane)?, op)?)
+                entry.insert(Cudnn::new(device, lane, op)?)
             }
         };
         // cuDNN works in the current context, which another device may have changed.
@@ -52,11 +52,14 @@ pub(crate) struct Cudnn {
     handle: Rc<Handle>,
     workspace: Workspace,
     stream: Arc<CudaStream>,
+    device: CudaDevice,
 }
 
 impl Cudnn {
-    fn new(stream: Arc<CudaStream>, op: &'static str) -> Result<Self> {
+    fn new(device: &CudaDevice, lane: usize, op: &'static str) -> Result<Self> {
+        let stream = lanes::stream(device, lane)?;
         stream.context().bind_to_thread().w()?;
+        let _alone = alone();
         let raw =
             result::create_handle().map_err(|e| failed(op, "cudnnCreate", e.0, &"a handle"))?;
         let handle = Handle {
@@ -67,6 +70,7 @@ impl Cudnn {
             handle: Rc::new(handle),
             workspace: Workspace::default(),
             stream,
+            device: device.clone(),
         };
         new.give_work_to(&new.stream, op)?;
         Ok(new)
@@ -77,21 +81,22 @@ impl Cudnn {
     }
 
     /// Calls `f` with a stream that nobody else uses, to which cuDNN gives its work meanwhile. It begins when all that
-    /// the device has to do is done, and what comes later waits for it.
+    /// this thread has given to the device is done, and what comes later waits for it. `f` may capture the stream.
     pub(crate) fn apart<R>(
         &mut self,
         op: &'static str,
         f: impl FnOnce(&mut Self, &Arc<CudaStream>) -> Result<R>,
     ) -> Result<R> {
-        let context = Arc::clone(self.stream.context());
-        context.synchronize().w()?;
-        let apart = context.new_stream().w()?;
+        let _alone = alone();
+        lanes::synchronize(&self.device)?;
+        let apart = self.stream.context().new_stream().w()?;
         apart.join(&self.stream).w()?;
-        self.give_work_to(&apart, op)?;
-        let outcome = f(self, &apart);
-        self.give_work_to(&self.stream, op)?;
-        self.stream.join(&apart).w()?;
-        outcome
+        let outcome = self.give_work_to(&apart, op).and_then(|()| f(self, &apart));
+        let restored = self.give_work_to(&self.stream, op);
+        let joined = self.stream.join(&apart).w();
+        let value = outcome?;
+        restored.and(joined)?;
+        Ok(value)
     }
 
     fn give_work_to(&self, stream: &CudaStream, op: &'static str) -> Result<()> {
@@ -153,6 +158,13 @@ impl Cudnn {
     }
 }
 
+/// Held by who captures a stream for a trial, and by who may wait for the whole device, which spoils captures of other
+/// threads: cuDNN does where handles are made and destroyed.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The error of a call that returned `status`.
 pub(crate) fn failed(
     op: &'static str,
@@ -209,6 +221,7 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        let _alone = alone();
         // SAFETY: made by `create_handle`, and destroyed nowhere else. A failure has nobody to hear of it.
         let _ = unsafe { result::destroy_handle(self.raw) };
     }

@@ -14,11 +14,12 @@ use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
 
 use super::settings;
 
+thread_local! {
+    static OTHERS: RefCell<HashMap<DeviceId, Vec<Arc<CudaStream>>>> = RefCell::new(HashMap::new());
+}
+
 /// The stream of a lane for the calling thread; lane 0 is the device's own.
 pub(crate) fn stream(device: &CudaDevice, lane: usize) -> Result<Arc<CudaStream>> {
-    thread_local! {
-        static OTHERS: RefCell<HashMap<DeviceId, Vec<Arc<CudaStream>>>> = RefCell::new(HashMap::new());
-    }
     let Some(other) = lane.checked_sub(1) else {
         return Ok(device.cuda_stream());
     };
@@ -28,6 +29,15 @@ pub(crate) fn stream(device: &CudaDevice, lane: usize) -> Result<Arc<CudaStream>
             others.push(device.cuda_stream().context().new_stream().w()?);
         }
         Ok(Arc::clone(&others[other]))
+    })
+}
+
+/// Waits for the device's own stream and all lanes of the calling thread.
+pub(crate) fn synchronize(device: &CudaDevice) -> Result<()> {
+    device.cuda_stream().synchronize().w()?;
+    OTHERS.with_borrow(|others| {
+        let mut others = others.get(&device.id()).into_iter().flatten();
+        others.try_for_each(|other| other.synchronize().w())
     })
 }
 
