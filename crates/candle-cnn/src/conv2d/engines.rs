@@ -256,52 +256,62 @@ fn offers(
     timed: bool,
 ) -> Described<Offers> {
     let graph = operation_graph(cudnn, key, numbers, kind)?;
-    let mut offers = Offers::default();
-    let mut under = |mode, to: &mut Vec<Candidate>, most, most_of_one| -> Described<()> {
-        let engines = match graph.engines(mode) {
-            // A mode that knows nothing of such a graph.
-            Err(status) if is_refusal(status) => Vec::new(),
-            engines => engines?,
-        };
-        let mut turns = Turns::new(most_of_one);
-        for engine in engines.iter().filter(|engine| engine.notes.suit(key)) {
-            if to.len() == most {
-                break;
-            }
-            if turns.take(engine.index)
-                && let Ok(plan) = engine.plan()
-            {
-                let fits = plan.workspace <= key.workspace_limit;
-                let to = if fits { &mut *to } else { &mut offers.beyond };
-                to.push(Candidate {
-                    engine: engine.index,
-                    plan,
-                });
-            }
-        }
-        Ok(())
-    };
     let (most, most_of_one) = match timed {
         true => (MOST_TIMED, MOST_TIMED_OF_ONE_ENGINE),
         false => (MOST_KEPT, MOST_KEPT),
     };
-    let mut fast = Vec::new();
-    under(Heuristics::CUDNN_HEUR_MODE_A, &mut fast, most, most_of_one)?;
-    let mut general = Vec::new();
-    // With an epilogue the pass without it is the better last resort.
-    if key.epilogue.is_nothing() {
-        under(
-            Heuristics::CUDNN_HEUR_MODE_FALLBACK,
-            &mut general,
-            MOST_KEPT,
-            MOST_KEPT,
-        )?;
-    } else {
-        offers.beyond.clear();
+    let mode = Heuristics::CUDNN_HEUR_MODE_A;
+    let (fast, mut beyond) = planned(&graph, mode, key, most, most_of_one)?;
+    if !key.epilogue.is_nothing() {
+        // The pass without what follows is the better last resort.
+        return Ok(Offers {
+            fast,
+            ..Offers::default()
+        });
     }
-    offers.fast = fast;
-    offers.general = general;
-    Ok(offers)
+    let mode = Heuristics::CUDNN_HEUR_MODE_FALLBACK;
+    let (general, more) = planned(&graph, mode, key, MOST_KEPT, MOST_KEPT)?;
+    beyond.extend(more);
+    Ok(Offers {
+        fast,
+        general,
+        beyond,
+    })
+}
+
+/// Candidates under a mode of cuDNN's heuristics, of which at most `most_of_one` have the same engine: those whose workspace is
+/// within the limit, `most` at the most, and the others that come before the last of these.
+fn planned(
+    graph: &OperationGraph,
+    mode: Heuristics,
+    key: &PlanKey,
+    most: usize,
+    most_of_one: usize,
+) -> Described<(Vec<Candidate>, Vec<Candidate>)> {
+    let engines = match graph.engines(mode) {
+        // A mode that knows nothing of such a graph.
+        Err(status) if is_refusal(status) => Vec::new(),
+        engines => engines?,
+    };
+    let mut turns = Turns::new(most_of_one);
+    let (mut within, mut beyond) = (Vec::new(), Vec::new());
+    for engine in engines.iter().filter(|engine| engine.notes.suit(key)) {
+        if within.len() == most {
+            break;
+        }
+        // cuDNN may refuse one in spite of having named it.
+        if turns.take(engine.index)
+            && let Ok(plan) = engine.plan()
+        {
+            let fits = plan.workspace <= key.workspace_limit;
+            let candidates = if fits { &mut within } else { &mut beyond };
+            candidates.push(Candidate {
+                engine: engine.index,
+                plan,
+            });
+        }
+    }
+    Ok((within, beyond))
 }
 
 /// The pass as cuDNN's graph of operations.
