@@ -531,6 +531,14 @@ mod tests {
     }
 
     #[test]
+    fn a_bias_or_a_relu_is_something_that_follows() {
+        assert!(Epilogue::default().is_nothing());
+        for (bias, relu) in [(false, true), (true, false), (true, true)] {
+            assert!(!Epilogue { bias, relu }.is_nothing(), "{bias} {relu}");
+        }
+    }
+
+    #[test]
     fn an_engine_has_so_many_turns_and_the_others_have_theirs() {
         let mut turns = Turns::new(2);
         let taken = [1, 1, 1, 2, 1, 3].map(|engine| turns.take(engine));
