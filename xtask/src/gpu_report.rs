@@ -330,9 +330,9 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
 }
 
 impl Report {
-    /// Notes that one side of a row failed.
-    fn fail(&mut self, row: &Row, side: &str, error: &anyhow::Error) {
-        let failure = format!("{}, {side}: {error:#}", row.name);
+    /// Notes that a part failed.
+    fn fail(&mut self, part: &str, error: &anyhow::Error) {
+        let failure = format!("{part}: {error:#}");
         eprintln!("failed: {failure}");
         self.failures.push(failure);
     }
@@ -341,9 +341,7 @@ impl Report {
 /// Does one part of the report. Its failure is recorded and does not keep the others from being done.
 fn attempt(report: &mut Report, part: &str, f: impl FnOnce(&mut Report) -> Result<()>) {
     if let Err(error) = f(report) {
-        let failure = format!("{part}: {error:#}");
-        eprintln!("failed: {failure}");
-        report.failures.push(failure);
+        report.fail(part, &error);
     }
 }
 
@@ -562,6 +560,7 @@ impl Runs<'_> {
         rounds: u32,
         report: &mut Report,
     ) -> Result<()> {
+        let side_of = |name: &str| format!("{}, {name}", row.name);
         // PyTorch's processes live through all rounds, since to compile takes a minute.
         let variants = match row.targets.1 {
             Some(_) => &VARIANTS[..],
@@ -573,7 +572,7 @@ impl Runs<'_> {
             let idle = gpu_mib()?;
             match with_peak_memory(|| pytorch_side(row, python, name, flags)) {
                 Ok((side, peak)) => sides.push((name, side, peak.saturating_sub(idle))),
-                Err(error) => report.fail(row, name, &error),
+                Err(error) => report.fail(&side_of(name), &error),
             }
         }
         for number in 0..rounds {
@@ -592,7 +591,7 @@ impl Runs<'_> {
                         };
                         round.insert(name.to_string(), timing);
                     }
-                    Err(error) => report.fail(row, name, &error),
+                    Err(error) => report.fail(&side_of(name), &error),
                 }
             }
             for (name, side, gpu_mib) in &mut sides {
@@ -604,7 +603,7 @@ impl Runs<'_> {
                         };
                         round.insert((*name).to_string(), timing);
                     }
-                    Err(error) => report.fail(row, name, &error),
+                    Err(error) => report.fail(&side_of(name), &error),
                 }
             }
             let text: Vec<String> = round
@@ -618,7 +617,7 @@ impl Runs<'_> {
         // What they hold of the GPU must not count for the next row.
         for (name, side, _) in sides {
             if let Err(error) = side.finish() {
-                report.fail(row, name, &error);
+                report.fail(&side_of(name), &error);
             }
         }
         Ok(())

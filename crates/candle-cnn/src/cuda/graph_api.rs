@@ -76,48 +76,36 @@ impl Descriptor {
     /// The values of an attribute, `most` at the most.
     fn get<T: Value>(&self, name: Name, most: usize, blank: T) -> Described<Vec<T>> {
         let mut values = vec![blank; most];
-        let mut count = 0;
-        // SAFETY: as in `with_all`; there is room for `most` values.
-        unsafe {
-            sys::cudnnBackendGetAttribute(
-                self.0,
-                name,
-                T::TYPE,
-                most as i64,
-                &raw mut count,
-                values.as_mut_ptr().cast(),
-            )
-        }
-        .result()?;
-        values.truncate(usize::try_from(count).unwrap_or(0));
+        // SAFETY: there is room for `most` values.
+        let count = unsafe { self.get_raw::<T>(name, most, values.as_mut_ptr()) }?;
+        values.truncate(count);
         Ok(values)
     }
 
     /// How many descriptors an attribute has, at the most.
     fn count(&self, name: Name) -> Described<usize> {
         // cuDNN tells it only where there is no address, and an empty vector has one.
-        self.get_descriptors(name, 0, null_mut())
+        // SAFETY: there is room for nothing.
+        unsafe { self.get_raw::<Reference>(name, 0, null_mut()) }
     }
 
     /// Fills descriptors that were made for it with an attribute's values, and returns how many there are.
     fn get_into(&self, name: Name, descriptors: &[Self]) -> Described<usize> {
-        let mut raw: Vec<_> = descriptors.iter().map(|d| d.0).collect();
-        self.get_descriptors(name, raw.len(), raw.as_mut_ptr())
+        let mut raw: Vec<_> = descriptors.iter().map(|d| Reference(d.0)).collect();
+        // SAFETY: there are as many descriptors as is told, all of which exist.
+        unsafe { self.get_raw(name, raw.len(), raw.as_mut_ptr()) }
     }
 
-    fn get_descriptors(
-        &self,
-        name: Name,
-        room: usize,
-        into: *mut sys::cudnnBackendDescriptor_t,
-    ) -> Described<usize> {
+    /// # Safety
+    /// `into` has room for so many values, which for descriptors exist.
+    unsafe fn get_raw<T: Value>(&self, name: Name, room: usize, into: *mut T) -> Described<usize> {
         let mut count = 0;
-        // SAFETY: called above only: with as many descriptors as is told, all of which exist, or with none.
+        // SAFETY: as in `with_all`; the room is the caller's.
         unsafe {
             sys::cudnnBackendGetAttribute(
                 self.0,
                 name,
-                Type::CUDNN_TYPE_BACKEND_DESCRIPTOR,
+                T::TYPE,
                 room as i64,
                 &raw mut count,
                 into.cast(),
