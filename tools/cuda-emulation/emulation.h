@@ -29,4 +29,8 @@ inline unsigned int __float_as_uint(float value) {
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
 }
+// The upper half of a product.
+inline unsigned int __umulhi(unsigned int a, unsigned int b) {
+    return static_cast<unsigned int>(static_cast<unsigned long long>(a) * b >> 32);
+}
 using std::exp, std::fma, std::fmax, std::log, std::sqrt;

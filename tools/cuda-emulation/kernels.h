@@ -45,6 +45,8 @@ namespace training_source {
 // `ONE(FILE, NAME, SYNC)` of each; SYNC: whether its threads wait for each other.
 #define TWO(FILE, NAME, SYNC) ONE(FILE, NAME##_f32, SYNC), ONE(FILE, NAME##_f64, SYNC)
 #define FLOAT(FILE, NAME, SYNC) ONE(FILE, NAME##_f32, SYNC), ONE(FILE, NAME##_bf16, SYNC)
+#define WHOLE(FILE, NAME, SYNC) ONE(FILE, NAME##_4_f32, SYNC), ONE(FILE, NAME##_8_bf16, SYNC)
+#define PACKS(FILE, NAME, SYNC) FLOAT(FILE, NAME##_1, SYNC), WHOLE(FILE, NAME, SYNC)
 #define THREE(FILE, NAME, SYNC) TWO(FILE, NAME, SYNC), ONE(FILE, NAME##_bf16, SYNC)
 #define EACH_KERNEL                                                                                                    \
     THREE(relu, relu, false), THREE(max_pool2d, max_pool2d_forward, false),                                            \
@@ -58,12 +60,13 @@ namespace training_source {
         THREE(cross_entropy, cross_entropy_gradient, true), THREE(conv2d, conv2d_bias_activation, false),              \
         THREE(conv2d, conv2d_mask_and_sum, true), THREE(conv2d, conv2d_add_parts, false),                              \
         FLOAT(static_graph, static_graph_from_planes, false), FLOAT(static_graph, static_graph_to_planes, false),      \
-        FLOAT(static_graph, static_graph_lay_weights, false), FLOAT(static_graph, static_graph_take_weights, false),   \
-        FLOAT(static_graph, static_graph_finish, false), FLOAT(static_graph, static_graph_finish_packs, false),        \
-        FLOAT(static_graph, static_graph_moments, true), FLOAT(static_graph, static_graph_join_moments, false),        \
-        FLOAT(static_graph, static_graph_gradient_sums, true), ONE(static_graph, static_graph_join_sums_f32, false),   \
-        FLOAT(static_graph, static_graph_input_gradient, false),                                                       \
-        FLOAT(static_graph, static_graph_input_gradient_packs, false), FLOAT(static_graph, static_graph_max_pool, false), \
-        FLOAT(static_graph, static_graph_max_pool_gradient, false), FLOAT(static_graph, static_graph_average, false),  \
-        FLOAT(static_graph, static_graph_spread, false), THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false),    \
+        FLOAT(static_graph, static_graph_lay_weights, true), FLOAT(static_graph, static_graph_take_weights, true),     \
+        FLOAT(static_graph, static_graph_join_moments, true), ONE(static_graph, static_graph_join_sums_f32, true),     \
+        FLOAT(static_graph, static_graph_average, false), FLOAT(static_graph, static_graph_spread, false),             \
+        PACKS(static_graph, static_graph_finish, false), PACKS(static_graph, static_graph_moments, true),              \
+        PACKS(static_graph, static_graph_gradient_sums, true), PACKS(static_graph, static_graph_input_gradient, false), \
+        PACKS(static_graph, static_graph_max_pool, false), PACKS(static_graph, static_graph_max_pool_gradient, false), \
+        WHOLE(static_graph, static_graph_max_pool_3_1, false), WHOLE(static_graph, static_graph_max_pool_3_2, false),  \
+        WHOLE(static_graph, static_graph_max_pool_gradient_3_1, false),                                                \
+        WHOLE(static_graph, static_graph_max_pool_gradient_3_2, false), THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false),    \
         TWO(training, take_up, false)

@@ -362,6 +362,131 @@ fn max_pool2d_has_the_winners_of_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// (N, C, pixels) as (N, pixels, C).
+fn channels_last(values: &[f64], (images, channels): (usize, usize)) -> Vec<f64> {
+    let pixels = values.len() / (images * channels);
+    let at = |i: usize| {
+        let (pixel, c) = (i / channels, i % channels);
+        values[(pixel / pixels * channels + c) * pixels + pixel % pixels]
+    };
+    (0..values.len()).map(at).collect()
+}
+
+/// `Divisor` of the kernels.
+fn divisor(number: usize) -> [usize; 3] {
+    let shift = number.next_power_of_two().trailing_zeros() as usize;
+    let multiplier = (((1u64 << shift) - number as u64) << 32) / number as u64 + 1;
+    [number, multiplier as usize, shift]
+}
+
+#[test]
+fn a_graphs_max_pool_has_the_winners_of_the_cpu() -> Result<()> {
+    let Some(emulator) = emulator() else {
+        return Ok(());
+    };
+    // Windows that kernels know, over whole packs, and others.
+    for ([n, c, height, width], (kernel, stride, padding), ceil_mode) in [
+        ([2, 24, 7, 5], (3, 1, 1), false),
+        ([1, 16, 8, 9], (3, 1, 0), false),
+        ([3, 8, 2, 1], (3, 1, 1), false),
+        ([1, 8, 1, 6], (3, 1, 1), false),
+        ([2, 16, 7, 6], (3, 2, 1), false),
+        ([2, 8, 8, 9], (3, 2, 0), true),
+        ([1, 8, 6, 5], (3, 2, 1), true),
+        ([2, 16, 5, 7], (2, 2, 0), true),
+        ([1, 8, 9, 4], (3, 4, 1), false),
+        ([2, 5, 7, 5], (3, 1, 1), false),
+        ([1, 3, 8, 9], (3, 2, 0), true),
+    ] {
+        for kind in [Type::F32, Type::Bf16] {
+            let dims = [n, c, height, width];
+            let mut values = random("x", dims.iter().product());
+            // Ties everywhere, a window of −∞, two NaNs.
+            values.iter_mut().for_each(|v| *v = (*v * 2.0).round());
+            let last = values.len() - 1;
+            values[..4].fill(f64::NEG_INFINITY);
+            values[last - 7..].fill(f64::NEG_INFINITY);
+            (values[5], values[6]) = (f64::NAN, f64::NAN);
+            let config = MaxPool2dConfig {
+                ceil_mode,
+                ..MaxPool2dConfig::square(kernel, stride, padding)
+            };
+            let x = variable(&values, &dims)?;
+            let y = max_pool2d(&x, config)?;
+            let (h, w) = (y.dim(2)?, y.dim(3)?);
+            let (inputs, outputs) = (values.len(), y.elem_count());
+            let dy = random("dy", outputs);
+            let before = random("before", inputs);
+            let whole = if kind == Type::F32 { 4 } else { 8 };
+            let pack = if c % whole == 0 { whole } else { 1 };
+            let known = pack > 1 && kernel == 3 && stride <= 2;
+            let name = match known {
+                true => format!("3_{stride}_{pack}"),
+                false => format!("{pack}"),
+            };
+            let lines = if known && stride == 1 {
+                h.div_ceil(2)
+            } else {
+                h
+            };
+            let axes = [
+                [height, h, kernel, stride, padding],
+                [width, w, kernel, stride, padding],
+            ]
+            .concat();
+            let packs = divisor(c / pack);
+            let mut program = Program::default();
+            let x_at = program.given(kind, &channels_last(&values, (n, c)));
+            let dy_at = program.given(kind, &channels_last(&dy, (n, c)));
+            let y_at = program.result(kind, outputs);
+            let without_winners = program.result(kind, outputs);
+            let dx_at = program.result(kind, inputs);
+            let added_at = program.given(kind, &before);
+            let winners = program.buffer(vec![255; outputs]);
+            for (y_at, winners) in [(y_at, winners), (without_winners, NULL)] {
+                let threads = n * lines * w * (c / pack);
+                let pool = format!("static_graph_max_pool_{name}");
+                program.threads(&pool, kind, threads);
+                program.at(&[x_at, y_at, winners]).numbers(&axes);
+                let divisors = [packs, divisor(w), divisor(lines)].concat();
+                program.numbers(&divisors).numbers(&[threads]);
+            }
+            for (dx_at, add) in [(dx_at, 0), (added_at, 1)] {
+                let threads = inputs / pack;
+                let pool = format!("static_graph_max_pool_gradient_{name}");
+                program.threads(&pool, kind, threads);
+                program.at(&[winners, dy_at, dx_at]).numbers(&axes);
+                let divisors = [packs, divisor(width), divisor(height)].concat();
+                program.numbers(&divisors).numbers(&[add, threads]);
+            }
+            let results = [y_at, without_winners, dx_at, added_at].map(|at| (at, kind));
+            let found = program.values(emulator, &results);
+            let what = format!("{dims:?} {config:?}");
+            let bits = |t: &[f64]| t.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            let expected = channels_last(&y.flatten_all()?.to_vec1::<f64>()?, (n, c));
+            let quiet = |t: &[f64]| t.iter().map(|v| v.max(-1e300)).collect::<Vec<_>>();
+            let is_nan = |t: &[f64]| t.iter().map(|v| v.is_nan()).collect::<Vec<_>>();
+            for y in &found[..2] {
+                assert!(is_nan(y) == is_nan(&expected), "y {what}: other NaNs");
+                assert!(
+                    bits(&quiet(y)) == bits(&quiet(&expected)),
+                    "y {what}: other bits"
+                );
+            }
+            let dx = with_gradient(&y, &dy, &x)?.flatten_all()?;
+            let dx = channels_last(&dx.to_vec1::<f64>()?, (n, c));
+            let added: Vec<_> = dx.iter().zip(&before).map(|(a, b)| a + b).collect();
+            for (what_of, found, expected) in
+                [("dx", &found[2], dx), ("dx added", &found[3], added)]
+            {
+                let expected = Tensor::new(&expected[..], &Device::Cpu)?;
+                assert_close(&format!("{what_of} {what}"), kind, found, &expected)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn avg_pool2d_has_the_bins_of_the_cpu() -> Result<()> {
     let Some(emulator) = emulator() else {

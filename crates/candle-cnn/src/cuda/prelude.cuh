@@ -5,6 +5,14 @@
 // Threads of every block.
 #define THREADS 256
 
+// Before a loop: so many of its rounds at once.
+#ifdef __CUDACC__
+#define PRAGMA(TEXT) _Pragma(#TEXT)
+#define UNROLL(ROUNDS) PRAGMA(unroll ROUNDS)
+#else
+#define UNROLL(ROUNDS)
+#endif
+
 struct bf16 {
     unsigned short bits;
 };
@@ -21,6 +29,12 @@ static __device__ __forceinline__ void store(double *to, double value) { *to = v
 static __device__ __forceinline__ void store(bf16 *to, float value) {
     unsigned int bits = __float_as_uint(value);
     to->bits = static_cast<unsigned short>(value != value ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Of a value that was a `T` before it was widened.
+static __device__ __forceinline__ void narrow(float *to, float value) { *to = value; }
+static __device__ __forceinline__ void narrow(bf16 *to, float value) {
+    to->bits = static_cast<unsigned short>(__float_as_uint(value) >> 16);
 }
 
 // What numbers of a type are computed in.

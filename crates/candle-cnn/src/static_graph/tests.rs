@@ -59,6 +59,32 @@ pub(super) fn example<T: Element>(
     size: (usize, usize),
     ceil_mode: bool,
 ) -> Example {
+    example_of_widths::<T>(ODD, stem, batch, size, ceil_mode)
+}
+
+/// Output channels of the stem, and of a block's 1×1, 3×3 with its reduction, 5×5 likewise and pooling's projection.
+pub(super) type Widths = [usize; 7];
+pub(super) const ODD: Widths = [20, 16, 9, 32, 24, 64, 7];
+/// All of them packs that a GPU's threads load at once.
+#[cfg(feature = "cuda")]
+pub(super) const WHOLE: Widths = [24, 16, 8, 32, 24, 64, 8];
+
+/// The example with other widths.
+pub(super) fn example_of_widths<T: Element>(
+    [
+        of_stem,
+        of_one,
+        to_three,
+        of_three,
+        to_five,
+        of_five,
+        of_four,
+    ]: Widths,
+    stem: Stem,
+    batch: usize,
+    size: (usize, usize),
+    ceil_mode: bool,
+) -> Example {
     let mut shapes = Vec::new();
     let mut builder = StaticGraphBuilder::new(3, size);
     let mut conv = |b: &mut StaticGraphBuilder, x: Node, c_in, c_out, kernel, padding| {
@@ -71,19 +97,19 @@ pub(super) fn example<T: Element>(
         .unwrap()
     };
     let (kernel, _, padding) = stem.geometry();
-    let mut x = conv(&mut builder, Node(0), 3, 20, kernel, padding);
-    let mut channels = 20;
+    let mut x = conv(&mut builder, Node(0), 3, of_stem, kernel, padding);
+    let mut channels = of_stem;
     for block in 0..2 {
         let b = &mut builder;
-        let one = conv(b, x, channels, 16, 1, 0);
-        let reduced = conv(b, x, channels, 9, 1, 0);
-        let three = conv(b, reduced, 9, 32, 3, 1);
-        let reduced = conv(b, x, channels, 24, 1, 0);
-        let five = conv(b, reduced, 24, 64, 5, 2);
+        let one = conv(b, x, channels, of_one, 1, 0);
+        let reduced = conv(b, x, channels, to_three, 1, 0);
+        let three = conv(b, reduced, to_three, of_three, 3, 1);
+        let reduced = conv(b, x, channels, to_five, 1, 0);
+        let five = conv(b, reduced, to_five, of_five, 5, 2);
         let pooled = b.max_pool2d(x, BLOCK_POOL()).unwrap();
-        let four = conv(b, pooled, channels, 7, 1, 0);
+        let four = conv(b, pooled, channels, of_four, 1, 0);
         x = b.concat(&[one, three, five, four]).unwrap();
-        channels = 16 + 32 + 64 + 7;
+        channels = of_one + of_three + of_five + of_four;
         if block == 0 {
             x = b.max_pool2d(x, halving(ceil_mode)).unwrap();
         }

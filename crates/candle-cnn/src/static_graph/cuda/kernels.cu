@@ -1,15 +1,67 @@
 // What lies between the convolutions of a graph. Maps are (rows, channels): the channels of a pixel side by side, pixels
 // image by image. Statistics and parameters are float. Every sum has an order that does not depend on timing.
+//
+// A thread takes a pack of channels at once, 16 bytes where the widths allow it: loads of two bytes each would not keep the
+// memory busy, and what it takes to know a pixel's place is shared by the pack.
 
-// Numbers that a thread takes at once where all widths are a multiple of it.
-#define PACK 4
-// Channels and rows that a block of sums takes at once.
-#define LANES 32
-#define LINES (THREADS / LANES)
+// Rows whose packs a thread loads before it computes with the first.
+#define ROWS 4
 
-template <typename T> struct alignas(sizeof(T) * PACK) Pack {
-    T of[PACK];
+// Numbers side by side, which are loaded and stored at once.
+template <typename T, unsigned int N> struct alignas(sizeof(T) * N) Pack {
+    T of[N];
+
+    __device__ float at(unsigned int k) const { return widen(of[k]); }
+    // Rounded, and of a value that is one of a `T`.
+    __device__ void set(unsigned int k, float value) { store(&of[k], value); }
+    __device__ void put(unsigned int k, float value) { narrow(&of[k], value); }
 };
+// By words: so both halves are widened by one instruction each.
+template <> struct alignas(16) Pack<bf16, 8> {
+    unsigned int words[4];
+
+    __device__ float at(unsigned int k) const {
+        unsigned int word = words[k / 2];
+        return __uint_as_float(k % 2 ? word & 0xffff0000 : word << 16);
+    }
+    __device__ void set(unsigned int k, float value) {
+        bf16 rounded;
+        store(&rounded, value);
+        put(k, widen(rounded));
+    }
+    __device__ void put(unsigned int k, float value) {
+        unsigned int bits = __float_as_uint(value), &word = words[k / 2];
+        word = k % 2 ? (word & 0xffff) | (bits & 0xffff0000) : (word & 0xffff0000) | (bits >> 16);
+    }
+};
+// Where in their windows some winners are.
+template <unsigned int N> struct alignas(N) Winners {
+    unsigned char of[N];
+
+    __device__ bool is(unsigned int k, unsigned int place) const { return of[k] == place; }
+    __device__ void set(unsigned int k, unsigned int place) { of[k] = static_cast<unsigned char>(place); }
+};
+template <> struct alignas(4) Winners<4> {
+    unsigned int word;
+
+    __device__ bool is(unsigned int k, unsigned int place) const {
+        return ((word ^ place * 0x01010101) & 0xffu << 8 * k) == 0;
+    }
+    __device__ void set(unsigned int k, unsigned int place) { word = k ? word | place << 8 * k : place; }
+};
+template <> struct alignas(8) Winners<8> {
+    Winners<4> of[2];
+
+    __device__ bool is(unsigned int k, unsigned int place) const { return of[k / 4].is(k % 4, place); }
+    __device__ void set(unsigned int k, unsigned int place) { of[k / 4].set(k % 4, place); }
+};
+
+template <typename P, typename T> static __device__ __forceinline__ P load_pack(const T *from) {
+    return *reinterpret_cast<const P *>(from);
+}
+template <typename P, typename T> static __device__ __forceinline__ void store_pack(T *to, const P &pack) {
+    *reinterpret_cast<P *>(to) = pack;
+}
 
 // Images (N, channels, pixels) as pixels of `width` channels, of which those beyond `channels` are zero; a thread a number.
 template <typename T>
@@ -35,30 +87,84 @@ static __device__ __forceinline__ void to_planes(const T *map, T *planes, unsign
 }
 
 #define WEIGHTS 64
+// Numbers that a block lays out.
+#define LAID 2304
 
 // Weights (C_out, C_in, taps) and the same as (C_out, taps, width), some at a time. Weight w has the blocks before `end[w]`,
-// a thread a number.
+// of `pairs` pairs of an output and an input channel each.
 template <typename T> struct Weights {
     float *planes[WEIGHTS];
     T *pixels[WEIGHTS];
-    unsigned int c_in[WEIGHTS], width[WEIGHTS], taps[WEIGHTS], elements[WEIGHTS], end[WEIGHTS];
+    unsigned int c_out[WEIGHTS], c_in[WEIGHTS], width[WEIGHTS], taps[WEIGHTS], pairs[WEIGHTS], end[WEIGHTS];
 };
 
-// `elements` are those of `pixels`.
+// One weight, and a block's part of it: `count` numbers of `planes`, from `first` on.
+template <typename T> struct Laid {
+    float *planes;
+    T *pixels;
+    unsigned int c_in, width, taps, first_pair, pairs;
+
+    __device__ Laid(const Weights<T> &all, unsigned int block) {
+        unsigned int w = entry_of(all.end, block);
+        planes = all.planes[w];
+        pixels = all.pixels[w];
+        c_in = all.c_in[w];
+        width = all.width[w];
+        taps = all.taps[w];
+        first_pair = block * all.pairs[w];
+        unsigned int rest = all.c_out[w] * c_in - first_pair;
+        pairs = rest < all.pairs[w] ? rest : all.pairs[w];
+    }
+    __device__ unsigned int channel(unsigned int pair) const { return (first_pair + pair) % c_in; }
+    // Where in `pixels` the first tap of a pair is; the others are `width` apart.
+    __device__ unsigned int at(unsigned int pair) const {
+        return (first_pair + pair) / c_in * taps * width + channel(pair);
+    }
+};
+
+// Planes and pixels in the order in which they lie: what is between is shared, unless it is one pair with more than fits.
+// Channels beyond C_in are zero.
 template <typename T> static __device__ __forceinline__ void lay_weights(const Weights<T> &all) {
-    unsigned int block = blockIdx.x, w = entry_of(all.end, block), i = block * THREADS + threadIdx.x;
-    if (i < all.elements[w]) {
-        unsigned int c = i % all.width[w], tap = i / all.width[w] % all.taps[w], k = i / (all.width[w] * all.taps[w]);
-        store(&all.pixels[w][i], c < all.c_in[w] ? all.planes[w][(k * all.c_in[w] + c) * all.taps[w] + tap] : 0.0f);
+    __shared__ float shared[LAID];
+    Laid<T> laid(all, blockIdx.x);
+    unsigned int count = laid.pairs * laid.taps;
+    const float *planes = laid.planes + laid.first_pair * laid.taps;
+    bool fits = count <= LAID;
+    for (unsigned int i = threadIdx.x; fits && i < count; i += THREADS) {
+        shared[i] = planes[i];
+    }
+    __syncthreads();
+    const float *from = fits ? shared : planes;
+    for (unsigned int pair = threadIdx.x; pair < laid.pairs; pair += THREADS) {
+        T *to = laid.pixels + laid.at(pair);
+        for (unsigned int tap = 0; tap < laid.taps; tap++) {
+            store(&to[tap * laid.width], from[pair * laid.taps + tap]);
+        }
+        for (unsigned int beyond = 1; laid.channel(pair) + 1 == laid.c_in && laid.c_in - 1 + beyond < laid.width; beyond++) {
+            for (unsigned int tap = 0; tap < laid.taps; tap++) {
+                store(&to[tap * laid.width + beyond], 0.0f);
+            }
+        }
     }
 }
 
-// `elements` are those of `planes`.
+// The way back.
 template <typename T> static __device__ __forceinline__ void take_weights(const Weights<T> &all) {
-    unsigned int block = blockIdx.x, w = entry_of(all.end, block), i = block * THREADS + threadIdx.x;
-    if (i < all.elements[w]) {
-        unsigned int tap = i % all.taps[w], c = i / all.taps[w] % all.c_in[w], k = i / (all.taps[w] * all.c_in[w]);
-        all.planes[w][i] = widen(all.pixels[w][(k * all.taps[w] + tap) * all.width[w] + c]);
+    __shared__ float shared[LAID];
+    Laid<T> laid(all, blockIdx.x);
+    unsigned int count = laid.pairs * laid.taps;
+    float *planes = laid.planes + laid.first_pair * laid.taps;
+    bool fits = count <= LAID;
+    float *to = fits ? shared : planes;
+    for (unsigned int pair = threadIdx.x; pair < laid.pairs; pair += THREADS) {
+        const T *from = laid.pixels + laid.at(pair);
+        for (unsigned int tap = 0; tap < laid.taps; tap++) {
+            to[pair * laid.taps + tap] = widen(from[tap * laid.width]);
+        }
+    }
+    __syncthreads();
+    for (unsigned int i = threadIdx.x; fits && i < count; i += THREADS) {
+        planes[i] = shared[i];
     }
 }
 
@@ -80,6 +186,8 @@ template <typename T> struct Segment {
     unsigned int first;
     unsigned int kind;
     float eps;
+    // A block takes 2^lanes packs of channels side by side.
+    unsigned int lanes;
 };
 // Some segments, which have the blocks before `end`, and channels of all.
 template <typename T> struct Segments {
@@ -87,86 +195,100 @@ template <typename T> struct Segments {
     unsigned int end[SEGMENTS], rows, channels;
 };
 
-// A pack's channels, or the only one.
-template <typename T, unsigned int N> static __device__ __forceinline__ Pack<T> load_pack(const T *from) {
-    if (N == PACK) {
-        return *reinterpret_cast<const Pack<T> *>(from);
-    }
-    Pack<T> pack;
-    pack.of[0] = *from;
-    return pack;
-}
-template <typename T, unsigned int N> static __device__ __forceinline__ void store_pack(T *to, const Pack<T> &pack) {
-    if (N == PACK) {
-        *reinterpret_cast<Pack<T> *>(to) = pack;
-    } else {
-        *to = pack.of[0];
-    }
-}
-
-// What follows a convolution at one channel.
-struct Follows {
+// What follows a convolution at the channels of a pack.
+template <unsigned int N> struct Follows {
     unsigned int kind;
-    float mean, inverse_std, scale, bias;
+    float mean[N], inverse_std[N], scale[N], bias[N];
 
     template <typename T> __device__ Follows(const Segment<T> &of, unsigned int channel) {
         kind = of.kind;
-        bias = of.bias[channel];
-        mean = 0;
-        inverse_std = scale = 1;
-        if (kind != BIAS) {
-            mean = of.mean[channel];
-            inverse_std = kind == BATCH ? of.deviation[channel] : 1 / sqrtf(of.deviation[channel] + of.eps);
-            scale = of.weight[channel] * inverse_std;
+        for (unsigned int k = 0; k < N; k++) {
+            bias[k] = of.bias[channel + k];
+            mean[k] = 0;
+            inverse_std[k] = scale[k] = 1;
+            if (kind != BIAS) {
+                float deviation = of.deviation[channel + k];
+                mean[k] = of.mean[channel + k];
+                inverse_std[k] = kind == BATCH ? deviation : 1 / sqrtf(deviation + of.eps);
+                scale[k] = of.weight[channel + k] * inverse_std[k];
+            }
         }
     }
-    __device__ float value(float raw) const { return kind == BIAS ? raw + bias : multiply_add(raw - mean, scale, bias); }
+    __device__ float value(unsigned int k, float raw) const {
+        return kind == BIAS ? raw + bias[k] : multiply_add(raw - mean[k], scale[k], bias[k]);
+    }
 };
 
-// map = ReLU of what follows `raw`. A thread takes N channels of a row.
-template <typename T, unsigned int N> static __device__ __forceinline__ void finish(const Segments<T> &all) {
-    unsigned int block = blockIdx.x;
-    const Segment<T> &s = all.of[entry_of(all.end, block)];
-    unsigned int i = block * THREADS + threadIdx.x, per_row = s.channels / N;
-    if (i >= all.rows * per_row) {
-        return;
-    }
-    unsigned int row = i / per_row, c = i % per_row * N;
-    Pack<T> pack = load_pack<T, N>(&s.raw[row * s.raw_width + c]);
-    for (unsigned int k = 0; k < N; k++) {
-        float value = Follows(s, c + k).value(widen(pack.of[k]));
-        store(&pack.of[k], keep_positive(value, value));
-    }
-    store_pack<T, N>(&s.map[row * s.map_width + c], pack);
-}
-
-// The sum of `value` over the block's rows, for every thread of the channel.
-static __device__ __forceinline__ float column_sum(float value, float *shared) {
-    __syncthreads();
-    shared[threadIdx.x] = value;
-    __syncthreads();
-    float sum = 0;
-    for (unsigned int line = 0; line < LINES; line++) {
-        sum += shared[line * LANES + threadIdx.x % LANES];
-    }
-    return sum;
-}
-
-// A block of LANES channels of a segment and `per_part` rows.
-template <typename T> struct Column {
+// A block's packs of a segment's channels, in `per_part` rows. A thread has one pack of every `step`-th row.
+template <typename T, unsigned int N> struct Column {
     const Segment<T> &segment;
-    unsigned int channel, start, count;
+    // The first of the thread's channels.
+    unsigned int channel;
+    unsigned int row, end, step, count;
     bool inside;
 
-    __device__ Column(const Segments<T> &all, unsigned int block, unsigned int per_part) : segment(all.of[entry_of(all.end, block)]) {
-        channel = block * LANES + threadIdx.x % LANES;
+    __device__ Column(const Segments<T> &all, unsigned int block, unsigned int per_part)
+        : segment(all.of[entry_of(all.end, block)]) {
+        unsigned int lanes = segment.lanes, start = blockIdx.y * per_part;
+        channel = ((block << lanes) + (threadIdx.x & ((1u << lanes) - 1))) * N;
         inside = channel < segment.channels;
-        start = blockIdx.y * per_part;
         count = all.rows - start < per_part ? all.rows - start : per_part;
+        end = start + count;
+        row = start + (threadIdx.x >> lanes);
+        step = THREADS >> lanes;
     }
-    // The rows of this thread are `line`, `line + LINES`, …
-    __device__ unsigned int line() const { return threadIdx.x / LANES; }
+    // Whether it is one of the threads that hold the block's sums.
+    __device__ bool first() const { return inside && threadIdx.x < 1u << segment.lanes; }
 };
+
+// The sums of `values` over the block's rows, for every thread of the pack.
+template <unsigned int N>
+static __device__ __forceinline__ void column_sums(float (&values)[N], float (*shared)[THREADS], unsigned int lanes) {
+    __syncthreads();
+    for (unsigned int k = 0; k < N; k++) {
+        shared[k][threadIdx.x] = values[k];
+    }
+    for (unsigned int half = THREADS / 2; half >> lanes; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            for (unsigned int k = 0; k < N; k++) {
+                shared[k][threadIdx.x] += shared[k][threadIdx.x + half];
+            }
+        }
+    }
+    __syncthreads();
+    for (unsigned int k = 0; k < N; k++) {
+        values[k] = shared[k][threadIdx.x & ((1u << lanes) - 1)];
+    }
+}
+
+// map = ReLU of what follows `raw`.
+template <typename T, unsigned int N>
+static __device__ __forceinline__ void finish(const Segments<T> &all, unsigned int per_part) {
+    Column<T, N> at(all, blockIdx.x, per_part);
+    const Segment<T> &s = at.segment;
+    if (!at.inside) {
+        return;
+    }
+    Follows<N> follows(s, at.channel);
+    for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
+        Pack<T, N> packs[ROWS];
+        for (unsigned int j = 0; j < ROWS; j++) {
+            if (row + j * at.step < at.end) {
+                packs[j] = load_pack<Pack<T, N>>(&s.raw[(row + j * at.step) * s.raw_width + at.channel]);
+            }
+        }
+        for (unsigned int j = 0; j < ROWS; j++) {
+            for (unsigned int k = 0; k < N; k++) {
+                float value = follows.value(k, packs[j].at(k));
+                packs[j].set(k, keep_positive(value, value));
+            }
+            if (row + j * at.step < at.end) {
+                store_pack(&s.map[(row + j * at.step) * s.map_width + at.channel], packs[j]);
+            }
+        }
+    }
+}
 
 // statistics[0][channel] = mean, [1] = 1/σ, [2] = unbiased variance, from the mean and the sum of squared differences from it.
 template <typename T>
@@ -180,189 +302,431 @@ static __device__ __forceinline__ void set_statistics(const Segments<T> &all, fl
 // means[part][channel], squares[part][channel] = the part's mean and its sum of squared differences from that. The mean that
 // a float can hold is off by its last digit, which beside a small deviation counts: what the differences still sum to mends both.
 // Of a single part the statistics are written at once, as `join_moments` has them.
-template <typename T>
+template <typename T, unsigned int N>
 static __device__ __forceinline__ void moments(const Segments<T> &all, double *means, float *squares, float *statistics,
                                                unsigned int per_part) {
-    __shared__ float shared[THREADS];
-    Column<T> at(all, blockIdx.x, per_part);
+    __shared__ float shared[N][THREADS];
+    Column<T, N> at(all, blockIdx.x, per_part);
     const Segment<T> &s = at.segment;
-    const T *x = s.raw + at.start * s.raw_width + at.channel;
-    float sum = 0;
+    const T *x = s.raw + at.channel;
+    float mean[N], square[N], rest[N];
+    for (unsigned int k = 0; k < N; k++) {
+        mean[k] = square[k] = rest[k] = 0;
+    }
     if (at.inside) {
-        for (unsigned int row = at.line(); row < at.count; row += LINES) {
-            sum += widen(x[row * s.raw_width]);
+        UNROLL(ROWS)
+        for (unsigned int row = at.row; row < at.end; row += at.step) {
+            Pack<T, N> pack = load_pack<Pack<T, N>>(&x[row * s.raw_width]);
+            for (unsigned int k = 0; k < N; k++) {
+                mean[k] += pack.at(k);
+            }
         }
     }
-    float mean = column_sum(sum, shared) / at.count;
-    float square = 0, rest = 0;
+    column_sums<N>(mean, shared, s.lanes);
+    for (unsigned int k = 0; k < N; k++) {
+        mean[k] /= at.count;
+    }
     if (at.inside) {
-        for (unsigned int row = at.line(); row < at.count; row += LINES) {
-            float difference = widen(x[row * s.raw_width]) - mean;
-            square += difference * difference;
-            rest += difference;
+        UNROLL(ROWS)
+        for (unsigned int row = at.row; row < at.end; row += at.step) {
+            Pack<T, N> pack = load_pack<Pack<T, N>>(&x[row * s.raw_width]);
+            for (unsigned int k = 0; k < N; k++) {
+                float difference = pack.at(k) - mean[k];
+                square[k] += difference * difference;
+                rest[k] += difference;
+            }
         }
     }
-    rest = column_sum(rest, shared);
-    square = column_sum(square, shared) - rest * rest / at.count;
-    if (at.inside && at.line() == 0) {
-        double exact = mean + static_cast<double>(rest) / at.count;
+    column_sums<N>(rest, shared, s.lanes);
+    column_sums<N>(square, shared, s.lanes);
+    if (!at.first()) {
+        return;
+    }
+    for (unsigned int k = 0; k < N; k++) {
+        float squared = square[k] - rest[k] * rest[k] / at.count;
+        double exact = mean[k] + static_cast<double>(rest[k]) / at.count;
+        unsigned int channel = s.first + at.channel + k;
         if (gridDim.y == 1) {
-            set_statistics(all, statistics, s, s.first + at.channel, exact, square);
-            return;
+            set_statistics(all, statistics, s, channel, exact, squared);
+        } else {
+            means[blockIdx.y * all.channels + channel] = exact;
+            squares[blockIdx.y * all.channels + channel] = squared;
         }
-        unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
-        means[to] = exact;
-        squares[to] = square;
     }
 }
 
-// The statistics of each channel from its parts. A thread a channel.
+// Channels of a block that joins parts. Each of its other threads takes every so manieth part.
+#define JOINED 32
+#define JOINING (THREADS / JOINED)
+
+// The sum of `value` over the threads of a channel, for each of them.
+static __device__ __forceinline__ double joined_sum(double value, double *shared) {
+    __syncthreads();
+    shared[threadIdx.x] = value;
+    __syncthreads();
+    double sum = 0;
+    for (unsigned int i = 0; i < JOINING; i++) {
+        sum += shared[i * JOINED + threadIdx.x % JOINED];
+    }
+    return sum;
+}
+
+// The statistics of each channel from its parts.
 template <typename T>
 static __device__ __forceinline__ void join_moments(const Segments<T> &all, const double *means, const float *squares,
                                                     float *statistics, unsigned int parts, unsigned int per_part) {
-    unsigned int channel = thread_of_grid();
-    if (channel >= all.channels) {
-        return;
+    __shared__ double shared[THREADS];
+    unsigned int channel = blockIdx.x * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED;
+    unsigned int last_rows = all.rows - (parts - 1) * per_part;
+    double total = 0, squared = 0;
+    if (channel < all.channels) {
+        UNROLL(4)
+        for (unsigned int part = first; part < parts; part += JOINING) {
+            unsigned int rows = part + 1 < parts ? per_part : last_rows;
+            total += means[part * all.channels + channel] * rows;
+        }
     }
-    unsigned int s = 0;
-    while (channel >= all.of[s].first + all.of[s].channels) {
-        s++;
+    double mean = joined_sum(total, shared) / all.rows;
+    if (channel < all.channels) {
+        UNROLL(4)
+        for (unsigned int part = first; part < parts; part += JOINING) {
+            unsigned int rows = part + 1 < parts ? per_part : last_rows;
+            double difference = means[part * all.channels + channel] - mean;
+            squared += squares[part * all.channels + channel] + difference * difference * rows;
+        }
     }
-    double total = 0, joined = 0;
-    for (unsigned int part = 0; part < parts; part++) {
-        unsigned int rest = all.rows - part * per_part;
-        total += means[part * all.channels + channel] * (rest < per_part ? rest : per_part);
+    squared = joined_sum(squared, shared);
+    if (channel < all.channels && first == 0) {
+        unsigned int s = 0;
+        while (channel >= all.of[s].first + all.of[s].channels) {
+            s++;
+        }
+        set_statistics(all, statistics, all.of[s], channel, mean, squared);
     }
-    double mean = total / all.rows;
-    for (unsigned int part = 0; part < parts; part++) {
-        unsigned int rest = all.rows - part * per_part;
-        double difference = means[part * all.channels + channel] - mean;
-        joined += squares[part * all.channels + channel] + difference * difference * (rest < per_part ? rest : per_part);
-    }
-    set_statistics(all, statistics, all.of[s], channel, mean, joined);
 }
 
 // sums[0][part][channel] = Σ g, sums[1][part][channel] = Σ g·x̂, where g is the gradient before the ReLU. Behind a bias there
 // is no x̂, and `raw` becomes g. Of a single part these are the sums of all.
-template <typename T>
+template <typename T, unsigned int N>
 static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, float *sums, unsigned int per_part) {
-    __shared__ float shared[THREADS];
-    Column<T> at(all, blockIdx.x, per_part);
+    __shared__ float shared[N][THREADS];
+    Column<T, N> at(all, blockIdx.x, per_part);
     const Segment<T> &s = at.segment;
-    float plain = 0, with_x = 0;
+    float plain[N], with_x[N];
+    for (unsigned int k = 0; k < N; k++) {
+        plain[k] = with_x[k] = 0;
+    }
     if (at.inside) {
-        Follows follows(s, at.channel);
-        for (unsigned int row = at.start + at.line(); row < at.start + at.count; row += LINES) {
-            unsigned int in_raw = row * s.raw_width + at.channel, in_map = row * s.map_width + at.channel;
-            float gradient = widen(s.gradient[in_map]);
-            if (s.kind == BIAS) {
-                gradient = keep_positive(gradient, widen(s.map[in_map]));
-                store(&s.raw[in_raw], gradient);
-            } else {
-                float raw = widen(s.raw[in_raw]);
-                gradient = keep_positive(gradient, follows.value(raw));
-                with_x += gradient * ((raw - follows.mean) * follows.inverse_std);
+        Follows<N> follows(s, at.channel);
+        bool bias = s.kind == BIAS;
+        const T *by = bias ? s.map : s.raw;
+        unsigned int width = bias ? s.map_width : s.raw_width;
+        for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
+            Pack<T, N> dy[ROWS], of[ROWS];
+            for (unsigned int j = 0; j < ROWS; j++) {
+                unsigned int r = row + j * at.step;
+                if (r < at.end) {
+                    dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
+                    of[j] = load_pack<Pack<T, N>>(&by[r * width + at.channel]);
+                }
             }
-            plain += gradient;
+            for (unsigned int j = 0; j < ROWS; j++) {
+                unsigned int r = row + j * at.step;
+                if (r >= at.end) {
+                    break;
+                }
+                for (unsigned int k = 0; k < N; k++) {
+                    float number = of[j].at(k), gradient = dy[j].at(k);
+                    if (bias) {
+                        gradient = keep_positive(gradient, number);
+                        dy[j].put(k, gradient);
+                    } else {
+                        gradient = keep_positive(gradient, follows.value(k, number));
+                        with_x[k] += gradient * ((number - follows.mean[k]) * follows.inverse_std[k]);
+                    }
+                    plain[k] += gradient;
+                }
+                if (bias) {
+                    store_pack(&s.raw[r * s.raw_width + at.channel], dy[j]);
+                }
+            }
         }
     }
-    plain = column_sum(plain, shared);
-    with_x = column_sum(with_x, shared);
-    if (at.inside && at.line() == 0) {
+    column_sums<N>(plain, shared, s.lanes);
+    column_sums<N>(with_x, shared, s.lanes);
+    if (at.first()) {
         unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
-        sums[to] = plain;
-        sums[gridDim.y * all.channels + to] = with_x;
+        for (unsigned int k = 0; k < N; k++) {
+            sums[to + k] = plain[k];
+            sums[gridDim.y * all.channels + to + k] = with_x[k];
+        }
     }
 }
 
-// joined[0][channel], joined[1][channel] = the sums of the parts, in their order. A thread a channel.
+// joined[0][channel], joined[1][channel] = the sums over the parts.
 static __device__ __forceinline__ void join_sums(const float *sums, float *joined, unsigned int channels, unsigned int parts) {
-    unsigned int channel = thread_of_grid();
-    if (channel >= channels) {
-        return;
-    }
+    __shared__ double shared[THREADS];
+    unsigned int channel = blockIdx.x * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED;
     double plain = 0, with_x = 0;
-    for (unsigned int part = 0; part < parts; part++) {
-        plain += sums[part * channels + channel];
-        with_x += sums[(parts + part) * channels + channel];
+    if (channel < channels) {
+        UNROLL(4)
+        for (unsigned int part = first; part < parts; part += JOINING) {
+            plain += sums[part * channels + channel];
+            with_x += sums[(parts + part) * channels + channel];
+        }
     }
-    joined[channel] = static_cast<float>(plain);
-    joined[channels + channel] = static_cast<float>(with_x);
+    plain = joined_sum(plain, shared);
+    with_x = joined_sum(with_x, shared);
+    if (channel < channels && first == 0) {
+        joined[channel] = static_cast<float>(plain);
+        joined[channels + channel] = static_cast<float>(with_x);
+    }
 }
 
-// raw = the gradient before the batch norm: weight/σ · (g − Σg/rows − x̂·Σgx̂/rows). A thread takes N channels of a row.
+// raw = the gradient before the batch norm: weight/σ · (g − Σg/rows − x̂·Σgx̂/rows).
 template <typename T, unsigned int N>
-static __device__ __forceinline__ void input_gradient(const Segments<T> &all, const float *joined, float share) {
-    unsigned int block = blockIdx.x;
-    const Segment<T> &s = all.of[entry_of(all.end, block)];
-    unsigned int i = block * THREADS + threadIdx.x, per_row = s.channels / N;
-    if (i >= all.rows * per_row) {
+static __device__ __forceinline__ void input_gradient(const Segments<T> &all, const float *joined, float share,
+                                                      unsigned int per_part) {
+    Column<T, N> at(all, blockIdx.x, per_part);
+    const Segment<T> &s = at.segment;
+    if (!at.inside) {
         return;
     }
-    unsigned int row = i / per_row, c = i % per_row * N;
-    Pack<T> raw = load_pack<T, N>(&s.raw[row * s.raw_width + c]), dy = load_pack<T, N>(&s.gradient[row * s.map_width + c]);
+    Follows<N> follows(s, at.channel);
+    float plain[N], with_x[N];
     for (unsigned int k = 0; k < N; k++) {
-        Follows follows(s, c + k);
-        float value = widen(raw.of[k]);
-        float gradient = keep_positive(widen(dy.of[k]), follows.value(value));
-        float x = (value - follows.mean) * follows.inverse_std;
-        gradient -= joined[s.first + c + k] * share + x * (joined[all.channels + s.first + c + k] * share);
-        store(&raw.of[k], follows.scale * gradient);
+        plain[k] = joined[s.first + at.channel + k] * share;
+        with_x[k] = joined[all.channels + s.first + at.channel + k] * share;
     }
-    store_pack<T, N>(&s.raw[row * s.raw_width + c], raw);
+    for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
+        Pack<T, N> raw[ROWS], dy[ROWS];
+        for (unsigned int j = 0; j < ROWS; j++) {
+            unsigned int r = row + j * at.step;
+            if (r < at.end) {
+                raw[j] = load_pack<Pack<T, N>>(&s.raw[r * s.raw_width + at.channel]);
+                dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
+            }
+        }
+        for (unsigned int j = 0; j < ROWS; j++) {
+            unsigned int r = row + j * at.step;
+            if (r >= at.end) {
+                break;
+            }
+            for (unsigned int k = 0; k < N; k++) {
+                float value = raw[j].at(k);
+                float gradient = keep_positive(dy[j].at(k), follows.value(k, value));
+                float x = (value - follows.mean[k]) * follows.inverse_std[k];
+                gradient -= plain[k] + x * with_x[k];
+                raw[j].set(k, follows.scale[k] * gradient);
+            }
+            store_pack(&s.raw[r * s.raw_width + at.channel], raw[j]);
+        }
+    }
 }
+
+// A number by which threads divide: n / divisor = (n·multiplier / 2^32 + n) / 2^shift for every n below 2^31.
+struct Divisor {
+    unsigned int divisor, multiplier, shift;
+
+    // The quotient; `n` becomes the rest.
+    __device__ unsigned int divide(unsigned int &n) const {
+        unsigned int quotient = (__umulhi(n, multiplier) + n) >> shift;
+        n -= quotient * divisor;
+        return quotient;
+    }
+};
+
+// Where in a map a thread's pack lies.
+struct Place {
+    unsigned int image, h, w, channel;
+
+    __device__ Place(unsigned int i, unsigned int pack, const Divisor &packs, const Divisor &width, const Divisor &height) {
+        unsigned int pixel = packs.divide(i);
+        channel = i * pack;
+        unsigned int line = width.divide(pixel);
+        w = pixel;
+        image = height.divide(line);
+        h = line;
+    }
+};
+
+// The largest numbers that were seen so far and their places: the first of equals, or the last NaN.
+template <unsigned int N> struct Best {
+    float of[N];
+    unsigned int place[N];
+
+    __device__ void see(unsigned int k, float value, unsigned int at, bool first) {
+        bool wins = first || value > of[k] || value != value;
+        of[k] = wins ? value : of[k];
+        place[k] = wins ? at : place[k];
+    }
+    // `winners` may be null.
+    template <typename T> __device__ void write(T *y, unsigned char *winners, unsigned int to) const {
+        Pack<T, N> maxima = {};
+        for (unsigned int k = 0; k < N; k++) {
+            maxima.put(k, of[k]);
+        }
+        store_pack(&y[to], maxima);
+        if (winners) {
+            Winners<N> won;
+            for (unsigned int k = 0; k < N; k++) {
+                won.set(k, place[k]);
+            }
+            store_pack(&winners[to], won);
+        }
+    }
+};
 
 // y = the window's maximum, and winners = where in the window it is: the first in row-major order, or the last NaN. `winners`
-// may be null. A thread a number.
-template <typename T>
-static __device__ __forceinline__ void max_pool(const T *x, T *y, unsigned char *winners, Axis h, Axis w, unsigned int channels,
-                                                unsigned int elements) {
+// may be null. A thread a pack; `packs` of a pixel, and pixels of the output, divide.
+template <typename T, unsigned int N>
+static __device__ __forceinline__ void max_pool(const T *x, T *y, unsigned char *winners, const Axis &h, const Axis &w,
+                                                const Divisor &packs, const Divisor &width, const Divisor &height,
+                                                unsigned int threads) {
     unsigned int i = thread_of_grid();
-    if (i >= elements) {
+    if (i >= threads) {
         return;
     }
-    unsigned int c = i % channels, window = i / channels;
-    unsigned int ow = window % w.output, oh = window / w.output % h.output, image = window / (w.output * h.output);
-    const T *in_image = x + image * h.input * w.input * channels + c;
-    unsigned int best_at = h.start(oh) * w.input + w.start(ow);
-    T best = in_image[best_at * channels];
-    for (unsigned int ih = h.start(oh); ih < h.end(oh); ih++) {
-        for (unsigned int iw = w.start(ow); iw < w.end(ow); iw++) {
-            T value = in_image[(ih * w.input + iw) * channels];
-            if (widen(value) > widen(best) || widen(value) != widen(value)) {
-                best = value;
-                best_at = ih * w.input + iw;
+    Place at(i, N, packs, width, height);
+    unsigned int channels = packs.divisor * N;
+    const T *image = x + at.image * h.input * w.input * channels + at.channel;
+    // Outside of the image below 0, as large numbers.
+    unsigned int top = at.h * h.stride - h.padding, left = at.w * w.stride - w.padding;
+    unsigned int r0 = top < h.input ? 0 : 0 - top, s0 = left < w.input ? 0 : 0 - left;
+    Best<N> best;
+    for (unsigned int r = r0; r < h.kernel && top + r < h.input; r++) {
+        for (unsigned int s = s0; s < w.kernel && left + s < w.input; s++) {
+            auto pack = load_pack<Pack<T, N>>(&image[((top + r) * w.input + left + s) * channels]);
+            for (unsigned int k = 0; k < N; k++) {
+                best.see(k, pack.at(k), r * w.kernel + s, r == r0 && s == s0);
             }
         }
     }
-    y[i] = best;
-    if (winners) {
-        unsigned int r = best_at / w.input + h.padding - oh * h.stride, s = best_at % w.input + w.padding - ow * w.stride;
-        winners[i] = static_cast<unsigned char>(r * w.kernel + s);
+    best.write(y, winners, i * N);
+}
+
+// The position inside of the input that is nearest to `start + i`, which may lie before 0 as a large number.
+static __device__ __forceinline__ unsigned int inside(unsigned int start, unsigned int i, unsigned int input) {
+    int position = static_cast<int>(start + i), last = static_cast<int>(input) - 1;
+    position = position < 0 ? 0 : position;
+    return static_cast<unsigned int>(position < last ? position : last);
+}
+
+// Windows of 3x3 pixels, STRIDE apart, of which a thread takes LINES below each other: it compares each line of three pixels
+// once. Instead of a pixel outside it sees the nearest inside once more, which changes nothing. `height` divides by the
+// groups of such lines.
+template <typename T, unsigned int N, unsigned int STRIDE, unsigned int LINES>
+static __device__ __forceinline__ void max_pool_3(const T *x, T *y, unsigned char *winners, const Axis &h, const Axis &w,
+                                                  const Divisor &packs, const Divisor &width, const Divisor &height,
+                                                  unsigned int threads) {
+    unsigned int i = thread_of_grid();
+    if (i >= threads) {
+        return;
+    }
+    Place at(i, N, packs, width, height);
+    unsigned int channels = packs.divisor * N, oh = at.h * LINES;
+    const T *image = x + at.image * h.input * w.input * channels + at.channel;
+    unsigned int top = oh * STRIDE - h.padding, left = at.w * STRIDE - w.padding;
+    unsigned int column[3];
+    for (unsigned int s = 0; s < 3; s++) {
+        column[s] = inside(left, s, w.input);
+    }
+    Best<N> best[LINES];
+    UNROLL(3 + (LINES - 1) * STRIDE)
+    for (unsigned int r = 0; r < 3 + (LINES - 1) * STRIDE; r++) {
+        unsigned int ih = inside(top, r, h.input);
+        Best<N> of_line;
+        UNROLL(3)
+        for (unsigned int s = 0; s < 3; s++) {
+            auto pack = load_pack<Pack<T, N>>(&image[(ih * w.input + column[s]) * channels]);
+            for (unsigned int k = 0; k < N; k++) {
+                of_line.see(k, pack.at(k), column[s] - left, s == 0);
+            }
+        }
+        for (unsigned int line = 0; line < LINES; line++) {
+            if (r >= line * STRIDE && r - line * STRIDE < 3) {
+                unsigned int before = (ih - (top + line * STRIDE)) * 3;
+                for (unsigned int k = 0; k < N; k++) {
+                    best[line].see(k, of_line.of[k], before + of_line.place[k], r == line * STRIDE);
+                }
+            }
+        }
+    }
+    for (unsigned int line = 0; line < LINES; line++) {
+        if (oh + line < h.output) {
+            best[line].write(y, winners, ((at.image * h.output + oh + line) * w.output + at.w) * channels + at.channel);
+        }
     }
 }
 
-// dx of a number = the sum of dy over the windows that it won, in their order; with `add`, more than what is there.
-template <typename T>
-static __device__ __forceinline__ void max_pool_gradient(const unsigned char *winners, const T *dy, T *dx, Axis h, Axis w,
-                                                         unsigned int channels, unsigned int add, unsigned int elements) {
+// Windows along an axis that see position i: `count` from `first` on. K and S are their kernel and stride, where these are known.
+template <unsigned int K, unsigned int S> struct Seeing {
+    // Of windows that are not there `first + a` is beyond the output, or the place in it beyond the kernel.
+    static constexpr unsigned int MOST = K ? (K + S - 1) / S : 1;
+    const Axis &axis;
+    unsigned int i, first;
+
+    __device__ Seeing(const Axis &of, unsigned int position) : axis(of), i(position + of.padding) {
+        first = i < kernel() ? 0 : (i - kernel()) / (K ? S : axis.stride) + 1;
+    }
+    __device__ unsigned int kernel() const { return K ? K : axis.kernel; }
+    // The position's place in window `first + a`.
+    __device__ unsigned int place(unsigned int a) const { return i - (first + a) * (K ? S : axis.stride); }
+    __device__ bool has(unsigned int a) const { return first + a < axis.output && place(a) < kernel(); }
+    // How many `a` to ask for.
+    __device__ unsigned int most() const { return K ? MOST : axis.output - first; }
+};
+
+// dx of a number = the sum of dy over the windows that it won, in their order; with `add`, more than what is there. A thread a
+// pack; `packs` of a pixel, and pixels of the input, divide.
+template <typename T, unsigned int N, unsigned int K, unsigned int S>
+static __device__ __forceinline__ void max_pool_gradient(const unsigned char *winners, const T *dy, T *dx, const Axis &h,
+                                                         const Axis &w, const Divisor &packs, const Divisor &width,
+                                                         const Divisor &height, unsigned int add, unsigned int threads) {
     unsigned int i = thread_of_grid();
-    if (i >= elements) {
+    if (i >= threads) {
         return;
     }
-    unsigned int c = i % channels, pixel = i / channels;
-    unsigned int iw = pixel % w.input, ih = pixel / w.input % h.input, image = pixel / (w.input * h.input);
-    float sum = add ? widen(dx[i]) : 0;
-    for (unsigned int oh = h.first(ih); oh <= h.last(ih); oh++) {
-        for (unsigned int ow = w.first(iw); ow <= w.last(iw); ow++) {
-            unsigned int window = ((image * h.output + oh) * w.output + ow) * channels + c;
-            unsigned int at = (ih + h.padding - oh * h.stride) * w.kernel + (iw + w.padding - ow * w.stride);
-            if (winners[window] == at) {
-                sum += widen(dy[window]);
+    Place at(i, N, packs, width, height);
+    unsigned int channels = packs.divisor * N;
+    Seeing<K, S> lines(h, at.h), columns(w, at.w);
+    float sum[N];
+    for (unsigned int k = 0; k < N; k++) {
+        sum[k] = 0;
+    }
+    if (add) {
+        auto before = load_pack<Pack<T, N>>(&dx[i * N]);
+        for (unsigned int k = 0; k < N; k++) {
+            sum[k] = before.at(k);
+        }
+    }
+    constexpr unsigned int MOST = Seeing<K, S>::MOST;
+    UNROLL(MOST)
+    for (unsigned int a = 0; a < lines.most(); a++) {
+        if (!lines.has(a)) {
+            break;
+        }
+        UNROLL(MOST)
+        for (unsigned int b = 0; b < columns.most(); b++) {
+            if (!columns.has(b)) {
+                break;
+            }
+            unsigned int window = (at.image * h.output + lines.first + a) * w.output + columns.first + b;
+            unsigned int place = lines.place(a) * columns.kernel() + columns.place(b);
+            auto won = load_pack<Winners<N>>(&winners[window * channels + at.channel]);
+            auto gradient = load_pack<Pack<T, N>>(&dy[window * channels + at.channel]);
+            for (unsigned int k = 0; k < N; k++) {
+                if (won.is(k, place)) {
+                    sum[k] += gradient.at(k);
+                }
             }
         }
     }
-    store(&dx[i], sum);
+    Pack<T, N> sums = {};
+    for (unsigned int k = 0; k < N; k++) {
+        sums.set(k, sum[k]);
+    }
+    store_pack(&dx[i * N], sums);
 }
 
 // features (images, channels) = the means over the pixels of each image; a thread a mean.
@@ -391,7 +755,7 @@ static __device__ __forceinline__ void spread(const float *features, T *map, uns
     }
 }
 
-#define KERNELS(NAME, T)                                                                                               \
+#define PLAIN(NAME, T)                                                                                                 \
     extern "C" __global__ void static_graph_from_planes_##NAME(const T *planes, T *map, unsigned int channels,         \
                                                                unsigned int pixels, unsigned int width,                \
                                                                unsigned int elements) {                                \
@@ -404,35 +768,10 @@ static __device__ __forceinline__ void spread(const float *features, T *map, uns
     }                                                                                                                  \
     extern "C" __global__ void static_graph_lay_weights_##NAME(Weights<T> all) { lay_weights<T>(all); }                \
     extern "C" __global__ void static_graph_take_weights_##NAME(Weights<T> all) { take_weights<T>(all); }              \
-    extern "C" __global__ void static_graph_finish_##NAME(Segments<T> all) { finish<T, 1>(all); }                      \
-    extern "C" __global__ void static_graph_finish_packs_##NAME(Segments<T> all) { finish<T, PACK>(all); }             \
-    extern "C" __global__ void static_graph_moments_##NAME(Segments<T> all, double *means, float *squares,             \
-                                                           float *statistics, unsigned int per_part) {                 \
-        moments<T>(all, means, squares, statistics, per_part);                                                         \
-    }                                                                                                                  \
     extern "C" __global__ void static_graph_join_moments_##NAME(Segments<T> all, const double *means,                  \
                                                                 const float *squares, float *statistics,               \
                                                                 unsigned int parts, unsigned int per_part) {           \
         join_moments<T>(all, means, squares, statistics, parts, per_part);                                             \
-    }                                                                                                                  \
-    extern "C" __global__ void static_graph_gradient_sums_##NAME(Segments<T> all, float *sums, unsigned int per_part) {\
-        gradient_sums<T>(all, sums, per_part);                                                                         \
-    }                                                                                                                  \
-    extern "C" __global__ void static_graph_input_gradient_##NAME(Segments<T> all, const float *joined, float share) { \
-        input_gradient<T, 1>(all, joined, share);                                                                      \
-    }                                                                                                                  \
-    extern "C" __global__ void static_graph_input_gradient_packs_##NAME(Segments<T> all, const float *joined,          \
-                                                                        float share) {                                 \
-        input_gradient<T, PACK>(all, joined, share);                                                                   \
-    }                                                                                                                  \
-    extern "C" __global__ void static_graph_max_pool_##NAME(const T *x, T *y, unsigned char *winners, Axis h, Axis w,  \
-                                                            unsigned int channels, unsigned int elements) {            \
-        max_pool<T>(x, y, winners, h, w, channels, elements);                                                          \
-    }                                                                                                                  \
-    extern "C" __global__ void static_graph_max_pool_gradient_##NAME(const unsigned char *winners, const T *dy, T *dx, \
-                                                                     Axis h, Axis w, unsigned int channels,            \
-                                                                     unsigned int add, unsigned int elements) {        \
-        max_pool_gradient<T>(winners, dy, dx, h, w, channels, add, elements);                                          \
     }                                                                                                                  \
     extern "C" __global__ void static_graph_average_##NAME(const T *map, float *features, unsigned int pixels,         \
                                                            unsigned int channels, unsigned int elements) {             \
@@ -443,8 +782,46 @@ static __device__ __forceinline__ void spread(const float *features, T *map, uns
         spread<T>(features, map, pixels, channels, elements);                                                          \
     }
 
-KERNELS(f32, float)
-KERNELS(bf16, bf16)
+// Kernels whose threads take N channels.
+#define OF_PACKS(NAME, T, N)                                                                                           \
+    extern "C" __global__ void static_graph_finish_##NAME(Segments<T> all, unsigned int per_part) {                    \
+        finish<T, N>(all, per_part);                                                                                   \
+    }                                                                                                                  \
+    extern "C" __global__ void static_graph_moments_##NAME(Segments<T> all, double *means, float *squares,             \
+                                                           float *statistics, unsigned int per_part) {                 \
+        moments<T, N>(all, means, squares, statistics, per_part);                                                      \
+    }                                                                                                                  \
+    extern "C" __global__ void static_graph_gradient_sums_##NAME(Segments<T> all, float *sums, unsigned int per_part) {\
+        gradient_sums<T, N>(all, sums, per_part);                                                                      \
+    }                                                                                                                  \
+    extern "C" __global__ void static_graph_input_gradient_##NAME(Segments<T> all, const float *joined, float share,   \
+                                                                  unsigned int per_part) {                             \
+        input_gradient<T, N>(all, joined, share, per_part);                                                            \
+    }                                                                                                                  \
+    POOLINGS(NAME, T, N, (max_pool<T, N>), 0, 1)
+
+#define POOLINGS(NAME, T, N, POOL, K, S)                                                                               \
+    extern "C" __global__ void static_graph_max_pool_##NAME(const T *x, T *y, unsigned char *winners, Axis h, Axis w,  \
+                                                            Divisor packs, Divisor width, Divisor height,              \
+                                                            unsigned int threads) {                                    \
+        POOL(x, y, winners, h, w, packs, width, height, threads);                                                      \
+    }                                                                                                                  \
+    extern "C" __global__ void static_graph_max_pool_gradient_##NAME(                                                  \
+        const unsigned char *winners, const T *dy, T *dx, Axis h, Axis w, Divisor packs, Divisor width, Divisor height,\
+        unsigned int add, unsigned int threads) {                                                                      \
+        max_pool_gradient<T, N, K, S>(winners, dy, dx, h, w, packs, width, height, add, threads);                      \
+    }
+
+PLAIN(f32, float)
+PLAIN(bf16, bf16)
+OF_PACKS(1_f32, float, 1)
+OF_PACKS(1_bf16, bf16, 1)
+OF_PACKS(4_f32, float, 4)
+OF_PACKS(8_bf16, bf16, 8)
+POOLINGS(3_1_4_f32, float, 4, (max_pool_3<float, 4, 1, 2>), 3, 1)
+POOLINGS(3_1_8_bf16, bf16, 8, (max_pool_3<bf16, 8, 1, 2>), 3, 1)
+POOLINGS(3_2_4_f32, float, 4, (max_pool_3<float, 4, 2, 1>), 3, 2)
+POOLINGS(3_2_8_bf16, bf16, 8, (max_pool_3<bf16, 8, 2, 1>), 3, 2)
 
 extern "C" __global__ void static_graph_join_sums_f32(const float *sums, float *joined, unsigned int channels, unsigned int parts) {
     join_sums(sums, joined, channels, parts);

@@ -10,7 +10,6 @@ use candle_core::cuda_backend::cudarc::driver::{CudaStream, DeviceRepr};
 use candle_core::{CudaStorage, DType, Result};
 
 use super::super::OP;
-use crate::conv2d::parts_of;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{
     Launch, MOST_IN_TABLE, Operand, THREADS, alloc, axis, count, start, suffix,
@@ -23,9 +22,9 @@ const SOURCE: Source = Source {
 };
 
 /// What kernels.cu defines under these names.
-const PACK: u32 = 4;
-const LANES: u32 = 32;
 const WEIGHTS: usize = 64;
+const LAID: usize = 2304;
+const JOINED: u32 = 32;
 pub(super) const SEGMENTS: usize = 8;
 
 /// How the tensors of a member follow its convolution.
@@ -54,6 +53,8 @@ pub(super) struct Segment {
     pub(super) first: u32,
     pub(super) kind: Kind,
     pub(super) eps: f32,
+    /// Set where the blocks are shared out.
+    pub(super) lanes: u32,
 }
 
 impl Segment {
@@ -71,6 +72,7 @@ impl Segment {
         first: 0,
         kind: Kind::Bias,
         eps: 0.0,
+        lanes: 0,
     };
 }
 
@@ -82,7 +84,7 @@ struct Segments {
     channels: u32,
 }
 
-// SAFETY: plain numbers, laid out as kernels.cu has them, without padding.
+// SAFETY: plain numbers, laid out as kernels.cu has them.
 unsafe impl DeviceRepr for Segments {}
 const _: () = assert!(size_of::<Segments>() <= MOST_IN_TABLE);
 
@@ -111,10 +113,11 @@ pub(super) enum Way {
 struct Weights {
     planes: [CUdeviceptr; WEIGHTS],
     pixels: [CUdeviceptr; WEIGHTS],
+    c_out: [u32; WEIGHTS],
     c_in: [u32; WEIGHTS],
     width: [u32; WEIGHTS],
     taps: [u32; WEIGHTS],
-    elements: [u32; WEIGHTS],
+    pairs: [u32; WEIGHTS],
     end: [u32; WEIGHTS],
 }
 
@@ -132,10 +135,20 @@ pub(super) struct Launches {
     stream: Arc<CudaStream>,
 }
 
-/// Sums over the rows of segments, cut into parts.
+/// The rows of segments, cut into parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Parts {
     count: u32,
     rows: u32,
+}
+
+/// Segments whose blocks are shared out.
+struct Columns {
+    table: Segments,
+    /// Blocks beside each other.
+    blocks: u32,
+    /// Channels that a thread takes, in the kernels' names.
+    pack: u32,
 }
 
 impl Launches {
@@ -213,33 +226,32 @@ impl Launches {
         Ok(planes)
     }
 
-    /// Lays weights, or their gradients, out anew.
+    /// Lays weights, or their gradients, out anew. Channels of pixels beyond those of the weight are zero.
     pub(super) fn weights(&self, weights: &[Weight], way: Way) -> Result<()> {
         for weights in weights.chunks(WEIGHTS) {
             let mut table = Weights {
                 planes: [0; WEIGHTS],
                 pixels: [0; WEIGHTS],
+                c_out: [0; WEIGHTS],
                 c_in: [0; WEIGHTS],
                 width: [0; WEIGHTS],
                 taps: [0; WEIGHTS],
-                elements: [0; WEIGHTS],
+                pairs: [0; WEIGHTS],
                 end: [0; WEIGHTS],
             };
             let mut blocks = 0u32;
             for (i, weight) in weights.iter().enumerate() {
-                let channels = match way {
-                    Way::ToPixels => weight.width,
-                    Way::ToPlanes => weight.c_in,
-                };
-                let elements = count(OP, weight.c_out * weight.taps * channels)?;
-                // 64 weights of 2^31 elements have 2^29 blocks.
-                blocks += elements.div_ceil(THREADS);
+                count(OP, weight.c_out * weight.taps * weight.width)?;
+                let per_block = (LAID / weight.taps).max(1);
+                // A block has more than half of what it could take, so that 64 weights of 2^31 elements have fewer than 2^28.
+                blocks += (weight.c_out * weight.c_in).div_ceil(per_block) as u32;
                 table.planes[i] = weight.planes;
                 table.pixels[i] = weight.pixels;
+                table.c_out[i] = weight.c_out as u32;
                 table.c_in[i] = weight.c_in as u32;
                 table.width[i] = weight.width as u32;
                 table.taps[i] = weight.taps as u32;
-                table.elements[i] = elements;
+                table.pairs[i] = per_block as u32;
                 table.end[i] = blocks;
             }
             let name = match way {
@@ -254,36 +266,40 @@ impl Launches {
 
     /// `map = ReLU(what follows raw)`.
     pub(super) fn finish(&self, segments: &[Segment], rows: usize) -> Result<()> {
-        let pack = pack(segments, self.dtype);
-        let name = if pack == 1 { "finish" } else { "finish_packs" };
-        let (table, blocks) = elementwise(segments, rows, pack)?;
+        let columns = columns(segments, rows, self.dtype)?;
+        let parts = small_parts(rows)?;
+        let name = format!("finish_{}", columns.pack);
+        let launch = self.launch(&name)?.number(parts.rows);
         // SAFETY: the arguments of `finish`; segments hold `rows` rows of their widths, and the tensors of their kinds.
-        unsafe { self.launch(name)?.run_blocks((blocks, 1), Some(&table)) }
+        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }
     }
 
     /// Mean, 1/σ and unbiased variance of each channel, (3, channels).
     pub(super) fn moments(&self, segments: &[Segment], rows: usize) -> Result<CudaStorage> {
-        let (table, blocks) = columns(segments, rows)?;
-        let parts = parts(rows)?;
-        let mut statistics = self.room_of(DType::F32, 3 * table.channels as usize)?;
+        let columns = columns(segments, rows, self.dtype)?;
+        let parts = parts(rows, columns.blocks)?;
+        let channels = columns.table.channels;
+        let grid = (columns.blocks, parts.count);
+        let mut statistics = self.room_of(DType::F32, 3 * channels as usize)?;
+        let name = format!("moments_{}", columns.pack);
         if parts.count == 1 {
-            let launch = self.launch("moments")?.null().null();
+            let launch = self.launch(&name)?.null().null();
             let launch = launch.write(&mut statistics)?.number(parts.rows);
             // SAFETY: the arguments of `moments`, which writes no means and squares of a single part.
-            unsafe { launch.run_blocks((blocks, 1), Some(&table)) }?;
+            unsafe { launch.run_blocks(grid, Some(&columns.table)) }?;
             return Ok(statistics);
         }
-        let sums = table.channels as usize * parts.count as usize;
+        let sums = channels as usize * parts.count as usize;
         let mut means = self.room_of(DType::F64, sums)?;
         let mut squares = self.room_of(DType::F32, sums)?;
         let launch = self
-            .launch("moments")?
+            .launch(&name)?
             .write(&mut means)?
             .write(&mut squares)?
             .null()
             .number(parts.rows);
         // SAFETY: the arguments of `moments`; means and squares are (parts, channels), and no part is empty.
-        unsafe { launch.run_blocks((blocks, parts.count), Some(&table)) }?;
+        unsafe { launch.run_blocks(grid, Some(&columns.table)) }?;
         let launch = self
             .launch("join_moments")?
             .read_all(&means)?
@@ -291,24 +307,24 @@ impl Launches {
             .write(&mut statistics)?
             .number(parts.count)
             .number(parts.rows);
-        let blocks = table.channels.div_ceil(THREADS);
+        let blocks = channels.div_ceil(JOINED);
         // SAFETY: the arguments of `join_moments`; statistics are (3, channels).
-        unsafe { launch.run_blocks((blocks, 1), Some(&table)) }?;
+        unsafe { launch.run_blocks((blocks, 1), Some(&columns.table)) }?;
         Ok(statistics)
     }
 
     /// The gradients of bias and weight of what follows, (2, channels); `raw` of a bias becomes its gradient.
     pub(super) fn gradient_sums(&self, segments: &[Segment], rows: usize) -> Result<CudaStorage> {
-        let (table, blocks) = columns(segments, rows)?;
-        let parts = parts(rows)?;
-        let channels = table.channels;
+        let columns = columns(segments, rows, self.dtype)?;
+        let parts = parts(rows, columns.blocks)?;
+        let channels = columns.table.channels;
         let mut sums = self.room_of(DType::F32, 2 * channels as usize * parts.count as usize)?;
         let launch = self
-            .launch("gradient_sums")?
+            .launch(&format!("gradient_sums_{}", columns.pack))?
             .write(&mut sums)?
             .number(parts.rows);
         // SAFETY: the arguments of `gradient_sums`; sums are (2, parts, channels), and no part is empty.
-        unsafe { launch.run_blocks((blocks, parts.count), Some(&table)) }?;
+        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
         if parts.count == 1 {
             return Ok(sums);
         }
@@ -319,8 +335,9 @@ impl Launches {
             .write(&mut joined)?
             .number(channels)
             .number(parts.count);
+        let blocks = channels.div_ceil(JOINED);
         // SAFETY: the arguments of `join_sums`; joined is (2, channels).
-        unsafe { launch.run(channels) }?;
+        unsafe { launch.run_blocks((blocks, 1), None::<&u8>) }?;
         Ok(joined)
     }
 
@@ -331,18 +348,15 @@ impl Launches {
         rows: usize,
         joined: &CudaStorage,
     ) -> Result<()> {
-        let pack = pack(segments, self.dtype);
-        let name = match pack {
-            1 => "input_gradient",
-            _ => "input_gradient_packs",
-        };
-        let (table, blocks) = elementwise(segments, rows, pack)?;
+        let columns = columns(segments, rows, self.dtype)?;
+        let parts = small_parts(rows)?;
         let launch = self
-            .launch(name)?
+            .launch(&format!("input_gradient_{}", columns.pack))?
             .read_all(joined)?
-            .float(1.0 / rows as f32);
+            .float(1.0 / rows as f32)
+            .number(parts.rows);
         // SAFETY: the arguments of `input_gradient`; joined is (2, channels).
-        unsafe { launch.run_blocks((blocks, 1), Some(&table)) }
+        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }
     }
 
     /// The maxima of the windows over a map of `channels`, and where they are if asked to.
@@ -353,24 +367,32 @@ impl Launches {
         (batch, channels): (usize, usize),
         keep: bool,
     ) -> Result<(CudaStorage, Option<CudaStorage>)> {
-        let elements = count(OP, batch * h.output * w.output * channels)?;
-        let mut y = self.room(elements as usize)?;
+        let elements = count(OP, batch * h.output * w.output * channels)? as usize;
+        count(OP, batch * h.input * w.input * channels)?;
+        let mut y = self.room(elements)?;
         let mut winners = match keep {
-            true => Some(self.room_of(DType::U8, elements as usize)?),
+            true => Some(self.room_of(DType::U8, elements)?),
             false => None,
         };
-        let mut launch = self.launch("max_pool")?.read_all(x)?.write(&mut y)?;
+        let windows = Windows::of(h, w, channels, self.dtype);
+        let lines = h.output.div_ceil(windows.lines());
+        let packs = channels / windows.pack;
+        let name = format!("max_pool_{}", windows.name());
+        let mut launch = self.launch(&name)?.read_all(x)?.write(&mut y)?;
         launch = match &mut winners {
             Some(winners) => launch.write(winners)?,
             None => launch.null(),
         };
+        let threads = (batch * lines * w.output * packs) as u32;
         let launch = launch
             .structure(axis(OP, h)?)
             .structure(axis(OP, w)?)
-            .number(channels as u32)
-            .number(elements);
+            .structure(divisor(packs))
+            .structure(divisor(w.output))
+            .structure(divisor(lines))
+            .number(threads);
         // SAFETY: the arguments of `max_pool`; x and y are maps of the axes' inputs and outputs.
-        unsafe { launch.run(elements) }?;
+        unsafe { launch.run(threads) }?;
         Ok((y, winners))
     }
 
@@ -384,18 +406,22 @@ impl Launches {
         add: bool,
     ) -> Result<()> {
         let elements = count(OP, batch * h.input * w.input * channels)?;
+        let windows = Windows::of(h, w, channels, self.dtype);
+        let threads = elements / windows.pack as u32;
         let launch = self
-            .launch("max_pool_gradient")?
+            .launch(&format!("max_pool_gradient_{}", windows.name()))?
             .read_all(winners)?
             .read_all(dy)?
             .write(dx)?
             .structure(axis(OP, h)?)
             .structure(axis(OP, w)?)
-            .number(channels as u32)
+            .structure(divisor(channels / windows.pack))
+            .structure(divisor(w.input))
+            .structure(divisor(h.input))
             .number(add.into())
-            .number(elements);
+            .number(threads);
         // SAFETY: the arguments of `max_pool_gradient`; dx and dy are maps of the axes' inputs and outputs.
-        unsafe { launch.run(elements) }
+        unsafe { launch.run(threads) }
     }
 
     /// The mean of each image's pixels, (N, channels) of f32.
@@ -440,66 +466,214 @@ impl Launches {
     }
 }
 
+/// Which kernels pool a map.
+struct Windows {
+    /// Channels that a thread takes.
+    pack: usize,
+    /// The stride of 3×3 windows, where kernels know both.
+    known: Option<usize>,
+}
+
+impl Windows {
+    fn of(h: &Axis, w: &Axis, channels: usize, dtype: DType) -> Self {
+        let full = whole_pack(dtype);
+        // Maps have memory of their own, which begins where a pack does.
+        let packs = channels.is_multiple_of(full);
+        let known = [1, 2].into_iter().find(|&stride| {
+            let is = |axis: &Axis| (axis.kernel, axis.stride) == (3, stride);
+            packs && is(h) && is(w)
+        });
+        Self {
+            pack: if packs { full } else { 1 },
+            known,
+        }
+    }
+
+    /// Lines of windows that a thread of the forward pass takes below each other.
+    fn lines(&self) -> usize {
+        if self.known == Some(1) { 2 } else { 1 }
+    }
+
+    /// As the kernels' names have it.
+    fn name(&self) -> String {
+        match self.known {
+            Some(stride) => format!("3_{stride}_{}", self.pack),
+            None => self.pack.to_string(),
+        }
+    }
+}
+
+/// Numbers of 16 bytes, which a thread loads and stores at once.
+fn whole_pack(dtype: DType) -> usize {
+    16 / dtype.size_in_bytes()
+}
+
 /// How many channels a thread can take at once, as all widths and addresses allow it.
 fn pack(segments: &[Segment], dtype: DType) -> u32 {
-    let bytes = u64::from(PACK) * dtype.size_in_bytes() as u64;
+    let pack = whole_pack(dtype) as u32;
     let fits = |s: &Segment| {
         let widths = [s.channels, s.raw_width, s.map_width];
         let addresses = [s.raw, s.map, s.gradient];
-        widths.iter().all(|width| width.is_multiple_of(PACK))
-            && addresses
-                .iter()
-                .all(|address| address.is_multiple_of(bytes))
+        widths.iter().all(|width| width.is_multiple_of(pack))
+            && addresses.iter().all(|address| address.is_multiple_of(16))
     };
-    if segments.iter().all(fits) { PACK } else { 1 }
+    if segments.iter().all(fits) { pack } else { 1 }
 }
 
-/// A table whose blocks take `THREADS` packs of channels each.
-fn elementwise(segments: &[Segment], rows: usize, pack: u32) -> Result<(Segments, u32)> {
-    table(segments, rows, |rows, s| {
-        (rows * (s.channels / pack)).div_ceil(THREADS)
-    })
+/// The power of two of packs that a block takes side by side: as many as lie in 128 bytes, and so that few threads are idle.
+fn lanes(channels: u32, pack: u32) -> u32 {
+    let packs = channels / pack;
+    if pack == 1 {
+        return packs.next_power_of_two().trailing_zeros().min(5);
+    }
+    match packs.trailing_zeros() {
+        0 => packs.next_power_of_two().trailing_zeros().min(3),
+        even => even.min(3),
+    }
 }
 
-/// A table whose blocks take `LANES` channels each.
-fn columns(segments: &[Segment], rows: usize) -> Result<(Segments, u32)> {
-    table(segments, rows, |_, s| s.channels.div_ceil(LANES))
-}
-
-fn table(
-    segments: &[Segment],
-    rows: usize,
-    blocks: impl Fn(u32, &Segment) -> u32,
-) -> Result<(Segments, u32)> {
+/// Segments with their blocks.
+fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
+    let pack = pack(segments, dtype);
     let mut table = Segments {
         of: [Segment::EMPTY; SEGMENTS],
         end: [0; SEGMENTS],
         rows: count(OP, rows)?,
         channels: 0,
     };
-    let mut end = 0u32;
+    let mut blocks = 0u32;
     for (i, segment) in segments.iter().enumerate() {
         for width in [segment.raw_width, segment.map_width] {
             count(OP, rows * width as usize)?;
         }
-        end += blocks(table.rows, segment);
-        table.of[i] = *segment;
-        table.end[i] = end;
+        let lanes = lanes(segment.channels, pack);
+        blocks += segment.channels.div_ceil(pack << lanes);
+        table.of[i] = Segment { lanes, ..*segment };
+        table.end[i] = blocks;
         table.channels = table.channels.max(segment.first + segment.channels);
     }
-    Ok((table, end))
+    Ok(Columns {
+        table,
+        blocks,
+        pack,
+    })
 }
 
-fn parts(rows: usize) -> Result<Parts> {
-    // 32 channels share a block, which has 8 threads for each of them: as many values a thread as elsewhere. A few
-    // more cost less than another launch that joins two parts.
-    const ROWS_AT_ONCE: usize = 256;
-    let per_part = match rows {
-        ..=ROWS_AT_ONCE => rows.max(1),
-        _ => parts_of(rows * LANES as usize).1.div_ceil(LANES as usize),
-    };
+/// CUDA takes no more blocks below each other.
+const MOST_PARTS: usize = 65_535;
+
+/// Parts of rows without a sum: a few rows for each thread.
+fn small_parts(rows: usize) -> Result<Parts> {
+    cut(rows, 128)
+}
+
+/// Parts of a sum over rows, with `blocks` beside each other; the number of both decides the bits of the sum.
+fn parts(rows: usize, blocks: u32) -> Result<Parts> {
+    // Up to here the sums of one part cost less than another launch that joins two.
+    const ROWS_AT_ONCE: usize = 512;
+    // Blocks that keep all processors of a large GPU busy, and parts that are soon joined.
+    const BLOCKS: usize = 512;
+    const PARTS: usize = 128;
+    if rows <= ROWS_AT_ONCE {
+        return cut(rows, ROWS_AT_ONCE);
+    }
+    let wanted = (BLOCKS / blocks.max(1) as usize).clamp(1, PARTS);
+    cut(rows, rows.div_ceil(wanted).max(128))
+}
+
+/// Parts of `rows_each`, or of more where there would be too many.
+fn cut(rows: usize, rows_each: usize) -> Result<Parts> {
+    let rows_each = rows_each
+        .max(rows.div_ceil(MOST_PARTS))
+        .clamp(1, rows.max(1));
     Ok(Parts {
-        count: count(OP, rows.div_ceil(per_part))?,
-        rows: count(OP, per_part)?,
+        count: count(OP, rows.div_ceil(rows_each).max(1))?,
+        rows: count(OP, rows_each)?,
     })
+}
+
+/// `Divisor` of kernels.cu: a number from 1 on and below 2^31.
+fn divisor(number: usize) -> [u32; 3] {
+    let number = number.clamp(1, i32::MAX as usize) as u64;
+    let shift = u64::from(number.next_power_of_two().trailing_zeros());
+    let multiplier = (((1 << shift) - number) << 32) / number + 1;
+    [number, multiplier, shift].map(|number| number as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_divide_by_multiplying() {
+        let powers = (0..31).flat_map(|shift| [1u64 << shift, (1 << shift) + 1, (2 << shift) - 1]);
+        for number in (1..2000).chain(powers) {
+            let [divisor, multiplier, shift] = divisor(number as usize).map(u64::from);
+            assert_eq!(divisor, number);
+            let near = (1..40).flat_map(|k| [k * number - 1, k * number, k * number + 1]);
+            let far = [
+                0,
+                12_345_678,
+                (1 << 31) - 2,
+                (1 << 31) - 1,
+                ((1 << 31) - 1) / number * number,
+            ];
+            for n in near.chain(far).filter(|&n| n < 1 << 31) {
+                let sum = (n * multiplier >> 32) + n;
+                assert!(sum < 1 << 32, "{n} by {number}");
+                assert_eq!(sum >> shift, n / number, "{n} by {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_cover_all_rows_and_none_is_empty() -> Result<()> {
+        for rows in (1..2000).chain([32_768, 524_288, 524_289, 8_388_608, 100_000_000]) {
+            for parts in [
+                small_parts(rows)?,
+                parts(rows, 1)?,
+                parts(rows, 33)?,
+                parts(rows, 9999)?,
+            ] {
+                let (count, each) = (parts.count as usize, parts.rows as usize);
+                assert!(
+                    count <= MOST_PARTS && count * each >= rows,
+                    "{rows}: {parts:?}"
+                );
+                assert!((count - 1) * each < rows, "{rows}: {parts:?}");
+            }
+        }
+        assert_eq!(parts(512, 4)?.count, 1);
+        assert_eq!(
+            parts(32_768, 8)?,
+            Parts {
+                count: 64,
+                rows: 512
+            }
+        );
+        assert_eq!(
+            parts(524_288, 4)?,
+            Parts {
+                count: 128,
+                rows: 4096
+            }
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn blocks_take_packs_that_divide_their_channels() {
+        assert_eq!(
+            [16, 24, 64, 96, 192].map(|channels| lanes(channels, 8)),
+            [1, 2, 3, 2, 3]
+        );
+        assert_eq!(
+            [4, 12, 33, 1].map(|channels| lanes(channels, 1)),
+            [2, 4, 5, 0]
+        );
+        assert_eq!(
+            [4, 16, 24, 32, 192].map(|channels| lanes(channels, 4)),
+            [0, 2, 1, 3, 3]
+        );
+    }
 }

@@ -3,7 +3,10 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use test_support::{devices, relative_error};
 
-use super::super::tests::{EPS, Example, Stem, composed, example, parameters, running, tensor};
+use super::super::tests::{
+    EPS, Example, ODD, Stem, WHOLE, composed, example, example_of_widths, parameters, running,
+    tensor,
+};
 use crate::cuda::{F32Math, Settings, set_settings};
 use crate::{ConvParameters, StaticGraphBuilder};
 
@@ -42,20 +45,24 @@ fn both_passes_equal_those_of_ordinary_operations() -> Result<()> {
     let Some(gpu) = gpu() else {
         return Ok(());
     };
-    for stem in [Stem::Bias, Stem::Norm, Stem::StridedNorm] {
+    for (widths, stem) in [ODD, WHOLE]
+        .into_iter()
+        .flat_map(|widths| [Stem::Bias, Stem::Norm, Stem::StridedNorm].map(|stem| (widths, stem)))
+    {
         for (batch, size) in SIZES {
             if stem != Stem::Bias && batch == 1 {
                 continue;
             }
             for ceil_mode in [false, true] {
-                let what = |of: &str| format!("{stem:?} {batch} {size:?} {ceil_mode}: {of}");
-                let exact = example::<f64>(stem, batch, size, ceil_mode);
+                let what =
+                    |of: &str| format!("{widths:?} {stem:?} {batch} {size:?} {ceil_mode}: {of}");
+                let exact = example_of_widths::<f64>(widths, stem, batch, size, ceil_mode);
                 let images = Var::from_tensor(&exact.images)?;
                 let expected = composed(stem, &images, &exact.parameters(), ceil_mode)?;
                 let upstream = tensor::<f64>("upstream", expected.dims(), 2.0);
                 let expected_gradients = (&expected * &upstream)?.sum_all()?.backward()?;
 
-                let example = example::<f32>(stem, batch, size, ceil_mode);
+                let example = example_of_widths::<f32>(widths, stem, batch, size, ceil_mode);
                 let vars = moved(&example, &gpu)?;
                 let on_gpu = example.images.to_device(&gpu)?;
                 let tracked = Var::from_tensor(&on_gpu)?;
@@ -185,11 +192,16 @@ fn bf16_is_as_near_as_ordinary_operations_come() -> Result<()> {
     let Some(gpu) = gpu() else {
         return Ok(());
     };
-    for stem in [Stem::Bias, Stem::Norm] {
-        let exact = example::<f64>(stem, 4, (17, 17), false);
+    for (widths, stem) in [
+        (ODD, Stem::Bias),
+        (ODD, Stem::Norm),
+        (WHOLE, Stem::Bias),
+        (WHOLE, Stem::Norm),
+    ] {
+        let exact = example_of_widths::<f64>(widths, stem, 4, (17, 17), false);
         let expected = composed(stem, &exact.images, &exact.parameters(), false)?;
         let expected_gradients = expected.sqr()?.sum_all()?.backward()?;
-        let example = example::<f32>(stem, 4, (17, 17), false);
+        let example = example_of_widths::<f32>(widths, stem, 4, (17, 17), false);
         let vars = moved(&example, &gpu)?;
         let images = example.images.to_dtype(DType::BF16)?.to_device(&gpu)?;
         // The parameters of batch norms stay f32, as ordinary operations have it.
