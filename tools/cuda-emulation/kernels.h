@@ -67,6 +67,7 @@ namespace training_source {
         PACKS(static_graph, static_graph_gradient_sums, true), PACKS(static_graph, static_graph_input_gradient, false), \
         PACKS(static_graph, static_graph_max_pool, false), PACKS(static_graph, static_graph_max_pool_gradient, false), \
         WHOLE(static_graph, static_graph_max_pool_3_1, false), WHOLE(static_graph, static_graph_max_pool_3_2, false),  \
+        WHOLE(static_graph, static_graph_gradient_sums_3_1, true), WHOLE(static_graph, static_graph_gradient_sums_3_2, true), \
         WHOLE(static_graph, static_graph_max_pool_gradient_3_1, false),                                                \
         WHOLE(static_graph, static_graph_max_pool_gradient_3_2, false), THREE(training, gather_normalized, false), THREE(training, count_correct, true), TWO(training, sgd, false),    \
         TWO(training, take_up, false)

@@ -10,7 +10,7 @@
 #define PRAGMA(TEXT) _Pragma(#TEXT)
 #define UNROLL(ROUNDS) PRAGMA(unroll ROUNDS)
 #else
-#define UNROLL(ROUNDS)
+#define UNROLL(ROUNDS) static_cast<void>(ROUNDS);
 #endif
 
 struct bf16 {

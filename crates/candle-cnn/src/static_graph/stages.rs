@@ -31,6 +31,13 @@ pub(super) struct Member {
     pub(super) channel: usize,
 }
 
+impl Stage {
+    /// Those of all its units.
+    pub(super) fn members(&self) -> impl Iterator<Item = &Member> {
+        self.units.iter().flat_map(|unit| &unit.members)
+    }
+}
+
 impl Unit {
     /// What the members have in common: input, kernel, stride and padding.
     pub(super) fn shape(&self) -> &Convolution {

@@ -168,6 +168,80 @@ template <typename T> static __device__ __forceinline__ void take_weights(const 
     }
 }
 
+// A number by which threads divide: n / divisor = (n·multiplier / 2^32 + n) / 2^shift for every n below 2^31.
+struct Divisor {
+    unsigned int divisor, multiplier, shift;
+
+    // The quotient; `n` becomes the rest.
+    __device__ unsigned int divide(unsigned int &n) const {
+        unsigned int quotient = (__umulhi(n, multiplier) + n) >> shift;
+        n -= quotient * divisor;
+        return quotient;
+    }
+};
+
+// Where in a map a thread's pack lies.
+struct Place {
+    unsigned int image, h, w, channel;
+
+    __device__ Place(unsigned int i, unsigned int pack, const Divisor &packs, const Divisor &width, const Divisor &height) {
+        unsigned int pixel = packs.divide(i);
+        channel = i * pack;
+        unsigned int line = width.divide(pixel);
+        w = pixel;
+        image = height.divide(line);
+        h = line;
+    }
+};
+
+// Windows along an axis that see position i: `count` from `first` on. K and S are their kernel and stride, where these are known.
+template <unsigned int K, unsigned int S> struct Seeing {
+    // Of windows that are not there `first + a` is beyond the output, or the place in it beyond the kernel.
+    static constexpr unsigned int MOST = K ? (K + S - 1) / S : 1;
+    const Axis &axis;
+    unsigned int i, first;
+
+    __device__ Seeing(const Axis &of, unsigned int position) : axis(of), i(position + of.padding) {
+        first = i < kernel() ? 0 : (i - kernel()) / (K ? S : axis.stride) + 1;
+    }
+    __device__ unsigned int kernel() const { return K ? K : axis.kernel; }
+    // The position's place in window `first + a`.
+    __device__ unsigned int place(unsigned int a) const { return i - (first + a) * (K ? S : axis.stride); }
+    __device__ bool has(unsigned int a) const { return first + a < axis.output && place(a) < kernel(); }
+    // How many `a` to ask for.
+    __device__ unsigned int most() const { return K ? MOST : axis.output - first; }
+};
+
+// sum += dy of the windows that a pack won, in their order. The pack is that of `seen` in an image whose first window is `image`,
+// of pixels of `channels`.
+template <typename T, unsigned int N, unsigned int K, unsigned int S>
+static __device__ __forceinline__ void add_windows(float (&sum)[N], const unsigned char *winners, const T *dy,
+                                                   const Seeing<K, S> &lines, const Seeing<K, S> &columns,
+                                                   unsigned int image, unsigned int channels) {
+    constexpr unsigned int MOST = Seeing<K, S>::MOST;
+    UNROLL(MOST)
+    for (unsigned int a = 0; a < lines.most(); a++) {
+        if (!lines.has(a)) {
+            break;
+        }
+        UNROLL(MOST)
+        for (unsigned int b = 0; b < columns.most(); b++) {
+            if (!columns.has(b)) {
+                break;
+            }
+            unsigned int window = image + (lines.first + a) * columns.axis.output + columns.first + b;
+            unsigned int place = lines.place(a) * columns.kernel() + columns.place(b);
+            auto won = load_pack<Winners<N>>(&winners[window * channels]);
+            auto gradient = load_pack<Pack<T, N>>(&dy[window * channels]);
+            for (unsigned int k = 0; k < N; k++) {
+                if (won.is(k, place)) {
+                    sum[k] += gradient.at(k);
+                }
+            }
+        }
+    }
+}
+
 #define SEGMENTS 8
 
 enum : unsigned int { BIAS, BATCH, RUNNING };
@@ -178,7 +252,11 @@ template <typename T> struct Segment {
     T *raw;
     // (rows, map_width) likewise: what comes of them.
     T *map;
+    // Null where all of it comes of `pooled`.
     const T *gradient;
+    // The gradient of a pooling of the map and its winners, which are added to the gradient; null where there is none.
+    const T *pooled;
+    const unsigned char *winners;
     // A number for each channel. `deviation` is 1/σ of the batch, or the running variance.
     const float *weight, *bias, *mean, *deviation;
     unsigned int channels, raw_width, map_width;
@@ -193,6 +271,9 @@ template <typename T> struct Segment {
 template <typename T> struct Segments {
     Segment<T> of[SEGMENTS];
     unsigned int end[SEGMENTS], rows, channels;
+    // Of the poolings, and of the map's pixels.
+    Axis h, w;
+    Divisor width, height;
 };
 
 // What follows a convolution at the channels of a pack.
@@ -406,45 +487,60 @@ static __device__ __forceinline__ void join_moments(const Segments<T> &all, cons
 }
 
 // sums[0][part][channel] = Σ g, sums[1][part][channel] = Σ g·x̂, where g is the gradient before the ReLU. Behind a bias there
-// is no x̂, and `raw` becomes g. Of a single part these are the sums of all.
-template <typename T, unsigned int N>
+// is no x̂ and no sums[1], and `raw` becomes g. Of a single part these are the sums of all. Poolings are those of maps behind a
+// bias, with windows of K pixels to a side, S apart; with 0 there are none.
+template <typename T, unsigned int N, unsigned int K, unsigned int S>
 static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, float *sums, unsigned int per_part) {
+    // Windows are loads enough.
+    constexpr unsigned int AT_ONCE = K ? 1 : ROWS;
     __shared__ float shared[N][THREADS];
     Column<T, N> at(all, blockIdx.x, per_part);
     const Segment<T> &s = at.segment;
+    bool bias = K || s.kind == BIAS;
     float plain[N], with_x[N];
     for (unsigned int k = 0; k < N; k++) {
         plain[k] = with_x[k] = 0;
     }
     if (at.inside) {
         Follows<N> follows(s, at.channel);
-        bool bias = s.kind == BIAS;
         const T *by = bias ? s.map : s.raw;
         unsigned int width = bias ? s.map_width : s.raw_width;
-        for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
-            Pack<T, N> dy[ROWS], of[ROWS];
-            for (unsigned int j = 0; j < ROWS; j++) {
+        for (unsigned int row = at.row; row < at.end; row += AT_ONCE * at.step) {
+            Pack<T, N> dy[AT_ONCE] = {}, of[AT_ONCE];
+            for (unsigned int j = 0; j < AT_ONCE; j++) {
                 unsigned int r = row + j * at.step;
                 if (r < at.end) {
-                    dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
+                    if (!K || s.gradient) {
+                        dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
+                    }
                     of[j] = load_pack<Pack<T, N>>(&by[r * width + at.channel]);
                 }
             }
-            for (unsigned int j = 0; j < ROWS; j++) {
+            for (unsigned int j = 0; j < AT_ONCE; j++) {
                 unsigned int r = row + j * at.step;
                 if (r >= at.end) {
                     break;
                 }
+                float gradient[N];
                 for (unsigned int k = 0; k < N; k++) {
-                    float number = of[j].at(k), gradient = dy[j].at(k);
+                    gradient[k] = dy[j].at(k);
+                }
+                if (K && s.pooled) {
+                    unsigned int column = r, line = all.width.divide(column), image = all.height.divide(line);
+                    Seeing<K, S> lines(all.h, line), columns(all.w, column);
+                    add_windows<T, N, K, S>(gradient, s.winners + at.channel, s.pooled + at.channel, lines, columns,
+                                            image * all.h.output * all.w.output, s.map_width);
+                }
+                for (unsigned int k = 0; k < N; k++) {
+                    float number = of[j].at(k);
                     if (bias) {
-                        gradient = keep_positive(gradient, number);
-                        dy[j].put(k, gradient);
+                        gradient[k] = keep_positive(gradient[k], number);
+                        K ? dy[j].set(k, gradient[k]) : dy[j].put(k, gradient[k]);
                     } else {
-                        gradient = keep_positive(gradient, follows.value(k, number));
-                        with_x[k] += gradient * ((number - follows.mean[k]) * follows.inverse_std[k]);
+                        gradient[k] = keep_positive(gradient[k], follows.value(k, number));
+                        with_x[k] += gradient[k] * ((number - follows.mean[k]) * follows.inverse_std[k]);
                     }
-                    plain[k] += gradient;
+                    plain[k] += gradient[k];
                 }
                 if (bias) {
                     store_pack(&s.raw[r * s.raw_width + at.channel], dy[j]);
@@ -452,34 +548,45 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
             }
         }
     }
+    unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
     column_sums<N>(plain, shared, s.lanes);
-    column_sums<N>(with_x, shared, s.lanes);
-    if (at.first()) {
-        unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
-        for (unsigned int k = 0; k < N; k++) {
-            sums[to + k] = plain[k];
+    for (unsigned int k = 0; at.first() && k < N; k++) {
+        sums[to + k] = plain[k];
+    }
+    if (!bias) {
+        column_sums<N>(with_x, shared, s.lanes);
+        for (unsigned int k = 0; at.first() && k < N; k++) {
             sums[gridDim.y * all.channels + to + k] = with_x[k];
         }
     }
 }
 
-// joined[0][channel], joined[1][channel] = the sums over the parts.
-static __device__ __forceinline__ void join_sums(const float *sums, float *joined, unsigned int channels, unsigned int parts) {
+#define JOINS 64
+
+// Sums (parts, channels), some at a time, and where the sums of all parts go. Number j has the blocks before `end[j]`, of
+// JOINED channels each.
+struct Joins {
+    const float *sums[JOINS];
+    float *joined[JOINS];
+    unsigned int channels[JOINS], parts[JOINS], end[JOINS];
+};
+
+// joined[channel] = the sum over the parts.
+static __device__ __forceinline__ void join_sums(const Joins &all) {
     __shared__ double shared[THREADS];
-    unsigned int channel = blockIdx.x * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED;
-    double plain = 0, with_x = 0;
+    unsigned int block = blockIdx.x, j = entry_of(all.end, block);
+    unsigned int channel = block * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED, channels = all.channels[j];
+    const float *sums = all.sums[j];
+    double sum = 0;
     if (channel < channels) {
         UNROLL(4)
-        for (unsigned int part = first; part < parts; part += JOINING) {
-            plain += sums[part * channels + channel];
-            with_x += sums[(parts + part) * channels + channel];
+        for (unsigned int part = first; part < all.parts[j]; part += JOINING) {
+            sum += sums[part * channels + channel];
         }
     }
-    plain = joined_sum(plain, shared);
-    with_x = joined_sum(with_x, shared);
+    sum = joined_sum(sum, shared);
     if (channel < channels && first == 0) {
-        joined[channel] = static_cast<float>(plain);
-        joined[channels + channel] = static_cast<float>(with_x);
+        all.joined[j][channel] = static_cast<float>(sum);
     }
 }
 
@@ -524,36 +631,10 @@ static __device__ __forceinline__ void input_gradient(const Segments<T> &all, co
     }
 }
 
-// A number by which threads divide: n / divisor = (n·multiplier / 2^32 + n) / 2^shift for every n below 2^31.
-struct Divisor {
-    unsigned int divisor, multiplier, shift;
-
-    // The quotient; `n` becomes the rest.
-    __device__ unsigned int divide(unsigned int &n) const {
-        unsigned int quotient = (__umulhi(n, multiplier) + n) >> shift;
-        n -= quotient * divisor;
-        return quotient;
-    }
-};
-
-// Where in a map a thread's pack lies.
-struct Place {
-    unsigned int image, h, w, channel;
-
-    __device__ Place(unsigned int i, unsigned int pack, const Divisor &packs, const Divisor &width, const Divisor &height) {
-        unsigned int pixel = packs.divide(i);
-        channel = i * pack;
-        unsigned int line = width.divide(pixel);
-        w = pixel;
-        image = height.divide(line);
-        h = line;
-    }
-};
-
 // The largest numbers that were seen so far and their places: the first of equals, or the last NaN.
 template <unsigned int N> struct Best {
-    float of[N];
-    unsigned int place[N];
+    float of[N] = {};
+    unsigned int place[N] = {};
 
     __device__ void see(unsigned int k, float value, unsigned int at, bool first) {
         bool wins = first || value > of[k] || value != value;
@@ -659,24 +740,6 @@ static __device__ __forceinline__ void max_pool_3(const T *x, T *y, unsigned cha
     }
 }
 
-// Windows along an axis that see position i: `count` from `first` on. K and S are their kernel and stride, where these are known.
-template <unsigned int K, unsigned int S> struct Seeing {
-    // Of windows that are not there `first + a` is beyond the output, or the place in it beyond the kernel.
-    static constexpr unsigned int MOST = K ? (K + S - 1) / S : 1;
-    const Axis &axis;
-    unsigned int i, first;
-
-    __device__ Seeing(const Axis &of, unsigned int position) : axis(of), i(position + of.padding) {
-        first = i < kernel() ? 0 : (i - kernel()) / (K ? S : axis.stride) + 1;
-    }
-    __device__ unsigned int kernel() const { return K ? K : axis.kernel; }
-    // The position's place in window `first + a`.
-    __device__ unsigned int place(unsigned int a) const { return i - (first + a) * (K ? S : axis.stride); }
-    __device__ bool has(unsigned int a) const { return first + a < axis.output && place(a) < kernel(); }
-    // How many `a` to ask for.
-    __device__ unsigned int most() const { return K ? MOST : axis.output - first; }
-};
-
 // dx of a number = the sum of dy over the windows that it won, in their order; with `add`, more than what is there. A thread a
 // pack; `packs` of a pixel, and pixels of the input, divide.
 template <typename T, unsigned int N, unsigned int K, unsigned int S>
@@ -700,28 +763,7 @@ static __device__ __forceinline__ void max_pool_gradient(const unsigned char *wi
             sum[k] = before.at(k);
         }
     }
-    constexpr unsigned int MOST = Seeing<K, S>::MOST;
-    UNROLL(MOST)
-    for (unsigned int a = 0; a < lines.most(); a++) {
-        if (!lines.has(a)) {
-            break;
-        }
-        UNROLL(MOST)
-        for (unsigned int b = 0; b < columns.most(); b++) {
-            if (!columns.has(b)) {
-                break;
-            }
-            unsigned int window = (at.image * h.output + lines.first + a) * w.output + columns.first + b;
-            unsigned int place = lines.place(a) * columns.kernel() + columns.place(b);
-            auto won = load_pack<Winners<N>>(&winners[window * channels + at.channel]);
-            auto gradient = load_pack<Pack<T, N>>(&dy[window * channels + at.channel]);
-            for (unsigned int k = 0; k < N; k++) {
-                if (won.is(k, place)) {
-                    sum[k] += gradient.at(k);
-                }
-            }
-        }
-    }
+    add_windows<T, N, K, S>(sum, winners + at.channel, dy + at.channel, lines, columns, at.image * h.output * w.output, channels);
     Pack<T, N> sums = {};
     for (unsigned int k = 0; k < N; k++) {
         sums.set(k, sum[k]);
@@ -791,14 +833,17 @@ static __device__ __forceinline__ void spread(const float *features, T *map, uns
                                                            float *statistics, unsigned int per_part) {                 \
         moments<T, N>(all, means, squares, statistics, per_part);                                                      \
     }                                                                                                                  \
-    extern "C" __global__ void static_graph_gradient_sums_##NAME(Segments<T> all, float *sums, unsigned int per_part) {\
-        gradient_sums<T, N>(all, sums, per_part);                                                                      \
-    }                                                                                                                  \
+    GRADIENT_SUMS(NAME, T, N, 0, 1)                                                                                    \
     extern "C" __global__ void static_graph_input_gradient_##NAME(Segments<T> all, const float *joined, float share,   \
                                                                   unsigned int per_part) {                             \
         input_gradient<T, N>(all, joined, share, per_part);                                                            \
     }                                                                                                                  \
     POOLINGS(NAME, T, N, (max_pool<T, N>), 0, 1)
+
+#define GRADIENT_SUMS(NAME, T, N, K, S)                                                                                \
+    extern "C" __global__ void static_graph_gradient_sums_##NAME(Segments<T> all, float *sums, unsigned int per_part) {\
+        gradient_sums<T, N, K, S>(all, sums, per_part);                                                                \
+    }
 
 #define POOLINGS(NAME, T, N, POOL, K, S)                                                                               \
     extern "C" __global__ void static_graph_max_pool_##NAME(const T *x, T *y, unsigned char *winners, Axis h, Axis w,  \
@@ -818,11 +863,14 @@ OF_PACKS(1_f32, float, 1)
 OF_PACKS(1_bf16, bf16, 1)
 OF_PACKS(4_f32, float, 4)
 OF_PACKS(8_bf16, bf16, 8)
-POOLINGS(3_1_4_f32, float, 4, (max_pool_3<float, 4, 1, 2>), 3, 1)
-POOLINGS(3_1_8_bf16, bf16, 8, (max_pool_3<bf16, 8, 1, 2>), 3, 1)
-POOLINGS(3_2_4_f32, float, 4, (max_pool_3<float, 4, 2, 1>), 3, 2)
-POOLINGS(3_2_8_bf16, bf16, 8, (max_pool_3<bf16, 8, 2, 1>), 3, 2)
+// Windows of 3x3 pixels.
+#define OF_WINDOWS(NAME, T, N, S, LINES)                                                                               \
+    GRADIENT_SUMS(NAME, T, N, 3, S)                                                                                    \
+    POOLINGS(NAME, T, N, (max_pool_3<T, N, S, LINES>), 3, S)
 
-extern "C" __global__ void static_graph_join_sums_f32(const float *sums, float *joined, unsigned int channels, unsigned int parts) {
-    join_sums(sums, joined, channels, parts);
-}
+OF_WINDOWS(3_1_4_f32, float, 4, 1, 2)
+OF_WINDOWS(3_1_8_bf16, bf16, 8, 1, 2)
+OF_WINDOWS(3_2_4_f32, float, 4, 2, 1)
+OF_WINDOWS(3_2_8_bf16, bf16, 8, 2, 1)
+
+extern "C" __global__ void static_graph_join_sums_f32(Joins all) { join_sums(all); }

@@ -11,9 +11,7 @@ use candle_core::{CudaStorage, DType, Result};
 
 use super::super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{
-    Launch, MOST_IN_TABLE, Operand, THREADS, alloc, axis, count, start, suffix,
-};
+use crate::cuda::launch::{Launch, MOST_IN_TABLE, Operand, alloc, axis, count, start, suffix};
 use crate::window::Axis;
 
 const SOURCE: Source = Source {
@@ -25,6 +23,7 @@ const SOURCE: Source = Source {
 const WEIGHTS: usize = 64;
 const LAID: usize = 2304;
 const JOINED: u32 = 32;
+const JOINS: usize = 64;
 pub(super) const SEGMENTS: usize = 8;
 
 /// How the tensors of a member follow its convolution.
@@ -43,6 +42,8 @@ pub(super) struct Segment {
     pub(super) raw: CUdeviceptr,
     pub(super) map: CUdeviceptr,
     pub(super) gradient: CUdeviceptr,
+    pub(super) pooled: CUdeviceptr,
+    pub(super) winners: CUdeviceptr,
     pub(super) weight: CUdeviceptr,
     pub(super) bias: CUdeviceptr,
     pub(super) mean: CUdeviceptr,
@@ -62,6 +63,8 @@ impl Segment {
         raw: 0,
         map: 0,
         gradient: 0,
+        pooled: 0,
+        winners: 0,
         weight: 0,
         bias: 0,
         mean: 0,
@@ -82,6 +85,10 @@ struct Segments {
     end: [u32; SEGMENTS],
     rows: u32,
     channels: u32,
+    h: [u32; 5],
+    w: [u32; 5],
+    width: [u32; 3],
+    height: [u32; 3],
 }
 
 // SAFETY: plain numbers, laid out as kernels.cu has them.
@@ -133,6 +140,28 @@ pub(super) struct Launches {
     pub(super) device: CudaDevice,
     pub(super) dtype: DType,
     stream: Arc<CudaStream>,
+}
+
+/// `Joins` of kernels.cu.
+#[repr(C)]
+struct Joins {
+    sums: [CUdeviceptr; JOINS],
+    joined: [CUdeviceptr; JOINS],
+    channels: [u32; JOINS],
+    parts: [u32; JOINS],
+    end: [u32; JOINS],
+}
+
+// SAFETY: plain numbers, laid out as kernels.cu has them, without padding.
+unsafe impl DeviceRepr for Joins {}
+const _: () = assert!(size_of::<Joins>() <= MOST_IN_TABLE);
+
+/// Sums of each channel over the parts of a map's rows: (kinds of sums, parts, channels) of f32.
+pub(super) struct Sums {
+    storage: CudaStorage,
+    kinds: usize,
+    parts: usize,
+    channels: usize,
 }
 
 /// The rows of segments, cut into parts.
@@ -313,32 +342,91 @@ impl Launches {
         Ok(statistics)
     }
 
-    /// The gradients of bias and weight of what follows, (2, channels); `raw` of a bias becomes its gradient.
-    pub(super) fn gradient_sums(&self, segments: &[Segment], rows: usize) -> Result<CudaStorage> {
-        let columns = columns(segments, rows, self.dtype)?;
-        let parts = parts(rows, columns.blocks)?;
-        let channels = columns.table.channels;
-        let mut sums = self.room_of(DType::F32, 2 * channels as usize * parts.count as usize)?;
-        let launch = self
-            .launch(&format!("gradient_sums_{}", columns.pack))?
-            .write(&mut sums)?
-            .number(parts.rows);
-        // SAFETY: the arguments of `gradient_sums`; sums are (2, parts, channels), and no part is empty.
-        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
-        if parts.count == 1 {
-            return Ok(sums);
+    /// The gradients of the bias and, behind batch norms, the weight of what follows, in parts; `raw` of a bias becomes its
+    /// gradient. Segments that say so add the gradient of their map's pooling with these windows, which [`Self::can_add`].
+    pub(super) fn gradient_sums(
+        &self,
+        segments: &[Segment],
+        rows: usize,
+        pooling: Option<(&Axis, &Axis)>,
+    ) -> Result<Sums> {
+        let mut columns = columns(segments, rows, self.dtype)?;
+        let mut name = format!("gradient_sums_{}", columns.pack);
+        if let Some((h, w)) = pooling {
+            let table = &mut columns.table;
+            (table.h, table.w) = (axis(OP, h)?, axis(OP, w)?);
+            (table.height, table.width) = (divisor(h.input), divisor(w.input));
+            name = format!("gradient_sums_3_{}_{}", h.stride, columns.pack);
         }
-        let mut joined = self.room_of(DType::F32, 2 * channels as usize)?;
-        let name = "static_graph_join_sums_f32";
-        let launch = Launch::new(OP, &self.device, &self.stream, &SOURCE, name)?
-            .read_all(&sums)?
-            .write(&mut joined)?
-            .number(channels)
-            .number(parts.count);
-        let blocks = channels.div_ceil(JOINED);
-        // SAFETY: the arguments of `join_sums`; joined is (2, channels).
-        unsafe { launch.run_blocks((blocks, 1), None::<&u8>) }?;
-        Ok(joined)
+        let parts = parts(rows, columns.blocks)?;
+        let plain = segments.iter().all(|s| s.kind == Kind::Bias);
+        let kinds = if plain { 1 } else { 2 };
+        let (count, channels) = (parts.count as usize, columns.table.channels as usize);
+        let mut storage = self.room_of(DType::F32, kinds * count * channels)?;
+        let launch = self.launch(&name)?.write(&mut storage)?.number(parts.rows);
+        // SAFETY: the arguments of `gradient_sums`; sums are (kinds, parts, channels), and no part is empty.
+        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
+        Ok(Sums {
+            storage,
+            kinds,
+            parts: count,
+            channels,
+        })
+    }
+
+    /// Whether [`Self::gradient_sums`] can add the gradient of this pooling where segments have these widths.
+    pub(super) fn can_add(&self, (h, w): (&Axis, &Axis), widths: [usize; 2]) -> bool {
+        let pack = whole_pack(self.dtype);
+        let known = Windows::of(h, w, pack, self.dtype).known;
+        known.is_some() && widths.iter().all(|width| width.is_multiple_of(pack))
+    }
+
+    /// The sums over all parts, (kinds of sums, channels) each.
+    pub(super) fn join(&self, all: Vec<Sums>) -> Result<Vec<CudaStorage>> {
+        let mut joined = Vec::with_capacity(all.len());
+        let mut entries = Vec::new();
+        for sums in &all {
+            joined.push(match sums.parts {
+                1 => None,
+                _ => {
+                    let storage = self.room_of(DType::F32, sums.kinds * sums.channels)?;
+                    for kind in 0..sums.kinds {
+                        let from = self.at(&sums.storage, kind * sums.parts * sums.channels)?;
+                        let to = self.at(&storage, kind * sums.channels)?;
+                        entries.push((sums, from, to));
+                    }
+                    Some(storage)
+                }
+            });
+        }
+        for entries in entries.chunks(JOINS) {
+            let mut table = Joins {
+                sums: [0; JOINS],
+                joined: [0; JOINS],
+                channels: [0; JOINS],
+                parts: [0; JOINS],
+                end: [0; JOINS],
+            };
+            let mut blocks = 0u32;
+            for (i, &(sums, from, to)) in entries.iter().enumerate() {
+                table.sums[i] = from;
+                table.joined[i] = to;
+                table.channels[i] = sums.channels as u32;
+                table.parts[i] = sums.parts as u32;
+                blocks += table.channels[i].div_ceil(JOINED);
+                table.end[i] = blocks;
+            }
+            let name = "static_graph_join_sums_f32";
+            let launch = Launch::new(OP, &self.device, &self.stream, &SOURCE, name)?;
+            // SAFETY: the arguments of `join_sums`; each entry is (parts, channels), and has room for (channels).
+            unsafe { launch.run_blocks((blocks, 1), Some(&table)) }?;
+        }
+        let of_one_part = all.into_iter().map(|sums| sums.storage);
+        Ok(joined
+            .into_iter()
+            .zip(of_one_part)
+            .map(|(joined, only)| joined.unwrap_or(only))
+            .collect())
     }
 
     /// `raw` of batch norms becomes its gradient.
@@ -513,7 +601,7 @@ fn pack(segments: &[Segment], dtype: DType) -> u32 {
     let pack = whole_pack(dtype) as u32;
     let fits = |s: &Segment| {
         let widths = [s.channels, s.raw_width, s.map_width];
-        let addresses = [s.raw, s.map, s.gradient];
+        let addresses = [s.raw, s.map, s.gradient, s.pooled];
         widths.iter().all(|width| width.is_multiple_of(pack))
             && addresses.iter().all(|address| address.is_multiple_of(16))
     };
@@ -540,6 +628,10 @@ fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
         end: [0; SEGMENTS],
         rows: count(OP, rows)?,
         channels: 0,
+        h: [0; 5],
+        w: [0; 5],
+        width: [0; 3],
+        height: [0; 3],
     };
     let mut blocks = 0u32;
     for (i, segment) in segments.iter().enumerate() {

@@ -19,7 +19,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
-use self::launches::{Kind, Launches, SEGMENTS, Segment, Way, Weight};
+use self::launches::{Kind, Launches, SEGMENTS, Segment, Sums, Way, Weight};
 use super::stages::{Member, Stage, Unit, stages};
 use super::{
     ConvParameters, Gradients, GraphOutput, Inner, MaxPool, OP, Operation, StaticGraph, Token, lock,
@@ -30,6 +30,7 @@ use crate::conv2d::{ChannelsLast, Conv2dConfig, Conv2dGeometry, Pass, channels_l
 use crate::cuda::lanes::side_by_side;
 use crate::cuda::launch::{Held, Operand, address, tensor};
 use crate::error::OpError;
+use crate::window::Axis;
 
 /// Channels of the images' pixels are made a multiple of so many bytes, which tensor cores want; the network's own widths
 /// are taken as they are.
@@ -241,6 +242,13 @@ struct Output {
     kept: Option<Kept>,
 }
 
+/// A pooling's part of a map's gradient that was not added yet.
+struct Late {
+    operation: usize,
+    winners: CudaStorage,
+    dy: CudaStorage,
+}
+
 /// Members of a stage's units that one launch does the like work for, by their numbers there.
 struct Chunk {
     members: Vec<(usize, usize)>,
@@ -391,6 +399,10 @@ impl<'a> GraphPass<'a> {
         let uses = self.uses();
         let d_weights = self.room(self.weights)?;
         let mut d_follows: Vec<Vec<Tensor>> = vec![Vec::new(); self.run.parameters.len()];
+        // Of biases, whose gradients nobody waits for: joined at the end.
+        let mut of_biases: Vec<(Sums, Vec<(usize, Segment)>)> = Vec::new();
+        // Of maps: a pooling's part of their gradient, which is added where the gradient is read.
+        let mut late: Vec<Option<Late>> = graph.nodes.iter().map(|_| None).collect();
         let mut gradients: Vec<Option<CudaStorage>> = graph.nodes.iter().map(|_| None).collect();
         if needed[graph.output] {
             let output = &graph.nodes[graph.output];
@@ -416,22 +428,26 @@ impl<'a> GraphPass<'a> {
                 }
                 let maps = Some(&gradients);
                 let mut segments = self.segments(stage, chunk, &raws, &kept.nodes, maps)?;
+                let pooling = self.point_to_late(stage, chunk, &late, &mut segments)?;
                 if let Some(moments) = &kept.statistics[index][number] {
                     self.point_to(moments, &mut segments)?;
                 }
-                let joined = self.launches.gradient_sums(&segments, chunk.rows)?;
-                if chunk.kind == Kind::Batch {
-                    self.launches
-                        .input_gradient(&segments, chunk.rows, &joined)?;
+                let sums = self
+                    .launches
+                    .gradient_sums(&segments, chunk.rows, pooling)?;
+                let number = |&(u, m): &(usize, usize)| stage.units[u].members[m].number;
+                let members = chunk.members.iter().map(number);
+                if chunk.kind != Kind::Batch {
+                    of_biases.push((sums, members.zip(segments).collect()));
+                    continue;
                 }
+                let joined = self.launches.join(vec![sums])?.remove(0);
+                self.launches
+                    .input_gradient(&segments, chunk.rows, &joined)?;
                 let joined = tensor(joined, (2, all_channels(&segments)));
-                for (segment, &(u, m)) in segments.iter().zip(&chunk.members) {
-                    let d_bias = row_of(&joined, 0, segment)?;
-                    let d_weight = row_of(&joined, 1, segment)?;
-                    d_follows[stage.units[u].members[m].number] = match chunk.kind {
-                        Kind::Batch => vec![d_weight, d_bias],
-                        _ => vec![d_bias],
-                    };
+                for (number, segment) in members.zip(&segments) {
+                    d_follows[number] =
+                        vec![row_of(&joined, 1, segment)?, row_of(&joined, 0, segment)?];
                 }
             }
             // One task for each gradient of weights, and one for each of a map: what adds up there takes turns.
@@ -470,6 +486,12 @@ impl<'a> GraphPass<'a> {
             };
             side_by_side(&self.launches.device, &tasks, run, None)?;
             drop(raws);
+            // Read for the last time, and in nobody's way any more.
+            for (late, uses) in late.iter_mut().zip(&uses) {
+                if uses.first_write == Some(index) {
+                    *late = None;
+                }
+            }
             for &operation in &stage.pools {
                 let p = self.pool(operation)?;
                 let winners = kept.winners[operation].take();
@@ -478,6 +500,14 @@ impl<'a> GraphPass<'a> {
                 else {
                     continue;
                 };
+                if late[p.input].is_none() && self.can_wait(p, &late)? {
+                    late[p.input] = Some(Late {
+                        operation,
+                        winners,
+                        dy,
+                    });
+                    continue;
+                }
                 let add = gradients[p.input].is_some();
                 let mut dx = match gradients[p.input].take() {
                     Some(dx) => dx,
@@ -490,11 +520,18 @@ impl<'a> GraphPass<'a> {
                 gradients[p.input] = Some(dx);
             }
             // Nobody before this stage has written them, and all their readers come after it.
-            let maps = kept.nodes.iter_mut().zip(&mut gradients);
-            for (node, (map, gradient)) in maps.enumerate() {
+            for node in 0..graph.nodes.len() {
                 if uses[node].first_write == Some(index) {
-                    (*map, *gradient) = (None, None);
+                    (kept.nodes[node], gradients[node]) = (None, None);
                 }
+            }
+        }
+        let (sums, members): (Vec<_>, Vec<_>) = of_biases.into_iter().unzip();
+        for (joined, members) in self.launches.join(sums)?.into_iter().zip(members) {
+            let channels: u32 = members.iter().map(|(_, segment)| segment.channels).sum();
+            let joined = tensor(joined, (1, channels as usize));
+            for (number, segment) in members {
+                d_follows[number] = vec![row_of(&joined, 0, &segment)?];
             }
         }
         let d_images = match gradients[0].take() {
@@ -668,8 +705,8 @@ impl<'a> GraphPass<'a> {
             let mut segment = Segment {
                 raw: at(map_of(raws, u)?, member.channel)?,
                 map: at(map_of(nodes, buffer)?, channel)?,
-                gradient: match gradients {
-                    Some(gradients) => at(map_of(gradients, buffer)?, channel)?,
+                gradient: match gradients.and_then(|gradients| gradients[buffer].as_ref()) {
+                    Some(gradient) => at(gradient, channel)?,
                     None => 0,
                 },
                 channels: c.c_out as u32,
@@ -695,6 +732,63 @@ impl<'a> GraphPass<'a> {
             segments.push(segment);
         }
         Ok(segments)
+    }
+
+    /// Whether a pooling's part of its input's gradient can wait until that is read: by biases alone, in launches that take whole
+    /// packs and have no other windows.
+    fn can_wait(&self, p: &MaxPool, late: &[Option<Late>]) -> Result<bool> {
+        let writes = |m: &Member| self.graph.place(m.convolution.output).0 == p.input;
+        let stages = || {
+            self.stages
+                .iter()
+                .filter(|stage| stage.members().any(writes))
+        };
+        let whole = |m: &Member| {
+            let widths = [
+                m.convolution.c_out,
+                self.width(self.graph.place(m.convolution.output).0),
+            ];
+            self.launches.can_add((&p.h, &p.w), widths)
+        };
+        for late in late.iter().flatten() {
+            let other = self.pool(late.operation)?;
+            if (&other.h, &other.w) != (&p.h, &p.w) {
+                return Ok(false);
+            }
+        }
+        let poolings = self.stages.iter().flat_map(|s| &s.pools);
+        let mut outputs = poolings.map(|&o| self.graph.operations[o].output());
+        Ok(p.input != 0
+            && outputs.all(|output| output != p.input)
+            && stages().flat_map(Stage::members).all(whole)
+            && stages()
+                .flat_map(Stage::members)
+                .filter(|m| writes(m))
+                .all(|m| self.kind(m) == Kind::Bias))
+    }
+
+    /// Gives segments the poolings whose gradient waits for them, and says what their windows are.
+    fn point_to_late(
+        &self,
+        stage: &Stage,
+        chunk: &Chunk,
+        late: &[Option<Late>],
+        segments: &mut [Segment],
+    ) -> Result<Option<(&Axis, &Axis)>> {
+        let mut windows = None;
+        for (segment, &(u, m)) in segments.iter_mut().zip(&chunk.members) {
+            let output = stage.units[u].members[m].convolution.output;
+            let (buffer, channel) = self.graph.place(output);
+            if let Some(late) = &late[buffer] {
+                segment.pooled = self.launches.at(&late.dy, channel)?;
+                segment.winners = self.launches.at(&late.winners, channel)?;
+                let p = self.pool(late.operation)?;
+                windows = Some((&p.h, &p.w));
+            } else if segment.gradient == 0 {
+                return Err(missing());
+            }
+        }
+        Ok(windows)
     }
 
     /// Gives segments their part of statistics (3, channels).
@@ -757,8 +851,9 @@ impl<'a> GraphPass<'a> {
     fn uses(&self) -> Vec<Uses> {
         let mut uses = vec![Uses::default(); self.graph.nodes.len()];
         for (index, stage) in self.stages.iter().enumerate() {
-            let members = stage.units.iter().flat_map(|unit| &unit.members);
-            let of_members = members.map(|m| (m.convolution.input, m.convolution.output));
+            let of_members = stage
+                .members()
+                .map(|m| (m.convolution.input, m.convolution.output));
             let operations = stage.pools.iter().map(|&p| &self.graph.operations[p]);
             let of_pools = operations.map(|o| (o.input(), o.output()));
             for (input, output) in of_members.chain(of_pools) {

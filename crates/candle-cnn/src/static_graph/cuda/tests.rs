@@ -8,7 +8,7 @@ use super::super::tests::{
     tensor,
 };
 use crate::cuda::{F32Math, Settings, set_settings};
-use crate::{ConvParameters, StaticGraphBuilder};
+use crate::{ConvParameters, MaxPool2dConfig, StaticGraphBuilder};
 
 /// The GPU, where it computes exactly and the same each time, as in all tests of this library.
 fn gpu() -> Option<Device> {
@@ -244,6 +244,80 @@ fn bf16_is_as_near_as_ordinary_operations_come() -> Result<()> {
                 "{stem:?} {what}: {actual:.1e}, ordinary operations {ordinary:.1e}"
             );
         }
+    }
+    Ok(())
+}
+
+/// Poolings whose gradient waits until their map's is read: with other windows beside them, of one map twice, and of a map
+/// that is read besides.
+#[test]
+fn gradients_of_poolings_add_up_where_they_are_read() -> Result<()> {
+    let Some(gpu) = gpu() else {
+        return Ok(());
+    };
+    let mut b = StaticGraphBuilder::new(3, (9, 10));
+    let by_one = MaxPool2dConfig::square(3, 1, 1);
+    let by_two = MaxPool2dConfig::square(3, 2, 1);
+    let stem = b.conv2d_relu(b.input(), 16, 3, 1)?;
+    let [one, other, third] = [32, 16, 8].map(|c_out| b.conv2d_relu(stem, c_out, 1, 0));
+    let (one, other, third) = (one?, other?, third?);
+    let both = b.concat(&[one, other])?;
+    // In this order, so that the first of each map have different windows.
+    let half = b.max_pool2d(both, by_two)?;
+    let whole = b.max_pool2d(third, by_one)?;
+    let (halves, wholes) = (
+        [half, b.max_pool2d(third, by_two)?],
+        [b.max_pool2d(both, by_one)?, whole],
+    );
+    let mut branches = Vec::new();
+    for half in halves {
+        branches.push(b.conv2d_relu(half, 16, 1, 0)?);
+    }
+    for whole in wholes.into_iter().chain([both]) {
+        let x = b.conv2d_relu(whole, 8, 1, 0)?;
+        let x = b.max_pool2d(x, by_two)?;
+        branches.push(b.conv2d_relu(x, 16, 3, 1)?);
+    }
+    let x = b.concat(&branches)?;
+    let graph = b.global_avg_pool2d(x)?;
+    let shapes: [[usize; 4]; 12] = [
+        [16, 3, 3, 3],
+        [32, 16, 1, 1],
+        [16, 16, 1, 1],
+        [8, 16, 1, 1],
+        [16, 48, 1, 1],
+        [16, 8, 1, 1],
+        [8, 48, 1, 1],
+        [16, 8, 3, 3],
+        [8, 8, 1, 1],
+        [16, 8, 3, 3],
+        [8, 48, 1, 1],
+        [16, 8, 3, 3],
+    ];
+    let gradients = |device: &Device, dtype: DType| -> Result<Vec<Tensor>> {
+        let var = |name: String, shape: &[usize], scale: f64| {
+            let values = tensor::<f32>(&name, shape, scale);
+            Var::from_tensor(&values.to_dtype(dtype)?.to_device(device)?)
+        };
+        let of = shapes.iter().enumerate().map(|(i, shape)| {
+            let scale = 2.0 / (shape[1..].iter().product::<usize>() as f64).sqrt();
+            let bias = var(format!("b{i}"), &shape[..1], 1.0)?;
+            Ok(vec![var(format!("w{i}"), shape, 2.0 * scale)?, bias])
+        });
+        let vars = of.collect::<Result<Vec<_>>>()?;
+        let images = tensor::<f32>("images", &[2, 3, 9, 10], 2.0).to_dtype(dtype)?;
+        let output = graph.forward(&images.to_device(device)?, &parameters(&vars))?;
+        let gradients = crate::backward(&output.features.sqr()?.sum_all()?)?;
+        let all = vars.iter().flatten();
+        Ok(all.map(|v| gradients.get(v).unwrap().clone()).collect())
+    };
+    let expected = gradients(&Device::Cpu, DType::F64)?;
+    for (i, (actual, expected)) in gradients(&gpu, DType::F32)?
+        .iter()
+        .zip(&expected)
+        .enumerate()
+    {
+        close(actual, expected, 1e-5, &format!("parameter {i}"))?;
     }
     Ok(())
 }
