@@ -257,6 +257,9 @@ template <typename T> struct Segment {
     // The gradient of a pooling of the map and its winners, which are added to the gradient; null where there is none.
     const T *pooled;
     const unsigned char *winners;
+    // (rows, channels / N) where threads take N channels: bit k says that number k of a pack of the map is not at most 0. Null
+    // where nobody keeps it.
+    unsigned char *mask;
     // A number for each channel. `deviation` is 1/σ of the batch, or the running variance.
     const float *weight, *bias, *mean, *deviation;
     unsigned int channels, raw_width, map_width;
@@ -360,12 +363,18 @@ static __device__ __forceinline__ void finish(const Segments<T> &all, unsigned i
             }
         }
         for (unsigned int j = 0; j < ROWS; j++) {
+            unsigned int r = row + j * at.step, mask = 0;
             for (unsigned int k = 0; k < N; k++) {
                 float value = follows.value(k, packs[j].at(k));
                 packs[j].set(k, keep_positive(value, value));
+                // As what is stored has it: rounding may make it 0.
+                mask |= packs[j].at(k) <= 0 ? 0 : 1u << k;
             }
-            if (row + j * at.step < at.end) {
-                store_pack(&s.map[(row + j * at.step) * s.map_width + at.channel], packs[j]);
+            if (r < at.end) {
+                store_pack(&s.map[r * s.map_width + at.channel], packs[j]);
+                if (N > 1 && s.mask) {
+                    s.mask[(r * s.channels + at.channel) / N] = static_cast<unsigned char>(mask);
+                }
             }
         }
     }
@@ -496,7 +505,7 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
     __shared__ float shared[N][THREADS];
     Column<T, N> at(all, blockIdx.x, per_part);
     const Segment<T> &s = at.segment;
-    bool bias = K || s.kind == BIAS;
+    bool bias = K || s.kind == BIAS, masked = bias && N > 1 && s.mask;
     float plain[N], with_x[N];
     for (unsigned int k = 0; k < N; k++) {
         plain[k] = with_x[k] = 0;
@@ -506,14 +515,19 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
         const T *by = bias ? s.map : s.raw;
         unsigned int width = bias ? s.map_width : s.raw_width;
         for (unsigned int row = at.row; row < at.end; row += AT_ONCE * at.step) {
-            Pack<T, N> dy[AT_ONCE] = {}, of[AT_ONCE];
+            Pack<T, N> dy[AT_ONCE] = {}, of[AT_ONCE] = {};
+            unsigned int mask[AT_ONCE] = {};
             for (unsigned int j = 0; j < AT_ONCE; j++) {
                 unsigned int r = row + j * at.step;
                 if (r < at.end) {
                     if (!K || s.gradient) {
                         dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
                     }
-                    of[j] = load_pack<Pack<T, N>>(&by[r * width + at.channel]);
+                    if (masked) {
+                        mask[j] = s.mask[(r * s.channels + at.channel) / N];
+                    } else {
+                        of[j] = load_pack<Pack<T, N>>(&by[r * width + at.channel]);
+                    }
                 }
             }
             for (unsigned int j = 0; j < AT_ONCE; j++) {
@@ -534,7 +548,8 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
                 for (unsigned int k = 0; k < N; k++) {
                     float number = of[j].at(k);
                     if (bias) {
-                        gradient[k] = keep_positive(gradient[k], number);
+                        bool passes = masked ? mask[j] >> k & 1 : !(number <= 0);
+                        gradient[k] = passes ? gradient[k] : 0;
                         K ? dy[j].set(k, gradient[k]) : dy[j].put(k, gradient[k]);
                     } else {
                         gradient[k] = keep_positive(gradient[k], follows.value(k, number));

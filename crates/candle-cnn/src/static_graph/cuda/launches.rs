@@ -44,6 +44,7 @@ pub(super) struct Segment {
     pub(super) gradient: CUdeviceptr,
     pub(super) pooled: CUdeviceptr,
     pub(super) winners: CUdeviceptr,
+    pub(super) mask: CUdeviceptr,
     pub(super) weight: CUdeviceptr,
     pub(super) bias: CUdeviceptr,
     pub(super) mean: CUdeviceptr,
@@ -65,6 +66,7 @@ impl Segment {
         gradient: 0,
         pooled: 0,
         winners: 0,
+        mask: 0,
         weight: 0,
         bias: 0,
         mean: 0,
@@ -293,14 +295,42 @@ impl Launches {
         Ok(())
     }
 
-    /// `map = ReLU(what follows raw)`.
-    pub(super) fn finish(&self, segments: &[Segment], rows: usize) -> Result<()> {
-        let columns = columns(segments, rows, self.dtype)?;
+    /// `map = ReLU(what follows raw)`. With `keep`, what of it is not at most 0 as a mask of bits, where threads take packs.
+    pub(super) fn finish(
+        &self,
+        segments: &mut [Segment],
+        rows: usize,
+        keep: bool,
+    ) -> Result<Option<CudaStorage>> {
         let parts = small_parts(rows)?;
+        let mut mask = None;
+        let pack = pack(segments, self.dtype) as usize;
+        if keep && pack > 1 {
+            let channels: usize = segments.iter().map(|s| s.channels as usize).sum();
+            let storage = self.room_of(DType::U8, rows * channels / pack)?;
+            self.point_to_mask(&storage, segments, rows)?;
+            mask = Some(storage);
+        }
+        let columns = columns(segments, rows, self.dtype)?;
         let name = format!("finish_{}", columns.pack);
         let launch = self.launch(&name)?.number(parts.rows);
         // SAFETY: the arguments of `finish`; segments hold `rows` rows of their widths, and the tensors of their kinds.
-        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }
+        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
+        Ok(mask)
+    }
+
+    /// Gives segments their part of the mask of their map.
+    pub(super) fn point_to_mask(
+        &self,
+        mask: &CudaStorage,
+        segments: &mut [Segment],
+        rows: usize,
+    ) -> Result<()> {
+        let pack = whole_pack(self.dtype);
+        for segment in segments {
+            segment.mask = self.at(mask, rows * segment.first as usize / pack)?;
+        }
+        Ok(())
     }
 
     /// Mean, 1/σ and unbiased variance of each channel, (3, channels).

@@ -225,12 +225,14 @@ impl CustomOp2 for Run {
 
 /// What the backward pass needs of the forward pass.
 struct Kept {
-    /// The map of each node that has one of its own.
+    /// The map of each node that has one of its own and is read again.
     nodes: Vec<Option<CudaStorage>>,
     /// Of each stage and unit: the sums that a batch norm normalises.
     raws: Vec<Vec<Option<CudaStorage>>>,
     /// Of each stage and chunk: mean, 1/σ and unbiased variance, (3, channels).
     statistics: Vec<Vec<Option<Tensor>>>,
+    /// Of each stage and chunk behind biases whose threads take packs: what of its maps passes a gradient.
+    masks: Vec<Vec<Option<CudaStorage>>>,
     /// Of each pooling, by its operation.
     winners: Vec<Option<CudaStorage>>,
     weights: CudaStorage,
@@ -294,6 +296,7 @@ impl<'a> GraphPass<'a> {
         nodes[0] = Some(self.launches.pixels_of(images, planes, self.width(0))?);
         let mut all_raws = Vec::with_capacity(self.stages.len());
         let mut all_statistics = Vec::with_capacity(self.stages.len());
+        let mut all_masks = Vec::with_capacity(self.stages.len());
         let mut of_convolutions = vec![None; self.run.parameters.len()];
         for (index, stage) in self.stages.iter().enumerate() {
             let mut raws = Vec::with_capacity(stage.units.len());
@@ -332,7 +335,7 @@ impl<'a> GraphPass<'a> {
                 nodes[self.pool(operation)?.output] = Some(y);
                 winners[operation] = won;
             }
-            let mut statistics = Vec::new();
+            let (mut statistics, mut masks) = (Vec::new(), Vec::new());
             for chunk in self.chunks(stage) {
                 let mut segments = self.segments(stage, &chunk, &raws, &nodes, None)?;
                 let moments = match chunk.kind {
@@ -349,7 +352,9 @@ impl<'a> GraphPass<'a> {
                         of_convolutions[number] = Some(statistics_of(moments, segment)?);
                     }
                 }
-                self.launches.finish(&segments, chunk.rows)?;
+                // Batch norms look at what they normalised instead.
+                let keep_mask = keep && chunk.kind == Kind::Bias;
+                masks.push(self.launches.finish(&mut segments, chunk.rows, keep_mask)?);
                 statistics.push(moments);
             }
             if keep {
@@ -361,11 +366,12 @@ impl<'a> GraphPass<'a> {
                 }
                 all_raws.push(raws);
                 all_statistics.push(statistics);
-            } else {
-                for (node, map) in nodes.iter_mut().enumerate() {
-                    if node != graph.output && uses[node].last_read == Some(index) {
-                        *map = None;
-                    }
+                all_masks.push(masks);
+            }
+            for (node, map) in nodes.iter_mut().enumerate() {
+                let is_read = node == graph.output || uses[node].last_read != Some(index);
+                if !is_read && !(keep && self.is_read_again(node, &all_masks)) {
+                    *map = None;
                 }
             }
         }
@@ -375,6 +381,9 @@ impl<'a> GraphPass<'a> {
         let features = self
             .launches
             .average(map_of(&nodes, graph.output)?, sizes)?;
+        if !self.is_read_again(graph.output, &all_masks) {
+            nodes[graph.output] = None;
+        }
         Ok(Output {
             features,
             statistics: of_convolutions,
@@ -382,6 +391,7 @@ impl<'a> GraphPass<'a> {
                 nodes,
                 raws: all_raws,
                 statistics: all_statistics,
+                masks: all_masks,
                 winners,
                 weights,
             }),
@@ -429,6 +439,12 @@ impl<'a> GraphPass<'a> {
                 let maps = Some(&gradients);
                 let mut segments = self.segments(stage, chunk, &raws, &kept.nodes, maps)?;
                 let pooling = self.point_to_late(stage, chunk, &late, &mut segments)?;
+                if let Some(mask) = &kept.masks[index][number] {
+                    self.launches
+                        .point_to_mask(mask, &mut segments, chunk.rows)?;
+                } else if chunk.kind == Kind::Bias && segments.iter().any(|s| s.map == 0) {
+                    return Err(missing());
+                }
                 if let Some(moments) = &kept.statistics[index][number] {
                     self.point_to(moments, &mut segments)?;
                 }
@@ -704,7 +720,10 @@ impl<'a> GraphPass<'a> {
             let at = |map: &CudaStorage, channel: usize| self.launches.at(map, channel);
             let mut segment = Segment {
                 raw: at(map_of(raws, u)?, member.channel)?,
-                map: at(map_of(nodes, buffer)?, channel)?,
+                map: match nodes[buffer].as_ref() {
+                    Some(map) => at(map, channel)?,
+                    None => 0,
+                },
                 gradient: match gradients.and_then(|gradients| gradients[buffer].as_ref()) {
                     Some(gradient) => at(gradient, channel)?,
                     None => 0,
@@ -845,6 +864,23 @@ impl<'a> GraphPass<'a> {
     fn elements(&self, node: usize) -> usize {
         let (height, width) = self.graph.nodes[node].size;
         self.batch * height * width * self.width(node)
+    }
+
+    /// Whether the backward pass reads a node's map: for the gradient of weights, or where nobody kept what of it is positive.
+    fn is_read_again(&self, node: usize, masks: &[Vec<Option<CudaStorage>>]) -> bool {
+        let units = self.stages.iter().flat_map(|stage| &stage.units);
+        let mut readers = units.filter(|unit| unit.trains);
+        let unmasked = |(stage, masks): (&Stage, &Vec<Option<CudaStorage>>)| {
+            self.chunks(stage).iter().zip(masks).any(|(chunk, mask)| {
+                let writes = |&(u, m): &(usize, usize)| {
+                    let member: &Member = &stage.units[u].members[m];
+                    self.graph.place(member.convolution.output).0 == node
+                };
+                chunk.kind == Kind::Bias && mask.is_none() && chunk.members.iter().any(writes)
+            })
+        };
+        readers.any(|unit| unit.shape().input == node)
+            || self.stages.iter().zip(masks).any(unmasked)
     }
 
     /// Of each node, the first stage that writes its map and the last that reads it.
