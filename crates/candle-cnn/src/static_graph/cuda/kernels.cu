@@ -284,8 +284,7 @@ template <unsigned int N> struct Follows {
     unsigned int kind;
     float mean[N], inverse_std[N], scale[N], bias[N];
 
-    template <typename T> __device__ Follows(const Segment<T> &of, unsigned int channel) {
-        kind = of.kind;
+    template <typename T> __device__ Follows(const Segment<T> &of, unsigned int channel) : kind(of.kind) {
         for (unsigned int k = 0; k < N; k++) {
             bias[k] = of.bias[channel + k];
             mean[k] = 0;
@@ -296,6 +295,17 @@ template <unsigned int N> struct Follows {
                 inverse_std[k] = kind == BATCH ? deviation : 1 / sqrtf(deviation + of.eps);
                 scale[k] = of.weight[channel + k] * inverse_std[k];
             }
+        }
+    }
+    // A batch norm with these statistics.
+    template <typename T>
+    __device__ Follows(const Segment<T> &of, unsigned int channel, const float (&mean_)[N], const float (&inverse_std_)[N])
+        : kind(BATCH) {
+        for (unsigned int k = 0; k < N; k++) {
+            bias[k] = of.bias[channel + k];
+            mean[k] = mean_[k];
+            inverse_std[k] = inverse_std_[k];
+            scale[k] = of.weight[channel + k] * inverse_std[k];
         }
     }
     __device__ float value(unsigned int k, float raw) const {
@@ -346,15 +356,10 @@ static __device__ __forceinline__ void column_sums(float (&values)[N], float (*s
     }
 }
 
-// map = ReLU of what follows `raw`.
+// map = ReLU of what follows `raw`, in a thread's rows.
 template <typename T, unsigned int N>
-static __device__ __forceinline__ void finish(const Segments<T> &all, unsigned int per_part) {
-    Column<T, N> at(all, blockIdx.x, per_part);
+static __device__ __forceinline__ void finish(const Column<T, N> &at, const Follows<N> &follows) {
     const Segment<T> &s = at.segment;
-    if (!at.inside) {
-        return;
-    }
-    Follows<N> follows(s, at.channel);
     for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
         Pack<T, N> packs[ROWS];
         for (unsigned int j = 0; j < ROWS; j++) {
@@ -380,18 +385,32 @@ static __device__ __forceinline__ void finish(const Segments<T> &all, unsigned i
     }
 }
 
-// statistics[0][channel] = mean, [1] = 1/σ, [2] = unbiased variance, from the mean and the sum of squared differences from it.
+template <typename T, unsigned int N>
+static __device__ __forceinline__ void finish(const Segments<T> &all, unsigned int per_part) {
+    Column<T, N> at(all, blockIdx.x, per_part);
+    if (at.inside) {
+        finish<T, N>(at, Follows<N>(at.segment, at.channel));
+    }
+}
+
+// 1/σ of a batch, from the sum of squared differences from its mean.
+template <typename T>
+static __device__ __forceinline__ float inverse_deviation(const Segments<T> &all, const Segment<T> &s, double squares) {
+    return static_cast<float>(1 / sqrt(squares / all.rows + s.eps));
+}
+
+// statistics[0][channel] = mean, [1] = 1/σ, [2] = unbiased variance.
 template <typename T>
 static __device__ __forceinline__ void set_statistics(const Segments<T> &all, float *statistics, const Segment<T> &s,
                                                       unsigned int channel, double mean, double squares) {
     statistics[channel] = static_cast<float>(mean);
-    statistics[all.channels + channel] = static_cast<float>(1 / sqrt(squares / all.rows + s.eps));
+    statistics[all.channels + channel] = inverse_deviation(all, s, squares);
     statistics[2 * all.channels + channel] = static_cast<float>(squares / (all.rows - 1));
 }
 
 // means[part][channel], squares[part][channel] = the part's mean and its sum of squared differences from that. The mean that
 // a float can hold is off by its last digit, which beside a small deviation counts: what the differences still sum to mends both.
-// Of a single part the statistics are written at once, as `join_moments` has them.
+// Of a single part the statistics are written at once, as `join_moments` has them, and what `finish` would write as well.
 template <typename T, unsigned int N>
 static __device__ __forceinline__ void moments(const Segments<T> &all, double *means, float *squares, float *statistics,
                                                unsigned int per_part) {
@@ -429,19 +448,24 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     }
     column_sums<N>(rest, shared, s.lanes);
     column_sums<N>(square, shared, s.lanes);
-    if (!at.first()) {
-        return;
-    }
+    float rounded[N], inverse_std[N];
     for (unsigned int k = 0; k < N; k++) {
         float squared = square[k] - rest[k] * rest[k] / at.count;
         double exact = mean[k] + static_cast<double>(rest[k]) / at.count;
         unsigned int channel = s.first + at.channel + k;
         if (gridDim.y == 1) {
-            set_statistics(all, statistics, s, channel, exact, squared);
-        } else {
+            rounded[k] = static_cast<float>(exact);
+            inverse_std[k] = inverse_deviation(all, s, squared);
+            if (at.first()) {
+                set_statistics(all, statistics, s, channel, exact, squared);
+            }
+        } else if (at.first()) {
             means[blockIdx.y * all.channels + channel] = exact;
             squares[blockIdx.y * all.channels + channel] = squared;
         }
+    }
+    if (gridDim.y == 1 && at.inside) {
+        finish<T, N>(at, Follows<N>(s, at.channel, rounded, inverse_std));
     }
 }
 
@@ -495,9 +519,57 @@ static __device__ __forceinline__ void join_moments(const Segments<T> &all, cons
     }
 }
 
+// raw = the gradient before the batch norm: weight/σ · (g − Σg/rows − x̂·Σgx̂/rows), in a thread's rows.
+template <typename T, unsigned int N>
+static __device__ __forceinline__ void input_gradient(const Column<T, N> &at, const Follows<N> &follows, const float (&plain)[N],
+                                                      const float (&with_x)[N], float share) {
+    const Segment<T> &s = at.segment;
+    for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
+        Pack<T, N> raw[ROWS], dy[ROWS];
+        for (unsigned int j = 0; j < ROWS; j++) {
+            unsigned int r = row + j * at.step;
+            if (r < at.end) {
+                raw[j] = load_pack<Pack<T, N>>(&s.raw[r * s.raw_width + at.channel]);
+                dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
+            }
+        }
+        for (unsigned int j = 0; j < ROWS; j++) {
+            unsigned int r = row + j * at.step;
+            if (r >= at.end) {
+                break;
+            }
+            for (unsigned int k = 0; k < N; k++) {
+                float value = raw[j].at(k);
+                float gradient = keep_positive(dy[j].at(k), follows.value(k, value));
+                float x = (value - follows.mean[k]) * follows.inverse_std[k];
+                gradient -= plain[k] * share + x * (with_x[k] * share);
+                raw[j].set(k, follows.scale[k] * gradient);
+            }
+            store_pack(&s.raw[r * s.raw_width + at.channel], raw[j]);
+        }
+    }
+}
+
+template <typename T, unsigned int N>
+static __device__ __forceinline__ void input_gradient(const Segments<T> &all, const float *joined, float share,
+                                                      unsigned int per_part) {
+    Column<T, N> at(all, blockIdx.x, per_part);
+    if (!at.inside) {
+        return;
+    }
+    unsigned int channel = at.segment.first + at.channel;
+    float plain[N], with_x[N];
+    for (unsigned int k = 0; k < N; k++) {
+        plain[k] = joined[channel + k];
+        with_x[k] = joined[all.channels + channel + k];
+    }
+    input_gradient<T, N>(at, Follows<N>(at.segment, at.channel), plain, with_x, share);
+}
+
 // sums[0][part][channel] = Σ g, sums[1][part][channel] = Σ g·x̂, where g is the gradient before the ReLU. Behind a bias there
-// is no x̂ and no sums[1], and `raw` becomes g. Of a single part these are the sums of all. Poolings are those of maps behind a
-// bias, with windows of K pixels to a side, S apart; with 0 there are none.
+// is no x̂ and no sums[1], and `raw` becomes g. Of a single part these are the sums of all, with which `raw` of a batch norm becomes
+// what `input_gradient` would make of it. Poolings are those of maps behind a bias, with windows of K pixels to a side, S apart;
+// with 0 there are none.
 template <typename T, unsigned int N, unsigned int K, unsigned int S>
 static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, float *sums, unsigned int per_part) {
     // Windows are loads enough.
@@ -573,6 +645,9 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
         for (unsigned int k = 0; at.first() && k < N; k++) {
             sums[gridDim.y * all.channels + to + k] = with_x[k];
         }
+        if (gridDim.y == 1 && at.inside) {
+            input_gradient<T, N>(at, Follows<N>(s, at.channel), plain, with_x, 1.0f / all.rows);
+        }
     }
 }
 
@@ -602,47 +677,6 @@ static __device__ __forceinline__ void join_sums(const Joins &all) {
     sum = joined_sum(sum, shared);
     if (channel < channels && first == 0) {
         all.joined[j][channel] = static_cast<float>(sum);
-    }
-}
-
-// raw = the gradient before the batch norm: weight/σ · (g − Σg/rows − x̂·Σgx̂/rows).
-template <typename T, unsigned int N>
-static __device__ __forceinline__ void input_gradient(const Segments<T> &all, const float *joined, float share,
-                                                      unsigned int per_part) {
-    Column<T, N> at(all, blockIdx.x, per_part);
-    const Segment<T> &s = at.segment;
-    if (!at.inside) {
-        return;
-    }
-    Follows<N> follows(s, at.channel);
-    float plain[N], with_x[N];
-    for (unsigned int k = 0; k < N; k++) {
-        plain[k] = joined[s.first + at.channel + k] * share;
-        with_x[k] = joined[all.channels + s.first + at.channel + k] * share;
-    }
-    for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
-        Pack<T, N> raw[ROWS], dy[ROWS];
-        for (unsigned int j = 0; j < ROWS; j++) {
-            unsigned int r = row + j * at.step;
-            if (r < at.end) {
-                raw[j] = load_pack<Pack<T, N>>(&s.raw[r * s.raw_width + at.channel]);
-                dy[j] = load_pack<Pack<T, N>>(&s.gradient[r * s.map_width + at.channel]);
-            }
-        }
-        for (unsigned int j = 0; j < ROWS; j++) {
-            unsigned int r = row + j * at.step;
-            if (r >= at.end) {
-                break;
-            }
-            for (unsigned int k = 0; k < N; k++) {
-                float value = raw[j].at(k);
-                float gradient = keep_positive(dy[j].at(k), follows.value(k, value));
-                float x = (value - follows.mean[k]) * follows.inverse_std[k];
-                gradient -= plain[k] + x * with_x[k];
-                raw[j].set(k, follows.scale[k] * gradient);
-            }
-            store_pack(&s.raw[r * s.raw_width + at.channel], raw[j]);
-        }
     }
 }
 

@@ -333,8 +333,8 @@ impl Launches {
         Ok(())
     }
 
-    /// Mean, 1/σ and unbiased variance of each channel, (3, channels).
-    pub(super) fn moments(&self, segments: &[Segment], rows: usize) -> Result<CudaStorage> {
+    /// Mean, 1/σ and unbiased variance of each channel, (3, channels), and whether that has finished the maps as well.
+    pub(super) fn moments(&self, segments: &[Segment], rows: usize) -> Result<(CudaStorage, bool)> {
         let columns = columns(segments, rows, self.dtype)?;
         let parts = parts(rows, columns.blocks)?;
         let channels = columns.table.channels;
@@ -346,7 +346,7 @@ impl Launches {
             let launch = launch.write(&mut statistics)?.number(parts.rows);
             // SAFETY: the arguments of `moments`, which writes no means and squares of a single part.
             unsafe { launch.run_blocks(grid, Some(&columns.table)) }?;
-            return Ok(statistics);
+            return Ok((statistics, true));
         }
         let sums = channels as usize * parts.count as usize;
         let mut means = self.room_of(DType::F64, sums)?;
@@ -369,11 +369,11 @@ impl Launches {
         let blocks = channels.div_ceil(JOINED);
         // SAFETY: the arguments of `join_moments`; statistics are (3, channels).
         unsafe { launch.run_blocks((blocks, 1), Some(&columns.table)) }?;
-        Ok(statistics)
+        Ok((statistics, false))
     }
 
     /// The gradients of the bias and, behind batch norms, the weight of what follows, in parts; `raw` of a bias becomes its
-    /// gradient. Segments that say so add the gradient of their map's pooling with these windows, which [`Self::can_add`].
+    /// gradient, and so does that of a batch norm where there is one part. Segments that say so add the gradient of their map's pooling with these windows, which [`Self::can_add`].
     pub(super) fn gradient_sums(
         &self,
         segments: &[Segment],
@@ -409,6 +409,29 @@ impl Launches {
         let pack = whole_pack(self.dtype);
         let known = Windows::of(h, w, pack, self.dtype).known;
         known.is_some() && widths.iter().all(|width| width.is_multiple_of(pack))
+    }
+
+    /// `raw` of batch norms becomes its gradient, where it is not yet; the sums over all parts.
+    pub(super) fn input_gradient(
+        &self,
+        segments: &[Segment],
+        rows: usize,
+        sums: Sums,
+    ) -> Result<CudaStorage> {
+        if sums.parts == 1 {
+            return Ok(sums.storage);
+        }
+        let joined = self.join(vec![sums])?.remove(0);
+        let columns = columns(segments, rows, self.dtype)?;
+        let parts = small_parts(rows)?;
+        let launch = self
+            .launch(&format!("input_gradient_{}", columns.pack))?
+            .read_all(&joined)?
+            .float(1.0 / rows as f32)
+            .number(parts.rows);
+        // SAFETY: the arguments of `input_gradient`; joined is (2, channels).
+        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
+        Ok(joined)
     }
 
     /// The sums over all parts, (kinds of sums, channels) each.
@@ -457,24 +480,6 @@ impl Launches {
             .zip(of_one_part)
             .map(|(joined, only)| joined.unwrap_or(only))
             .collect())
-    }
-
-    /// `raw` of batch norms becomes its gradient.
-    pub(super) fn input_gradient(
-        &self,
-        segments: &[Segment],
-        rows: usize,
-        joined: &CudaStorage,
-    ) -> Result<()> {
-        let columns = columns(segments, rows, self.dtype)?;
-        let parts = small_parts(rows)?;
-        let launch = self
-            .launch(&format!("input_gradient_{}", columns.pack))?
-            .read_all(joined)?
-            .float(1.0 / rows as f32)
-            .number(parts.rows);
-        // SAFETY: the arguments of `input_gradient`; joined is (2, channels).
-        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }
     }
 
     /// The maxima of the windows over a map of `channels`, and where they are if asked to.

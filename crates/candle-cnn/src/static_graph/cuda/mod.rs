@@ -338,9 +338,11 @@ impl<'a> GraphPass<'a> {
             let (mut statistics, mut masks) = (Vec::new(), Vec::new());
             for chunk in self.chunks(stage) {
                 let mut segments = self.segments(stage, &chunk, &raws, &nodes, None)?;
+                let mut finished = false;
                 let moments = match chunk.kind {
                     Kind::Batch => {
-                        let moments = self.launches.moments(&segments, chunk.rows)?;
+                        let (moments, is_done) = self.launches.moments(&segments, chunk.rows)?;
+                        finished = is_done;
                         Some(tensor(moments, (3, all_channels(&segments))))
                     }
                     _ => None,
@@ -354,7 +356,10 @@ impl<'a> GraphPass<'a> {
                 }
                 // Batch norms look at what they normalised instead.
                 let keep_mask = keep && chunk.kind == Kind::Bias;
-                masks.push(self.launches.finish(&mut segments, chunk.rows, keep_mask)?);
+                masks.push(match finished {
+                    true => None,
+                    false => self.launches.finish(&mut segments, chunk.rows, keep_mask)?,
+                });
                 statistics.push(moments);
             }
             if keep {
@@ -457,9 +462,7 @@ impl<'a> GraphPass<'a> {
                     of_biases.push((sums, members.zip(segments).collect()));
                     continue;
                 }
-                let joined = self.launches.join(vec![sums])?.remove(0);
-                self.launches
-                    .input_gradient(&segments, chunk.rows, &joined)?;
+                let joined = self.launches.input_gradient(&segments, chunk.rows, sums)?;
                 let joined = tensor(joined, (2, all_channels(&segments)));
                 for (number, segment) in members.zip(&segments) {
                     d_follows[number] =
