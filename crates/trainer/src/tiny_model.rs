@@ -2,8 +2,8 @@
 //! batches like batch norm's. Everything that a run has to restore is in it: two layers, buffers of
 //! two types that move in training, dropout. Frozen, its first layer and buffers stay.
 
-use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_cnn::Mode;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
@@ -22,6 +22,8 @@ pub(crate) struct TinyModel {
     batches_tracked: Var,
     /// How often the first layer was run on how many pictures.
     pub(crate) pictures_seen: Cell<usize>,
+    /// The batches that it has seen, by their images, and whether a GPU would have timed its engines for them.
+    pub(crate) batches_seen: RefCell<BTreeSet<(usize, bool)>>,
     /// Trains the last layer only, by the running mean.
     pub(crate) frozen: bool,
     /// Without dropout and batch statistics, so that an image's gradient depends on that image alone.
@@ -50,6 +52,7 @@ impl TinyModel {
             running_mean: Var::zeros(HIDDEN, DType::F32, &Device::Cpu).unwrap(),
             batches_tracked: Var::zeros((), DType::I64, &Device::Cpu).unwrap(),
             pictures_seen: Cell::new(0),
+            batches_seen: RefCell::default(),
             frozen: false,
             plain: false,
             gain: 1.0,
@@ -74,6 +77,10 @@ impl TinyModel {
     fn hidden(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
         let seen = self.pictures_seen.get() + images.dim(0)?;
         self.pictures_seen.set(seen);
+        let timed = candle_cnn::cuda::settings().benchmark;
+        self.batches_seen
+            .borrow_mut()
+            .insert((images.dim(0)?, timed));
         let [w1, b1] = [0, 1].map(|i| &self.parameters[i].1);
         let (w1, b1) = match self.frozen {
             true => (w1.as_detached_tensor(), b1.as_detached_tensor()),

@@ -4,7 +4,7 @@
 //! feature `cuda`. Without the feature the settings can be set, and nothing reads them.
 //!
 //! Nothing waits for the device, except that the first pass of each shape may time the engines it has
-//! ([`Settings::benchmark`]). After that a step can be captured in a CUDA graph. A shape first met while a stream is
+//! ([`Settings::benchmark`], [`without_benchmark`]). After that a step can be captured in a CUDA graph. A shape first met while a stream is
 //! being captured gets its engine by rules of thumb.
 //!
 //! A [`crate::StaticGraph`] uses more than one stream ([`Settings::streams`]); to whoever works on the device's own it looks like one.
@@ -30,7 +30,7 @@ mod training;
 
 #[cfg(feature = "cuda")]
 pub use device::{DeviceInfo, device_info, memory, open_device, release_freed_memory, synchronize};
-pub use settings::{F32Math, Settings, set_settings, settings};
+pub use settings::{F32Math, Settings, set_settings, settings, without_benchmark};
 #[cfg(feature = "cuda")]
 pub use training::{
     RunningStatistics, SgdHyperparameters, SgdTensor, count_correct, gather_normalized, sgd_step,

@@ -1,5 +1,6 @@
 //! How exact, how repeatable and how large the computations on CUDA may be.
 
+use std::cell::Cell;
 use std::sync::{PoisonError, RwLock};
 
 /// How the factors of an f32 product are taken on CUDA; sums are f32 in either case.
@@ -66,12 +67,41 @@ impl Default for Settings {
 
 static SETTINGS: RwLock<Option<Settings>> = RwLock::new(None);
 
+thread_local! {
+    static SELDOM: Cell<bool> = const { Cell::new(false) };
+}
+
 /// The settings in force.
 pub fn settings() -> Settings {
-    SETTINGS
+    let mut settings = SETTINGS
         .read()
         .unwrap_or_else(PoisonError::into_inner)
-        .unwrap_or_default()
+        .unwrap_or_default();
+    settings.benchmark &= !SELDOM.get();
+    settings
+}
+
+/// Runs `f` with [`Settings::benchmark`] off on this thread: for shapes that are met too seldom to be worth it, as an epoch's
+/// last batch, whose engines would take longer to time than its steps of a whole run.
+///
+/// ```
+/// use candle_cnn::cuda::{settings, without_benchmark};
+/// assert!(settings().benchmark);
+/// assert!(!without_benchmark(|| settings().benchmark));
+/// assert!(settings().benchmark);
+/// ```
+pub fn without_benchmark<R>(f: impl FnOnce() -> R) -> R {
+    let _outer = Outer(SELDOM.replace(true));
+    f()
+}
+
+/// What was in force before, put back even where `f` panics.
+struct Outer(bool);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        SELDOM.set(self.0);
+    }
 }
 
 /// Puts settings into force, for all threads, from the next operation on.

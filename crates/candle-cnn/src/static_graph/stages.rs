@@ -31,6 +31,7 @@ pub(super) struct Member {
     pub(super) channel: usize,
 }
 
+#[cfg(feature = "cuda")]
 impl Stage {
     /// Those of all its units.
     pub(super) fn members(&self) -> impl Iterator<Item = &Member> {

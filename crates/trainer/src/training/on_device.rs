@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use candle_cnn::backward;
+use candle_cnn::cuda::without_benchmark;
 use candle_core::{DType, Device, Tensor};
 
 use super::{Step, Training};
@@ -185,14 +186,19 @@ impl Training<'_> {
         set_inputs().map_err(failed("the data"))?;
         parts.end("data");
         let seed = self.dropout_seed(step);
-        #[cfg(feature = "cuda")]
-        if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
-            self.replay_or_record(state, share, seed)?;
+        if images < batch_size {
+            // Once an epoch.
+            without_benchmark(|| self.compute_step(state, share, seed))?;
         } else {
+            #[cfg(feature = "cuda")]
+            if self.execution.cuda_graph && self.together.stays_on_device() {
+                self.replay_or_record(state, share, seed)?;
+            } else {
+                self.compute_step(state, share, seed)?;
+            }
+            #[cfg(not(feature = "cuda"))]
             self.compute_step(state, share, seed)?;
         }
-        #[cfg(not(feature = "cuda"))]
-        self.compute_step(state, share, seed)?;
         let slot = state.unread.len();
         let keep = || {
             state.losses.slice_set(&state.outputs.loss, 0, slot)?;

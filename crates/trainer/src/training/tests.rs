@@ -81,6 +81,16 @@ fn resume(dir: &Path, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
     go_on(RunDirectory::open(dir, EXPERIMENT).unwrap(), stop)
 }
 
+#[test]
+fn a_last_batch_with_fewer_images_is_not_worth_timing_engines_for() {
+    let out = TempDir::new().unwrap();
+    let (model, outcome) = go_on_resident(create(out.path(), &config()), &|| false);
+    outcome.unwrap();
+    let seen = model.batches_seen.take().into_iter().collect::<Vec<_>>();
+    // 14 images in batches of 4; 7 and 11 in batches of 5.
+    assert_eq!(seen, [(1, false), (2, false), (4, true), (5, true)]);
+}
+
 /// What two equal runs must have in common: every byte that the seed decides.
 #[derive(Debug, PartialEq)]
 struct Traces {

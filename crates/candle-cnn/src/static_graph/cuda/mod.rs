@@ -374,8 +374,9 @@ impl<'a> GraphPass<'a> {
                 all_masks.push(masks);
             }
             for (node, map) in nodes.iter_mut().enumerate() {
-                let is_read = node == graph.output || uses[node].last_read != Some(index);
-                if !is_read && !(keep && self.is_read_again(node, &all_masks)) {
+                let was_read = node != graph.output && uses[node].last_read == Some(index);
+                let is_kept = || keep && self.is_read_again(node, &all_masks);
+                if was_read && !is_kept() {
                     *map = None;
                 }
             }
