@@ -239,6 +239,13 @@ impl Program {
     }
 }
 
+/// `Divisor` of the kernels.
+fn divisor(number: usize) -> [usize; 3] {
+    let shift = number.next_power_of_two().trailing_zeros() as usize;
+    let multiplier = (((1u64 << shift) - number as u64) << 32) / number as u64 + 1;
+    [number, multiplier as usize, shift]
+}
+
 fn random(name: &str, elements: usize) -> Vec<f64> {
     seeded_values(name, elements, 2.0)
         .into_iter()
@@ -338,17 +345,16 @@ fn max_pool2d_has_the_winners_of_the_cpu() -> Result<()> {
             let (y_at, dx_at) = (program.result(kind, outputs), program.result(kind, inputs));
             let winners = program.labels(&vec![u32::MAX; outputs]);
             program.threads("max_pool2d_forward", kind, outputs);
-            program.at(&[x_at, y_at]).numbers(&axes).numbers(&[outputs]);
+            let of_outputs = [divisor(w), divisor(h * w)].concat();
+            let of_inputs = [divisor(dims[3]), divisor(dims[2] * dims[3])].concat();
+            program.at(&[x_at, y_at]).numbers(&axes);
+            program.numbers(&of_outputs).numbers(&[outputs]);
             program.threads("max_pool2d_winners", kind, outputs);
-            program
-                .at(&[x_at, winners])
-                .numbers(&axes)
-                .numbers(&[outputs]);
+            program.at(&[x_at, winners]).numbers(&axes);
+            program.numbers(&of_outputs).numbers(&[outputs]);
             program.threads("max_pool2d_backward", kind, inputs);
-            program
-                .at(&[winners, dy_at, dx_at])
-                .numbers(&axes)
-                .numbers(&[inputs]);
+            program.at(&[winners, dy_at, dx_at]).numbers(&axes);
+            program.numbers(&of_inputs).numbers(&[inputs]);
             let found = program.values(emulator, &[(y_at, kind), (dx_at, kind)]);
             let what = format!("{dims:?} {config:?}");
             let finite = |t: &[f64]| t.iter().map(|v| v.clamp(-1e9, 1e9)).collect::<Vec<_>>();
@@ -370,13 +376,6 @@ fn channels_last(values: &[f64], (images, channels): (usize, usize)) -> Vec<f64>
         values[(pixel / pixels * channels + c) * pixels + pixel % pixels]
     };
     (0..values.len()).map(at).collect()
-}
-
-/// `Divisor` of the kernels.
-fn divisor(number: usize) -> [usize; 3] {
-    let shift = number.next_power_of_two().trailing_zeros() as usize;
-    let multiplier = (((1u64 << shift) - number as u64) << 32) / number as u64 + 1;
-    [number, multiplier as usize, shift]
 }
 
 #[test]
@@ -631,7 +630,7 @@ fn batch_norm_has_the_statistics_and_gradients_of_the_cpu() -> Result<()> {
             let [inverse_at, dweight_at, dbias_at] =
                 [(); 3].map(|()| p.result(statistic, channels));
             let sums_at = p.result(statistic, 2 * channels * parts);
-            let sizes = [images, channels, pixels, per_part];
+            let sizes = [&[images, channels][..], &divisor(pixels), &[per_part]].concat();
             if training {
                 p.launch(
                     &format!("batch_norm_moments_{}", kind.name()),
@@ -648,7 +647,8 @@ fn batch_norm_has_the_statistics_and_gradients_of_the_cpu() -> Result<()> {
                     .double(eps);
             }
             let numbers = [mean_at, inverse_at, weight_at, bias_at];
-            let behind = [channels, pixels, relu.into(), values.len()];
+            let last = [relu.into(), values.len()];
+            let behind = [&divisor(channels)[..], &divisor(pixels), &last].concat();
             p.threads("batch_norm_apply", kind, values.len());
             p.at(&[x_at, y_at]).at(&numbers).numbers(&behind);
             p.launch(
@@ -828,14 +828,18 @@ fn convolution_adds_its_bias_and_masks_and_sums_its_gradient() -> Result<()> {
             program.threads("conv2d_bias_activation", kind, elements.div_ceil(4));
             program
                 .at(&[y_at, bias_at])
-                .numbers(&[1, channels, pixels, elements]);
+                .numbers(&[1])
+                .numbers(&[divisor(channels), divisor(pixels)].concat())
+                .numbers(&[elements]);
             program.launch(
                 &format!("conv2d_mask_and_sum_{}", kind.name()),
                 (channels, parts),
             );
             program
                 .at(&[dy_at, y_at, masked_at, sums_at])
-                .numbers(&[images, channels, pixels, per_part]);
+                .numbers(&[images, channels])
+                .numbers(&divisor(pixels))
+                .numbers(&[per_part]);
             program.threads("conv2d_add_parts", kind, channels);
             program.at(&[sums_at, dbias_at]).numbers(&[channels, parts]);
             let found = program.values(
@@ -931,6 +935,8 @@ fn sgd_moves_many_tensors_by_pytorchs_rule() {
         for (momentum, nesterov) in [(0.0, false), (0.9, false), (0.9, true)] {
             let mut program = Program::default();
             let mut chunk = vec![0u8; 3 * 96 * 8 + 2 * 96 * 4 + 96];
+            // Where the blocks of no tensor end.
+            chunk[3 * 96 * 8 + 96 * 4..][..96 * 4].fill(0xff);
             let mut put =
                 |at: usize, bytes: &[u8]| chunk[at..at + bytes.len()].copy_from_slice(bytes);
             let (mut blocks, mut expected) = (0usize, Vec::new());

@@ -4,17 +4,25 @@
 // taken before squared differences from them, so that a large mean costs no digits, and parts are joined in double.
 
 static __device__ __forceinline__ unsigned int index_of(unsigned int value, unsigned int channel, unsigned int channels,
-                                                        unsigned int pixels) {
-    return (value / pixels * channels + channel) * pixels + value % pixels;
+                                                        const Divisor &pixels) {
+    unsigned int image = pixels.divide(value);
+    return (image * channels + channel) * pixels.divisor + value;
+}
+
+// The channel of element i.
+static __device__ __forceinline__ unsigned int channel_of(unsigned int i, const Divisor &channels, const Divisor &pixels) {
+    unsigned int channel = pixels.divide(i);
+    channels.divide(channel);
+    return channel;
 }
 
 // means[channel][part], squares[channel][part] = the part's mean and its sum of squared differences from that. The mean that
 // S can hold is off by its last digit, which beside a small deviation counts: what the differences still sum to mends both.
 template <typename T, typename S>
 static __device__ __forceinline__ void moments(const T *x, double *means, S *squares, unsigned int images, unsigned int channels,
-                                               unsigned int pixels, unsigned int per_part) {
+                                               const Divisor &pixels, unsigned int per_part) {
     __shared__ S shared[THREADS];
-    unsigned int values = images * pixels, start = blockIdx.y * per_part;
+    unsigned int values = images * pixels.divisor, start = blockIdx.y * per_part;
     unsigned int count = values - start < per_part ? values - start : per_part;
     S sum = 0;
     for (unsigned int v = threadIdx.x; v < count; v += THREADS) {
@@ -81,11 +89,11 @@ template <typename S> struct Channel {
 
 template <typename T, typename S>
 static __device__ __forceinline__ void apply(const T *x, T *y, const S *mean, const S *inverse_std, const S *weight,
-                                             const S *bias, unsigned int channels, unsigned int pixels, unsigned int relu,
+                                             const S *bias, const Divisor &channels, const Divisor &pixels, unsigned int relu,
                                              unsigned int elements) {
     unsigned int i = thread_of_grid();
     if (i < elements) {
-        S value = Channel<S>(mean, inverse_std, weight, bias, i / pixels % channels).normalized(widen(x[i]));
+        S value = Channel<S>(mean, inverse_std, weight, bias, channel_of(i, channels, pixels)).normalized(widen(x[i]));
         store(&y[i], relu ? keep_positive(value, value) : value);
     }
 }
@@ -94,11 +102,11 @@ static __device__ __forceinline__ void apply(const T *x, T *y, const S *mean, co
 template <typename T, typename S>
 static __device__ __forceinline__ void gradient_sums(const T *x, const T *dy, const S *mean, const S *inverse_std,
                                                      const S *weight, const S *bias, S *sums, unsigned int images,
-                                                     unsigned int channels, unsigned int pixels, unsigned int per_part,
+                                                     unsigned int channels, const Divisor &pixels, unsigned int per_part,
                                                      unsigned int relu) {
     __shared__ S shared[THREADS];
     Channel<S> channel(mean, inverse_std, weight, bias, blockIdx.x);
-    unsigned int values = images * pixels, start = blockIdx.y * per_part;
+    unsigned int values = images * pixels.divisor, start = blockIdx.y * per_part;
     unsigned int count = values - start < per_part ? values - start : per_part;
     S plain = 0, with_x = 0;
     for (unsigned int v = threadIdx.x; v < count; v += THREADS) {
@@ -139,13 +147,13 @@ static __device__ __forceinline__ void join_sums(const S *sums, S *dbias, S *dwe
 template <typename T, typename S>
 static __device__ __forceinline__ void input_gradient(const T *x, const T *dy, T *dx, const S *mean, const S *inverse_std,
                                                       const S *weight, const S *bias, const S *dbias, const S *dweight,
-                                                      double share, unsigned int channels, unsigned int pixels,
+                                                      double share, const Divisor &channels, const Divisor &pixels,
                                                       unsigned int relu, unsigned int elements) {
     unsigned int i = thread_of_grid();
     if (i >= elements) {
         return;
     }
-    unsigned int c = i / pixels % channels;
+    unsigned int c = channel_of(i, channels, pixels);
     Channel<S> channel(mean, inverse_std, weight, bias, c);
     S value = widen(x[i]), gradient = widen(dy[i]);
     if (relu) {
@@ -160,23 +168,23 @@ static __device__ __forceinline__ void input_gradient(const T *x, const T *dy, T
 
 #define KERNELS(NAME, T, S)                                                                                            \
     extern "C" __global__ void batch_norm_moments_##NAME(const T *x, double *means, S *squares, unsigned int images,   \
-                                                         unsigned int channels, unsigned int pixels,                   \
+                                                         unsigned int channels, Divisor pixels,                        \
                                                          unsigned int per_part) {                                      \
         moments<T, S>(x, means, squares, images, channels, pixels, per_part);                                          \
     }                                                                                                                  \
     extern "C" __global__ void batch_norm_apply_##NAME(const T *x, T *y, const S *mean, const S *inverse_std,          \
-                                                       const S *weight, const S *bias, unsigned int channels,          \
-                                                       unsigned int pixels, unsigned int relu, unsigned int elements) {\
+                                                       const S *weight, const S *bias, Divisor channels,               \
+                                                       Divisor pixels, unsigned int relu, unsigned int elements) {     \
         apply<T, S>(x, y, mean, inverse_std, weight, bias, channels, pixels, relu, elements);                          \
     }                                                                                                                  \
     extern "C" __global__ void batch_norm_gradient_sums_##NAME(                                                        \
         const T *x, const T *dy, const S *mean, const S *inverse_std, const S *weight, const S *bias, S *sums,         \
-        unsigned int images, unsigned int channels, unsigned int pixels, unsigned int per_part, unsigned int relu) {   \
+        unsigned int images, unsigned int channels, Divisor pixels, unsigned int per_part, unsigned int relu) {        \
         gradient_sums<T, S>(x, dy, mean, inverse_std, weight, bias, sums, images, channels, pixels, per_part, relu);   \
     }                                                                                                                  \
     extern "C" __global__ void batch_norm_input_gradient_##NAME(                                                       \
         const T *x, const T *dy, T *dx, const S *mean, const S *inverse_std, const S *weight, const S *bias,           \
-        const S *dbias, const S *dweight, double share, unsigned int channels, unsigned int pixels, unsigned int relu, \
+        const S *dbias, const S *dweight, double share, Divisor channels, Divisor pixels, unsigned int relu,           \
         unsigned int elements) {                                                                                       \
         input_gradient<T, S>(x, dy, dx, mean, inverse_std, weight, bias, dbias, dweight, share, channels, pixels,      \
                              relu, elements);                                                                          \

@@ -19,6 +19,7 @@ use super::plan::{DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, part
 use super::{Activation, Conv2d, Conv2dGeometry, OP};
 use crate::cuda::cudnn::{address, with_cudnn};
 use crate::cuda::kernels::{self, Source};
+use crate::cuda::launch::divisor;
 use crate::cuda::settings;
 use crate::error::OpError;
 
@@ -306,7 +307,7 @@ fn bias_activation<T: CudaElement>(
 ) -> Result<()> {
     let g = &op.geometry;
     let elements = count(y.len())?;
-    let (channels, pixels) = (count(g.c_out)?, count(g.output.0 * g.output.1)?);
+    let (channels, pixels) = (Divisor::of(g.c_out), Divisor::of(g.output.0 * g.output.1));
     let relu = u32::from(op.activation == Activation::Relu);
     let null: CUdeviceptr = 0;
     let stream = device.cuda_stream();
@@ -342,7 +343,8 @@ fn mask_and_sum<T: CudaElement>(
     let pixels = g.output.0 * g.output.1;
     let (parts, per_part) = parts_of(g.batch * pixels);
     let (images, channels) = (count(g.batch)?, count(g.c_out)?);
-    let (pixels, parts, per_part) = (count(pixels)?, count(parts)?, count(per_part)?);
+    let (parts, per_part) = (count(parts)?, count(per_part)?);
+    let pixels = Divisor::of(pixels);
     // SAFETY: the kernel writes every element of both.
     let mut masked = y
         .map(|y| unsafe { device.alloc::<T>(y.len()) })
@@ -389,6 +391,19 @@ fn mask_and_sum<T: CudaElement>(
     // SAFETY: the arguments are those of `add_parts` in kernels.cu, of the sizes that it is told.
     unsafe { arguments.launch(grid(channels.div_ceil(THREADS), 1)) }.w()?;
     Ok((masked, Some(gradient)))
+}
+
+/// `Divisor` of prelude.cuh.
+#[repr(C)]
+struct Divisor([u32; 3]);
+
+// SAFETY: plain numbers, laid out as the prelude has them, without padding.
+unsafe impl DeviceRepr for Divisor {}
+
+impl Divisor {
+    fn of(number: usize) -> Self {
+        Self(divisor(number))
+    }
 }
 
 /// A number that the kernels count in 32 bits; [`DescriptorNumbers`] has refused larger ones.

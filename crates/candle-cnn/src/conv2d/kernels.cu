@@ -5,14 +5,16 @@
 
 // y = activation(y + bias of its channel), in place. `bias` may be null, for none.
 template <typename T>
-static __device__ __forceinline__ void bias_activation(T *y, const T *bias, unsigned int relu, unsigned int channels,
-                                                       unsigned int pixels, unsigned int elements) {
+static __device__ __forceinline__ void bias_activation(T *y, const T *bias, unsigned int relu, const Divisor &channels,
+                                                       const Divisor &pixels, unsigned int elements) {
     // 64 bits: the last step of the loop goes beyond 2^31.
     unsigned long long step = static_cast<unsigned long long>(gridDim.x) * blockDim.x;
     for (unsigned long long i = static_cast<unsigned long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += step) {
         auto value = widen(y[i]);
         if (bias) {
-            value += widen(bias[static_cast<unsigned int>(i) / pixels % channels]);
+            unsigned int pixel = static_cast<unsigned int>(i), channel = pixels.divide(pixel);
+            channels.divide(channel);
+            value += widen(bias[channel]);
         }
         // A NaN is not at most 0, and stays.
         if (relu && value <= 0) {
@@ -27,15 +29,16 @@ static __device__ __forceinline__ void bias_activation(T *y, const T *bias, unsi
 // nobody needs the bias gradient.
 template <typename T, typename Sum>
 static __device__ __forceinline__ void mask_and_sum(const T *dy, const T *y, T *masked, Sum *sums, unsigned int images,
-                                                    unsigned int channels, unsigned int pixels, unsigned int per_part) {
+                                                    unsigned int channels, const Divisor &pixels, unsigned int per_part) {
     __shared__ Sum shared[THREADS];
     unsigned int channel = blockIdx.x;
-    unsigned int values = images * pixels;
+    unsigned int values = images * pixels.divisor;
     unsigned int start = blockIdx.y * per_part;
     unsigned int end = values - start < per_part ? values : start + per_part;
     Sum sum = 0;
     for (unsigned int v = start + threadIdx.x; v < end; v += THREADS) {
-        unsigned int i = (v / pixels * channels + channel) * pixels + v % pixels;
+        unsigned int pixel = v, image = pixels.divide(pixel);
+        unsigned int i = (image * channels + channel) * pixels.divisor + pixel;
         Sum value = widen(dy[i]);
         if (y) {
             if (widen(y[i]) <= 0) {
@@ -77,13 +80,13 @@ static __device__ __forceinline__ void add_parts(const Sum *sums, T *dbias, unsi
 
 #define KERNELS(NAME, T, SUM)                                                                                          \
     extern "C" __global__ void conv2d_bias_activation_##NAME(T *y, const T *bias, unsigned int relu,                   \
-                                                             unsigned int channels, unsigned int pixels,               \
+                                                             Divisor channels, Divisor pixels,                         \
                                                              unsigned int elements) {                                  \
         bias_activation<T>(y, bias, relu, channels, pixels, elements);                                                 \
     }                                                                                                                  \
     extern "C" __global__ void conv2d_mask_and_sum_##NAME(const T *dy, const T *y, T *masked, SUM *sums,               \
                                                           unsigned int images, unsigned int channels,                  \
-                                                          unsigned int pixels, unsigned int per_part) {                \
+                                                          Divisor pixels, unsigned int per_part) {                     \
         mask_and_sum<T, SUM>(dy, y, masked, sums, images, channels, pixels, per_part);                                 \
     }                                                                                                                  \
     extern "C" __global__ void conv2d_add_parts_##NAME(const SUM *sums, T *dbias, unsigned int channels,               \

@@ -66,6 +66,17 @@ pub(crate) fn axis(op: &'static str, axis: &Axis) -> Result<[u32; 5]> {
     .map(|number| number as u32))
 }
 
+/// Where the blocks of a table's entries end that are none.
+pub(crate) const BEYOND: u32 = u32::MAX;
+
+/// `Divisor` of prelude.cuh, of a number from 1 on and below 2^31; kernels that are told of nothing get 1.
+pub(crate) fn divisor(number: usize) -> [u32; 3] {
+    let number = number.clamp(1, i32::MAX as usize) as u64;
+    let shift = u64::from(number.next_power_of_two().trailing_zeros());
+    let multiplier = (((1 << shift) - number) << 32) / number + 1;
+    [number, multiplier, shift].map(|number| number as u32)
+}
+
 /// A tensor's memory, held against being written from elsewhere.
 pub(crate) struct Held<'a> {
     storage: StorageRef<'a>,
@@ -291,4 +302,31 @@ pub(crate) fn start(
     stream: &CudaStream,
 ) -> Result<CUdeviceptr> {
     typed!(op, &storage.slice, slice => Ok(slice.device_ptr(stream).0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_divide_by_multiplying() {
+        let powers = (0..31).flat_map(|shift| [1u64 << shift, (1 << shift) + 1, (2 << shift) - 1]);
+        for number in (1..2000).chain(powers) {
+            let [divisor, multiplier, shift] = divisor(number as usize).map(u64::from);
+            assert_eq!(divisor, number);
+            let near = (1..40).flat_map(|k| [k * number - 1, k * number, k * number + 1]);
+            let far = [
+                0,
+                12_345_678,
+                (1 << 31) - 2,
+                (1 << 31) - 1,
+                ((1 << 31) - 1) / number * number,
+            ];
+            for n in near.chain(far).filter(|&n| n < 1 << 31) {
+                let sum = (n * multiplier >> 32) + n;
+                assert!(sum < 1 << 32, "{n} by {number}");
+                assert_eq!(sum >> shift, n / number, "{n} by {number}");
+            }
+        }
+    }
 }

@@ -68,17 +68,35 @@ struct Axis {
     }
 };
 
+// A number by which threads divide: n / divisor = (n·multiplier / 2^32 + n) / 2^shift for every n below 2^31.
+struct Divisor {
+    unsigned int divisor, multiplier, shift;
+
+    // The quotient; `n` becomes the rest.
+    __device__ unsigned int divide(unsigned int &n) const {
+        unsigned int quotient = (__umulhi(n, multiplier) + n) >> shift;
+        n -= quotient * divisor;
+        return quotient;
+    }
+};
+
 // This thread's number in the grid.
 static __device__ __forceinline__ unsigned int thread_of_grid() { return blockIdx.x * THREADS + threadIdx.x; }
 
-// The entry of a table that `block` is for, where entry i has the blocks before `end[i]`; `block` becomes its number there.
-static __device__ __forceinline__ unsigned int entry_of(const unsigned int *end, unsigned int &block) {
-    unsigned int i = 0;
-    while (block >= end[i]) {
-        i++;
+// The entry of a table that `block` is for, where entry i has the blocks before `end[i]`, and those behind the last have the
+// largest number there is; `block` becomes its number there.
+template <unsigned int N> static __device__ __forceinline__ unsigned int entry_of(const unsigned int (&end)[N], unsigned int &block) {
+    unsigned int first = 0, last = N - 1;
+    while (first < last) {
+        unsigned int middle = (first + last) / 2;
+        if (block < end[middle]) {
+            last = middle;
+        } else {
+            first = middle + 1;
+        }
     }
-    block -= i ? end[i - 1] : 0;
-    return i;
+    block -= first ? end[first - 1] : 0;
+    return first;
 }
 
 // The sum of `value` over the block, in an order that does not change; for every thread.

@@ -1,4 +1,4 @@
-// Maximum pooling over planes, a thread an element.
+// Maximum pooling over planes, a thread an element; `line` and `plane_of` divide by the pixels of a line and a plane.
 
 // Index in the plane of the window's first maximum in row-major order, or of its last NaN.
 template <typename T>
@@ -18,36 +18,40 @@ static __device__ __forceinline__ unsigned int winner(const T *plane, Axis h, Ax
 }
 
 template <typename T>
-static __device__ __forceinline__ void forward(const T *x, T *y, Axis h, Axis w, unsigned int elements) {
+static __device__ __forceinline__ void forward(const T *x, T *y, Axis h, Axis w, const Divisor &line, const Divisor &plane_of,
+                                               unsigned int elements) {
     unsigned int i = thread_of_grid();
     if (i < elements) {
-        const T *plane = x + i / (h.output * w.output) * (h.input * w.input);
-        y[i] = plane[winner<T>(plane, h, w, i / w.output % h.output, i % w.output)];
+        unsigned int ow = i;
+        const T *plane = x + plane_of.divide(ow) * (h.input * w.input);
+        unsigned int oh = line.divide(ow);
+        y[i] = plane[winner<T>(plane, h, w, oh, ow)];
     }
 }
 
 // winners[window] = where in its plane the window's maximum is.
 template <typename T>
-static __device__ __forceinline__ void find_winners(const T *x, unsigned int *winners, Axis h, Axis w, unsigned int elements) {
+static __device__ __forceinline__ void find_winners(const T *x, unsigned int *winners, Axis h, Axis w, const Divisor &line,
+                                                    const Divisor &plane_of, unsigned int elements) {
     unsigned int i = thread_of_grid();
     if (i < elements) {
-        const T *plane = x + i / (h.output * w.output) * (h.input * w.input);
-        winners[i] = winner<T>(plane, h, w, i / w.output % h.output, i % w.output);
+        unsigned int ow = i;
+        const T *plane = x + plane_of.divide(ow) * (h.input * w.input);
+        unsigned int oh = line.divide(ow);
+        winners[i] = winner<T>(plane, h, w, oh, ow);
     }
 }
 
 // dx of a pixel = the sum of dy over the windows that it won, in their order.
 template <typename T>
 static __device__ __forceinline__ void backward(const unsigned int *winners, const T *dy, T *dx, Axis h, Axis w,
-                                                unsigned int elements) {
+                                                const Divisor &line, const Divisor &plane_of, unsigned int elements) {
     unsigned int i = thread_of_grid();
     if (i >= elements) {
         return;
     }
-    unsigned int input_plane = h.input * w.input;
-    unsigned int plane = i / input_plane * (h.output * w.output);
-    unsigned int pixel = i % input_plane;
-    unsigned int ih = pixel / w.input, iw = pixel % w.input;
+    unsigned int pixel = i, plane = plane_of.divide(pixel) * (h.output * w.output);
+    unsigned int iw = pixel, ih = line.divide(iw);
     typename Compute<T>::Type sum = 0;
     for (unsigned int oh = h.first(ih); oh <= h.last(ih); oh++) {
         for (unsigned int ow = w.first(iw); ow <= w.last(iw); ow++) {
@@ -61,16 +65,18 @@ static __device__ __forceinline__ void backward(const unsigned int *winners, con
 }
 
 #define KERNELS(NAME, T)                                                                                               \
-    extern "C" __global__ void max_pool2d_forward_##NAME(const T *x, T *y, Axis h, Axis w, unsigned int elements) {    \
-        forward<T>(x, y, h, w, elements);                                                                              \
+    extern "C" __global__ void max_pool2d_forward_##NAME(const T *x, T *y, Axis h, Axis w, Divisor line,               \
+                                                         Divisor plane, unsigned int elements) {                       \
+        forward<T>(x, y, h, w, line, plane, elements);                                                                 \
     }                                                                                                                  \
     extern "C" __global__ void max_pool2d_winners_##NAME(const T *x, unsigned int *winners, Axis h, Axis w,            \
-                                                         unsigned int elements) {                                      \
-        find_winners<T>(x, winners, h, w, elements);                                                                   \
+                                                         Divisor line, Divisor plane, unsigned int elements) {         \
+        find_winners<T>(x, winners, h, w, line, plane, elements);                                                      \
     }                                                                                                                  \
     extern "C" __global__ void max_pool2d_backward_##NAME(const unsigned int *winners, const T *dy, T *dx, Axis h,     \
-                                                          Axis w, unsigned int elements) {                             \
-        backward<T>(winners, dy, dx, h, w, elements);                                                                  \
+                                                          Axis w, Divisor line, Divisor plane,                         \
+                                                          unsigned int elements) {                                     \
+        backward<T>(winners, dy, dx, h, w, line, plane, elements);                                                     \
     }
 
 KERNELS(f32, float)

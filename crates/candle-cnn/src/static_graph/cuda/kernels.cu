@@ -168,18 +168,6 @@ template <typename T> static __device__ __forceinline__ void take_weights(const 
     }
 }
 
-// A number by which threads divide: n / divisor = (n·multiplier / 2^32 + n) / 2^shift for every n below 2^31.
-struct Divisor {
-    unsigned int divisor, multiplier, shift;
-
-    // The quotient; `n` becomes the rest.
-    __device__ unsigned int divide(unsigned int &n) const {
-        unsigned int quotient = (__umulhi(n, multiplier) + n) >> shift;
-        n -= quotient * divisor;
-        return quotient;
-    }
-};
-
 // Where in a map a thread's pack lies.
 struct Place {
     unsigned int image, h, w, channel;

@@ -11,7 +11,9 @@ use candle_core::{CudaStorage, DType, Result};
 
 use super::super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Launch, MOST_IN_TABLE, Operand, alloc, axis, count, start, suffix};
+use crate::cuda::launch::{
+    BEYOND, Launch, MOST_IN_TABLE, Operand, alloc, axis, count, divisor, start, suffix,
+};
 use crate::window::Axis;
 
 const SOURCE: Source = Source {
@@ -268,7 +270,7 @@ impl Launches {
                 width: [0; WEIGHTS],
                 taps: [0; WEIGHTS],
                 pairs: [0; WEIGHTS],
-                end: [0; WEIGHTS],
+                end: [BEYOND; WEIGHTS],
             };
             let mut blocks = 0u32;
             for (i, weight) in weights.iter().enumerate() {
@@ -458,7 +460,7 @@ impl Launches {
                 joined: [0; JOINS],
                 channels: [0; JOINS],
                 parts: [0; JOINS],
-                end: [0; JOINS],
+                end: [BEYOND; JOINS],
             };
             let mut blocks = 0u32;
             for (i, &(sums, from, to)) in entries.iter().enumerate() {
@@ -660,7 +662,7 @@ fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
     let pack = pack(segments, dtype);
     let mut table = Segments {
         of: [Segment::EMPTY; SEGMENTS],
-        end: [0; SEGMENTS],
+        end: [BEYOND; SEGMENTS],
         rows: count(OP, rows)?,
         channels: 0,
         h: [0; 5],
@@ -719,39 +721,9 @@ fn cut(rows: usize, rows_each: usize) -> Result<Parts> {
     })
 }
 
-/// `Divisor` of kernels.cu: a number from 1 on and below 2^31.
-fn divisor(number: usize) -> [u32; 3] {
-    let number = number.clamp(1, i32::MAX as usize) as u64;
-    let shift = u64::from(number.next_power_of_two().trailing_zeros());
-    let multiplier = (((1 << shift) - number) << 32) / number + 1;
-    [number, multiplier, shift].map(|number| number as u32)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn threads_divide_by_multiplying() {
-        let powers = (0..31).flat_map(|shift| [1u64 << shift, (1 << shift) + 1, (2 << shift) - 1]);
-        for number in (1..2000).chain(powers) {
-            let [divisor, multiplier, shift] = divisor(number as usize).map(u64::from);
-            assert_eq!(divisor, number);
-            let near = (1..40).flat_map(|k| [k * number - 1, k * number, k * number + 1]);
-            let far = [
-                0,
-                12_345_678,
-                (1 << 31) - 2,
-                (1 << 31) - 1,
-                ((1 << 31) - 1) / number * number,
-            ];
-            for n in near.chain(far).filter(|&n| n < 1 << 31) {
-                let sum = (n * multiplier >> 32) + n;
-                assert!(sum < 1 << 32, "{n} by {number}");
-                assert_eq!(sum >> shift, n / number, "{n} by {number}");
-            }
-        }
-    }
 
     #[test]
     fn parts_cover_all_rows_and_none_is_empty() -> Result<()> {
