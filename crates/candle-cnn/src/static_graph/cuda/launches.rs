@@ -691,9 +691,10 @@ fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
 /// CUDA takes no more blocks below each other.
 const MOST_PARTS: usize = 65_535;
 
-/// Parts of rows without a sum: a few rows for each thread.
+/// Parts of rows without a sum: a few for each thread, and more where there are blocks enough, so that what a thread does before
+/// its first row counts less.
 fn small_parts(rows: usize) -> Result<Parts> {
-    cut(rows, 128)
+    cut(rows, (rows / 128).clamp(128, 512))
 }
 
 /// Parts of a sum over rows, with `blocks` beside each other; the number of both decides the bits of the sum.
