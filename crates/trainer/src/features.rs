@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use candle_cnn::cuda::without_benchmark;
 use candle_core::{Device, Tensor};
 use cifar_data::ImageSet;
 
@@ -43,10 +44,16 @@ impl FeatureCache {
         device: &Device,
         progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
-        let (mut parts, mut done, mut stopped) = (Vec::new(), 0, false);
+        let (mut parts, mut done, mut stopped, mut whole) = (Vec::new(), 0, false, 0);
         for (index, batch) in batches.enumerate() {
             let batch = batch?;
-            let part = features(&batch.inputs).map_err(failed(index as u64 + 1))?;
+            let part = match batch.count < whole {
+                // The last batch.
+                true => without_benchmark(|| features(&batch.inputs)),
+                false => features(&batch.inputs),
+            };
+            let part = part.map_err(failed(index as u64 + 1))?;
+            whole = batch.count.max(whole);
             parts.push(part.detach());
             done += batch.count;
             if progress(done).is_break() {

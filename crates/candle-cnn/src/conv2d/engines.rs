@@ -105,8 +105,8 @@ thread_local! {
 }
 
 /// How many candidates are timed, and of those how many with the same engine.
-const MOST_TIMED: usize = 16;
-const MOST_TIMED_OF_ONE_ENGINE: usize = 6;
+const MOST_TIMED: usize = 8;
+const MOST_TIMED_OF_ONE_ENGINE: usize = 4;
 /// How many are kept of those that cuDNN expects to be fast, should it refuse one.
 const MOST_KEPT: usize = 4;
 

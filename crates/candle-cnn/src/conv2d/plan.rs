@@ -223,6 +223,8 @@ pub(crate) struct Notes {
     pub(crate) rounds_factors: bool,
     /// Sums of less than f32.
     pub(crate) rounds_sums: bool,
+    /// Products of what a transform makes of the factors (Fourier's, Winograd's), which rounds more.
+    pub(crate) transforms: bool,
     /// Other bits from run to run.
     pub(crate) nondeterministic: bool,
 }
@@ -232,7 +234,8 @@ impl Notes {
     pub(super) fn suit(&self, key: &PlanKey) -> bool {
         // For f64 there are tensor cores that round nothing, and bf16 is theirs.
         let is_exact = key.dtype == DType::F32 && key.math == F32Math::Full;
-        let rounds = self.rounds_factors || self.rounds_sums || (self.tensor_cores && is_exact);
+        let inexact = self.tensor_cores || self.transforms;
+        let rounds = self.rounds_factors || self.rounds_sums || (inexact && is_exact);
         !rounds && (!self.nondeterministic || !key.deterministic)
     }
 }
@@ -502,6 +505,10 @@ mod tests {
             tensor_cores: true,
             ..plain
         };
+        let transforms = Notes {
+            transforms: true,
+            ..plain
+        };
         let nondeterministic = Notes {
             nondeterministic: true,
             ..plain
@@ -524,6 +531,7 @@ mod tests {
                     assert_eq!(nondeterministic.suit(&key), !deterministic, "{key:?}");
                     let rounds = (dtype, math) == (DType::F32, F32Math::Full);
                     assert_eq!(tensor_cores.suit(&key), !rounds, "{key:?}");
+                    assert_eq!(transforms.suit(&key), !rounds, "{key:?}");
                     assert!(!rounding.iter().any(|notes| notes.suit(&key)), "{key:?}");
                 }
             }

@@ -184,6 +184,7 @@ impl From<Vec<NumericalNote>> for Notes {
             tensor_cores: has(CUDNN_NUMERICAL_NOTE_TENSOR_CORE),
             rounds_factors: has(CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS),
             rounds_sums: has(CUDNN_NUMERICAL_NOTE_REDUCED_PRECISION_REDUCTION),
+            transforms: has(CUDNN_NUMERICAL_NOTE_FFT) || has(CUDNN_NUMERICAL_NOTE_WINOGRAD),
             nondeterministic: has(CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC),
         }
     }

@@ -82,7 +82,8 @@ pub fn settings() -> Settings {
 }
 
 /// Runs `f` with [`Settings::benchmark`] off on this thread: for shapes that are met too seldom to be worth it, as an epoch's
-/// last batch, whose engines would take longer to time than its steps of a whole run.
+/// last batch, whose engines would take longer to time than its steps of a whole run. What [`settings`] gives meanwhile is not to be put
+/// into force for the process.
 ///
 /// ```
 /// use candle_cnn::cuda::{settings, without_benchmark};

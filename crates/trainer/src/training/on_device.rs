@@ -186,12 +186,12 @@ impl Training<'_> {
         set_inputs().map_err(failed("the data"))?;
         parts.end("data");
         let seed = self.dropout_seed(step);
-        if images < batch_size {
-            // Once an epoch.
+        if self.is_smaller(batch) {
             without_benchmark(|| self.compute_step(state, share, seed))?;
         } else {
             #[cfg(feature = "cuda")]
-            if self.execution.cuda_graph && self.together.stays_on_device() {
+            if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device()
+            {
                 self.replay_or_record(state, share, seed)?;
             } else {
                 self.compute_step(state, share, seed)?;

@@ -98,7 +98,7 @@ template <typename T> struct Weights {
     unsigned int c_out[WEIGHTS], c_in[WEIGHTS], width[WEIGHTS], taps[WEIGHTS], pairs[WEIGHTS], end[WEIGHTS];
 };
 
-// One weight, and a block's part of it: `count` numbers of `planes`, from `first` on.
+// One weight, and a block's part of it: `pairs` pairs of channels, from `first_pair` on.
 template <typename T> struct Laid {
     float *planes;
     T *pixels;
@@ -212,18 +212,24 @@ static __device__ __forceinline__ void add_windows(float (&sum)[N], const unsign
         if (!lines.has(a)) {
             break;
         }
-        UNROLL(MOST)
-        for (unsigned int b = 0; b < columns.most(); b++) {
-            if (!columns.has(b)) {
-                break;
+        unsigned int line = (image + (lines.first + a) * columns.axis.output + columns.first) * channels;
+        // Of a line of windows all are loaded before the first is looked at.
+        for (unsigned int begin = 0; begin < columns.most() && columns.has(begin); begin += MOST) {
+            Winners<N> won[MOST] = {};
+            Pack<T, N> gradient[MOST] = {};
+            for (unsigned int b = 0; b < MOST; b++) {
+                if (columns.has(begin + b)) {
+                    won[b] = load_pack<Winners<N>>(&winners[line + (begin + b) * channels]);
+                    gradient[b] = load_pack<Pack<T, N>>(&dy[line + (begin + b) * channels]);
+                }
             }
-            unsigned int window = image + (lines.first + a) * columns.axis.output + columns.first + b;
-            unsigned int place = lines.place(a) * columns.kernel() + columns.place(b);
-            auto won = load_pack<Winners<N>>(&winners[window * channels]);
-            auto gradient = load_pack<Pack<T, N>>(&dy[window * channels]);
-            for (unsigned int k = 0; k < N; k++) {
-                if (won.is(k, place)) {
-                    sum[k] += gradient.at(k);
+            for (unsigned int b = 0; b < MOST; b++) {
+                unsigned int place = lines.place(a) * columns.kernel() + columns.place(begin + b);
+                bool has = columns.has(begin + b);
+                for (unsigned int k = 0; k < N; k++) {
+                    if (has && won[b].is(k, place)) {
+                        sum[k] += gradient[b].at(k);
+                    }
                 }
             }
         }
@@ -255,9 +261,10 @@ template <typename T> struct Segment {
     unsigned int first;
     unsigned int kind;
     float eps;
-    // A block takes 2^lanes packs of channels side by side.
+    // A block takes 2^lanes packs of channels side by side, of at most MOST_LANES.
     unsigned int lanes;
 };
+#define MOST_LANES 5
 // Some segments, which have the blocks before `end`, and channels of all.
 template <typename T> struct Segments {
     Segment<T> of[SEGMENTS];
@@ -277,11 +284,17 @@ template <unsigned int N> struct Follows {
             bias[k] = of.bias[channel + k];
             mean[k] = 0;
             inverse_std[k] = scale[k] = 1;
-            if (kind != BIAS) {
-                float deviation = of.deviation[channel + k];
+        }
+        if (kind != BIAS) {
+            // Loaded before any is needed.
+            for (unsigned int k = 0; k < N; k++) {
                 mean[k] = of.mean[channel + k];
-                inverse_std[k] = kind == BATCH ? deviation : 1 / sqrtf(deviation + of.eps);
-                scale[k] = of.weight[channel + k] * inverse_std[k];
+                inverse_std[k] = of.deviation[channel + k];
+                scale[k] = of.weight[channel + k];
+            }
+            for (unsigned int k = 0; k < N; k++) {
+                inverse_std[k] = kind == BATCH ? inverse_std[k] : 1 / sqrtf(inverse_std[k] + of.eps);
+                scale[k] *= inverse_std[k];
             }
         }
     }
@@ -304,15 +317,16 @@ template <unsigned int N> struct Follows {
 // A block's packs of a segment's channels, in `per_part` rows. A thread has one pack of every `step`-th row.
 template <typename T, unsigned int N> struct Column {
     const Segment<T> &segment;
-    // The first of the thread's channels.
-    unsigned int channel;
+    // The first channel of the block, and of the thread.
+    unsigned int first_channel, channel;
     unsigned int row, end, step, count;
     bool inside;
 
     __device__ Column(const Segments<T> &all, unsigned int block, unsigned int per_part)
         : segment(all.of[entry_of(all.end, block)]) {
         unsigned int lanes = segment.lanes, start = blockIdx.y * per_part;
-        channel = ((block << lanes) + (threadIdx.x & ((1u << lanes) - 1))) * N;
+        first_channel = (block << lanes) * N;
+        channel = first_channel + (threadIdx.x & ((1u << lanes) - 1)) * N;
         inside = channel < segment.channels;
         count = all.rows - start < per_part ? all.rows - start : per_part;
         end = start + count;
@@ -322,6 +336,17 @@ template <typename T, unsigned int N> struct Column {
     // Whether it is one of the threads that hold the block's sums.
     __device__ bool first() const { return inside && threadIdx.x < 1u << segment.lanes; }
 };
+
+// The packs at `from` of ROWS rows, `step` apart, so far as they come before `end`: all are under way before the first is needed.
+template <typename T, unsigned int N>
+static __device__ __forceinline__ void load_rows(Pack<T, N> (&packs)[ROWS], const T *from, unsigned int width, unsigned int row,
+                                                 unsigned int step, unsigned int end) {
+    for (unsigned int j = 0; j < ROWS; j++) {
+        if (row + j * step < end) {
+            packs[j] = load_pack<Pack<T, N>>(&from[(row + j * step) * width]);
+        }
+    }
+}
 
 // The sums of `values` over the block's rows, for every thread of the pack.
 template <unsigned int N>
@@ -349,25 +374,22 @@ template <typename T, unsigned int N>
 static __device__ __forceinline__ void finish(const Column<T, N> &at, const Follows<N> &follows) {
     const Segment<T> &s = at.segment;
     for (unsigned int row = at.row; row < at.end; row += ROWS * at.step) {
-        Pack<T, N> packs[ROWS];
-        for (unsigned int j = 0; j < ROWS; j++) {
-            if (row + j * at.step < at.end) {
-                packs[j] = load_pack<Pack<T, N>>(&s.raw[(row + j * at.step) * s.raw_width + at.channel]);
-            }
-        }
+        Pack<T, N> packs[ROWS] = {};
+        load_rows(packs, s.raw + at.channel, s.raw_width, row, at.step, at.end);
         for (unsigned int j = 0; j < ROWS; j++) {
             unsigned int r = row + j * at.step, mask = 0;
+            if (r >= at.end) {
+                break;
+            }
             for (unsigned int k = 0; k < N; k++) {
                 float value = follows.value(k, packs[j].at(k));
                 packs[j].set(k, keep_positive(value, value));
                 // As what is stored has it: rounding may make it 0.
                 mask |= packs[j].at(k) <= 0 ? 0 : 1u << k;
             }
-            if (r < at.end) {
-                store_pack(&s.map[r * s.map_width + at.channel], packs[j]);
-                if (N > 1 && s.mask) {
-                    s.mask[(r * s.channels + at.channel) / N] = static_cast<unsigned char>(mask);
-                }
+            store_pack(&s.map[r * s.map_width + at.channel], packs[j]);
+            if (N > 1 && s.mask) {
+                s.mask[(r * s.channels + at.channel) / N] = static_cast<unsigned char>(mask);
             }
         }
     }
@@ -410,12 +432,13 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     for (unsigned int k = 0; k < N; k++) {
         mean[k] = square[k] = rest[k] = 0;
     }
-    if (at.inside) {
-        UNROLL(ROWS)
-        for (unsigned int row = at.row; row < at.end; row += at.step) {
-            Pack<T, N> pack = load_pack<Pack<T, N>>(&x[row * s.raw_width]);
+    for (unsigned int row = at.row; at.inside && row < at.end; row += ROWS * at.step) {
+        Pack<T, N> packs[ROWS] = {};
+        load_rows(packs, x, s.raw_width, row, at.step, at.end);
+        // Rows that are not there are zeros.
+        for (unsigned int j = 0; j < ROWS; j++) {
             for (unsigned int k = 0; k < N; k++) {
-                mean[k] += pack.at(k);
+                mean[k] += packs[j].at(k);
             }
         }
     }
@@ -423,12 +446,15 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     for (unsigned int k = 0; k < N; k++) {
         mean[k] /= at.count;
     }
-    if (at.inside) {
-        UNROLL(ROWS)
-        for (unsigned int row = at.row; row < at.end; row += at.step) {
-            Pack<T, N> pack = load_pack<Pack<T, N>>(&x[row * s.raw_width]);
+    for (unsigned int row = at.row; at.inside && row < at.end; row += ROWS * at.step) {
+        Pack<T, N> packs[ROWS] = {};
+        load_rows(packs, x, s.raw_width, row, at.step, at.end);
+        for (unsigned int j = 0; j < ROWS; j++) {
+            if (row + j * at.step >= at.end) {
+                break;
+            }
             for (unsigned int k = 0; k < N; k++) {
-                float difference = pack.at(k) - mean[k];
+                float difference = packs[j].at(k) - mean[k];
                 square[k] += difference * difference;
                 rest[k] += difference;
             }
@@ -436,30 +462,51 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     }
     column_sums<N>(rest, shared, s.lanes);
     column_sums<N>(square, shared, s.lanes);
-    float rounded[N], inverse_std[N];
-    for (unsigned int k = 0; k < N; k++) {
-        float squared = square[k] - rest[k] * rest[k] / at.count;
-        double exact = mean[k] + static_cast<double>(rest[k]) / at.count;
-        unsigned int channel = s.first + at.channel + k;
+    // The rest takes double, a channel a thread: what one thread has of each channel is handed over.
+    __shared__ float handed[3][N << MOST_LANES];
+    if (at.first()) {
+        for (unsigned int k = 0; k < N; k++) {
+            handed[0][threadIdx.x * N + k] = mean[k];
+            handed[1][threadIdx.x * N + k] = rest[k];
+            handed[2][threadIdx.x * N + k] = square[k];
+        }
+    }
+    __syncthreads();
+    unsigned int own = threadIdx.x, in_segment = at.first_channel + own;
+    if (own < N << s.lanes && in_segment < s.channels) {
+        float of_rest = handed[1][own];
+        float squared = handed[2][own] - of_rest * of_rest / at.count;
+        double exact = handed[0][own] + static_cast<double>(of_rest) / at.count;
+        unsigned int channel = s.first + in_segment;
         if (gridDim.y == 1) {
-            rounded[k] = static_cast<float>(exact);
-            inverse_std[k] = inverse_deviation(all, s, squared);
-            if (at.first()) {
-                set_statistics(all, statistics, s, channel, exact, squared);
-            }
-        } else if (at.first()) {
+            set_statistics(all, statistics, s, channel, exact, squared);
+            handed[0][own] = statistics[channel];
+            handed[1][own] = statistics[all.channels + channel];
+        } else {
             means[blockIdx.y * all.channels + channel] = exact;
             squares[blockIdx.y * all.channels + channel] = squared;
         }
     }
-    if (gridDim.y == 1 && at.inside) {
-        finish<T, N>(at, Follows<N>(s, at.channel, rounded, inverse_std));
+    if (gridDim.y > 1) {
+        return;
+    }
+    __syncthreads();
+    if (at.inside) {
+        float inverse_std[N];
+        for (unsigned int k = 0; k < N; k++) {
+            unsigned int of_pack = at.channel - at.first_channel + k;
+            mean[k] = handed[0][of_pack];
+            inverse_std[k] = handed[1][of_pack];
+        }
+        finish<T, N>(at, Follows<N>(s, at.channel, mean, inverse_std));
     }
 }
 
 // Channels of a block that joins parts. Each of its other threads takes every so manieth part.
 #define JOINED 32
 #define JOINING (THREADS / JOINED)
+// Parts that a thread loads before it adds the first.
+#define JOINED_AT_ONCE 8
 
 // The sum of `value` over the threads of a channel, for each of them.
 static __device__ __forceinline__ double joined_sum(double value, double *shared) {
@@ -481,20 +528,30 @@ static __device__ __forceinline__ void join_moments(const Segments<T> &all, cons
     unsigned int channel = blockIdx.x * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED;
     unsigned int last_rows = all.rows - (parts - 1) * per_part;
     double total = 0, squared = 0;
-    if (channel < all.channels) {
-        UNROLL(4)
-        for (unsigned int part = first; part < parts; part += JOINING) {
-            unsigned int rows = part + 1 < parts ? per_part : last_rows;
-            total += means[part * all.channels + channel] * rows;
+    for (unsigned int part = first; channel < all.channels && part < parts; part += JOINED_AT_ONCE * JOINING) {
+        double of[JOINED_AT_ONCE] = {};
+        for (unsigned int j = 0; j < JOINED_AT_ONCE; j++) {
+            if (part + j * JOINING < parts) {
+                of[j] = means[(part + j * JOINING) * all.channels + channel];
+            }
+        }
+        for (unsigned int j = 0; j < JOINED_AT_ONCE; j++) {
+            total += of[j] * (part + j * JOINING + 1 < parts ? per_part : last_rows);
         }
     }
     double mean = joined_sum(total, shared) / all.rows;
-    if (channel < all.channels) {
-        UNROLL(4)
-        for (unsigned int part = first; part < parts; part += JOINING) {
-            unsigned int rows = part + 1 < parts ? per_part : last_rows;
-            double difference = means[part * all.channels + channel] - mean;
-            squared += squares[part * all.channels + channel] + difference * difference * rows;
+    for (unsigned int part = first; channel < all.channels && part < parts; part += JOINED_AT_ONCE * JOINING) {
+        double of[JOINED_AT_ONCE] = {};
+        float inside[JOINED_AT_ONCE] = {};
+        for (unsigned int j = 0; j < JOINED_AT_ONCE; j++) {
+            if (part + j * JOINING < parts) {
+                of[j] = means[(part + j * JOINING) * all.channels + channel];
+                inside[j] = squares[(part + j * JOINING) * all.channels + channel];
+            }
+        }
+        for (unsigned int j = 0; j < JOINED_AT_ONCE && part + j * JOINING < parts; j++) {
+            double difference = of[j] - mean;
+            squared += inside[j] + difference * difference * (part + j * JOINING + 1 < parts ? per_part : last_rows);
         }
     }
     squared = joined_sum(squared, shared);
@@ -625,13 +682,17 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
     }
     unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
     column_sums<N>(plain, shared, s.lanes);
-    for (unsigned int k = 0; at.first() && k < N; k++) {
-        sums[to + k] = plain[k];
+    if (at.first()) {
+        for (unsigned int k = 0; k < N; k++) {
+            sums[to + k] = plain[k];
+        }
     }
     if (!bias) {
         column_sums<N>(with_x, shared, s.lanes);
-        for (unsigned int k = 0; at.first() && k < N; k++) {
-            sums[gridDim.y * all.channels + to + k] = with_x[k];
+        if (at.first()) {
+            for (unsigned int k = 0; k < N; k++) {
+                sums[gridDim.y * all.channels + to + k] = with_x[k];
+            }
         }
         if (gridDim.y == 1 && at.inside) {
             input_gradient<T, N>(at, Follows<N>(s, at.channel), plain, with_x, 1.0f / all.rows);
@@ -656,10 +717,15 @@ static __device__ __forceinline__ void join_sums(const Joins &all) {
     unsigned int channel = block * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED, channels = all.channels[j];
     const float *sums = all.sums[j];
     double sum = 0;
-    if (channel < channels) {
-        UNROLL(4)
-        for (unsigned int part = first; part < all.parts[j]; part += JOINING) {
-            sum += sums[part * channels + channel];
+    for (unsigned int part = first, parts = all.parts[j]; channel < channels && part < parts; part += JOINED_AT_ONCE * JOINING) {
+        float of[JOINED_AT_ONCE] = {};
+        for (unsigned int i = 0; i < JOINED_AT_ONCE; i++) {
+            if (part + i * JOINING < parts) {
+                of[i] = sums[(part + i * JOINING) * channels + channel];
+            }
+        }
+        for (unsigned int i = 0; i < JOINED_AT_ONCE; i++) {
+            sum += of[i];
         }
     }
     sum = joined_sum(sum, shared);

@@ -3,7 +3,7 @@
 //! Maps lie channels last, (N, H, W, C), as tensor cores want them; Candle's tensors do not. cuDNN takes the sums of each
 //! convolution into memory of their own, and small kernels of ours do what lies between for a whole [`Stage`] at once: bias or
 //! batch norm and ReLU on the way into the maps, concatenations among them, and the same on the way back. A gradient is added to
-//! another where it is made. Memory is taken and freed in the order of the device's stream, so that a step can be captured.
+//! another where it is made, or where it is read. Memory is taken and freed in the order of the device's stream, so that a step can be captured.
 
 #![allow(unsafe_code)]
 
@@ -457,8 +457,8 @@ impl<'a> GraphPass<'a> {
                 let sums = self
                     .launches
                     .gradient_sums(&segments, chunk.rows, pooling)?;
-                let number = |&(u, m): &(usize, usize)| stage.units[u].members[m].number;
-                let members = chunk.members.iter().map(number);
+                let of_member = |&(u, m): &(usize, usize)| stage.units[u].members[m].number;
+                let members = chunk.members.iter().map(of_member);
                 if chunk.kind != Kind::Batch {
                     of_biases.push((sums, members.zip(segments).collect()));
                     continue;
