@@ -19,7 +19,7 @@ use crate::bench::{Side, environment, median, new_directory, pytorch, repository
 /// Run the CUDA tests, compare CPU and GPU, time us beside PyTorch, and record it all
 ///
 /// Needs a GPU with its driver, CUDA 13 with nvcc (or programs built elsewhere, see --binaries), and for the other half of the
-/// table a PyTorch that was built for CUDA. Takes about ten minutes, without --accuracy.
+/// table a PyTorch that was built for CUDA. Takes ten minutes and more, without --accuracy.
 #[derive(Debug, clap::Args)]
 pub(crate) struct GpuReport {
     /// Python that can import torch [default: python3, if it can; else only our side is timed]
@@ -51,6 +51,9 @@ pub(crate) struct GpuReport {
     /// Leave out all timing
     #[arg(long, conflicts_with = "row")]
     skip_timing: bool,
+    /// Time us as the programs run by default alone, not by planes and on one stream too, which takes half a minute a row
+    #[arg(long)]
+    skip_other_ways: bool,
     /// Try out that every part runs: a few steps of a few pictures each, no PyTorch, and figures that mean nothing
     #[arg(long, conflicts_with_all = ["pytorch", "accuracy"])]
     rehearse: bool,
@@ -274,6 +277,7 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
         programs: &programs,
         work: &work,
         rehearse: arguments.rehearse,
+        skip_other_ways: arguments.skip_other_ways,
     };
     let rounds = match arguments.rehearse {
         true => 1,
@@ -462,6 +466,7 @@ struct Runs<'a> {
     programs: &'a Path,
     work: &'a Path,
     rehearse: bool,
+    skip_other_ways: bool,
 }
 
 impl Runs<'_> {
@@ -579,7 +584,7 @@ impl Runs<'_> {
             let mut round = Round::new();
             let idle = gpu_mib()?;
             for (name, flags) in WAYS {
-                if name != OURS && number > 0 {
+                if name != OURS && (number > 0 || self.skip_other_ways) {
                     continue;
                 }
                 // One way may fail on a GPU where another works.

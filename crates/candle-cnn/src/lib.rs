@@ -23,7 +23,7 @@
 //! frozen weight.
 //!
 //! With the feature `cuda`, all take tensors on an NVIDIA
-//! GPU, in bf16 too: see [`cuda`]. That side has not run on a GPU yet.
+//! GPU, in bf16 too: see [`cuda`]. That side has run on an H100.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
