@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use candle_cnn::cuda::without_benchmark;
 use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
 use candle_core::{DType, Device, Tensor};
 use cifar_data::{ImageSet, Normalization};
@@ -11,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{Examples, batches};
 use crate::error::{Error, Result};
+use crate::execution::InARow;
 use crate::model::Model;
 use crate::resident::correct_on_device;
 
@@ -82,7 +82,7 @@ pub(crate) fn evaluate_examples(
     logits: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Option<EvaluationSums>> {
-    let (mut tally, mut done, mut whole) = (Tally::default(), 0, 0);
+    let (mut tally, mut done, mut in_a_row) = (Tally::default(), 0, InARow::default());
     for (index, batch) in batches.enumerate() {
         let Examples {
             inputs,
@@ -90,11 +90,7 @@ pub(crate) fn evaluate_examples(
             count,
         } = batch?;
         let mut evaluated = || {
-            let logits = match count < whole {
-                // The last batch.
-                true => without_benchmark(|| logits(&inputs))?,
-                false => logits(&inputs)?,
-            };
+            let logits = in_a_row.run(count, || logits(&inputs))?;
             let loss = cross_entropy(&logits, &labels, CrossEntropyConfig::default())?;
             match inputs.device().is_cpu() {
                 true => tally.add(scalar(&loss)?, count_correct(&logits, &labels)?, count),
@@ -104,7 +100,6 @@ pub(crate) fn evaluate_examples(
         };
         let failed = Error::tensor("the evaluation", index as u64 + 1, count as usize);
         evaluated().map_err(failed)?;
-        whole = count.max(whole);
         done += count;
         if progress(done).is_break() {
             return Ok(None);

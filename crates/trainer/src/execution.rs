@@ -1,5 +1,6 @@
 //! How the steps of a run are carried out on its device.
 
+use candle_cnn::cuda::without_benchmark;
 use candle_core::{DType, Device};
 
 /// How the steps of a run are carried out; [`Training::executed`](crate::Training::executed) takes it.
@@ -28,5 +29,27 @@ impl Execution {
             resident: on_gpu,
             cuda_graph: on_gpu,
         }
+    }
+}
+
+/// Runs `f`; a GPU times no engines for it if its shapes are `seldom` met, as those of a last, smaller batch are.
+pub(crate) fn timed_unless<R>(seldom: bool, f: impl FnOnce() -> R) -> R {
+    match seldom {
+        true => without_benchmark(f),
+        false => f(),
+    }
+}
+
+/// Batches in a row, of which the last may have fewer images.
+#[derive(Debug, Default)]
+pub(crate) struct InARow {
+    whole: u64,
+}
+
+impl InARow {
+    /// [`timed_unless`] for the next batch, of so many images.
+    pub(crate) fn run<R>(&mut self, images: u64, f: impl FnOnce() -> R) -> R {
+        self.whole = images.max(self.whole);
+        timed_unless(images < self.whole, f)
     }
 }

@@ -7,13 +7,13 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use candle_cnn::cuda::without_benchmark;
 use candle_core::{Device, Tensor};
 use cifar_data::ImageSet;
 
 use crate::data::Examples;
 use crate::distributed::Together;
 use crate::error::{Error, Result};
+use crate::execution::InARow;
 
 /// Features and labels of the sets that have been asked for.
 #[derive(Debug, Default)]
@@ -44,16 +44,12 @@ impl FeatureCache {
         device: &Device,
         progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
-        let (mut parts, mut done, mut stopped, mut whole) = (Vec::new(), 0, false, 0);
+        let (mut parts, mut done, mut stopped) = (Vec::new(), 0, false);
+        let mut in_a_row = InARow::default();
         for (index, batch) in batches.enumerate() {
             let batch = batch?;
-            let part = match batch.count < whole {
-                // The last batch.
-                true => without_benchmark(|| features(&batch.inputs)),
-                false => features(&batch.inputs),
-            };
+            let part = in_a_row.run(batch.count, || features(&batch.inputs));
             let part = part.map_err(failed(index as u64 + 1))?;
-            whole = batch.count.max(whole);
             parts.push(part.detach());
             done += batch.count;
             if progress(done).is_break() {

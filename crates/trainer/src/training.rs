@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_cnn::cuda::without_benchmark;
 use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{DType, Device, Tensor, Var};
 use cifar_data::{ImageSet, shuffled_order};
@@ -20,7 +19,7 @@ use crate::distributed::Together;
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, EvaluationSums, count_correct, evaluate_examples, scalar};
-use crate::execution::Execution;
+use crate::execution::{Execution, timed_unless};
 use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
 use crate::model::{Model, TrainOutput};
@@ -280,10 +279,8 @@ impl<'a> Training<'a> {
                 break;
             }
             parts.end("data");
-            let step = match self.is_smaller(self.position.batch_in_epoch) {
-                true => without_benchmark(|| self.train_step(batch.as_ref(), &mut parts))?,
-                false => self.train_step(batch.as_ref(), &mut parts)?,
-            };
+            let seldom = self.is_smaller(self.position.batch_in_epoch);
+            let step = timed_unless(seldom, || self.train_step(batch.as_ref(), &mut parts))?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {
                 self.save_checkpoint(observer)?;
@@ -292,8 +289,7 @@ impl<'a> Training<'a> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Whether a batch of the epoch has fewer images than the others, which none but the last does: shapes that are met once an
-    /// epoch, and for which a GPU times no engines.
+    /// Whether a batch of the epoch has fewer images than the others, which none but the last does.
     fn is_smaller(&self, batch_in_epoch: u64) -> bool {
         let whole = self.config.batch_size.min(self.data.train.len());
         (batch_in_epoch as usize + 1) * whole > self.data.train.len()

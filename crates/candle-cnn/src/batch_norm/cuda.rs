@@ -13,9 +13,7 @@ use candle_core::{
 use super::{Activation, BatchStatistics, OP, Sizes};
 use crate::backward::aside;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{
-    Held, Launch, Operand, alloc, compute_dtype, count, divisor, suffix, tensor,
-};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor};
 use crate::error::OpError;
 
 const SOURCE: Source = Source {
@@ -163,7 +161,7 @@ impl CudaBatchNorm {
             .write(&mut squares)?
             .number(c.images)
             .number(c.channels)
-            .structure(divisor(c.pixels as usize))
+            .divisor(c.pixels as usize)
             .number(c.per_part);
         // SAFETY: the arguments of `moments`: x is (images, channels, pixels), the others (channels, parts), and the
         // parts cover a channel's values with none of them empty.
@@ -234,8 +232,8 @@ impl CudaBatchNorm {
             .read(inverse_std.operand(OP)?)?
             .read(weight)?
             .read(bias)?
-            .structure(divisor(c.channels as usize))
-            .structure(divisor(c.pixels as usize))
+            .divisor(c.channels as usize)
+            .divisor(c.pixels as usize)
             .number(self.relu())
             .number(c.elements);
         // SAFETY: the arguments of `apply`: x and y are (images, channels, pixels), the others (channels).
@@ -272,7 +270,7 @@ impl CudaBatchNorm {
             .write(&mut sums)?
             .number(c.images)
             .number(c.channels)
-            .structure(divisor(c.pixels as usize))
+            .divisor(c.pixels as usize)
             .number(c.per_part)
             .number(self.relu());
         // SAFETY: the arguments of `gradient_sums`: x and dy are (images, channels, pixels), the sums
@@ -307,8 +305,8 @@ impl CudaBatchNorm {
             .read_all(&dbias)?
             .read_all(&dweight)?
             .double(share)
-            .structure(divisor(c.channels as usize))
-            .structure(divisor(c.pixels as usize))
+            .divisor(c.channels as usize)
+            .divisor(c.pixels as usize)
             .number(self.relu())
             .number(c.elements);
         // SAFETY: the arguments of `input_gradient`: three of (images, channels, pixels), six of (channels).

@@ -19,7 +19,7 @@ use super::plan::{DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, part
 use super::{Activation, Conv2d, Conv2dGeometry, OP};
 use crate::cuda::cudnn::{address, with_cudnn};
 use crate::cuda::kernels::{self, Source};
-use crate::cuda::launch::divisor;
+use crate::cuda::launch::Divisor;
 use crate::cuda::settings;
 use crate::error::OpError;
 
@@ -391,19 +391,6 @@ fn mask_and_sum<T: CudaElement>(
     // SAFETY: the arguments are those of `add_parts` in kernels.cu, of the sizes that it is told.
     unsafe { arguments.launch(grid(channels.div_ceil(THREADS), 1)) }.w()?;
     Ok((masked, Some(gradient)))
-}
-
-/// `Divisor` of prelude.cuh.
-#[repr(C)]
-struct Divisor([u32; 3]);
-
-// SAFETY: plain numbers, laid out as the prelude has them, without padding.
-unsafe impl DeviceRepr for Divisor {}
-
-impl Divisor {
-    fn of(number: usize) -> Self {
-        Self(divisor(number))
-    }
 }
 
 /// A number that the kernels count in 32 bits; [`DescriptorNumbers`] has refused larger ones.

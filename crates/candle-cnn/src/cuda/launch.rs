@@ -69,12 +69,22 @@ pub(crate) fn axis(op: &'static str, axis: &Axis) -> Result<[u32; 5]> {
 /// Where the blocks of a table's entries end that are none.
 pub(crate) const BEYOND: u32 = u32::MAX;
 
-/// `Divisor` of prelude.cuh, of a number from 1 on and below 2^31; kernels that are told of nothing get 1.
-pub(crate) fn divisor(number: usize) -> [u32; 3] {
-    let number = number.clamp(1, i32::MAX as usize) as u64;
-    let shift = u64::from(number.next_power_of_two().trailing_zeros());
-    let multiplier = (((1 << shift) - number) << 32) / number + 1;
-    [number, multiplier, shift].map(|number| number as u32)
+/// `Divisor` of prelude.cuh.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Divisor([u32; 3]);
+
+// SAFETY: plain numbers, laid out as the prelude has them, without padding.
+unsafe impl DeviceRepr for Divisor {}
+
+impl Divisor {
+    /// Of a number from 1 on and below 2^31; kernels that are told of nothing get 1.
+    pub(crate) fn of(number: usize) -> Self {
+        let number = number.clamp(1, i32::MAX as usize) as u64;
+        let shift = u64::from(number.next_power_of_two().trailing_zeros());
+        let multiplier = (((1 << shift) - number) << 32) / number + 1;
+        Self([number, multiplier, shift].map(|number| number as u32))
+    }
 }
 
 /// A tensor's memory, held against being written from elsewhere.
@@ -232,6 +242,11 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// A number to divide by.
+    pub(crate) fn divisor(self, number: usize) -> Self {
+        self.structure(Divisor::of(number).0)
+    }
+
     /// A `float`.
     pub(crate) fn float(self, number: f32) -> Self {
         self.number(number.to_bits())
@@ -312,7 +327,7 @@ mod tests {
     fn threads_divide_by_multiplying() {
         let powers = (0..31).flat_map(|shift| [1u64 << shift, (1 << shift) + 1, (2 << shift) - 1]);
         for number in (1..2000).chain(powers) {
-            let [divisor, multiplier, shift] = divisor(number as usize).map(u64::from);
+            let [divisor, multiplier, shift] = Divisor::of(number as usize).0.map(u64::from);
             assert_eq!(divisor, number);
             let near = (1..40).flat_map(|k| [k * number - 1, k * number, k * number + 1]);
             let far = [

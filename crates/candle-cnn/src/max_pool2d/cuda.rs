@@ -7,7 +7,7 @@ use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, axis, count, divisor, suffix, tensor};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, axis, count, suffix, tensor};
 use crate::window::Planes;
 
 const SOURCE: Source = Source {
@@ -27,8 +27,8 @@ pub(super) fn forward(planes: &Planes, x: Operand) -> Result<CudaStorage> {
             .write(&mut y)?
             .structure(axis(OP, &planes.h)?)
             .structure(axis(OP, &planes.w)?)
-            .structure(divisor(planes.w.output))
-            .structure(divisor(planes.h.output * planes.w.output))
+            .divisor(planes.w.output)
+            .divisor(planes.h.output * planes.w.output)
             .number(outputs);
         // SAFETY: the arguments of `forward`; x and y are planes of the axes' inputs and outputs.
         unsafe { launch.run(outputs) }?;
@@ -56,8 +56,8 @@ pub(super) fn backward(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tenso
             .write(&mut winners)?
             .structure(h)
             .structure(w)
-            .structure(divisor(planes.w.output))
-            .structure(divisor(planes.h.output * planes.w.output))
+            .divisor(planes.w.output)
+            .divisor(planes.h.output * planes.w.output)
             .number(outputs);
         // SAFETY: the arguments of `find_winners`; x and winners are planes of the axes' inputs and outputs.
         unsafe { launch.run(outputs) }?;
@@ -68,8 +68,8 @@ pub(super) fn backward(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tenso
             .write(&mut dx)?
             .structure(h)
             .structure(w)
-            .structure(divisor(planes.w.input))
-            .structure(divisor(planes.h.input * planes.w.input))
+            .divisor(planes.w.input)
+            .divisor(planes.h.input * planes.w.input)
             .number(inputs);
         // SAFETY: the arguments of `backward`; dx and dy are planes of the axes' inputs and outputs.
         unsafe { launch.run(inputs) }?;

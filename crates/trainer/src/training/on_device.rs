@@ -4,13 +4,13 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use candle_cnn::backward;
-use candle_cnn::cuda::without_benchmark;
 use candle_core::{DType, Device, Tensor};
 
 use super::{Step, Training};
 use crate::checkpoint;
 use crate::distributed::Share;
 use crate::error::{Error, Result};
+use crate::execution::timed_unless;
 use crate::observer::Observer;
 use crate::profile::Parts;
 use crate::resident::{ResidentSet, correct_on_device};
@@ -186,19 +186,15 @@ impl Training<'_> {
         set_inputs().map_err(failed("the data"))?;
         parts.end("data");
         let seed = self.dropout_seed(step);
-        if self.is_smaller(batch) {
-            without_benchmark(|| self.compute_step(state, share, seed))?;
+        let seldom = self.is_smaller(batch);
+        #[cfg(feature = "cuda")]
+        if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
+            self.replay_or_record(state, share, seed)?;
         } else {
-            #[cfg(feature = "cuda")]
-            if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device()
-            {
-                self.replay_or_record(state, share, seed)?;
-            } else {
-                self.compute_step(state, share, seed)?;
-            }
-            #[cfg(not(feature = "cuda"))]
-            self.compute_step(state, share, seed)?;
+            timed_unless(seldom, || self.compute_step(state, share, seed))?;
         }
+        #[cfg(not(feature = "cuda"))]
+        timed_unless(seldom, || self.compute_step(state, share, seed))?;
         let slot = state.unread.len();
         let keep = || {
             state.losses.slice_set(&state.outputs.loss, 0, slot)?;

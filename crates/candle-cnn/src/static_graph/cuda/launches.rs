@@ -12,7 +12,7 @@ use candle_core::{CudaStorage, DType, Result};
 use super::super::OP;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{
-    BEYOND, Launch, MOST_IN_TABLE, Operand, alloc, axis, count, divisor, start, suffix,
+    BEYOND, Divisor, Launch, MOST_IN_TABLE, Operand, alloc, axis, count, start, suffix,
 };
 use crate::window::Axis;
 
@@ -91,8 +91,8 @@ struct Segments {
     channels: u32,
     h: [u32; 5],
     w: [u32; 5],
-    width: [u32; 3],
-    height: [u32; 3],
+    width: Divisor,
+    height: Divisor,
 }
 
 // SAFETY: plain numbers, laid out as kernels.cu has them.
@@ -300,20 +300,19 @@ impl Launches {
     /// `map = ReLU(what follows raw)`. With `keep`, what of it is not at most 0 as a mask of bits, where threads take packs.
     pub(super) fn finish(
         &self,
-        segments: &mut [Segment],
+        segments: &[Segment],
         rows: usize,
         keep: bool,
     ) -> Result<Option<CudaStorage>> {
+        let mut columns = columns(segments, rows, self.dtype)?;
         let parts = small_parts(rows)?;
         let mut mask = None;
-        let pack = pack(segments, self.dtype) as usize;
-        if keep && pack > 1 {
-            let channels: usize = segments.iter().map(|s| s.channels as usize).sum();
-            let storage = self.room_of(DType::U8, rows * channels / pack)?;
-            self.point_to_mask(&storage, segments, rows)?;
+        if keep && columns.pack > 1 {
+            let bits = rows * (columns.table.channels / columns.pack) as usize;
+            let storage = self.room_of(DType::U8, bits)?;
+            self.point_to_mask(&storage, &mut columns.table.of[..segments.len()], rows)?;
             mask = Some(storage);
         }
-        let columns = columns(segments, rows, self.dtype)?;
         let name = format!("finish_{}", columns.pack);
         let launch = self.launch(&name)?.number(parts.rows);
         // SAFETY: the arguments of `finish`; segments hold `rows` rows of their widths, and the tensors of their kinds.
@@ -387,7 +386,7 @@ impl Launches {
         if let Some((h, w)) = pooling {
             let table = &mut columns.table;
             (table.h, table.w) = (axis(OP, h)?, axis(OP, w)?);
-            (table.height, table.width) = (divisor(h.input), divisor(w.input));
+            (table.height, table.width) = (Divisor::of(h.input), Divisor::of(w.input));
             name = format!("gradient_sums_3_{}_{}", h.stride, columns.pack);
         }
         let parts = parts(rows, columns.blocks)?;
@@ -409,8 +408,7 @@ impl Launches {
     /// Whether [`Self::gradient_sums`] can add the gradient of this pooling where segments have these widths.
     pub(super) fn can_add(&self, (h, w): (&Axis, &Axis), widths: [usize; 2]) -> bool {
         let pack = whole_pack(self.dtype);
-        let known = Windows::of(h, w, pack, self.dtype).known;
-        known.is_some() && widths.iter().all(|width| width.is_multiple_of(pack))
+        known_stride(h, w).is_some() && widths.iter().all(|width| width.is_multiple_of(pack))
     }
 
     /// `raw` of batch norms becomes its gradient, where it is not yet; the sums over all parts.
@@ -512,9 +510,9 @@ impl Launches {
         let launch = launch
             .structure(axis(OP, h)?)
             .structure(axis(OP, w)?)
-            .structure(divisor(packs))
-            .structure(divisor(w.output))
-            .structure(divisor(lines))
+            .divisor(packs)
+            .divisor(w.output)
+            .divisor(lines)
             .number(threads);
         // SAFETY: the arguments of `max_pool`; x and y are maps of the axes' inputs and outputs.
         unsafe { launch.run(threads) }?;
@@ -540,9 +538,9 @@ impl Launches {
             .write(dx)?
             .structure(axis(OP, h)?)
             .structure(axis(OP, w)?)
-            .structure(divisor(channels / windows.pack))
-            .structure(divisor(w.input))
-            .structure(divisor(h.input))
+            .divisor(channels / windows.pack)
+            .divisor(w.input)
+            .divisor(h.input)
             .number(add.into())
             .number(threads);
         // SAFETY: the arguments of `max_pool_gradient`; dx and dy are maps of the axes' inputs and outputs.
@@ -604,13 +602,9 @@ impl Windows {
         let full = whole_pack(dtype);
         // Maps have memory of their own, which begins where a pack does.
         let packs = channels.is_multiple_of(full);
-        let known = [1, 2].into_iter().find(|&stride| {
-            let is = |axis: &Axis| (axis.kernel, axis.stride) == (3, stride);
-            packs && is(h) && is(w)
-        });
         Self {
             pack: if packs { full } else { 1 },
-            known,
+            known: known_stride(h, w).filter(|_| packs),
         }
     }
 
@@ -626,6 +620,14 @@ impl Windows {
             None => self.pack.to_string(),
         }
     }
+}
+
+/// The stride of windows that kernels know.
+fn known_stride(h: &Axis, w: &Axis) -> Option<usize> {
+    [1, 2].into_iter().find(|&stride| {
+        let is = |axis: &Axis| (axis.kernel, axis.stride) == (3, stride);
+        is(h) && is(w)
+    })
 }
 
 /// Numbers of 16 bytes, which a thread loads and stores at once.
@@ -667,8 +669,8 @@ fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
         channels: 0,
         h: [0; 5],
         w: [0; 5],
-        width: [0; 3],
-        height: [0; 3],
+        width: Divisor::of(1),
+        height: Divisor::of(1),
     };
     let mut blocks = 0u32;
     for (i, segment) in segments.iter().enumerate() {

@@ -297,6 +297,7 @@ impl<'a> GraphPass<'a> {
         let mut all_raws = Vec::with_capacity(self.stages.len());
         let mut all_statistics = Vec::with_capacity(self.stages.len());
         let mut all_masks = Vec::with_capacity(self.stages.len());
+        let mut read_again = self.read_by_weight_gradients();
         let mut of_convolutions = vec![None; self.run.parameters.len()];
         for (index, stage) in self.stages.iter().enumerate() {
             let mut raws = Vec::with_capacity(stage.units.len());
@@ -358,8 +359,14 @@ impl<'a> GraphPass<'a> {
                 let keep_mask = keep && chunk.kind == Kind::Bias;
                 masks.push(match finished {
                     true => None,
-                    false => self.launches.finish(&mut segments, chunk.rows, keep_mask)?,
+                    false => self.launches.finish(&segments, chunk.rows, keep_mask)?,
                 });
+                if keep_mask && masks.last().is_some_and(Option::is_none) {
+                    for &(u, m) in &chunk.members {
+                        let output = stage.units[u].members[m].convolution.output;
+                        read_again[graph.place(output).0] = true;
+                    }
+                }
                 statistics.push(moments);
             }
             if keep {
@@ -375,8 +382,8 @@ impl<'a> GraphPass<'a> {
             }
             for (node, map) in nodes.iter_mut().enumerate() {
                 let was_read = node != graph.output && uses[node].last_read == Some(index);
-                let is_kept = || keep && self.is_read_again(node, &all_masks);
-                if was_read && !is_kept() {
+                let is_kept = keep && read_again[node];
+                if was_read && !is_kept {
                     *map = None;
                 }
             }
@@ -387,7 +394,7 @@ impl<'a> GraphPass<'a> {
         let features = self
             .launches
             .average(map_of(&nodes, graph.output)?, sizes)?;
-        if !self.is_read_again(graph.output, &all_masks) {
+        if !read_again[graph.output] {
             nodes[graph.output] = None;
         }
         Ok(Output {
@@ -870,21 +877,13 @@ impl<'a> GraphPass<'a> {
         self.batch * height * width * self.width(node)
     }
 
-    /// Whether the backward pass reads a node's map: for the gradient of weights, or where nobody kept what of it is positive.
-    fn is_read_again(&self, node: usize, masks: &[Vec<Option<CudaStorage>>]) -> bool {
-        let units = self.stages.iter().flat_map(|stage| &stage.units);
-        let mut readers = units.filter(|unit| unit.trains);
-        let unmasked = |(stage, masks): (&Stage, &Vec<Option<CudaStorage>>)| {
-            self.chunks(stage).iter().zip(masks).any(|(chunk, mask)| {
-                let writes = |&(u, m): &(usize, usize)| {
-                    let member: &Member = &stage.units[u].members[m];
-                    self.graph.place(member.convolution.output).0 == node
-                };
-                chunk.kind == Kind::Bias && mask.is_none() && chunk.members.iter().any(writes)
-            })
-        };
-        readers.any(|unit| unit.shape().input == node)
-            || self.stages.iter().zip(masks).any(unmasked)
+    /// Of each node, whether the gradient of a weight is taken from its map.
+    fn read_by_weight_gradients(&self) -> Vec<bool> {
+        let mut read = vec![false; self.graph.nodes.len()];
+        for unit in self.stages.iter().flat_map(|stage| &stage.units) {
+            read[unit.shape().input] |= unit.trains;
+        }
+        read
     }
 
     /// Of each node, the first stage that writes its map and the last that reads it.
