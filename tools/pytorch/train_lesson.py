@@ -1,11 +1,15 @@
 """The lesson's first experiment in PyTorch, beside `scratch-train`: from nothing, on the Hub's parquet files.
 
-    python train_lesson.py --data-dir DIR [--device cuda] [--seed N] [--epochs N] [--train-limit N] [--test-limit N]
+    python train_lesson.py --data-dir DIR [--device cuda] [--compile] [--seed N ...] [--epochs N] [--train-limit N]
+        [--test-limit N]
 
-Prints one line of JSON: test accuracy in percent, loss, images a second in training. The same recipe: the lesson's
-initialisation, pictures at mean and standard deviation 0.5, batches of 32, SGD 1e-4 with momentum 0.9, 7 epochs, the
-last, smaller batch of an epoch included. Pictures stay on the device as bytes. Their order, the first weights and the
+Prints a line of JSON for each seed: test accuracy in percent, loss, images a second in training. The same recipe: the
+lesson's initialisation, pictures at mean and standard deviation 0.5, batches of 32, SGD 1e-4 with momentum 0.9, 7 epochs,
+the last, smaller batch of an epoch included. Pictures stay on the device as bytes. Their order, the first weights and the
 masks of the dropout are PyTorch's own.
+
+`--compile` is torch.compile with CUDA graphs (mode="reduce-overhead"), once for all seeds: on a GPU it computes the same
+three times as fast.
 """
 
 import argparse
@@ -24,34 +28,45 @@ BATCH = 32
 
 def main():
     arguments = parse_arguments()
-    torch.manual_seed(arguments.seed)
     torch.backends.cudnn.benchmark = True
     device = torch.device(arguments.device)
     train, train_labels = (t.to(device) for t in cifar10.load(arguments.data_dir, "train", arguments.train_limit))
     test, test_labels = (t.to(device) for t in cifar10.load(arguments.data_dir, "test", arguments.test_limit))
     net = LessonGoogLeNet().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
 
-    seconds = 0.0
-    for epoch in range(arguments.epochs):
-        net.train()
-        start = time.perf_counter()
-        for chosen in torch.randperm(len(train), device=device).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(net(images(train[chosen])), train_labels[chosen]).backward()
-            optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
-        accuracy, loss = evaluate(net, test, test_labels)
-        print(f"epoch {epoch + 1}: test accuracy {accuracy:.2f} %, loss {loss:.4f}", file=sys.stderr, flush=True)
-    answer = {
-        "accuracy": accuracy,
-        "loss": loss,
-        "images_per_second": arguments.epochs * len(train) / seconds,
-        "framework": "PyTorch " + torch.__version__.split("+")[0],
-    }
-    print(json.dumps(answer))
+    def loss_of(pictures, labels):
+        return F.cross_entropy(net(pictures), labels)
+
+    loss_of_whole_batch = torch.compile(loss_of, mode="reduce-overhead") if arguments.compile else loss_of
+    for seed in arguments.seed:
+        torch.manual_seed(seed)
+        # Into the same memory: what was compiled knows its addresses.
+        net.load_state_dict(LessonGoogLeNet().state_dict())
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+        seconds = 0.0
+        for epoch in range(arguments.epochs):
+            net.train()
+            start = time.perf_counter()
+            for chosen in torch.randperm(len(train), device=device).split(BATCH):
+                optimizer.zero_grad()
+                # Not compiled again for the last batch of an epoch, which may be smaller.
+                loss = loss_of_whole_batch if len(chosen) == BATCH else loss_of
+                loss(images(train[chosen]), train_labels[chosen]).backward()
+                optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+            accuracy, loss = evaluate(net, test, test_labels)
+            epochs = f"seed {seed}, epoch {epoch + 1}"
+            print(f"{epochs}: test accuracy {accuracy:.2f} %, loss {loss:.4f}", file=sys.stderr, flush=True)
+        answer = {
+            "seed": seed,
+            "accuracy": accuracy,
+            "loss": loss,
+            "images_per_second": arguments.epochs * len(train) / seconds,
+            "framework": "PyTorch " + torch.__version__.split("+")[0],
+        }
+        print(json.dumps(answer), flush=True)
 
 
 @torch.no_grad()
@@ -73,7 +88,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help='torch.compile(mode="reduce-overhead")')
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--train-limit", type=int)
     parser.add_argument("--test-limit", type=int)
