@@ -207,6 +207,8 @@ struct Engine {
     size_t workspace = 0;
     // Which calls refuse it.
     bool no_plan = false, no_run = false;
+    // Of f32 factors, with or without a note.
+    bool rounds_to_tf32 = false;
     bool has(int note) const { return std::find(notes.begin(), notes.end(), note) != notes.end(); }
 };
 enum Note : int { TENSOR_CORE = 0, NONDETERMINISTIC = 4 };
@@ -289,7 +291,7 @@ int run_convolution(Dnn *handle, const Work &work, const Engine &engine, const O
     touch_operand(memory, engine.workspace, true);
     const auto &[n, c, h, w_] = work.x.sizes;
     log_of("convolution, pass %d, of (%d, %d, %d, %d), kernel %d, %d channels", work.pass, n, c, h, w_, work.w.sizes[2], work.w.sizes[0]);
-    bool tf32 = work.x.type == DNN_FLOAT && engine.has(TENSOR_CORE);
+    bool tf32 = work.x.type == DNN_FLOAT && (engine.rounds_to_tf32 || engine.has(TENSOR_CORE));
     size_t workspace = engine.workspace;
     return submit(handle->stream, [=] {
         check_range(reinterpret_cast<Address>(at.x), work.x.bytes(), "a convolution's input");
@@ -350,6 +352,10 @@ std::vector<Engine> engines_for(const Work &work, bool fallback) {
     engines.push_back({3, {}, 0, true, false});
     if (work.pass != FORWARD) {
         engines.push_back({2, {NONDETERMINISTIC}, some});
+    }
+    if (work.x.type == DNN_FLOAT) {
+        // Before the others that have no note.
+        engines.push_back({6, {}, some, false, false, true});
     }
     if (work.x.type == DNN_BFLOAT16 || work.pass == FORWARD) {
         engines.push_back({5, {}, some});

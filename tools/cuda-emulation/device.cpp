@@ -255,6 +255,13 @@ void touch(Stream &stream, Address begin, Address end, bool writes, const char *
     accesses.push_back({begin, end, writes, &stream, ++stream.clock, thread});
 }
 
+// Who gives work from now on has waited for all that the stream has, and for what that has waited for.
+void done(Stream &stream) {
+    std::erase_if(accesses, [&](const Access &before) {
+        return before.stream == &stream || stream.saw(before.stream) >= before.clock;
+    });
+}
+
 // Of work that may touch anything.
 void touch_all(Stream &stream, const char *what) {
     touch(stream, 0, ~Address(0), true, what);
@@ -635,6 +642,7 @@ API int cuStreamSynchronize(void *stream) {
         return status;
     }
     freed_lately = 0;
+    done(stream_of(stream));
     return SUCCESS;
 }
 API int cuStreamWaitEvent(void *stream, void *of, unsigned) {

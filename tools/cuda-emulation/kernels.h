@@ -33,6 +33,9 @@ namespace conv2d_source {
 #include "conv2d/kernels.cu"
 #undef KERNELS
 }
+namespace exactness_source {
+#include "conv2d/exactness.cu"
+}
 namespace static_graph_source {
 #include "static_graph/cuda/kernels.cu"
 #undef KERNELS
@@ -59,6 +62,7 @@ namespace training_source {
         THREE(cross_entropy, cross_entropy_rows, true), THREE(cross_entropy, cross_entropy_mean, true),                \
         THREE(cross_entropy, cross_entropy_gradient, true), THREE(conv2d, conv2d_bias_activation, false),              \
         THREE(conv2d, conv2d_mask_and_sum, true), THREE(conv2d, conv2d_add_parts, false),                              \
+        ONE(exactness, conv2d_draw_f32, false), ONE(exactness, conv2d_deviations_f32, true),                           \
         FLOAT(static_graph, static_graph_from_planes, false), FLOAT(static_graph, static_graph_to_planes, false),      \
         FLOAT(static_graph, static_graph_lay_weights, true), FLOAT(static_graph, static_graph_take_weights, true),     \
         FLOAT(static_graph, static_graph_join_moments, true), ONE(static_graph, static_graph_join_sums_f32, true),     \

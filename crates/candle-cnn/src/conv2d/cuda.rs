@@ -267,12 +267,7 @@ pub(crate) unsafe fn channels_last_pass(
             Some(plan) => plan,
             // To time engines adds to what is there, over and over.
             None if add => {
-                let elements = match pass {
-                    Pass::Forward => g.batch * g.c_out * g.output.0 * g.output.1,
-                    Pass::InputGradient => g.batch * g.c_in * g.input.0 * g.input.1,
-                    Pass::WeightGradient => g.c_out * g.c_in * g.kernel.0 * g.kernel.1,
-                };
-                let bytes = elements * on.dtype.size_in_bytes();
+                let bytes = g.written_by(pass) * on.dtype.size_in_bytes();
                 cudnn.with_temporary(bytes, |cudnn, spare, _| {
                     let mut trial = operands;
                     *trial.written(pass) = spare;

@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::rc::Rc;
@@ -23,10 +23,10 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{DType, Result};
 
-use super::OP;
 use super::plan::{
     DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
 };
+use super::{OP, exactness};
 use crate::cuda::cudnn::{Cudnn, address, data_type, failed};
 use crate::cuda::graph_api::{Described, Descriptor, ExecutionPlan, OperationGraph};
 use crate::error::OpError;
@@ -68,7 +68,7 @@ impl Operands {
     }
 
     /// Those that there are, by their numbers in a graph.
-    fn numbered(&self) -> Vec<(i64, *mut c_void)> {
+    pub(super) fn numbered(&self) -> Vec<(i64, *mut c_void)> {
         let Self { x, weight, y, bias } = *self;
         let mut numbered = vec![(X, x), (WEIGHT, weight), (Y, y)];
         if !bias.is_null() {
@@ -93,11 +93,27 @@ struct Candidate {
     engine: i64,
 }
 
+impl Candidate {
+    /// Gives the computation to cuDNN's stream, or says what cuDNN has against it.
+    fn run(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<Described<()>> {
+        cudnn.with_workspace(self.plan.workspace, |cudnn, memory, _| {
+            // SAFETY: the operands are contiguous, of the sizes, type and alignment of the plan's key, and held by the
+            // caller until the call is in the stream; the workspace has the size that was asked for.
+            Ok(unsafe {
+                self.plan
+                    .execute(cudnn.handle(), &operands.numbered(), memory)
+            })
+        })
+    }
+}
+
 /// How one pass over one geometry is computed.
 pub(super) struct Plan {
     key: PlanKey,
     /// The best last. cuDNN may refuse one in spite of having offered it.
     candidates: RefCell<Vec<Candidate>>,
+    /// Whether the last may be taken: where f32 is asked for in full, that is to be seen first.
+    admitted: Cell<bool>,
 }
 
 thread_local! {
@@ -177,6 +193,7 @@ impl Plan {
         Ok(Self {
             key,
             candidates: RefCell::new(candidates),
+            admitted: Cell::new(!key.is_full_f32()),
         })
     }
 
@@ -191,20 +208,12 @@ impl Plan {
     /// The computation itself; false where cuDNN has nothing for it, and nothing was done.
     pub(super) fn run_if_offered(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<bool> {
         loop {
+            self.admit(cudnn)?;
             let candidates = self.candidates.borrow();
             let Some(candidate) = candidates.last() else {
                 return Ok(false);
             };
-            let outcome = cudnn.with_workspace(candidate.plan.workspace, |cudnn, memory, _| {
-                // SAFETY: the operands are contiguous, of the sizes, type and alignment of the key, and held by the
-                // caller until the call is in the stream; the workspace has the size that was asked for.
-                Ok(unsafe {
-                    candidate
-                        .plan
-                        .execute(cudnn.handle(), &operands.numbered(), memory)
-                })
-            })?;
-            let Err(status) = outcome else {
+            let Err(status) = candidate.run(cudnn, operands)? else {
                 return Ok(true);
             };
             let error = failed(OP, "cudnnBackendExecute", status.0, &self.key);
@@ -214,7 +223,59 @@ impl Plan {
             tracing::warn!("{error}, by engine {}; taking the next", candidate.engine);
             drop(candidates);
             self.candidates.borrow_mut().pop();
+            self.admitted.set(!self.key.is_full_f32());
         }
+    }
+
+    /// Leaves out the candidates that do not compute f32 in full, up to the first that does. Where none does, the best is taken.
+    fn admit(&self, cudnn: &mut Cudnn) -> Result<()> {
+        // It waits for the device, which a capture forbids.
+        if self.admitted.get() || cudnn.is_capturing()? {
+            return Ok(());
+        }
+        let key = &self.key;
+        let mut candidates = self.candidates.borrow_mut();
+        let mut left_out = Vec::new();
+        while let Some(candidate) = candidates.last() {
+            let engine = candidate.engine;
+            let deviation = exactness::deviation(cudnn, key, |cudnn, operands| {
+                let outcome = candidate.run(cudnn, operands)?;
+                outcome.map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
+            });
+            match deviation {
+                Ok(deviation) => {
+                    tracing::debug!(engine, deviation, "conv2d: {key}");
+                    if deviation <= exactness::MOST {
+                        break;
+                    }
+                    left_out.extend(candidates.pop().map(|candidate| (candidate, deviation)));
+                }
+                // It cannot be seen: an engine that refuses does so again, and is replaced.
+                Err(error) => {
+                    tracing::debug!(engine, "conv2d: not tried out: {error}");
+                    break;
+                }
+            }
+        }
+        for (Candidate { engine, .. }, deviation) in &left_out {
+            tracing::info!(
+                "conv2d: engine {engine} is left out: it deviates by {deviation:.1e}, although cuDNN does not say \
+                 that it rounds f32, for {key}"
+            );
+        }
+        // Where something follows, the pass without it is the better last resort.
+        if candidates.is_empty()
+            && key.epilogue.is_nothing()
+            && let Some((candidate, deviation)) = left_out.into_iter().next()
+        {
+            tracing::warn!(
+                "conv2d: no engine computes f32 in full; taking {}, which deviates by {deviation:.1e}, for {key}",
+                candidate.engine,
+            );
+            candidates.push(candidate);
+        }
+        self.admitted.set(true);
+        Ok(())
     }
 
     fn no_engine(&self) -> OpError {
@@ -312,6 +373,26 @@ fn planned(
         }
     }
     Ok((within, beyond))
+}
+
+/// All engines that cuDNN expects to be fast, and those that compute almost everything, whatever they round.
+#[cfg(test)]
+pub(super) fn named(cudnn: &Cudnn, key: &PlanKey) -> Result<Vec<crate::cuda::graph_api::Engine>> {
+    use Heuristics::{CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK};
+    let numbers = DescriptorNumbers::new(&key.geometry)?;
+    let kind = data_type(OP, key.dtype)?;
+    let in_modes = || -> Described<Vec<_>> {
+        let graph = operation_graph(cudnn, key, &numbers, kind)?;
+        let mut engines = Vec::new();
+        for mode in [CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK] {
+            match graph.engines(mode) {
+                Err(status) if is_refusal(status) => {}
+                named => engines.extend(named?),
+            }
+        }
+        Ok(engines)
+    };
+    Ok(in_modes().map_err(|e| failed(OP, "a descriptor", e.0, key))?)
 }
 
 /// The pass as cuDNN's graph of operations.

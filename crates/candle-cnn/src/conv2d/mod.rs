@@ -5,6 +5,8 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod engines;
+#[cfg(feature = "cuda")]
+mod exactness;
 mod packed_weight;
 #[cfg(any(feature = "cuda", test))]
 mod plan;
@@ -167,6 +169,16 @@ impl Conv2dGeometry {
 
     fn output_shape(&self) -> Shape {
         Shape::from((self.batch, self.c_out, self.output.0, self.output.1))
+    }
+
+    /// How many elements the tensor has that a pass writes.
+    #[cfg(feature = "cuda")]
+    fn written_by(&self, pass: Pass) -> usize {
+        match pass {
+            Pass::Forward => self.batch * self.c_out * self.output.0 * self.output.1,
+            Pass::InputGradient => self.batch * self.c_in * self.input.0 * self.input.1,
+            Pass::WeightGradient => self.c_out * self.c_in * self.kernel.0 * self.kernel.1,
+        }
     }
 
     /// Row and column of the one tap of a larger kernel that ever meets the

@@ -63,6 +63,11 @@ pub(super) struct PlanKey {
 }
 
 impl PlanKey {
+    /// Whether an engine must round nothing but sums to f32, although tensor cores could do it faster.
+    pub(super) fn is_full_f32(&self) -> bool {
+        (self.dtype, self.math) == (DType::F32, F32Math::Full)
+    }
+
     /// Of a pass whose result takes the place of what was there, with nothing that follows, on addresses of the best alignment.
     pub(super) fn new(
         geometry: Conv2dGeometry,
@@ -233,9 +238,8 @@ impl Notes {
     /// Whether an engine may compute what the key describes.
     pub(super) fn suit(&self, key: &PlanKey) -> bool {
         // For f64 there are tensor cores that round nothing, and bf16 is theirs.
-        let is_exact = key.dtype == DType::F32 && key.math == F32Math::Full;
         let inexact = self.tensor_cores || self.transforms;
-        let rounds = self.rounds_factors || self.rounds_sums || (inexact && is_exact);
+        let rounds = self.rounds_factors || self.rounds_sums || (inexact && key.is_full_f32());
         !rounds && (!self.nondeterministic || !key.deterministic)
     }
 }

@@ -80,6 +80,15 @@ impl Cudnn {
         &self.handle
     }
 
+    pub(crate) fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    /// That of its lane, to which it gives its work.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
     /// Calls `f` with a stream that nobody else uses, to which cuDNN gives its work meanwhile. It begins when all that
     /// this thread has given to the device is done, and what comes later waits for it. `f` may capture the stream.
     pub(crate) fn apart<R>(

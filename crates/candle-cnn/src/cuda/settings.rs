@@ -8,7 +8,7 @@ use std::sync::{PoisonError, RwLock};
 pub enum F32Math {
     /// Rounded to TF32's 10 bits of mantissa, on the tensor cores.
     Tf32,
-    /// As they are.
+    /// As they are. Each engine of cuDNN is tried out before it is first used, for it may round although it does not say so.
     Full,
 }
 

@@ -1,0 +1,295 @@
+//! Whether an engine of cuDNN computes f32 in full.
+//!
+//! cuDNN says of an engine whether it rounds its factors, but that is its word. So where f32 is asked for in full, an engine is tried
+//! out before it is used: on drawn numbers, some of its results are compared with sums in f64.
+
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use candle_core::Result;
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr};
+
+use super::engines::Operands;
+use super::plan::{MemoryFormat, Pass, PlanKey};
+use super::{Conv2dGeometry, OP};
+use crate::cuda::cudnn::{Cudnn, address};
+use crate::cuda::kernels::Source;
+use crate::cuda::lanes;
+use crate::cuda::launch::{Launch, count};
+
+const SOURCE: Source = Source {
+    file: "conv2d/exactness.cu",
+    text: include_str!("exactness.cu"),
+};
+
+/// The most that an engine may deviate. Factors rounded to TF32 deviate by 3e-4 (by 5e-4 and more where they are cut off), and sums of half
+/// a million products in f32, one after the other, by 1.5e-5.
+pub(super) const MOST: f64 = 1.0 / 16384.0;
+
+/// How many elements of a result are looked at.
+const ELEMENTS: u32 = 32;
+
+/// How far the results are off that `run` computes for a key of f32: the root of the mean square of the errors, in units of the root of the mean sum of the
+/// squares of the products. Rounding each factor to a relative precision gives the same number, however many products there are.
+///
+/// Waits for all that this thread has given to the device, and for the end of what it gives itself.
+///
+/// # Errors
+/// Those of `run`, and of CUDA.
+pub(super) fn deviation(
+    cudnn: &mut Cudnn,
+    key: &PlanKey,
+    run: impl FnOnce(&mut Cudnn, Operands) -> Result<()>,
+) -> Result<f64> {
+    lanes::synchronize(cudnn.device())?;
+    let deviation = deviation_alone(cudnn, key, run);
+    cudnn.stream().synchronize().w()?;
+    deviation
+}
+
+fn deviation_alone(
+    cudnn: &mut Cudnn,
+    key: &PlanKey,
+    run: impl FnOnce(&mut Cudnn, Operands) -> Result<()>,
+) -> Result<f64> {
+    let g = &key.geometry;
+    let (device, stream) = (cudnn.device().clone(), Arc::clone(cudnn.stream()));
+    let launch = |name| Launch::new(OP, &device, &stream, &SOURCE, name);
+    let drawn = |elements: usize, seed: u32| -> Result<CudaSlice<f32>> {
+        // SAFETY: the kernel writes every element.
+        let mut numbers = unsafe { stream.alloc::<f32>(elements) }.w()?;
+        let (pointer, held) = numbers.device_ptr_mut(&stream);
+        let elements = count(OP, elements)?;
+        let draw = launch("conv2d_draw_f32")?;
+        let draw = draw.long(pointer).number(elements).number(seed);
+        // SAFETY: the arguments are those of `conv2d_draw_f32` in exactness.cu, and there are as many elements.
+        unsafe { draw.run(elements) }?;
+        drop(held);
+        Ok(numbers)
+    };
+    let operand = |seed: u32, of: Pass| match key.adds && of == key.pass {
+        // What the result is added to.
+        true => stream.alloc_zeros::<f32>(g.written_by(of)).w(),
+        // The result's place as well: what an engine does not write is wrong.
+        false => drawn(g.written_by(of), seed),
+    };
+    let x = operand(1, Pass::InputGradient)?;
+    let weight = operand(2, Pass::WeightGradient)?;
+    let y = operand(3, Pass::Forward)?;
+    let bias = match key.epilogue.bias {
+        true => Some(drawn(g.c_out, 4)?),
+        false => None,
+    };
+    let [x, weight, y] = [&x, &weight, &y].map(|numbers| numbers.device_ptr(&stream));
+    let bias = bias.as_ref().map(|bias| bias.device_ptr(&stream));
+    let bias = bias.as_ref().map_or(0, |(pointer, _)| *pointer);
+    let mut operands = Operands::new(x.0, weight.0, y.0);
+    operands.bias = address(bias);
+    run(cudnn, operands)?;
+
+    // SAFETY: the kernel writes every element.
+    let mut found = unsafe { stream.alloc::<f64>(2 * ELEMENTS as usize) }.w()?;
+    {
+        let (pointer, _held) = found.device_ptr_mut(&stream);
+        let pointers: [CUdeviceptr; 4] = [x.0, weight.0, y.0, bias];
+        let compare = pointers
+            .into_iter()
+            .fold(launch("conv2d_deviations_f32")?, Launch::long)
+            .number(key.pass as u32)
+            .number(key.epilogue.relu.into())
+            .long(pointer);
+        let geometry = Geometry::new(g, key.format);
+        // SAFETY: the arguments are those of `conv2d_deviations_f32` in exactness.cu, tensors of the geometry's sizes, and two numbers
+        // for each block.
+        unsafe { compare.run_blocks((ELEMENTS, 1), Some(&geometry)) }?;
+    }
+    let found = stream.clone_dtoh(&found).w()?;
+    let (errors, squares) = found
+        .chunks_exact(2)
+        .fold((0.0, 0.0), |(e, s), of| (e + of[0], s + of[1]));
+    Ok(match errors == 0.0 {
+        // Also where no product is within the input.
+        true => 0.0,
+        false => (errors / squares).sqrt(),
+    })
+}
+
+/// `Geometry` of exactness.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Geometry([u32; 16]);
+
+// SAFETY: plain numbers, laid out as exactness.cu has them, without padding.
+unsafe impl DeviceRepr for Geometry {}
+
+impl Geometry {
+    fn new(g: &Conv2dGeometry, format: MemoryFormat) -> Self {
+        let c = &g.config;
+        let channels_last = usize::from(format == MemoryFormat::ChannelsLast);
+        let numbers = [
+            [g.batch, g.c_in, g.input.0, g.input.1],
+            [g.c_out, g.kernel.0, g.kernel.1, g.output.0],
+            [g.output.1, c.stride.0, c.stride.1, c.padding.0],
+            [c.padding.1, c.dilation.0, c.dilation.1, channels_last],
+        ];
+        let numbers: [[u32; 4]; 4] = numbers.map(|of| of.map(|number| number as u32));
+        let mut all = [0; 16];
+        all.copy_from_slice(numbers.as_flattened());
+        Self(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use test_support::devices;
+
+    use super::*;
+    use crate::Conv2dConfig;
+    use crate::conv2d::engines::{Plan, named};
+    use crate::conv2d::plan::Epilogue;
+    use crate::cuda::cudnn::{failed, with_cudnn};
+    use crate::cuda::{F32Math, Settings};
+
+    /// A 5×5 convolution of one of the networks; then nothing is as large as its neighbour, and cuDNN takes few such in NHWC.
+    fn geometries() -> [Conv2dGeometry; 3] {
+        let of =
+            |batch, channels: (usize, usize), input: (usize, usize), kernel, output, config| {
+                let (c_in, c_out) = channels;
+                Conv2dGeometry {
+                    batch,
+                    c_in,
+                    input,
+                    c_out,
+                    kernel,
+                    output,
+                    config,
+                }
+            };
+        let uneven = Conv2dConfig {
+            stride: (2, 3),
+            padding: (1, 2),
+            dilation: (1, 2),
+        };
+        let same = Conv2dConfig::padded(2);
+        let strided = Conv2dConfig {
+            stride: (2, 2),
+            ..Conv2dConfig::padded(1)
+        };
+        [
+            of(5, (24, 64), (16, 16), (5, 5), (16, 16), same),
+            of(3, (8, 12), (9, 14), (3, 3), (5, 7), strided),
+            of(2, (3, 5), (8, 9), (3, 2), (4, 4), uneven),
+        ]
+    }
+
+    /// Keys of all passes of the geometries, with what may follow a forward one.
+    fn keys(settings: &Settings) -> Vec<PlanKey> {
+        let mut keys = Vec::new();
+        for geometry in geometries() {
+            for format in [MemoryFormat::Contiguous, MemoryFormat::ChannelsLast] {
+                for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
+                    let key = PlanKey::new(geometry, format, DType::F32, pass, settings);
+                    keys.push(key);
+                    match pass {
+                        Pass::Forward => keys.push(PlanKey {
+                            epilogue: Epilogue {
+                                bias: true,
+                                relu: true,
+                            },
+                            ..key
+                        }),
+                        _ => keys.push(PlanKey { adds: true, ..key }),
+                    }
+                }
+            }
+        }
+        keys
+    }
+
+    /// Prints what deviates although cuDNN does not say so.
+    #[test]
+    fn engines_that_round_are_told_from_those_that_do_not() -> Result<()> {
+        let Some(device) = devices().into_iter().find(candle_core::Device::is_cuda) else {
+            return Ok(());
+        };
+        let device = device.as_cuda_device()?;
+        let (mut rounding, mut exact) = (0, 0);
+        for key in keys(&Settings::default()) {
+            with_cudnn(device, 0, OP, |cudnn| {
+                for engine in named(cudnn, &key)? {
+                    // cuDNN may refuse one in spite of having named it.
+                    let Ok(plan) = engine.plan() else { continue };
+                    let found = deviation(cudnn, &key, |cudnn, operands| {
+                        cudnn.with_workspace(plan.workspace, |cudnn, memory, _| {
+                            // SAFETY: `deviation` has operands of the key, and the workspace is of the size asked for.
+                            unsafe { plan.execute(cudnn.handle(), &operands.numbered(), memory) }
+                                .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, &key).into())
+                        })
+                    });
+                    let Ok(found) = found else { continue };
+                    let (index, notes) = (engine.index, engine.notes);
+                    if notes.tensor_cores && (1e-4..1e-3).contains(&found) {
+                        rounding += 1;
+                    } else if found < MOST {
+                        exact += 1;
+                        assert!(found < 1e-5, "engine {index}, {found:.1e}: {key}");
+                    } else if !(notes.tensor_cores || notes.rounds_factors || notes.transforms) {
+                        println!("engine {index} deviates by {found:.1e}: {key}");
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        println!("{rounding} round to TF32, as cuDNN says, and {exact} round nothing");
+        assert!(rounding > 0 && exact > 0, "{rounding}, {exact}");
+        Ok(())
+    }
+
+    #[test]
+    fn where_f32_is_asked_for_in_full_no_engine_rounds() -> Result<()> {
+        let Some(device) = devices().into_iter().find(candle_core::Device::is_cuda) else {
+            return Ok(());
+        };
+        let device = device.as_cuda_device()?;
+        for deterministic in [false, true] {
+            for key in keys(&Settings {
+                convolution: F32Math::Full,
+                deterministic,
+                ..Settings::default()
+            }) {
+                with_cudnn(device, 0, OP, |cudnn| {
+                    let mut ran = true;
+                    let mut run = |cudnn: &mut Cudnn, operands| {
+                        let plan = Plan::of(cudnn, device.id(), key, operands)?;
+                        ran = plan.run_if_offered(cudnn, operands)?;
+                        Ok(())
+                    };
+                    // At first engines are timed, which adds to what is there over and over.
+                    deviation(cudnn, &key, &mut run)?;
+                    let found = deviation(cudnn, &key, run)?;
+                    assert!(ran || !key.epilogue.is_nothing(), "{key}");
+                    assert!(!ran || found < 1e-5, "{found:.1e}: {key}");
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_computed_deviates() -> Result<()> {
+        let Some(device) = devices().into_iter().find(candle_core::Device::is_cuda) else {
+            return Ok(());
+        };
+        let device = device.as_cuda_device()?;
+        for key in keys(&Settings::default()) {
+            let found = with_cudnn(device, 0, OP, |cudnn| deviation(cudnn, &key, |_, _| Ok(())))?;
+            assert!(found > 0.01, "{found:.1e}: {key}");
+        }
+        Ok(())
+    }
+}
