@@ -1,5 +1,6 @@
 //! A training step recorded as a CUDA graph, and replayed.
 
+use candle_core::Device;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -40,6 +41,7 @@ impl Training<'_> {
             &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
                 // Small uploads, such as the strides of a tensor, are kept: the recording finds them on the device.
                 let device = self.device.clone();
+                log_memory(&device, "before a step of the warm-up");
                 let _cache = device
                     .as_cuda_device()
                     .map_err(self.failed("the step"))?
@@ -77,7 +79,9 @@ impl Training<'_> {
         let cuda = device.as_cuda_device().map_err(&failed)?;
         let stream = cuda.cuda_stream();
         // The graph takes memory of its own for a step. What the steps before it took would lie idle beside it.
+        log_memory(&device, "after the warm-up");
         candle_cnn::cuda::release_freed_memory(&device).map_err(&failed)?;
+        log_memory(&device, "before the recording");
         let _cache = cuda.enable_cuda_graph_htod_cache();
         // What the step allocates becomes part of the graph, and what a library allocates aside may do so at once:
         // no other thread works on this device.
@@ -94,6 +98,7 @@ impl Training<'_> {
             let nothing = || failed(candle_core::Error::msg("nothing was recorded"));
             let graph = graph.ok_or_else(nothing)?;
             graph.upload().w().map_err(&failed)?;
+            log_memory(&device, "with the recorded step");
             Ok(graph)
         });
         if recorded.is_err() {
@@ -101,6 +106,14 @@ impl Training<'_> {
             let _ = stream.context().check_err();
         }
         recorded
+    }
+}
+
+/// What is in use of a GPU, by all processes, for who looks for what takes it.
+fn log_memory(device: &Device, when: &str) {
+    if let Ok((free, all)) = candle_cnn::cuda::memory(device) {
+        let mib = all.saturating_sub(free) >> 20;
+        tracing::debug!("{mib} MiB of the GPU are in use {when}");
     }
 }
 
