@@ -842,12 +842,12 @@ fn summary(report: &Report) -> String {
         });
         let memory = rounds.last().and_then(|round| {
             let least = others(round).map(|t| t.gpu_mib).min()?;
-            let ours = round.get(OURS)?.gpu_mib;
-            Some(format!(
-                "{:.2} ({ours} of {least} MiB)",
-                ours as f64 / least as f64
-            ))
+            Some((round.get(OURS)?.gpu_mib, least))
         });
+        let memory_ratio = memory.map(|(ours, least)| ours as f64 / least as f64);
+        let memory = memory
+            .zip(memory_ratio)
+            .map(|((ours, least), ratio)| format!("{ratio:.2} ({ours} of {least} MiB)"));
         let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
         let _ = writeln!(
             text,
@@ -859,7 +859,7 @@ fn summary(report: &Report) -> String {
             show(eager),
             show(fastest),
             memory.unwrap_or_default(),
-            verdict(row.targets, (eager, fastest)),
+            verdict(row.targets, (eager, fastest), memory_ratio),
         );
     }
     text += &accuracies(report);
@@ -919,19 +919,26 @@ fn ratio(rounds: &[Round], other: impl Fn(&Round) -> Option<f64>) -> Option<f64>
     (!ratios.is_empty()).then(|| median(&ratios))
 }
 
-fn verdict(targets: (Option<f64>, Option<f64>), found: (Option<f64>, Option<f64>)) -> String {
-    let one = |name: &str, target: Option<f64>, found: Option<f64>| {
-        let target = target?;
-        let verdict = match found {
-            Some(found) if found >= target => "reached",
-            Some(_) => "missed",
-            None => "not measured",
-        };
-        Some(format!("{target} × {name}: {verdict}"))
+fn verdict(
+    targets: (Option<f64>, Option<f64>),
+    found: (Option<f64>, Option<f64>),
+    memory: Option<f64>,
+) -> String {
+    let verdict = |reached: Option<bool>| match reached {
+        Some(true) => "reached",
+        Some(false) => "missed",
+        None => "not measured",
     };
+    let speed = |name: &str, target: Option<f64>, found: Option<f64>| {
+        let target = target?;
+        let reached = found.map(|found| found >= target);
+        Some(format!("{target} × {name}: {}", verdict(reached)))
+    };
+    let memory = memory.map(|ratio| ratio <= 1.0);
     let lines = [
-        one("eager", targets.0, found.0),
-        one("the fastest", targets.1, found.1),
+        speed("eager", targets.0, found.0),
+        speed("the fastest", targets.1, found.1),
+        Some(format!("no more memory: {}", verdict(memory))),
     ];
     lines.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
@@ -1016,7 +1023,7 @@ mod tests {
         };
         let text = summary(&report);
         let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 0.80 | 2.50 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
-                    3 × eager: reached, 1 × the fastest: missed |";
+                    3 × eager: reached, 1 × the fastest: missed, no more memory: reached |";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("32×32, batch 32 | not measured"), "{text}");
     }
@@ -1045,8 +1052,13 @@ mod tests {
             ratio(&rounds, |round| Some(round.get(EAGER)?.images_per_second)),
             None
         );
-        let text = verdict((Some(3.0), None), (None, None));
-        assert_eq!(text, "3 × eager: not measured");
+        let text = verdict((Some(3.0), None), (None, None), None);
+        assert_eq!(
+            text,
+            "3 × eager: not measured, no more memory: not measured"
+        );
+        let text = verdict((Some(3.0), None), (Some(2.9), None), Some(1.01));
+        assert_eq!(text, "3 × eager: missed, no more memory: missed");
     }
 
     #[test]

