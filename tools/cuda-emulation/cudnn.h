@@ -354,8 +354,8 @@ std::vector<Engine> engines_for(const Work &work, bool fallback) {
         engines.push_back({2, {NONDETERMINISTIC}, some});
     }
     if (work.x.type == DNN_FLOAT) {
-        // Before the others that have no note.
-        engines.push_back({6, {}, some, false, false, true});
+        // Under several settings, and before the others that have no note.
+        engines.insert(engines.end(), 4, {6, {}, some, false, false, true});
     }
     if (work.x.type == DNN_BFLOAT16 || work.pass == FORWARD) {
         engines.push_back({5, {}, some});

@@ -715,6 +715,7 @@ API int cuGraphLaunch(void *exec, void *stream) {
     if (int status = not_in_capture(stream)) {
         return status;
     }
+    touch_all(stream_of(stream), "a graph");
     auto graph = static_cast<Graph *>(exec);
     // What the launch before did not free is freed now.
     for (Address at : graph->allocated) {

@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::rc::Rc;
@@ -23,6 +23,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{DType, Result};
 
+use super::candidates::{Candidates, Trial};
 use super::plan::{
     DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
 };
@@ -95,32 +96,35 @@ struct Candidate {
 
 impl Candidate {
     /// Gives the computation to cuDNN's stream, or says what cuDNN has against it.
-    fn run(&self, cudnn: &mut Cudnn, operands: Operands) -> Result<Described<()>> {
-        cudnn.with_workspace(self.plan.workspace, |cudnn, memory, _| {
-            // SAFETY: the operands are contiguous, of the sizes, type and alignment of the plan's key, and held by the
-            // caller until the call is in the stream; the workspace has the size that was asked for.
-            Ok(unsafe {
-                self.plan
-                    .execute(cudnn.handle(), &operands.numbered(), memory)
-            })
-        })
+    ///
+    /// # Safety
+    /// The operands are contiguous, of the sizes, type and alignment of the plan's key. `memory` has as many bytes as the plan asks for.
+    /// All of it lives until the stream has come to this point.
+    unsafe fn execute(
+        &self,
+        cudnn: &Cudnn,
+        operands: Operands,
+        memory: *mut c_void,
+    ) -> Described<()> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.plan
+                .execute(cudnn.handle(), &operands.numbered(), memory)
+        }
     }
 }
 
 /// How one pass over one geometry is computed.
 pub(super) struct Plan {
     key: PlanKey,
-    /// The best last. cuDNN may refuse one in spite of having offered it.
-    candidates: RefCell<Vec<Candidate>>,
-    /// Whether the last may be taken: where f32 is asked for in full, that is to be seen first.
-    admitted: Cell<bool>,
+    candidates: RefCell<Candidates<Candidate>>,
 }
 
 thread_local! {
     static PLANS: RefCell<HashMap<(DeviceId, PlanKey), Rc<Plan>>> = RefCell::new(HashMap::new());
 }
 
-/// How many candidates are timed, and of those how many with the same engine.
+/// How many candidates are timed or tried out, and of those how many with the same engine.
 const MOST_TIMED: usize = 8;
 const MOST_TIMED_OF_ONE_ENGINE: usize = 4;
 /// How many are kept of those that cuDNN expects to be fast, should it refuse one.
@@ -172,7 +176,10 @@ impl Plan {
                 }
             }
         }
-        fast.truncate(MOST_KEPT);
+        // Of those on trial several may be left out.
+        if !key.is_full_f32() {
+            fast.truncate(MOST_KEPT);
+        }
         let mut candidates = fast;
         candidates.extend(general);
         beyond.sort_by_key(|c| c.plan.workspace);
@@ -189,11 +196,9 @@ impl Plan {
         if let Some(Candidate { engine, plan }) = candidates.first() {
             tracing::debug!(engine, workspace = plan.workspace, "conv2d: {key}");
         }
-        candidates.reverse();
         Ok(Self {
             key,
-            candidates: RefCell::new(candidates),
-            admitted: Cell::new(!key.is_full_f32()),
+            candidates: RefCell::new(Candidates::new(candidates, key.is_full_f32())),
         })
     }
 
@@ -210,10 +215,15 @@ impl Plan {
         loop {
             self.admit(cudnn)?;
             let candidates = self.candidates.borrow();
-            let Some(candidate) = candidates.last() else {
+            let Some(candidate) = candidates.next() else {
                 return Ok(false);
             };
-            let Err(status) = candidate.run(cudnn, operands)? else {
+            let outcome = cudnn.with_workspace(candidate.plan.workspace, |cudnn, memory, _| {
+                // SAFETY: the operands are of the key, and held by the caller until the call is in the stream; the workspace
+                // has the size that was asked for.
+                Ok(unsafe { candidate.execute(cudnn, operands, memory) })
+            })?;
+            let Err(status) = outcome else {
                 return Ok(true);
             };
             let error = failed(OP, "cudnnBackendExecute", status.0, &self.key);
@@ -222,60 +232,41 @@ impl Plan {
             }
             tracing::warn!("{error}, by engine {}; taking the next", candidate.engine);
             drop(candidates);
-            self.candidates.borrow_mut().pop();
-            self.admitted.set(!self.key.is_full_f32());
+            self.candidates.borrow_mut().refused();
         }
     }
 
-    /// Leaves out the candidates that do not compute f32 in full, up to the first that does. Where none does, the best is taken.
+    /// Where f32 is asked for in full, sees to it that the next candidate does not round it. Where all do, it is the one that does least.
     fn admit(&self, cudnn: &mut Cudnn) -> Result<()> {
-        // It waits for the device, which a capture forbids.
-        if self.admitted.get() || cudnn.is_capturing()? {
-            return Ok(());
-        }
         let key = &self.key;
         let mut candidates = self.candidates.borrow_mut();
-        let mut left_out = Vec::new();
-        while let Some(candidate) = candidates.last() {
-            let engine = candidate.engine;
-            let deviation = exactness::deviation(cudnn, key, |cudnn, operands| {
-                let outcome = candidate.run(cudnn, operands)?;
-                outcome.map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
-            });
-            match deviation {
-                Ok(deviation) => {
-                    tracing::debug!(engine, deviation, "conv2d: {key}");
-                    if deviation <= exactness::MOST {
-                        break;
-                    }
-                    left_out.extend(candidates.pop().map(|candidate| (candidate, deviation)));
-                }
-                // It cannot be seen: an engine that refuses does so again, and is replaced.
-                Err(error) => {
-                    tracing::debug!(engine, "conv2d: not tried out: {error}");
-                    break;
-                }
-            }
+        if !candidates.needs_trial() {
+            return Ok(());
         }
-        for (Candidate { engine, .. }, deviation) in &left_out {
-            tracing::info!(
-                "conv2d: engine {engine} is left out: it deviates by {deviation:.1e}, although cuDNN does not say \
-                 that it rounds f32, for {key}"
+        // A trial waits for the device.
+        if cudnn.is_capturing()? {
+            tracing::warn!(
+                "conv2d: captured without having been run before, so that it is cuDNN's word that f32 is not rounded, for {key}"
             );
+            return Ok(());
         }
         // Where something follows, the pass without it is the better last resort.
-        if candidates.is_empty()
-            && key.epilogue.is_nothing()
-            && let Some((candidate, deviation)) = left_out.into_iter().next()
-        {
+        let or_least = key.epilogue.is_nothing();
+        let least = candidates.admit(exactness::MOST, or_least, |candidate| {
+            try_out(cudnn, key, candidate)
+        });
+        if let Some(deviation) = least {
             tracing::warn!(
-                "conv2d: no engine computes f32 in full; taking {}, which deviates by {deviation:.1e}, for {key}",
-                candidate.engine,
+                "conv2d: no engine leaves f32 as it is; taking one that deviates by {deviation:.1e}, for {key}"
             );
-            candidates.push(candidate);
         }
-        self.admitted.set(true);
         Ok(())
+    }
+
+    /// cuDNN's number of the engine to take.
+    #[cfg(test)]
+    pub(super) fn engine(&self) -> Option<i64> {
+        Some(self.candidates.borrow().next()?.engine)
     }
 
     fn no_engine(&self) -> OpError {
@@ -317,7 +308,7 @@ fn offers(
     timed: bool,
 ) -> Described<Offers> {
     let graph = operation_graph(cudnn, key, numbers, kind)?;
-    let (most, most_of_one) = match timed {
+    let (most, most_of_one) = match timed || key.is_full_f32() {
         true => (MOST_TIMED, MOST_TIMED_OF_ONE_ENGINE),
         false => (MOST_KEPT, MOST_KEPT),
     };
@@ -552,6 +543,44 @@ fn pointwise(
         .finalized()
 }
 
+/// Whether a candidate rounds f32, seen on numbers of its own.
+fn try_out(cudnn: &mut Cudnn, key: &PlanKey, candidate: &Candidate) -> Trial {
+    let engine = candidate.engine;
+    let mut refused = false;
+    let deviation = exactness::deviation(cudnn, key, |cudnn, operands| {
+        // Not the workspace that is kept: this candidate may be the only one that wants so much.
+        cudnn.with_temporary(candidate.plan.workspace, |cudnn, memory, _| {
+            // SAFETY: the operands are of the key, and live until the device is done; the memory has the size that was asked for.
+            unsafe { candidate.execute(cudnn, operands, memory) }.map_err(|status| {
+                refused = is_refusal(status);
+                failed(OP, "cudnnBackendExecute", status.0, key).into()
+            })
+        })
+    });
+    match deviation {
+        Ok(deviation) => {
+            tracing::debug!(engine, deviation, "conv2d: {key}");
+            if deviation > exactness::MOST {
+                tracing::info!(
+                    "conv2d: engine {engine} is left out: it deviates by {deviation:.1e}, although cuDNN does not say \
+                     that it rounds f32, for {key}"
+                );
+            }
+            Trial::Deviates(deviation)
+        }
+        Err(error) if refused => {
+            tracing::warn!("{error}, by engine {engine}; taking the next");
+            Trial::Refused
+        }
+        Err(error) => {
+            tracing::warn!(
+                "conv2d: {error}; so it is cuDNN's word that engine {engine} does not round f32, for {key}"
+            );
+            Trial::Unknown
+        }
+    }
+}
+
 /// The times of `candidates` on `operands` in milliseconds, infinite of those that do not run.
 fn times(
     cudnn: &mut Cudnn,
@@ -563,10 +592,12 @@ fn times(
     cudnn.with_temporary(bytes.unwrap_or(0), |cudnn, memory, _| {
         cudnn.apart(OP, |cudnn, stream| {
             let mut best = f32::INFINITY;
-            let times = candidates.iter().map(|Candidate { plan, engine }| {
+            let times = candidates.iter().map(|candidate| {
+                let engine = candidate.engine;
                 // SAFETY: as in `Plan::run_if_offered`; the workspace is that of the hungriest candidate, which have turns.
                 let run = || unsafe {
-                    plan.execute(cudnn.handle(), &operands.numbered(), memory)
+                    candidate
+                        .execute(cudnn, operands, memory)
                         .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
                 };
                 let time = time(stream, run, best).unwrap_or_else(|error| {

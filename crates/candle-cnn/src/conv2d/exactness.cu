@@ -64,11 +64,25 @@ static __device__ void take_apart(unsigned int number, unsigned int size, const 
 
 enum { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
-// The square of how far one element of a pass's result is off, and the sum of the squares of the products in it. A block for
-// each element, which it chooses by its number. `bias` is null where there is none.
+// What is known of an element: the sum of its products, and that of their squares.
+struct Sums {
+    double products, squares;
+    __device__ Sums &operator+=(const Sums &other) {
+        products += other.products;
+        squares += other.squares;
+        return *this;
+    }
+};
+
+// How often a block looks for an element in which there is something to round.
+#define TRIES 64
+
+// The square of how far one element of a pass's result is off, and the sum of the squares of the products in it. Each block looks at
+// an element of its own: of most strided gradients few elements have any product, and behind a ReLU half of them are 0. `bias` is
+// null where there is none.
 extern "C" __global__ void conv2d_deviations_f32(Geometry g, const float *x, const float *weight, const float *y, const float *bias,
                                                  unsigned int pass, unsigned int relu, double *deviations) {
-    __shared__ double shared[THREADS];
+    __shared__ Sums shared[THREADS];
     unsigned int image = 0, in_channel = 0, out_channel = 0, in[2] = {}, tap[2] = {}, out[2] = {};
     unsigned int elements, terms;
     if (pass == FORWARD) {
@@ -81,52 +95,53 @@ extern "C" __global__ void conv2d_deviations_f32(Geometry g, const float *x, con
         elements = g.c_out * g.c_in * g.kernel[0] * g.kernel[1];
         terms = g.batch * g.output[0] * g.output[1];
     }
-    unsigned int element = mix(blockIdx.x + 1) % elements;
-    if (pass == FORWARD) {
-        take_apart(element, g.c_out, g.output, image, out_channel, out);
-    } else if (pass == INPUT_GRADIENT) {
-        take_apart(element, g.c_in, g.input, image, in_channel, in);
-    } else {
-        take_apart(element, g.c_in, g.kernel, out_channel, in_channel, tap);
-    }
-    double sum = 0, squares = 0;
-    for (unsigned int term = threadIdx.x; term < terms; term += THREADS) {
-        unsigned int none;
-        bool meet;
+    Sums sums = {0, 0};
+    for (unsigned int i = 0; i < TRIES && sums.squares == 0; i++) {
+        unsigned int element = mix(blockIdx.x + 1 + i * gridDim.x) % elements;
         if (pass == FORWARD) {
-            take_apart(term, g.c_in, g.kernel, none, in_channel, tap);
-            meet = g.seen(out, tap, in);
+            take_apart(element, g.c_out, g.output, image, out_channel, out);
         } else if (pass == INPUT_GRADIENT) {
-            take_apart(term, g.c_out, g.kernel, none, out_channel, tap);
-            meet = g.seeing(in, tap, out);
+            take_apart(element, g.c_in, g.input, image, in_channel, in);
         } else {
-            take_apart(term, 1, g.output, image, none, out);
-            meet = g.seen(out, tap, in);
+            take_apart(element, g.c_in, g.kernel, out_channel, in_channel, tap);
         }
-        if (meet) {
-            double a = pass == INPUT_GRADIENT ? y[g.place(image, out_channel, out, g.c_out, g.output)]
-                                              : x[g.place(image, in_channel, in, g.c_in, g.input)];
-            double b = pass == WEIGHT_GRADIENT ? y[g.place(image, out_channel, out, g.c_out, g.output)]
-                                               : weight[g.place(out_channel, in_channel, tap, g.c_in, g.kernel)];
-            sum += a * b;
-            squares += a * b * (a * b);
+        sums = {0, 0};
+        for (unsigned int term = threadIdx.x; term < terms; term += THREADS) {
+            unsigned int none;
+            bool meet;
+            if (pass == FORWARD) {
+                take_apart(term, g.c_in, g.kernel, none, in_channel, tap);
+                meet = g.seen(out, tap, in);
+            } else if (pass == INPUT_GRADIENT) {
+                take_apart(term, g.c_out, g.kernel, none, out_channel, tap);
+                meet = g.seeing(in, tap, out);
+            } else {
+                take_apart(term, 1, g.output, image, none, out);
+                meet = g.seen(out, tap, in);
+            }
+            if (meet) {
+                double a = pass == INPUT_GRADIENT ? y[g.place(image, out_channel, out, g.c_out, g.output)]
+                                                  : x[g.place(image, in_channel, in, g.c_in, g.input)];
+                double b = pass == WEIGHT_GRADIENT ? y[g.place(image, out_channel, out, g.c_out, g.output)]
+                                                   : weight[g.place(out_channel, in_channel, tap, g.c_in, g.kernel)];
+                sums += {a * b, a * b * (a * b)};
+            }
+        }
+        sums = block_sum(sums, shared);
+        if (bias) {
+            sums.products += bias[out_channel];
+        }
+        if (relu && sums.products <= 0) {
+            sums = {0, 0};
         }
     }
-    sum = block_sum(sum, shared);
-    squares = block_sum(squares, shared);
     if (threadIdx.x != 0) {
         return;
     }
     double found = pass == FORWARD          ? y[g.place(image, out_channel, out, g.c_out, g.output)]
                    : pass == INPUT_GRADIENT ? x[g.place(image, in_channel, in, g.c_in, g.input)]
                                             : weight[g.place(out_channel, in_channel, tap, g.c_in, g.kernel)];
-    if (bias) {
-        sum += bias[out_channel];
-    }
-    if (relu && sum <= 0) {
-        // Nothing to round.
-        sum = squares = 0;
-    }
-    deviations[2 * blockIdx.x] = (found - sum) * (found - sum);
-    deviations[2 * blockIdx.x + 1] = squares;
+    double error = found - sums.products;
+    deviations[2 * blockIdx.x] = error * error;
+    deviations[2 * blockIdx.x + 1] = sums.squares;
 }

@@ -1,5 +1,7 @@
 //! Two-dimensional convolution (cross-correlation, as `torch.nn.functional.conv2d`).
 
+#[cfg(any(feature = "cuda", test))]
+mod candidates;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -63,7 +63,7 @@ pub(super) struct PlanKey {
 }
 
 impl PlanKey {
-    /// Whether an engine must round nothing but sums to f32, although tensor cores could do it faster.
+    /// Whether f32 factors must not be rounded.
     pub(super) fn is_full_f32(&self) -> bool {
         (self.dtype, self.math) == (DType::F32, F32Math::Full)
     }

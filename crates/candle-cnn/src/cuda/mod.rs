@@ -4,8 +4,8 @@
 //! feature `cuda`. Without the feature the settings can be set, and nothing reads them.
 //!
 //! Nothing waits for the device, except that the first pass of each shape may time the engines it has
-//! ([`Settings::benchmark`], [`without_benchmark`]). After that a step can be captured in a CUDA graph. A shape first met while a stream is
-//! being captured gets its engine by rules of thumb.
+//! ([`Settings::benchmark`], [`without_benchmark`]) and try them out ([`Settings::convolution`]). After that a step can be captured in a CUDA
+//! graph. A shape first met while a stream is being captured gets its engine by rules of thumb.
 //!
 //! A [`crate::StaticGraph`] uses more than one stream ([`Settings::streams`]); to whoever works on the device's own it looks like one.
 //!

@@ -8,7 +8,7 @@ use std::sync::{PoisonError, RwLock};
 pub enum F32Math {
     /// Rounded to TF32's 10 bits of mantissa, on the tensor cores.
     Tf32,
-    /// As they are. Each engine of cuDNN is tried out before it is first used, for it may round although it does not say so.
+    /// As they are.
     Full,
 }
 
@@ -26,7 +26,8 @@ pub enum F32Math {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Settings {
-    /// f32 convolutions (`torch.backends.cudnn.allow_tf32`).
+    /// f32 convolutions (`torch.backends.cudnn.allow_tf32`). Under [`F32Math::Full`] each engine of cuDNN is tried out before it is
+    /// first used, for it may round although it does not say so.
     pub convolution: F32Math,
     /// f32 matrix products of Candle, [`crate::linear`] among them (`torch.backends.cuda.matmul.allow_tf32`).
     pub matmul: F32Math,

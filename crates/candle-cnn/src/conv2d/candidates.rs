@@ -1,0 +1,170 @@
+//! Which of several engines is taken. Nothing here needs CUDA, so that it is tested everywhere.
+
+/// Engines in the order in which they are to be taken.
+///
+/// One may refuse in spite of having been offered. And where they are on trial, one may deviate too far from what it should compute:
+/// then it is left out, unless there is no other.
+pub(super) struct Candidates<C> {
+    /// The next last.
+    waiting: Vec<C>,
+    /// Those that deviate too far, and how far.
+    left_out: Vec<(C, f64)>,
+    on_trial: bool,
+    /// Whether the next one may be taken.
+    admitted: bool,
+}
+
+/// What comes of trying one out.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Trial {
+    Deviates(f64),
+    Refused,
+    /// It could not be tried out.
+    Unknown,
+}
+
+impl<C> Candidates<C> {
+    pub(super) fn new(mut next_first: Vec<C>, on_trial: bool) -> Self {
+        next_first.reverse();
+        Self {
+            waiting: next_first,
+            left_out: Vec::new(),
+            on_trial,
+            admitted: false,
+        }
+    }
+
+    /// The one to take.
+    pub(super) fn next(&self) -> Option<&C> {
+        self.waiting.last()
+    }
+
+    /// Takes away the next one, which has refused.
+    pub(super) fn refused(&mut self) {
+        self.waiting.pop();
+        self.admitted = false;
+    }
+
+    /// Whether [`Self::admit`] comes before the next one is taken.
+    pub(super) fn needs_trial(&self) -> bool {
+        self.on_trial && !self.admitted
+    }
+
+    /// Leaves out those that deviate by more than `most`, up to the first that does not, or of which nothing is known. Where none is
+    /// left, `or_least` brings back the one that deviates least, and returns by how much.
+    pub(super) fn admit(
+        &mut self,
+        most: f64,
+        or_least: bool,
+        mut try_out: impl FnMut(&C) -> Trial,
+    ) -> Option<f64> {
+        self.admitted = true;
+        while let Some(candidate) = self.waiting.pop() {
+            match try_out(&candidate) {
+                Trial::Refused => continue,
+                Trial::Unknown => {}
+                Trial::Deviates(by) if by <= most => {}
+                Trial::Deviates(by) => {
+                    // What is no number is the worst.
+                    let by = if by.is_nan() { f64::INFINITY } else { by };
+                    self.left_out.push((candidate, by));
+                    continue;
+                }
+            }
+            self.waiting.push(candidate);
+            return None;
+        }
+        let deviations = self.left_out.iter().map(|(_, by)| *by).enumerate();
+        let (least, by) = deviations
+            .min_by(|(_, a), (_, b)| a.total_cmp(b))
+            .filter(|_| or_least)?;
+        self.waiting.push(self.left_out.swap_remove(least).0);
+        Some(by)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: f64 = 1.0;
+
+    /// Candidates that are their own trials.
+    fn on_trial(trials: &[Trial]) -> Candidates<Trial> {
+        Candidates::new(trials.to_vec(), true)
+    }
+
+    fn next_deviation(candidates: &Candidates<Trial>) -> Option<f64> {
+        match candidates.next() {
+            Some(Trial::Deviates(by)) => Some(*by),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn without_a_trial_the_first_that_does_not_refuse_is_taken() {
+        let mut candidates = Candidates::new(vec![1, 2], false);
+        assert!(!candidates.needs_trial());
+        assert_eq!(candidates.next(), Some(&1));
+        candidates.refused();
+        assert!(!candidates.needs_trial());
+        assert_eq!(candidates.next(), Some(&2));
+        candidates.refused();
+        assert_eq!(candidates.next(), None);
+    }
+
+    #[test]
+    fn the_first_that_does_not_deviate_too_far_is_taken() {
+        use Trial::{Deviates, Refused};
+        let mut candidates = on_trial(&[
+            Deviates(2.0),
+            Refused,
+            Deviates(f64::NAN),
+            Deviates(1.0),
+            Deviates(0.5),
+        ]);
+        assert!(candidates.needs_trial());
+        let mut tried = 0;
+        let admitted = candidates.admit(MOST, true, |trial| {
+            tried += 1;
+            *trial
+        });
+        assert_eq!((admitted, tried), (None, 4));
+        assert!(!candidates.needs_trial());
+        assert_eq!(next_deviation(&candidates), Some(1.0));
+        // One that refuses later is replaced by another, which is tried out as well.
+        candidates.refused();
+        assert!(candidates.needs_trial());
+        assert_eq!(candidates.admit(MOST, true, |trial| *trial), None);
+        assert_eq!(next_deviation(&candidates), Some(0.5));
+    }
+
+    #[test]
+    fn where_all_deviate_the_least_is_taken_and_then_the_next() {
+        use Trial::{Deviates, Refused};
+        let mut candidates = on_trial(&[Deviates(3.0), Deviates(f64::NAN), Deviates(2.0), Refused]);
+        for least in [2.0, 3.0, f64::INFINITY] {
+            assert_eq!(candidates.admit(MOST, true, |trial| *trial), Some(least));
+            assert!(!candidates.needs_trial());
+            assert!(candidates.next().is_some());
+            candidates.refused();
+        }
+        assert_eq!(candidates.admit(MOST, true, |trial| *trial), None);
+        assert!(candidates.next().is_none());
+    }
+
+    #[test]
+    fn where_there_is_another_way_none_is_taken_that_deviates() {
+        let mut candidates = on_trial(&[Trial::Deviates(3.0)]);
+        assert_eq!(candidates.admit(MOST, false, |trial| *trial), None);
+        assert!(candidates.next().is_none());
+        assert!(!candidates.needs_trial());
+    }
+
+    #[test]
+    fn one_that_cannot_be_tried_out_is_taken() {
+        let mut candidates = on_trial(&[Trial::Unknown, Trial::Deviates(0.0)]);
+        assert_eq!(candidates.admit(MOST, true, |trial| *trial), None);
+        assert!(matches!(candidates.next(), Some(Trial::Unknown)));
+    }
+}
