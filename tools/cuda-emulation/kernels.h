@@ -29,6 +29,10 @@ namespace cross_entropy_source {
 #include "cross_entropy/kernels.cu"
 #undef KERNELS
 }
+namespace linear_source {
+#include "linear/kernels.cu"
+#undef KERNELS
+}
 namespace conv2d_source {
 #include "conv2d/kernels.cu"
 #undef KERNELS
@@ -60,7 +64,7 @@ namespace training_source {
         THREE(batch_norm, batch_norm_gradient_sums, true), TWO(batch_norm, batch_norm_join_sums, false),               \
         THREE(batch_norm, batch_norm_input_gradient, false), THREE(dropout, dropout, false),                           \
         THREE(cross_entropy, cross_entropy_rows, true), THREE(cross_entropy, cross_entropy_mean, true),                \
-        THREE(cross_entropy, cross_entropy_gradient, true), THREE(conv2d, conv2d_bias_activation, false),              \
+        THREE(cross_entropy, cross_entropy_gradient, true), THREE(linear, linear_add_to_rows, false), THREE(conv2d, conv2d_bias_activation, false),              \
         THREE(conv2d, conv2d_mask_and_sum, true), THREE(conv2d, conv2d_add_parts, false),                              \
         ONE(exactness, conv2d_draw_f32, false), ONE(exactness, conv2d_deviations_f32, true),                           \
         FLOAT(static_graph, static_graph_from_planes, false), FLOAT(static_graph, static_graph_to_planes, false),      \

@@ -13,7 +13,7 @@
 //! | [`relu`] | `F.relu` | gradient 1 at 0 |
 //! | [`batch_norm_train`], [`batch_norm_eval`] (and [`batch_norm_relu_train`], [`batch_norm_relu_eval`]) | `F.batch_norm` | composed of elementwise operations |
 //! | [`cross_entropy`] | `F.cross_entropy` | no label smoothing |
-//! | [`linear`] | `F.linear` | the same, by its `matmul` |
+//! | [`linear`] | `F.linear` | the same, by its `matmul`, and the gradient of an input that nobody needs |
 //! | [`dropout`] | `F.dropout` | no seed on the CPU |
 //! | [`StaticGraph`] | a whole network as one operation | – |
 //! | [`backward`] | `loss.backward()` | adds each gradient of a graph to zeros |

@@ -1,0 +1,34 @@
+//! The bias of a fully connected layer on CUDA.
+
+#![allow(unsafe_code)]
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CudaStorage, Result};
+
+use super::OP;
+use crate::cuda::kernels::Source;
+use crate::cuda::launch::{Launch, Operand, count, suffix};
+
+const SOURCE: Source = Source {
+    file: "linear/kernels.cu",
+    text: include_str!("kernels.cu"),
+};
+
+/// Adds `bias` to each row of `y`, which has `elements` in rows of as many values as `bias`.
+pub(super) fn add_to_rows(y: &mut CudaStorage, bias: Operand, elements: usize) -> Result<()> {
+    if elements == 0 {
+        return Ok(());
+    }
+    let (device, dtype) = (y.device().clone(), y.dtype());
+    let stream = device.cuda_stream();
+    let elements = count(OP, elements)?;
+    let outputs = bias.1.shape().elem_count();
+    let name = format!("linear_add_to_rows_{}", suffix(OP, dtype)?);
+    let launch = Launch::new(OP, &device, &stream, &SOURCE, &name)?
+        .write(y)?
+        .read(bias)?
+        .divisor(outputs)
+        .number(elements);
+    // SAFETY: the arguments are those of `add_to_rows` in kernels.cu; `y` has so many elements, and `bias` as many as a row.
+    unsafe { launch.run(elements) }
+}
