@@ -17,7 +17,7 @@ thread_local! {
 ///
 /// Candle adds every gradient to zeros. For all parameters of a network that are three passes over
 /// memory of their size, which takes a tenth of a step over small pictures, and on a GPU two launches for each
-/// of them. Here the gradients that convolutions, batch norms and a [`crate::StaticGraph`] have for
+/// of them. Here the gradients that convolutions, batch norms, [`crate::linear`] and a [`crate::StaticGraph`] have for
 /// variables go into the result as they are.
 ///
 /// ```

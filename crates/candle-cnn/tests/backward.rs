@@ -1,7 +1,7 @@
 //! `candle_cnn::backward` against Candle's own, over operations that set gradients aside.
 
 use candle_cnn::{
-    Conv2dConfig, backward, batch_norm_relu_train, batch_norm_train, conv2d, conv2d_relu,
+    Conv2dConfig, backward, batch_norm_relu_train, batch_norm_train, conv2d, conv2d_relu, linear,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
@@ -23,6 +23,7 @@ fn the_gradients_are_candles_wherever_a_variable_is_used() -> Result<()> {
         let (weight, bias) = (var("weight", &[3, 3, 3, 3])?, var("bias", &[3])?);
         let (scale, shift) = (var("scale", &[3])?, var("shift", &[3])?);
         let last = var("last", &[2, 3, 1, 1])?;
+        let (square, offset) = (var("square", &[4, 4])?, var("offset", &[4])?);
         let loss = || -> Result<Tensor> {
             let padded = Conv2dConfig::padded(1);
             // The weight twice, its bias twice, the scale also outside of these operations.
@@ -32,7 +33,10 @@ fn the_gradients_are_candles_wherever_a_variable_is_used() -> Result<()> {
             let doubled = (shift.as_tensor() * 2.0)?;
             let (x, _) = batch_norm_train(&x, &scale, &doubled, 1e-5)?;
             let x = conv2d(&x, &last, None, Conv2dConfig::default())?;
-            x.sqr()?.sum_all()? + scale.sqr()?.sum_all()?
+            // A layer twice, its bias also outside.
+            let x = linear(&x.flatten_to(2)?, &square, Some(&offset))?;
+            let x = linear(&x, &square, Some(&offset))?;
+            (x.sqr()?.sum_all()? + scale.sqr()?.sum_all()?)? + offset.sqr()?.sum_all()?
         };
         let (expected, found) = (loss()?.backward()?, backward(&loss()?)?);
         for (name, variable) in [
@@ -41,6 +45,8 @@ fn the_gradients_are_candles_wherever_a_variable_is_used() -> Result<()> {
             ("scale", &scale),
             ("shift", &shift),
             ("last", &last),
+            ("square", &square),
+            ("offset", &offset),
         ] {
             let values = |store: &GradStore| -> Result<Vec<f32>> {
                 let gradient = store.get(variable).unwrap_or_else(|| panic!("of {name}"));

@@ -753,6 +753,33 @@ fn dropout_draws_the_masks_of_the_cpu() -> Result<()> {
 }
 
 #[test]
+fn a_layers_bias_is_added_to_each_row() -> Result<()> {
+    let Some(emulator) = emulator() else {
+        return Ok(());
+    };
+    for (examples, outputs) in [(1, 1), (7, 5), (32, 10), (300, 3)] {
+        for kind in TYPES {
+            let (y, bias) = (random("y", examples * outputs), random("bias", outputs));
+            let mut program = Program::default();
+            let y_at = program.given(kind, &y);
+            let bias_at = program.given(kind, &bias);
+            program.threads("linear_add_to_rows", kind, y.len());
+            program.at(&[y_at, bias_at]).numbers(&divisor(outputs));
+            program.numbers(&[y.len()]);
+            let found = program.values(emulator, &[(y_at, kind)]);
+            let tensor = |values: &[f64], shape: &[usize]| {
+                let bytes = kind.bytes(values);
+                Tensor::from_vec(kind.values(&bytes), shape, &Device::Cpu)
+            };
+            let y = tensor(&y, &[examples, outputs])?;
+            let expected = y.broadcast_add(&tensor(&bias, &[outputs])?)?;
+            assert_close(&format!("{examples}x{outputs}"), kind, &found[0], &expected)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn cross_entropy_has_loss_and_gradient_of_the_cpu_and_nan_for_a_label_that_is_no_class()
 -> Result<()> {
     let Some(emulator) = emulator() else {

@@ -548,13 +548,9 @@ fn transform_input(images: &Tensor) -> Result<Tensor> {
     const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
     const STD: [f64; 3] = [0.229, 0.224, 0.225];
     let per_channel = |values: [f64; 3]| {
-        let device = images.device();
-        let values = match images.dtype() {
-            // Not a launch more.
-            DType::F32 => Tensor::new(&values.map(|value| value as f32), device),
-            dtype => Tensor::new(&values, device)?.to_dtype(dtype),
-        };
-        values?.reshape((1, 3, 1, 1))
+        // Converted on the CPU, which spares a GPU the launch.
+        let values = Tensor::new(&values, &Device::Cpu)?.to_dtype(images.dtype())?;
+        values.to_device(images.device())?.reshape((1, 3, 1, 1))
     };
     let scale = per_channel(STD.map(|std| std / 0.5))?;
     let shift = per_channel(MEAN.map(|mean| (mean - 0.5) / 0.5))?;

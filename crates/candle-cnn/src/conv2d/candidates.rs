@@ -51,11 +51,11 @@ impl<C> Candidates<C> {
     }
 
     /// Leaves out those that deviate by more than `most`, up to the first that does not, or of which nothing is known. Where none is
-    /// left, `or_least` brings back the one that deviates least, and returns by how much.
+    /// left, the one that deviates least comes back, if that is by no more than `or_else`, and this returns by how much.
     pub(super) fn admit(
         &mut self,
         most: f64,
-        or_least: bool,
+        or_else: f64,
         mut try_out: impl FnMut(&C) -> Trial,
     ) -> Option<f64> {
         self.admitted = true;
@@ -65,8 +65,6 @@ impl<C> Candidates<C> {
                 Trial::Unknown => {}
                 Trial::Deviates(by) if by <= most => {}
                 Trial::Deviates(by) => {
-                    // What is no number is the worst.
-                    let by = if by.is_nan() { f64::INFINITY } else { by };
                     self.left_out.push((candidate, by));
                     continue;
                 }
@@ -77,7 +75,7 @@ impl<C> Candidates<C> {
         let deviations = self.left_out.iter().map(|(_, by)| *by).enumerate();
         let (least, by) = deviations
             .min_by(|(_, a), (_, b)| a.total_cmp(b))
-            .filter(|_| or_least)?;
+            .filter(|(_, by)| *by <= or_else)?;
         self.waiting.push(self.left_out.swap_remove(least).0);
         Some(by)
     }
@@ -88,6 +86,7 @@ mod tests {
     use super::*;
 
     const MOST: f64 = 1.0;
+    const OR_ELSE: f64 = 10.0;
 
     /// Candidates that are their own trials.
     fn on_trial(trials: &[Trial]) -> Candidates<Trial> {
@@ -119,13 +118,13 @@ mod tests {
         let mut candidates = on_trial(&[
             Deviates(2.0),
             Refused,
-            Deviates(f64::NAN),
+            Deviates(f64::INFINITY),
             Deviates(1.0),
             Deviates(0.5),
         ]);
         assert!(candidates.needs_trial());
         let mut tried = 0;
-        let admitted = candidates.admit(MOST, true, |trial| {
+        let admitted = candidates.admit(MOST, OR_ELSE, |trial| {
             tried += 1;
             *trial
         });
@@ -135,28 +134,30 @@ mod tests {
         // One that refuses later is replaced by another, which is tried out as well.
         candidates.refused();
         assert!(candidates.needs_trial());
-        assert_eq!(candidates.admit(MOST, true, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), None);
         assert_eq!(next_deviation(&candidates), Some(0.5));
     }
 
     #[test]
     fn where_all_deviate_the_least_is_taken_and_then_the_next() {
         use Trial::{Deviates, Refused};
-        let mut candidates = on_trial(&[Deviates(3.0), Deviates(f64::NAN), Deviates(2.0), Refused]);
-        for least in [2.0, 3.0, f64::INFINITY] {
-            assert_eq!(candidates.admit(MOST, true, |trial| *trial), Some(least));
+        // The second is wrong, and not rounded.
+        let trials = [3.0, f64::INFINITY, 2.0].map(Deviates);
+        let mut candidates = on_trial(&[trials.as_slice(), &[Refused]].concat());
+        for least in [2.0, 3.0] {
+            assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), Some(least));
             assert!(!candidates.needs_trial());
             assert!(candidates.next().is_some());
             candidates.refused();
         }
-        assert_eq!(candidates.admit(MOST, true, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), None);
         assert!(candidates.next().is_none());
     }
 
     #[test]
     fn where_there_is_another_way_none_is_taken_that_deviates() {
         let mut candidates = on_trial(&[Trial::Deviates(3.0)]);
-        assert_eq!(candidates.admit(MOST, false, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, MOST, |trial| *trial), None);
         assert!(candidates.next().is_none());
         assert!(!candidates.needs_trial());
     }
@@ -164,7 +165,7 @@ mod tests {
     #[test]
     fn one_that_cannot_be_tried_out_is_taken() {
         let mut candidates = on_trial(&[Trial::Unknown, Trial::Deviates(0.0)]);
-        assert_eq!(candidates.admit(MOST, true, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), None);
         assert!(matches!(candidates.next(), Some(Trial::Unknown)));
     }
 }

@@ -250,14 +250,18 @@ impl Plan {
             );
             return Ok(());
         }
-        // Where something follows, the pass without it is the better last resort.
-        let or_least = key.epilogue.is_nothing();
-        let least = candidates.admit(exactness::MOST, or_least, |candidate| {
+        let or_else = match key.epilogue.is_nothing() {
+            true => exactness::WRONG,
+            // The pass without what follows is the better last resort.
+            false => exactness::MOST,
+        };
+        let least = candidates.admit(exactness::MOST, or_else, |candidate| {
             try_out(cudnn, key, candidate)
         });
-        if let Some(deviation) = least {
+        if let Some((deviation, candidate)) = least.zip(candidates.next()) {
             tracing::warn!(
-                "conv2d: no engine leaves f32 as it is; taking one that deviates by {deviation:.1e}, for {key}"
+                "conv2d: no engine leaves f32 as it is; taking {}, which deviates by {deviation:.1e}, for {key}",
+                candidate.engine,
             );
         }
         Ok(())

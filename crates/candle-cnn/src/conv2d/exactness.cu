@@ -77,8 +77,8 @@ struct Sums {
 // How often a block looks for an element in which there is something to round.
 #define TRIES 64
 
-// The square of how far one element of a pass's result is off, and the sum of the squares of the products in it. Each block looks at
-// an element of its own: of most strided gradients few elements have any product, and behind a ReLU half of them are 0. `bias` is
+// The square of how far one element of a pass's result is off, and the sum of the squares of the products in it. Each block looks for
+// an element with a product: of most strided gradients few elements have any product, and behind a ReLU half of them are 0. `bias` is
 // null where there is none.
 extern "C" __global__ void conv2d_deviations_f32(Geometry g, const float *x, const float *weight, const float *y, const float *bias,
                                                  unsigned int pass, unsigned int relu, double *deviations) {

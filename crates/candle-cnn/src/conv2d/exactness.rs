@@ -29,6 +29,9 @@ const SOURCE: Source = Source {
 /// after the other, by 2e-8·√N: 1.5e-5 for half a million of them, and this for 30 million.
 pub(super) const MOST: f64 = 1.0 / 8192.0;
 
+/// Beyond this a result is wrong, and not rounded: bf16 deviates by 3e-3.
+pub(super) const WRONG: f64 = 0.01;
+
 /// How many elements of a result are looked at.
 const ELEMENTS: u32 = 32;
 
@@ -117,10 +120,12 @@ fn deviation_alone(
     let (errors, squares) = found
         .chunks_exact(2)
         .fold((0.0, 0.0), |(e, s), of| (e + of[0], s + of[1]));
+    let deviation = (errors / squares).sqrt();
     Ok(match errors == 0.0 {
         // Also where there is nothing to round.
         true => 0.0,
-        false => (errors / squares).sqrt(),
+        false if deviation.is_nan() => f64::INFINITY,
+        false => deviation,
     })
 }
 

@@ -16,9 +16,6 @@ const SOURCE: Source = Source {
 
 /// Adds `bias` to each row of `y`, which has `elements` in rows of as many values as `bias`.
 pub(super) fn add_to_rows(y: &mut CudaStorage, bias: Operand, elements: usize) -> Result<()> {
-    if elements == 0 {
-        return Ok(());
-    }
     let (device, dtype) = (y.device().clone(), y.dtype());
     let stream = device.cuda_stream();
     let elements = count(OP, elements)?;
