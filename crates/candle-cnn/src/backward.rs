@@ -6,7 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
 /// Parameters and their gradients.
-type Pairs = Vec<(Tensor, Tensor)>;
+pub(crate) type Pairs = Vec<(Tensor, Tensor)>;
 
 thread_local! {
     /// What is set aside while [`backward`] runs.
@@ -32,10 +32,7 @@ thread_local! {
 /// # Errors
 /// Those of `loss.backward()`.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    let outer = Outer(SET_ASIDE.replace(Some(Pairs::new())));
-    let gradients = loss.backward();
-    let set_aside = SET_ASIDE.take().unwrap_or_default();
-    drop(outer);
+    let (gradients, set_aside) = setting_aside(|| loss.backward());
     let mut gradients = gradients?;
     for (parameter, gradient) in set_aside {
         let sum = match gradients.remove(&parameter) {
@@ -45,6 +42,13 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
         gradients.insert(&parameter, sum);
     }
     Ok(gradients)
+}
+
+/// Runs `f`, and gives what was set aside meanwhile.
+pub(crate) fn setting_aside<R>(f: impl FnOnce() -> R) -> (R, Pairs) {
+    let _outer = Outer(SET_ASIDE.replace(Some(Pairs::new())));
+    let result = f();
+    (result, SET_ASIDE.take().unwrap_or_default())
 }
 
 /// Takes the gradient of a variable aside if [`backward`] runs; else, and without one, it comes back.

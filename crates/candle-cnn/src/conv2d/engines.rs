@@ -29,7 +29,7 @@ use super::plan::{
 };
 use super::{OP, exactness};
 use crate::cuda::cudnn::{Cudnn, address, data_type, failed};
-use crate::cuda::graph_api::{Described, Descriptor, ExecutionPlan, OperationGraph};
+use crate::cuda::graph_api::{Described, Descriptor, Engine, ExecutionPlan, OperationGraph};
 use crate::error::OpError;
 
 /// The tensors of a convolution. A pass writes the one that it is named after: the output, or the gradient in the
@@ -344,11 +344,7 @@ fn planned(
     most: usize,
     most_of_one: usize,
 ) -> Described<(Vec<Candidate>, Vec<Candidate>)> {
-    let engines = match graph.engines(mode) {
-        // A mode that knows nothing of such a graph.
-        Err(status) if is_refusal(status) => Vec::new(),
-        engines => engines?,
-    };
+    let engines = engines(graph, mode)?;
     let mut turns = Turns::new(most_of_one);
     let (mut within, mut beyond) = (Vec::new(), Vec::new());
     for engine in engines.iter().filter(|engine| engine.notes.suit(key)) {
@@ -370,22 +366,25 @@ fn planned(
     Ok((within, beyond))
 }
 
+/// Those under a mode of cuDNN's heuristics, which may know nothing of such a graph.
+fn engines(graph: &OperationGraph, mode: Heuristics) -> Described<Vec<Engine>> {
+    match graph.engines(mode) {
+        Err(status) if is_refusal(status) => Ok(Vec::new()),
+        engines => engines,
+    }
+}
+
 /// All engines that cuDNN expects to be fast, and those that compute almost everything, whatever they round.
 #[cfg(test)]
-pub(super) fn named(cudnn: &Cudnn, key: &PlanKey) -> Result<Vec<crate::cuda::graph_api::Engine>> {
+pub(super) fn named(cudnn: &Cudnn, key: &PlanKey) -> Result<Vec<Engine>> {
     use Heuristics::{CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK};
     let numbers = DescriptorNumbers::new(&key.geometry)?;
     let kind = data_type(OP, key.dtype)?;
     let in_modes = || -> Described<Vec<_>> {
         let graph = operation_graph(cudnn, key, &numbers, kind)?;
-        let mut engines = Vec::new();
-        for mode in [CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK] {
-            match graph.engines(mode) {
-                Err(status) if is_refusal(status) => {}
-                named => engines.extend(named?),
-            }
-        }
-        Ok(engines)
+        let mut named = engines(&graph, CUDNN_HEUR_MODE_A)?;
+        named.extend(engines(&graph, CUDNN_HEUR_MODE_FALLBACK)?);
+        Ok(named)
     };
     Ok(in_modes().map_err(|e| failed(OP, "a descriptor", e.0, key))?)
 }

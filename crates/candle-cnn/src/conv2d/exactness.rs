@@ -140,47 +140,43 @@ unsafe impl DeviceRepr for Geometry {}
 impl Geometry {
     fn new(g: &Conv2dGeometry, format: MemoryFormat) -> Self {
         let c = &g.config;
-        let channels_last = usize::from(format == MemoryFormat::ChannelsLast);
         let numbers = [
             [g.batch, g.c_in, g.input.0, g.input.1],
             [g.c_out, g.kernel.0, g.kernel.1, g.output.0],
             [g.output.1, c.stride.0, c.stride.1, c.padding.0],
-            [c.padding.1, c.dilation.0, c.dilation.1, channels_last],
+            [
+                c.padding.1,
+                c.dilation.0,
+                c.dilation.1,
+                usize::from(format == MemoryFormat::ChannelsLast),
+            ],
         ];
-        let numbers: [[u32; 4]; 4] = numbers.map(|of| of.map(|number| number as u32));
-        let mut all = [0; 16];
-        all.copy_from_slice(numbers.as_flattened());
-        Self(all)
+        let numbers = numbers.as_flattened();
+        Self(std::array::from_fn(|i| numbers[i] as u32))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use candle_core::cuda_backend::CudaDevice;
+    use candle_core::{DType, Device};
     use test_support::devices;
 
     use super::*;
     use crate::Conv2dConfig;
     use crate::conv2d::engines::{Plan, named};
     use crate::conv2d::plan::Epilogue;
+    use crate::conv2d::tests::geometry;
     use crate::cuda::cudnn::{failed, with_cudnn};
     use crate::cuda::{F32Math, Settings};
 
+    fn gpu() -> Result<Option<CudaDevice>> {
+        let device = devices().into_iter().find(Device::is_cuda);
+        device.map(|d| d.as_cuda_device().cloned()).transpose()
+    }
+
     /// A 5×5 convolution as in both networks first; then such as differ in every way.
-    fn geometries() -> [Conv2dGeometry; 4] {
-        let of =
-            |batch, channels: (usize, usize), input: (usize, usize), kernel, output, config| {
-                let (c_in, c_out) = channels;
-                Conv2dGeometry {
-                    batch,
-                    c_in,
-                    input,
-                    c_out,
-                    kernel,
-                    output,
-                    config,
-                }
-            };
+    fn geometries() -> Result<[Conv2dGeometry; 4]> {
         let uneven = Conv2dConfig {
             stride: (2, 3),
             padding: (1, 2),
@@ -196,18 +192,18 @@ mod tests {
             stride: (4, 4),
             ..Conv2dConfig::default()
         };
-        [
-            of(5, (24, 64), (8, 8), (5, 5), (8, 8), same),
-            of(3, (8, 12), (9, 14), (3, 3), (5, 7), strided),
-            of(2, (16, 24), (28, 28), (1, 1), (7, 7), sparse),
-            of(2, (3, 5), (8, 9), (3, 2), (4, 4), uneven),
-        ]
+        Ok([
+            geometry(5, (24, 64), (8, 8), (5, 5), same)?,
+            geometry(3, (8, 12), (9, 14), (3, 3), strided)?,
+            geometry(2, (16, 24), (28, 28), (1, 1), sparse)?,
+            geometry(2, (3, 5), (8, 9), (3, 2), uneven)?,
+        ])
     }
 
     /// Keys of all passes of the geometries, with what may follow a forward one.
-    fn keys(settings: &Settings) -> Vec<PlanKey> {
+    fn keys(settings: &Settings) -> Result<Vec<PlanKey>> {
         let mut keys = Vec::new();
-        for geometry in geometries() {
+        for geometry in geometries()? {
             for format in [MemoryFormat::Contiguous, MemoryFormat::ChannelsLast] {
                 for pass in [Pass::Forward, Pass::InputGradient, Pass::WeightGradient] {
                     let key = PlanKey::new(geometry, format, DType::F32, pass, settings);
@@ -226,18 +222,17 @@ mod tests {
                 }
             }
         }
-        keys
+        Ok(keys)
     }
 
     /// Prints what deviates although cuDNN does not say so.
     #[test]
     fn engines_that_round_are_told_from_those_that_do_not() -> Result<()> {
-        let Some(device) = devices().into_iter().find(candle_core::Device::is_cuda) else {
+        let Some(device) = &gpu()? else {
             return Ok(());
         };
-        let device = device.as_cuda_device()?;
         let (mut rounding, mut exact) = (0, 0);
-        for key in keys(&Settings::default()) {
+        for key in keys(&Settings::default())? {
             with_cudnn(device, 0, OP, |cudnn| {
                 let mut on_tensor_cores = 0;
                 for engine in named(cudnn, &key)? {
@@ -276,10 +271,9 @@ mod tests {
 
     #[test]
     fn where_f32_is_asked_for_in_full_no_engine_rounds() -> Result<()> {
-        let Some(device) = devices().into_iter().find(candle_core::Device::is_cuda) else {
+        let Some(device) = &gpu()? else {
             return Ok(());
         };
-        let device = device.as_cuda_device()?;
         // The real cuDNN, which the emulated device may ask, has engines of its own.
         let is_emulated = crate::cuda::device_info(0)?.name.contains("emulated")
             && std::env::var_os("CUDA_EMULATION_CUDNN").is_none();
@@ -288,7 +282,7 @@ mod tests {
                 convolution: F32Math::Full,
                 deterministic,
                 ..Settings::default()
-            }) {
+            })? {
                 with_cudnn(device, 0, OP, |cudnn| {
                     let mut ran = true;
                     let mut run = |cudnn: &mut Cudnn, operands| {
@@ -315,11 +309,10 @@ mod tests {
 
     #[test]
     fn what_is_not_computed_deviates() -> Result<()> {
-        let Some(device) = devices().into_iter().find(candle_core::Device::is_cuda) else {
+        let Some(device) = &gpu()? else {
             return Ok(());
         };
-        let device = device.as_cuda_device()?;
-        for key in keys(&Settings::default()) {
+        for key in keys(&Settings::default())? {
             let found = with_cudnn(device, 0, OP, |cudnn| deviation(cudnn, &key, |_, _| Ok(())))?;
             assert!(found > 0.01, "{found:.1e}: {key}");
         }

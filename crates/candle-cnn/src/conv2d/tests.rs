@@ -17,7 +17,7 @@ fn on_each_device(test: impl Fn(&Device) -> Result<()>) -> Result<()> {
 }
 
 /// A geometry from its sizes.
-fn geometry(
+pub(super) fn geometry(
     batch: usize,
     (c_in, c_out): (usize, usize),
     input: (usize, usize),

@@ -284,6 +284,28 @@ mod tests {
     }
 
     #[test]
+    fn gradients_of_variables_are_set_aside() -> Result<()> {
+        let var = |name, shape: &[usize]| Var::from_tensor(&numbers(name, shape, &Device::Cpu)?);
+        let (weight, bias) = (var("weight", &[2, 3])?, var("bias", &[2])?);
+        let x = var("x", &[4, 3])?.sqr()?;
+        let dy = numbers("dy", (4, 2), &Device::Cpu)?;
+        let (found, set_aside) =
+            crate::backward::setting_aside(|| Linear::backward(&x, &weight, Some(&bias), &dy));
+        // What is no variable gets its gradient by Candle.
+        assert_eq!(
+            found?.map(|gradient| gradient.is_some()),
+            [true, false, false]
+        );
+        let of: Vec<_> = set_aside
+            .iter()
+            .map(|(parameter, _)| parameter.id())
+            .collect();
+        assert_eq!(of.len(), 2);
+        assert!(of.contains(&weight.id()) && of.contains(&bias.id()));
+        Ok(())
+    }
+
+    #[test]
     fn views_give_what_their_copies_give() -> Result<()> {
         for device in devices() {
             let x = Var::from_tensor(&numbers("x", (5, 4), &device)?)?;
