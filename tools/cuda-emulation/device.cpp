@@ -88,6 +88,8 @@ struct Held {
 } pool, graphs;
 // Of the pool, freed since the device was waited for.
 size_t freed_lately;
+// Since then a graph was launched, which may still run.
+bool launched_lately;
 
 size_t capacity() {
     static const size_t bytes = [] {
@@ -642,6 +644,7 @@ API int cuStreamSynchronize(void *stream) {
         return status;
     }
     freed_lately = 0;
+    launched_lately = false;
     done(stream_of(stream));
     return SUCCESS;
 }
@@ -716,6 +719,7 @@ API int cuGraphLaunch(void *exec, void *stream) {
         return status;
     }
     touch_all(stream_of(stream), "a graph");
+    launched_lately = true;
     auto graph = static_cast<Graph *>(exec);
     // What the launch before did not free is freed now.
     for (Address at : graph->allocated) {
@@ -756,6 +760,13 @@ API int cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
 API int cuMemPoolTrimTo(void *, size_t keep) {
     LOCKED;
     pool.held = std::clamp(std::max(keep, pool.used + freed_lately), pool.used, pool.held);
+    return SUCCESS;
+}
+API int cuDeviceGraphMemTrim(int) {
+    LOCKED;
+    if (!launched_lately) {
+        graphs.held = graphs.used;
+    }
     return SUCCESS;
 }
 API int cuMemGetInfo_v2(size_t *available, size_t *total) {

@@ -2,26 +2,72 @@
 
 #![cfg(feature = "cuda")]
 
-use candle_cnn::cuda::{memory, open_device, release_freed_memory};
-use candle_core::{DType, Result, Tensor};
+use std::sync::{Mutex, PoisonError};
 
-#[test]
-fn freed_memory_is_kept_until_it_is_released() -> Result<()> {
+use candle_cnn::cuda::{memory, open_device, release_freed_memory, release_graph_memory};
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
+use candle_core::{DType, Device, Result, Tensor};
+
+const BYTES: usize = 256 << 20;
+/// What the driver rounds up, and what other processes may do.
+const OTHERS: usize = BYTES / 4;
+
+/// One test at a time.
+static GPU: Mutex<()> = Mutex::new(());
+
+/// Calls `test` with a GPU, if there is one, and with whether so many bytes more than at the beginning are taken of it now.
+fn with_gpu(test: impl FnOnce(&Device, &dyn Fn() -> Result<bool>) -> Result<()>) -> Result<()> {
+    let _alone = GPU.lock().unwrap_or_else(PoisonError::into_inner);
     if !test_support::devices().iter().any(|one| one.is_cuda()) {
         return Ok(());
     }
-    const BYTES: usize = 256 << 20;
-    // What the driver rounds up, and what other processes may do.
-    const OTHERS: usize = BYTES / 4;
     let device = open_device(0)?;
-    let free = || Ok::<_, candle_core::Error>(memory(&device)?.0);
     release_freed_memory(&device)?;
-    let before = free()?;
-    let tensor = Tensor::zeros(BYTES, DType::U8, &device)?;
-    assert!(before.abs_diff(free()?) > BYTES - OTHERS);
-    drop(tensor);
-    assert!(before.abs_diff(free()?) > BYTES - OTHERS);
-    release_freed_memory(&device)?;
-    assert!(before.abs_diff(free()?) < OTHERS);
-    Ok(())
+    let before = memory(&device)?.0;
+    let is_taken = || {
+        let taken = before.abs_diff(memory(&device)?.0);
+        assert!(taken < OTHERS || taken.abs_diff(BYTES) < OTHERS, "{taken}");
+        Ok(taken > OTHERS)
+    };
+    test(&device, &is_taken)
+}
+
+#[test]
+fn freed_memory_is_kept_until_it_is_released() -> Result<()> {
+    with_gpu(|device, is_taken| {
+        let tensor = Tensor::zeros(BYTES, DType::U8, device)?;
+        assert!(is_taken()?);
+        drop(tensor);
+        assert!(is_taken()?);
+        release_freed_memory(device)?;
+        assert!(!is_taken()?);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_graph_keeps_its_memory_until_it_is_released_and_takes_it_again() -> Result<()> {
+    with_gpu(|device, is_taken| {
+        let result = Tensor::zeros(1, DType::F32, device)?;
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).w()?;
+        let ones = Tensor::ones(BYTES / 4, DType::F32, device)?;
+        let add_one = || result.slice_set(&(&result + ones.narrow(0, BYTES / 4 - 1, 1)?)?, 0, 0);
+        add_one()?;
+        drop(ones);
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags).w()?.expect("a graph");
+        for launches in 1..=2 {
+            graph.launch().w()?;
+            assert_eq!(result.to_vec1::<f32>()?, [launches as f32]);
+            assert!(is_taken()?);
+            release_graph_memory(device)?;
+            assert!(!is_taken()?);
+        }
+        Ok(())
+    })
 }

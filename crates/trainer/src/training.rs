@@ -423,6 +423,10 @@ impl<'a> Training<'a> {
         observer: &mut dyn Observer,
         stop: &dyn Fn() -> bool,
     ) -> Result<Option<Evaluation>> {
+        if let Some(on_device) = &mut self.on_device {
+            let failed = Error::tensor("the evaluation", 0, 0);
+            on_device.make_room(&self.device).map_err(failed)?;
+        }
         if self
             .compute_features((name, set), observer, stop)?
             .is_break()

@@ -1,6 +1,7 @@
 //! The libraries' log.
 
-use std::io::{self, Write};
+use std::env;
+use std::io::{self, IsTerminal, Write};
 
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -13,12 +14,14 @@ use crate::progress::BARS;
 const FILTER: &str = "warn,hf_hub=off";
 
 /// Sends the log to standard error, warnings and worse unless `RUST_LOG` says otherwise, and
-/// times to `profile` where there is one.
+/// times to `profile` where there is one. In colours on a terminal alone, and not with `NO_COLOR`.
 pub fn start_logging(profile: Option<&Profile>) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER));
+    let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let log = tracing_subscriber::fmt::layer()
         .with_target(false)
         .without_time()
+        .with_ansi(io::stderr().is_terminal() && !no_color)
         .with_writer(|| AboveBars)
         .with_filter(filter);
     let profile = profile.cloned();

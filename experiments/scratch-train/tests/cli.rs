@@ -323,6 +323,30 @@ fn a_run_whose_checkpoints_are_all_damaged_is_refused_again_and_again_and_keeps_
 }
 
 #[test]
+fn a_damaged_checkpoint_is_warned_of_without_colours_and_the_one_before_is_taken() {
+    let out = tempfile::tempdir().unwrap();
+    let finished = output(small_run(out.path()));
+    assert!(finished.status.success(), "{}", text(&finished));
+    let run = run_directory(out.path()).unwrap();
+    let weights = fs::read(run.join("model.safetensors")).unwrap();
+    for file in ["finished.json", "model.safetensors"] {
+        fs::remove_file(run.join(file)).unwrap();
+    }
+    let checkpoints = fs::read_dir(run.join("checkpoints")).unwrap();
+    let newest = checkpoints.map(|one| one.unwrap().path()).max().unwrap();
+    fs::write(newest.join("state.json"), "{}").unwrap();
+    let resumed = output(resume(&run));
+    let said = text(&resumed);
+    assert!(resumed.status.success(), "{said}");
+    let name = newest.file_name().unwrap().to_str().unwrap();
+    let warning = said.lines().find(|line| line.contains("WARN"));
+    assert!(warning.is_some_and(|line| line.contains(name)), "{said}");
+    // Nobody reads it on a terminal.
+    assert!(!said.contains('\x1b'), "{said}");
+    assert_eq!(fs::read(run.join("model.safetensors")).unwrap(), weights);
+}
+
+#[test]
 fn a_run_on_other_data_is_not_resumed() {
     let out = tempfile::tempdir().unwrap();
     let mut child = start(small_run(out.path()));

@@ -25,8 +25,8 @@ fn program(arguments: &str) -> Command {
 
 /// Losses of a run's steps; warnings are failures.
 fn losses(arguments: &str) -> Vec<f64> {
-    // Two steps as usual, one recorded, a partial one at the end.
-    let line = "--dataset shapes --train-limit 9 --test-limit 2 --epochs 1 --batch-size 2 --seed 3";
+    // Two steps as usual, one recorded, a partial one, an evaluation; then three replayed and again a partial one.
+    let line = "--dataset shapes --train-limit 7 --test-limit 2 --epochs 2 --batch-size 2 --seed 3";
     let out = tempfile::tempdir().unwrap();
     let mut command = program(&format!("{line} {arguments}"));
     let assert = command.arg("--out").arg(out.path()).assert().success();
@@ -43,7 +43,7 @@ fn the_graph_of_a_step_repeats_it_to_the_bit_and_the_cpu_agrees() {
     // So small a rate keeps rounding from growing.
     let f32 = "--device cuda --precision f32 --deterministic --lr 1e-8";
     let recorded = losses(f32);
-    assert_eq!(recorded.len(), 5);
+    assert_eq!(recorded.len(), 8);
     assert_eq!(recorded, losses(&format!("{f32} --no-cuda-graph")));
     assert_close(&recorded, &losses("--device cpu --lr 1e-8"));
 }
@@ -62,7 +62,7 @@ fn two_gpus_make_the_steps_of_one_over_nccl() {
     // Masks of dropout are each rank's own. At this rate twice the gradient shows in the second loss by three percent.
     let both = "--precision f32 --deterministic --dropout 0 --lr 1e-7";
     let recorded = losses(&format!("--gpus 2 {both}"));
-    assert_eq!(recorded.len(), 5);
+    assert_eq!(recorded.len(), 8);
     assert_eq!(
         recorded,
         losses(&format!("--gpus 2 --no-cuda-graph {both}"))
@@ -95,6 +95,40 @@ fn a_lack_of_memory_names_the_step_and_what_to_lower() {
         .stderr(contains(
             "ran out of memory at step 1, with batches of 8 images",
         ));
+}
+
+#[test]
+fn other_work_has_the_memory_of_a_recorded_step() {
+    if devices().len() == 1 {
+        return;
+    }
+    if !is_emulated() {
+        println!("skipped: others may use a GPU's memory meanwhile");
+        return;
+    }
+    let out = tempfile::tempdir().unwrap();
+    let line = "--dataset shapes --train-limit 7 --test-limit 2 --epochs 2 --batch-size 2 --device cuda --out";
+    let mut command = program(line);
+    command.arg(out.path()).env("RUST_LOG", "trainer=debug");
+    command.env("CUDA_EMULATION_ZEROS", "1");
+    let assert = command.assert().success();
+    let said = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
+    let mib = |when: &str| -> Vec<u64> {
+        let line = format!(" MiB of the GPU are in use {when}");
+        let before = said.lines().filter_map(|text| text.split_once(&line));
+        let last_word = before.map(|(before, _)| before.rsplit(' ').next().unwrap());
+        last_word.map(|number| number.parse().unwrap()).collect()
+    };
+    // Before the partial batch of each epoch, and when the second has whole ones again.
+    let before = mib("before the recording");
+    let without = mib("without the recorded step's");
+    let again = mib("with the recorded step's again");
+    let ([before], [again], [_, _]) = (&before[..], &again[..], &without[..]) else {
+        panic!("{said}");
+    };
+    let is_as_before = |mib: &u64| mib.abs_diff(*before) <= 1;
+    assert!(without.iter().all(is_as_before), "{said}");
+    assert!(*again > before + 10, "{said}");
 }
 
 fn is_emulated() -> bool {

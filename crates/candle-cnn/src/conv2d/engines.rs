@@ -23,7 +23,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{DType, Result};
 
-use super::candidates::{Candidates, Trial};
+use super::candidates::{Candidates, Trial, by_time};
 use super::plan::{
     DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
 };
@@ -170,7 +170,7 @@ impl Plan {
         } = offered;
         if timed && fast.len() > 1 {
             match times(cudnn, &key, operands, &fast) {
-                Ok(times) => fast = by_time(fast, &times),
+                Ok(times) => fast = by_time(fast, &times, |c| c.plan.workspace),
                 Err(error) => {
                     tracing::warn!("conv2d: {error}; taking the engine by cuDNN's rules of thumb");
                 }
@@ -613,14 +613,6 @@ fn times(
             Ok(times.collect())
         })
     })
-}
-
-/// Those that run, the fastest first.
-fn by_time(candidates: Vec<Candidate>, times: &[f32]) -> Vec<Candidate> {
-    let mut timed: Vec<_> = times.iter().zip(candidates).collect();
-    timed.retain(|(time, _)| time.is_finite());
-    timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    timed.into_iter().map(|(_, candidate)| candidate).collect()
 }
 
 /// Milliseconds of one run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.

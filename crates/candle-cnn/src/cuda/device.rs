@@ -3,7 +3,9 @@
 #![allow(unsafe_code)]
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::sys::{CUmemPool_attribute, CUmemoryPool};
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUmemPool_attribute, CUmemoryPool, cuDeviceGraphMemTrim,
+};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 use candle_core::{Device, Result};
 
@@ -78,6 +80,21 @@ pub fn release_freed_memory(device: &Device) -> Result<()> {
     let pool = pool(device)?;
     // SAFETY: the pool is the device's own, which lives as long as the driver.
     unsafe { result::mem_pool::trim_to(pool, 0) }.w()
+}
+
+/// Gives the memory of CUDA graphs that do not run back to the driver: tensors take theirs from there, and not what graphs
+/// keep from one launch to the next. The next launch takes it again. Waits for the device.
+///
+/// # Errors
+/// A tensor device that is no GPU, and as [`synchronize`].
+pub fn release_graph_memory(device: &Device) -> Result<()> {
+    // What a graph takes is in use until it has run.
+    synchronize(device)?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    // SAFETY: the device is that of a context that exists.
+    unsafe { cuDeviceGraphMemTrim(stream.context().cu_device()) }
+        .result()
+        .w()
 }
 
 /// Tells the pool from which streams allocate never to give memory back.

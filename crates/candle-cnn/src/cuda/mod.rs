@@ -29,7 +29,10 @@ mod settings;
 mod training;
 
 #[cfg(feature = "cuda")]
-pub use device::{DeviceInfo, device_info, memory, open_device, release_freed_memory, synchronize};
+pub use device::{
+    DeviceInfo, device_info, memory, open_device, release_freed_memory, release_graph_memory,
+    synchronize,
+};
 pub use settings::{F32Math, Settings, set_settings, settings, without_benchmark};
 #[cfg(feature = "cuda")]
 pub use training::{

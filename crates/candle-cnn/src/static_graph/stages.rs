@@ -10,12 +10,14 @@ pub(super) struct Stage {
     pub(super) units: Vec<Unit>,
     /// The max-poolings, by their number among the operations.
     pub(super) pools: Vec<usize>,
+    /// The part of the weights' memory that holds those of the units.
+    pub(super) part: usize,
 }
 
 /// Convolutions of one map with kernels of one size: one convolution whose output channels are theirs, one after the other.
 #[derive(Debug, PartialEq)]
 pub(super) struct Unit {
-    /// Where in the memory of all weights its own begin, in elements.
+    /// Where in the stage's part of the weights' memory its own begin, in elements.
     pub(super) weight: usize,
     pub(super) c_out: usize,
     pub(super) trains: bool,
@@ -46,7 +48,8 @@ impl Unit {
     }
 }
 
-/// A graph's stages, and how many elements the weights of all take.
+/// A graph's stages, and how many elements each part of their weights takes: a part can be given back while others are still
+/// needed.
 ///
 /// `trainable` says of each convolution whether it trains: those that do are kept apart from those that do not. `width` is
 /// how many channels the pixels of a map have in memory.
@@ -54,10 +57,7 @@ pub(super) fn stages(
     graph: &Inner,
     trainable: &[bool],
     width: impl Fn(usize) -> usize,
-) -> (Vec<Stage>, usize) {
-    // Vectors of any type begin at such an element.
-    const ALIGNMENT: usize = 64;
-    let mut elements = 0;
+) -> (Vec<Stage>, Vec<usize>) {
     let stage = |level: &Vec<usize>| {
         let mut stage = Stage::default();
         for &index in level {
@@ -90,16 +90,37 @@ pub(super) fn stages(
                 }),
             }
         }
-        for unit in &mut stage.units {
-            unit.weight = elements;
-            let c = *unit.shape();
-            let len = unit.c_out * c.kernel * c.kernel * width(c.input);
-            elements += len.next_multiple_of(ALIGNMENT);
-        }
         stage
     };
-    let stages = graph.levels.iter().map(stage).collect();
-    (stages, elements)
+    let mut stages: Vec<Stage> = graph.levels.iter().map(stage).collect();
+    let parts = divide_weights(&mut stages, width);
+    (stages, parts)
+}
+
+/// Gives each unit its place in the memory of the weights, which begins a new part wherever one has its share of all.
+fn divide_weights(stages: &mut [Stage], width: impl Fn(usize) -> usize) -> Vec<usize> {
+    /// Each allocation takes time, so that they are few.
+    const PARTS: usize = 4;
+    // Vectors of any type begin at such an element.
+    const ALIGNMENT: usize = 64;
+    let elements = |unit: &Unit| {
+        let c = unit.shape();
+        (unit.c_out * c.kernel * c.kernel * width(c.input)).next_multiple_of(ALIGNMENT)
+    };
+    let all: usize = stages.iter().flat_map(|s| &s.units).map(elements).sum();
+    let mut parts = vec![0];
+    for stage in stages {
+        let is_full = parts[parts.len() - 1] * PARTS >= all;
+        if is_full && !stage.units.is_empty() {
+            parts.push(0);
+        }
+        stage.part = parts.len() - 1;
+        for unit in &mut stage.units {
+            unit.weight = parts[stage.part];
+            parts[stage.part] += elements(unit);
+        }
+    }
+    parts
 }
 
 #[cfg(test)]
@@ -135,7 +156,7 @@ mod tests {
     #[test]
     fn a_block_takes_two_stages_and_its_reductions_are_one_convolution() {
         let graph = block();
-        let (stages, elements) = stages(&graph.inner, &[true; 7], |node| match node {
+        let (stages, parts) = stages(&graph.inner, &[true; 7], |node| match node {
             0 => 4,
             node => graph.inner.nodes[node].channels,
         });
@@ -157,7 +178,25 @@ mod tests {
             .map(|u| u.weight)
             .collect();
         assert_eq!(begins, [0, 576, 1344, 3648, 13248]);
-        assert_eq!(elements, lengths.iter().sum::<usize>());
+        assert_eq!(parts, [lengths.iter().sum::<usize>()]);
+    }
+
+    #[test]
+    fn weights_take_a_new_part_once_one_holds_its_share() {
+        let mut b = StaticGraphBuilder::new(16, (8, 8));
+        let mut x = b.input();
+        for kernel in [3, 1, 3] {
+            x = b.conv2d_relu(x, 16, kernel, kernel / 2).unwrap();
+        }
+        let x = b.max_pool2d(x, MaxPool2dConfig::square(2, 2, 0)).unwrap();
+        let graph = b.global_avg_pool2d(x).unwrap();
+        let (stages, parts) = stages(&graph.inner, &[true; 3], |_| 16);
+        // 16·9·16, then 16·16 and again the first. A pooling has no weights, and begins no part.
+        assert_eq!(parts, [2304, 256 + 2304]);
+        let of_stages: Vec<_> = stages.iter().map(|s| s.part).collect();
+        assert_eq!(of_stages, [0, 1, 1, 1]);
+        let begins: Vec<_> = stages[1..3].iter().map(|s| s.units[0].weight).collect();
+        assert_eq!(begins, [0, 256]);
     }
 
     #[test]

@@ -102,6 +102,13 @@ impl OnDevice {
             graph: graph::StepGraph::default(),
         })
     }
+
+    /// Gives back what a recorded step keeps, before other work takes memory of its own.
+    pub(super) fn make_room(&mut self, _device: &Device) -> candle_core::Result<()> {
+        #[cfg(feature = "cuda")]
+        self.graph.make_room(_device)?;
+        Ok(())
+    }
 }
 
 impl Training<'_> {
@@ -191,6 +198,7 @@ impl Training<'_> {
         if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
             self.replay_or_record(state, share, seed)?;
         } else {
+            state.make_room(&self.device).map_err(failed("the step"))?;
             timed_unless(seldom, || self.compute_step(state, share, seed))?;
         }
         #[cfg(not(feature = "cuda"))]

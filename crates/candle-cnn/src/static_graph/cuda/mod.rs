@@ -235,7 +235,8 @@ struct Kept {
     masks: Vec<Vec<Option<CudaStorage>>>,
     /// Of each pooling, by its operation.
     winners: Vec<Option<CudaStorage>>,
-    weights: CudaStorage,
+    /// The parts of their memory.
+    weights: Vec<Option<CudaStorage>>,
 }
 
 struct Output {
@@ -264,8 +265,8 @@ struct GraphPass<'a> {
     graph: &'a Inner,
     launches: Launches,
     stages: Vec<Stage>,
-    /// Elements that the weights of all units take.
-    weights: usize,
+    /// Elements that each part of all weights takes.
+    parts: Vec<usize>,
     batch: usize,
 }
 
@@ -273,13 +274,13 @@ impl<'a> GraphPass<'a> {
     fn new(run: &'a Run, device: &CudaDevice, batch: usize) -> Self {
         let graph = &*run.graph;
         let width = |node: usize| width(graph, run.dtype, node);
-        let (stages, weights) = stages(graph, &run.trainable, width);
+        let (stages, parts) = stages(graph, &run.trainable, width);
         Self {
             run,
             graph,
             launches: Launches::new(device, run.dtype),
             stages,
-            weights,
+            parts,
             batch,
         }
     }
@@ -327,8 +328,8 @@ impl<'a> GraphPass<'a> {
                 |lane, &u| {
                     let unit = &stage.units[u];
                     let x = map_of(&nodes, unit.shape().input)?;
-                    let raw = map_of(&raws, u)?;
-                    self.convolve(lane, Pass::Forward, unit, [x, &weights, raw], false)
+                    let operands = [x, map_of(&weights, stage.part)?, map_of(&raws, u)?];
+                    self.convolve(lane, Pass::Forward, unit, operands, false)
                 },
                 (!stage.pools.is_empty()).then_some(&mut pool),
             )?;
@@ -420,7 +421,7 @@ impl<'a> GraphPass<'a> {
         let graph = self.graph;
         let needed = graph.needed(self.run.needs_input, &self.run.trainable);
         let uses = self.uses();
-        let d_weights = self.room(self.weights)?;
+        let mut d_weights: Vec<Option<CudaStorage>> = self.parts.iter().map(|_| None).collect();
         let mut d_follows: Vec<Vec<Tensor>> = vec![Vec::new(); self.run.parameters.len()];
         // Of biases, whose gradients nobody waits for: joined at the end.
         let mut of_biases: Vec<(Sums, Vec<(usize, Segment)>)> = Vec::new();
@@ -496,6 +497,10 @@ impl<'a> GraphPass<'a> {
                     of_map.push((Pass::InputGradient, u, add));
                 }
                 if unit.trains {
+                    let part = &mut d_weights[stage.part];
+                    if part.is_none() {
+                        *part = Some(self.room(self.parts[stage.part])?);
+                    }
                     tasks.push(vec![(Pass::WeightGradient, u, false)]);
                 }
             }
@@ -505,14 +510,26 @@ impl<'a> GraphPass<'a> {
                     let unit = &stage.units[u];
                     let (input, dy) = (unit.shape().input, map_of(&raws, u)?);
                     let operands = match pass {
-                        Pass::InputGradient => [map_of(&gradients, input)?, &kept.weights, dy],
-                        _ => [map_of(&kept.nodes, input)?, &d_weights, dy],
+                        Pass::InputGradient => [
+                            map_of(&gradients, input)?,
+                            map_of(&kept.weights, stage.part)?,
+                            dy,
+                        ],
+                        _ => [
+                            map_of(&kept.nodes, input)?,
+                            map_of(&d_weights, stage.part)?,
+                            dy,
+                        ],
                     };
                     self.convolve(lane, pass, unit, operands, add)
                 })
             };
             side_by_side(&self.launches.device, &tasks, run, None)?;
             drop(raws);
+            // Stages before this one have their weights elsewhere.
+            if index == 0 || self.stages[index - 1].part != stage.part {
+                kept.weights[stage.part] = None;
+            }
             // Read for the last time, and in nobody's way any more.
             for (late, uses) in late.iter_mut().zip(&uses) {
                 if uses.first_write == Some(index) {
@@ -571,27 +588,25 @@ impl<'a> GraphPass<'a> {
             }
             None => None,
         };
-        Ok((d_images, self.parameter_gradients(&d_weights, d_follows)?))
+        Ok((d_images, self.parameter_gradients(d_weights, d_follows)?))
     }
 
     /// The gradients of weights under Candle's shapes, and of what follows each.
     fn parameter_gradients(
         &self,
-        d_weights: &CudaStorage,
+        d_weights: Vec<Option<CudaStorage>>,
         mut d_follows: Vec<Vec<Tensor>>,
     ) -> Result<Vec<Option<Tensor>>> {
-        let trains = |unit: &&Unit| unit.trains;
-        let units = || self.stages.iter().flat_map(|s| &s.units).filter(trains);
-        let members = || units().flat_map(|unit| unit.members.iter().map(move |m| (unit, m)));
+        let members = || self.members().filter(|(_, unit, _)| unit.trains);
         let elements = |m: &Member| self.run.parameters[m.number][0].elem_count();
-        let planes = members().map(|(_, m)| elements(m)).sum();
+        let planes = members().map(|(_, _, m)| elements(m)).sum();
         let planes = self.launches.room_of(DType::F32, planes)?;
         let mut weights = Vec::new();
         let mut first = 0;
-        for (unit, member) in members() {
+        for (part, unit, member) in members() {
             weights.push(Weight {
                 planes: self.launches.at(&planes, first)?,
-                ..self.weight(unit, member, d_weights)?
+                ..self.weight(unit, member, map_of(&d_weights, part)?)?
             });
             first += elements(member);
         }
@@ -599,7 +614,7 @@ impl<'a> GraphPass<'a> {
         let planes = tensor(planes, first.max(1));
         let mut of_numbers: Vec<Option<Tensor>> = vec![None; self.run.parameters.len()];
         let mut first = 0;
-        for (_, member) in members() {
+        for (_, _, member) in members() {
             let weight = &self.run.parameters[member.number][0];
             let gradient = planes.narrow(0, first, weight.elem_count())?;
             of_numbers[member.number] = Some(gradient.reshape(weight.shape())?);
@@ -621,23 +636,33 @@ impl<'a> GraphPass<'a> {
         Ok(all)
     }
 
-    /// All weights as cuDNN takes them.
-    fn lay_weights(&self) -> Result<CudaStorage> {
-        let pixels = self.room(self.weights)?;
+    /// All weights as cuDNN takes them, in their parts.
+    fn lay_weights(&self) -> Result<Vec<Option<CudaStorage>>> {
+        let room = |&elements: &usize| self.room(elements).map(Some);
+        let parts: Vec<_> = self.parts.iter().map(room).collect::<Result<_>>()?;
         let mut weights = Vec::new();
-        for unit in self.stages.iter().flat_map(|stage| &stage.units) {
-            for member in &unit.members {
-                weights.push(Weight {
-                    planes: self.parameter(member, 0)?,
-                    ..self.weight(unit, member, &pixels)?
-                });
-            }
+        for (part, unit, member) in self.members() {
+            weights.push(Weight {
+                planes: self.parameter(member, 0)?,
+                ..self.weight(unit, member, map_of(&parts, part)?)?
+            });
         }
         self.launches.weights(&weights, Way::ToPixels)?;
-        Ok(pixels)
+        Ok(parts)
     }
 
-    /// A member's weight among those of all units.
+    /// Members of all units, with the part that holds their weights.
+    fn members(&self) -> impl Iterator<Item = (usize, &Unit, &Member)> {
+        self.stages.iter().flat_map(|stage| {
+            stage.units.iter().flat_map(move |unit| {
+                unit.members
+                    .iter()
+                    .map(move |member| (stage.part, unit, member))
+            })
+        })
+    }
+
+    /// A member's weight in its part.
     fn weight(&self, unit: &Unit, member: &Member, pixels: &CudaStorage) -> Result<Weight> {
         let c = &member.convolution;
         let (taps, width) = (c.kernel * c.kernel, self.width(c.input));
@@ -651,7 +676,7 @@ impl<'a> GraphPass<'a> {
         })
     }
 
-    /// A pass of a unit over its input, the weights of all units, and its own sums, on a lane.
+    /// A pass of a unit over its input, its part of the weights, and its own sums, on a lane.
     fn convolve(
         &self,
         lane: usize,

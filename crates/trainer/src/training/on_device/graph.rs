@@ -15,7 +15,11 @@ use crate::error::{Error, Result};
 pub(super) enum StepGraph {
     /// Steps made as usual.
     WarmingUp(usize),
-    Recorded(CudaGraph),
+    Recorded {
+        graph: CudaGraph,
+        /// Whether it keeps the memory that it takes for a step.
+        keeps_memory: bool,
+    },
     /// Recording failed; every step is made as usual.
     Unavailable,
 }
@@ -23,6 +27,39 @@ pub(super) enum StepGraph {
 impl Default for StepGraph {
     fn default() -> Self {
         Self::WarmingUp(0)
+    }
+}
+
+impl StepGraph {
+    /// Lets other work have the memory of a recorded step, which would lie idle beside its own.
+    pub(super) fn make_room(&mut self, device: &Device) -> candle_core::Result<()> {
+        if let Self::Recorded { keeps_memory, .. } = self
+            && *keeps_memory
+        {
+            candle_cnn::cuda::release_graph_memory(device)?;
+            *keeps_memory = false;
+            log_memory(device, "without the recorded step's");
+        }
+        Ok(())
+    }
+
+    /// Replays a recorded step. What other work has freed goes back first: a graph does not take it from there.
+    fn replay(&mut self, device: &Device) -> candle_core::Result<()> {
+        let Self::Recorded {
+            graph,
+            keeps_memory,
+        } = self
+        else {
+            return Ok(());
+        };
+        if !*keeps_memory {
+            candle_cnn::cuda::release_freed_memory(device)?;
+        }
+        graph.launch().w()?;
+        if !std::mem::replace(keeps_memory, true) {
+            log_memory(device, "with the recorded step's again");
+        }
+        Ok(())
     }
 }
 
@@ -36,7 +73,7 @@ impl Training<'_> {
         seed: u64,
     ) -> Result<()> {
         match &state.graph {
-            StepGraph::Recorded(_) => {}
+            StepGraph::Recorded { .. } => {}
             StepGraph::Unavailable => return self.compute_step(state, batch, seed),
             &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
                 // Small uploads, such as the strides of a tensor, are kept: the recording finds them on the device.
@@ -51,7 +88,12 @@ impl Training<'_> {
                 return Ok(());
             }
             StepGraph::WarmingUp(_) => match self.record(state, batch, seed) {
-                Ok(graph) => state.graph = StepGraph::Recorded(graph),
+                Ok(graph) => {
+                    state.graph = StepGraph::Recorded {
+                        graph,
+                        keeps_memory: true,
+                    };
+                }
                 Err(error) => {
                     let reason = with_sources(&error);
                     tracing::warn!(
@@ -63,14 +105,9 @@ impl Training<'_> {
                 }
             },
         }
-        match &state.graph {
-            // Recording computes nothing: the step that was recorded is replayed, too.
-            StepGraph::Recorded(graph) => graph
-                .launch()
-                .w()
-                .map_err(self.failed("the replay of the step")),
-            _ => Ok(()),
-        }
+        // Recording computes nothing: the step that was recorded is replayed, too.
+        let failed = self.failed("the replay of the step");
+        state.graph.replay(&self.device).map_err(failed)
     }
 
     fn record(&mut self, state: &OnDevice, batch: Share, seed: u64) -> Result<CudaGraph> {
