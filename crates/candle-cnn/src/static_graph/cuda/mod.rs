@@ -289,7 +289,7 @@ impl<'a> GraphPass<'a> {
         let graph = self.graph;
         let keep = self.run.tracks;
         let uses = self.uses();
-        let weights = self.lay_weights()?;
+        let mut weights = self.no_parts();
         let mut nodes: Vec<Option<CudaStorage>> = graph.nodes.iter().map(|_| None).collect();
         let mut winners: Vec<Option<CudaStorage>> = graph.operations.iter().map(|_| None).collect();
         let input = &graph.nodes[0];
@@ -301,6 +301,13 @@ impl<'a> GraphPass<'a> {
         let mut read_again = self.read_by_weight_gradients();
         let mut of_convolutions = vec![None; self.run.parameters.len()];
         for (index, stage) in self.stages.iter().enumerate() {
+            if weights[stage.part].is_none() && !stage.units.is_empty() {
+                // On the way back all are needed; without it, each part for its stages alone.
+                if !keep {
+                    weights = self.no_parts();
+                }
+                self.lay_weights(&mut weights, |part| keep || part == stage.part)?;
+            }
             let mut raws = Vec::with_capacity(stage.units.len());
             for unit in &stage.units {
                 raws.push(Some(self.room(self.rows(unit) * unit.c_out)?));
@@ -421,7 +428,7 @@ impl<'a> GraphPass<'a> {
         let graph = self.graph;
         let needed = graph.needed(self.run.needs_input, &self.run.trainable);
         let uses = self.uses();
-        let mut d_weights: Vec<Option<CudaStorage>> = self.parts.iter().map(|_| None).collect();
+        let mut d_weights = self.no_parts();
         let mut d_follows: Vec<Vec<Tensor>> = vec![Vec::new(); self.run.parameters.len()];
         // Of biases, whose gradients nobody waits for: joined at the end.
         let mut of_biases: Vec<(Sums, Vec<(usize, Segment)>)> = Vec::new();
@@ -636,19 +643,30 @@ impl<'a> GraphPass<'a> {
         Ok(all)
     }
 
-    /// All weights as cuDNN takes them, in their parts.
-    fn lay_weights(&self) -> Result<Vec<Option<CudaStorage>>> {
-        let room = |&elements: &usize| self.room(elements).map(Some);
-        let parts: Vec<_> = self.parts.iter().map(room).collect::<Result<_>>()?;
+    /// Weights as cuDNN takes them: those of the parts that are chosen.
+    fn lay_weights(
+        &self,
+        parts: &mut [Option<CudaStorage>],
+        is_chosen: impl Fn(usize) -> bool,
+    ) -> Result<()> {
+        for (number, part) in parts.iter_mut().enumerate() {
+            if is_chosen(number) {
+                *part = Some(self.room(self.parts[number])?);
+            }
+        }
         let mut weights = Vec::new();
-        for (part, unit, member) in self.members() {
+        for (part, unit, member) in self.members().filter(|&(part, ..)| is_chosen(part)) {
             weights.push(Weight {
                 planes: self.parameter(member, 0)?,
-                ..self.weight(unit, member, map_of(&parts, part)?)?
+                ..self.weight(unit, member, map_of(parts, part)?)?
             });
         }
-        self.launches.weights(&weights, Way::ToPixels)?;
-        Ok(parts)
+        self.launches.weights(&weights, Way::ToPixels)
+    }
+
+    /// The parts of weights, or of their gradients, before they have memory.
+    fn no_parts(&self) -> Vec<Option<CudaStorage>> {
+        self.parts.iter().map(|_| None).collect()
     }
 
     /// Members of all units, with the part that holds their weights.
