@@ -338,6 +338,8 @@ int run_convolution(Dnn *handle, const Work &work, const Engine &engine, const O
 std::vector<Engine> engines_for(const Work &work, bool fallback) {
     bool is_double = work.x.type == DNN_DOUBLE;
     size_t some = 512 + 4 * (work.y.elements() % 4096);
+    // More than is worth keeping.
+    size_t much = some + (2u << 20);
     Engine plain = {0, {}, 0};
     if (fallback) {
         return {plain};
@@ -347,7 +349,7 @@ std::vector<Engine> engines_for(const Work &work, bool fallback) {
         engines.push_back({4, {}, 0, false, true});
     }
     if (!is_double) {
-        engines.push_back({1, {TENSOR_CORE}, some});
+        engines.push_back({1, {TENSOR_CORE}, work.pass == FORWARD ? some : much});
     }
     engines.push_back({3, {}, 0, true, false});
     if (work.pass != FORWARD) {

@@ -84,12 +84,9 @@ size_t in_use, most_in_use, freed_bytes;
 // What the driver does not get back: the pool of streams keeps the most that was in use at once, graphs keep theirs aside.
 struct Held {
     size_t used, held;
-    void take(size_t bytes) { held = std::max(held, used += bytes); }
+    size_t held_with(size_t bytes) const { return std::max(held, used + bytes); }
+    void take(size_t bytes) { held = held_with(bytes), used += bytes; }
 } pool, graphs;
-// Of the pool, freed since the device was waited for.
-size_t freed_lately;
-// Since then a graph was launched, which may still run.
-bool launched_lately;
 
 size_t capacity() {
     static const size_t bytes = [] {
@@ -133,7 +130,7 @@ int allocate(Address *at, size_t bytes, Graph *graph) {
     if (bytes == 0) {
         return INVALID_VALUE;
     }
-    if (in_use + bytes > capacity()) {
+    if (!graph && pool.held_with(bytes) + graphs.held > capacity()) {
         return OUT_OF_MEMORY;
     }
     size_t whole = padded(bytes) + 2 * GUARD;
@@ -144,8 +141,11 @@ int allocate(Address *at, size_t bytes, Graph *graph) {
     std::memset(raw, FENCE, whole);
     std::memset(raw + GUARD, 0xFF, bytes);
     *at = reinterpret_cast<Address>(raw + GUARD);
-    blocks[*at] = {bytes, graph, true};
-    count_in(*at);
+    // That of a graph exists while it runs.
+    blocks[*at] = {bytes, graph, !graph};
+    if (!graph) {
+        count_in(*at);
+    }
     return SUCCESS;
 }
 
@@ -158,7 +158,6 @@ void release(Address at) {
     if (block.graph) {
         return;
     }
-    freed_lately += block.bytes;
     freed.push_back(at);
     freed_bytes += block.bytes;
     size_t gone = 0;
@@ -193,6 +192,8 @@ struct Graph {
     // Streams that wait for the one that is captured.
     std::vector<Stream *> others;
     std::vector<Address> allocated;
+    // Bytes that are allocated at this point of the capture, and the most that were.
+    size_t live = 0, most = 0;
     int references = 1;
 };
 
@@ -202,6 +203,9 @@ struct Stream {
     // How much was given to it, and how much of other streams' work it has waited for.
     uint64_t clock = 0;
     std::map<Stream *, uint64_t> seen;
+    // Of the pool, freed by it since it was waited for; and whether it was given a graph, which may still run.
+    size_t freed_lately = 0;
+    bool launched_lately = false;
     uint64_t saw(Stream *other) const {
         auto found = seen.find(other);
         return found == seen.end() ? 0 : found->second;
@@ -643,9 +647,9 @@ API int cuStreamSynchronize(void *stream) {
     if (int status = not_in_capture(stream)) {
         return status;
     }
-    freed_lately = 0;
-    launched_lately = false;
-    done(stream_of(stream));
+    Stream &of = stream_of(stream);
+    of.freed_lately = 0, of.launched_lately = false;
+    done(of);
     return SUCCESS;
 }
 API int cuStreamWaitEvent(void *stream, void *of, unsigned) {
@@ -703,6 +707,14 @@ API int cuStreamEndCapture(void *stream, void **graph) {
     *graph = captured;
     return SUCCESS;
 }
+// Gets the memory of a graph, unless what graphs keep is enough.
+int hold_for(const Graph &graph) {
+    size_t held = graphs.held_with(graph.most);
+    if (pool.held + held > capacity()) {
+        return OUT_OF_MEMORY;
+    }
+    return graphs.held = held, SUCCESS;
+}
 API int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags) {
     LOCKED;
     if (flags & ~15ull) {
@@ -712,20 +724,24 @@ API int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long
     of->references++;
     return *exec = of, SUCCESS;
 }
-API int cuGraphUpload(void *, void *) { return SUCCESS; }
+API int cuGraphUpload(void *exec, void *) { LOCKED; return hold_for(*static_cast<Graph *>(exec)); }
 API int cuGraphLaunch(void *exec, void *stream) {
     LOCKED;
     if (int status = not_in_capture(stream)) {
         return status;
     }
-    touch_all(stream_of(stream), "a graph");
-    launched_lately = true;
+    Stream &of = stream_of(stream);
+    touch_all(of, "a graph");
+    of.launched_lately = true;
     auto graph = static_cast<Graph *>(exec);
     // What the launch before did not free is freed now.
     for (Address at : graph->allocated) {
         if (blocks.at(at).live) {
             release(at);
         }
+    }
+    if (int status = hold_for(*graph)) {
+        return status;
     }
     for (const auto &node : graph->nodes) {
         works_done++;
@@ -759,12 +775,17 @@ API int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &primary_co
 API int cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
 API int cuMemPoolTrimTo(void *, size_t keep) {
     LOCKED;
+    size_t freed_lately = default_stream.freed_lately;
+    for (Stream *stream : streams) {
+        freed_lately += stream->freed_lately;
+    }
     pool.held = std::clamp(std::max(keep, pool.used + freed_lately), pool.used, pool.held);
     return SUCCESS;
 }
 API int cuDeviceGraphMemTrim(int) {
     LOCKED;
-    if (!launched_lately) {
+    auto may_run = [](const Stream *stream) { return stream->launched_lately; };
+    if (!may_run(&default_stream) && std::none_of(streams.begin(), streams.end(), may_run)) {
         graphs.held = graphs.used;
     }
     return SUCCESS;
@@ -784,9 +805,7 @@ API int cuMemAllocAsync(Address *at, size_t bytes, void *stream) {
     touch(stream_of(stream), *at, *at + bytes, true, "an allocation", true);
     if (graph) {
         graph->allocated.push_back(*at);
-        // It exists while the graph runs.
-        blocks[*at].live = false;
-        count_out(*at);
+        graph->most = std::max(graph->most, graph->live += bytes);
         graph->nodes.push_back([at = *at] {
             Block &block = blocks.at(at);
             std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
@@ -810,7 +829,13 @@ API int cuMemFreeAsync(Address at, void *stream) {
     if (!of.captured && !found->second.live) {
         return INVALID_VALUE;
     }
-    touch(of, at, at + found->second.bytes, true, "freeing", true);
+    size_t bytes = found->second.bytes;
+    touch(of, at, at + bytes, true, "freeing", true);
+    if (of.captured) {
+        of.captured->live -= bytes;
+    } else if (!found->second.graph) {
+        of.freed_lately += bytes;
+    }
     return submit(stream, [=] { release(at); });
 }
 API int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, void *stream) {

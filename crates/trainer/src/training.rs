@@ -424,7 +424,8 @@ impl<'a> Training<'a> {
         stop: &dyn Fn() -> bool,
     ) -> Result<Option<Evaluation>> {
         if let Some(on_device) = &mut self.on_device {
-            let failed = Error::tensor("the evaluation", 0, 0);
+            let batch_size = self.config.evaluation_batch_size;
+            let failed = Error::tensor("the evaluation", self.position.step, batch_size);
             on_device.make_room(&self.device).map_err(failed)?;
         }
         if self

@@ -335,7 +335,9 @@ fn a_damaged_checkpoint_is_warned_of_without_colours_and_the_one_before_is_taken
     let checkpoints = fs::read_dir(run.join("checkpoints")).unwrap();
     let newest = checkpoints.map(|one| one.unwrap().path()).max().unwrap();
     fs::write(newest.join("state.json"), "{}").unwrap();
-    let resumed = output(resume(&run));
+    let mut resume = resume(&run);
+    resume.env_remove("NO_COLOR");
+    let resumed = output(resume);
     let said = text(&resumed);
     assert!(resumed.status.success(), "{said}");
     let name = newest.file_name().unwrap().to_str().unwrap();

@@ -81,37 +81,17 @@ impl<C> Candidates<C> {
     }
 }
 
-/// Those that run, the fastest first; of those that are as fast as that, the one that wants the least workspace.
-pub(super) fn by_time<C>(
-    candidates: Vec<C>,
-    times: &[f32],
-    workspace: impl Fn(&C) -> usize,
-) -> Vec<C> {
-    /// What two timings of the same may differ by.
-    const SAME: f32 = 1.02;
+/// Those that run, the fastest first.
+pub(super) fn by_time<C>(candidates: Vec<C>, times: &[f32]) -> Vec<C> {
     let mut timed: Vec<_> = times.iter().zip(candidates).collect();
     timed.retain(|(time, _)| time.is_finite());
     timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    let fastest = timed.first().map_or(0.0, |(time, _)| **time);
-    let as_fast = timed.partition_point(|(time, _)| **time <= SAME * fastest);
-    timed[..as_fast].sort_by_key(|(_, candidate)| workspace(candidate));
     timed.into_iter().map(|(_, candidate)| candidate).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_fastest_comes_first_and_memory_decides_between_those_as_fast() {
-        // Name and workspace; the third does not run.
-        let candidates = vec![("a", 0), ("b", 9), ("c", 0), ("d", 4), ("e", 4), ("f", 0)];
-        let times = [2.0, 1.0, f32::INFINITY, 1.01, 1.02, 1.03];
-        let sorted = by_time(candidates, &times, |(_, workspace)| *workspace);
-        let names: Vec<_> = sorted.into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["d", "e", "b", "f", "a"]);
-        assert!(by_time(vec!["a"], &[f32::INFINITY], |_| 0).is_empty());
-    }
 
     const MOST: f64 = 1.0;
     const OR_ELSE: f64 = 10.0;
@@ -126,6 +106,13 @@ mod tests {
             Some(Trial::Deviates(by)) => Some(*by),
             _ => None,
         }
+    }
+
+    #[test]
+    fn the_fastest_comes_first_and_who_does_not_run_is_left_out() {
+        let sorted = by_time(vec!["a", "b", "c", "d"], &[2.0, 1.0, f32::INFINITY, 1.5]);
+        assert_eq!(sorted, ["b", "d", "a"]);
+        assert!(by_time(vec!["a"], &[f32::INFINITY]).is_empty());
     }
 
     #[test]

@@ -254,7 +254,7 @@ pub(crate) unsafe fn channels_last_pass(
     let g = &on.geometry;
     DescriptorNumbers::new(g)?;
     let mut settings = settings();
-    // Each lane has a workspace.
+    // Each lane may need a workspace.
     settings.workspace_limit /= settings.streams.max(1);
     let operands = Operands::new(on.x, on.weight, on.y);
     let key = PlanKey {
@@ -268,7 +268,7 @@ pub(crate) unsafe fn channels_last_pass(
             // To time engines adds to what is there, over and over.
             None if add => {
                 let bytes = g.written_by(pass) * on.dtype.size_in_bytes();
-                cudnn.with_temporary(bytes, |cudnn, spare, _| {
+                cudnn.with_temporary(bytes, |cudnn, spare| {
                     let mut trial = operands;
                     *trial.written(pass) = spare;
                     Plan::of(cudnn, device.id(), key, trial)

@@ -170,7 +170,7 @@ impl Plan {
         } = offered;
         if timed && fast.len() > 1 {
             match times(cudnn, &key, operands, &fast) {
-                Ok(times) => fast = by_time(fast, &times, |c| c.plan.workspace),
+                Ok(times) => fast = by_time(fast, &times),
                 Err(error) => {
                     tracing::warn!("conv2d: {error}; taking the engine by cuDNN's rules of thumb");
                 }
@@ -218,7 +218,7 @@ impl Plan {
             let Some(candidate) = candidates.next() else {
                 return Ok(false);
             };
-            let outcome = cudnn.with_workspace(candidate.plan.workspace, |cudnn, memory, _| {
+            let outcome = cudnn.with_workspace(candidate.plan.workspace, |cudnn, memory| {
                 // SAFETY: the operands are of the key, and held by the caller until the call is in the stream; the workspace
                 // has the size that was asked for.
                 Ok(unsafe { candidate.execute(cudnn, operands, memory) })
@@ -552,7 +552,7 @@ fn try_out(cudnn: &mut Cudnn, key: &PlanKey, candidate: &Candidate) -> Trial {
     let mut refused = false;
     let deviation = exactness::deviation(cudnn, key, |cudnn, operands| {
         // Not the workspace that is kept: this candidate may be the only one that wants so much.
-        cudnn.with_temporary(candidate.plan.workspace, |cudnn, memory, _| {
+        cudnn.with_temporary(candidate.plan.workspace, |cudnn, memory| {
             // SAFETY: the operands are of the key, and live until the device is done; the memory has the size that was asked for.
             unsafe { candidate.execute(cudnn, operands, memory) }.map_err(|status| {
                 refused = is_refusal(status);
@@ -592,7 +592,7 @@ fn times(
     candidates: &[Candidate],
 ) -> Result<Vec<f32>> {
     let bytes = candidates.iter().map(|c| c.plan.workspace).max();
-    cudnn.with_temporary(bytes.unwrap_or(0), |cudnn, memory, _| {
+    cudnn.with_temporary(bytes.unwrap_or(0), |cudnn, memory| {
         cudnn.apart(OP, |cudnn, stream| {
             let mut best = f32::INFINITY;
             let times = candidates.iter().map(|candidate| {

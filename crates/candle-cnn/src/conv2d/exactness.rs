@@ -244,7 +244,7 @@ mod tests {
                     // cuDNN may refuse one in spite of having named it.
                     let Ok(plan) = engine.plan() else { continue };
                     let found = deviation(cudnn, &key, |cudnn, operands| {
-                        cudnn.with_workspace(plan.workspace, |cudnn, memory, _| {
+                        cudnn.with_workspace(plan.workspace, |cudnn, memory| {
                             // SAFETY: `deviation` has operands of the key, and the workspace is of the size asked for.
                             unsafe { plan.execute(cudnn.handle(), &operands.numbered(), memory) }
                                 .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, &key).into())

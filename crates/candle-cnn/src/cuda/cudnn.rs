@@ -47,10 +47,15 @@ pub(crate) fn with_cudnn<R>(
     })
 }
 
+/// The workspace that a lane keeps, in bytes. An engine that wants more takes it while it runs, so that it shares memory with what
+/// comes before and after: in a recorded step too.
+const KEPT_WORKSPACE: usize = 1 << 20;
+
 /// A handle, its stream and its workspace.
 pub(crate) struct Cudnn {
     handle: Rc<Handle>,
-    workspace: Workspace,
+    /// Of [`KEPT_WORKSPACE`] bytes, once it was needed. Engines have it one after the other: a stream runs one at a time.
+    workspace: Option<CudaSlice<u8>>,
     stream: Arc<CudaStream>,
     device: CudaDevice,
 }
@@ -68,7 +73,7 @@ impl Cudnn {
         };
         let new = Self {
             handle: Rc::new(handle),
-            workspace: Workspace::default(),
+            workspace: None,
             stream,
             device: device.clone(),
         };
@@ -120,50 +125,46 @@ impl Cudnn {
         Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
-    /// Calls `f` with the address and size of at least `bytes` of device memory, or with 0, 0 for none. What `f`
-    /// launches may use it until the next launch; nothing in it lasts.
+    /// Calls `f` with the address of at least `bytes` of device memory, or with 0 for none. What `f` launches may use it until
+    /// the next launch; nothing in it lasts.
     pub(crate) fn with_workspace<R>(
         &mut self,
         bytes: usize,
-        f: impl FnOnce(&Self, *mut c_void, usize) -> Result<R>,
+        f: impl FnOnce(&Self, *mut c_void) -> Result<R>,
     ) -> Result<R> {
         if bytes == 0 {
-            return f(self, std::ptr::null_mut(), 0);
+            return f(self, std::ptr::null_mut());
         }
-        let capturing = self.is_capturing()?;
-        let kept = self.workspace.buffer.as_ref().map_or(0, CudaSlice::len);
-        if kept < bytes {
-            if capturing {
-                // What is allocated while capturing belongs to the graph and has to be freed in it.
-                return self.with_temporary(bytes, |cudnn, memory, bytes| f(cudnn, memory, bytes));
+        let is_kept = bytes <= KEPT_WORKSPACE;
+        // What is allocated while capturing belongs to the graph and has to be freed in it.
+        if is_kept && self.workspace.is_none() && !self.is_capturing()? {
+            // SAFETY: cuDNN expects nothing of a workspace's contents.
+            self.workspace = Some(unsafe { self.stream.alloc::<u8>(KEPT_WORKSPACE) }.w()?);
+        }
+        match self.workspace.take_if(|_| is_kept) {
+            Some(mut workspace) => {
+                let result = {
+                    let (pointer, _recorded) = workspace.device_ptr_mut(&self.stream);
+                    f(self, address(pointer))
+                };
+                self.workspace = Some(workspace);
+                result
             }
-            self.workspace.grow(&self.stream, bytes)?;
+            None => self.with_temporary(bytes, |cudnn, memory| f(cudnn, memory)),
         }
-        self.workspace.captured |= capturing;
-        let Some(mut buffer) = self.workspace.buffer.take() else {
-            return self.with_temporary(bytes, |cudnn, memory, bytes| f(cudnn, memory, bytes));
-        };
-        let length = buffer.len();
-        let result = {
-            let (pointer, _recorded) = buffer.device_ptr_mut(&self.stream);
-            f(self, address(pointer), length)
-        };
-        self.workspace.buffer = Some(buffer);
-        result
     }
 
-    /// Calls `f` with the address and size of device memory that holds anything, and goes back right after, in the order of
-    /// the stream.
+    /// Calls `f` with the address of device memory that holds anything, and goes back right after, in the order of the stream.
     pub(crate) fn with_temporary<R>(
         &mut self,
         bytes: usize,
-        f: impl FnOnce(&mut Self, *mut c_void, usize) -> Result<R>,
+        f: impl FnOnce(&mut Self, *mut c_void) -> Result<R>,
     ) -> Result<R> {
         let stream = Arc::clone(&self.stream);
         // SAFETY: the caller expects nothing of its contents.
         let mut buffer = unsafe { stream.alloc::<u8>(bytes.max(1)) }.w()?;
         let (pointer, _recorded) = buffer.device_ptr_mut(&stream);
-        f(self, address(pointer), bytes)
+        f(self, address(pointer))
     }
 }
 
@@ -233,28 +234,5 @@ impl Drop for Handle {
         let _alone = alone();
         // SAFETY: made by `create_handle`, and destroyed nowhere else. A failure has nobody to hear of it.
         let _ = unsafe { result::destroy_handle(self.raw) };
-    }
-}
-
-/// Device memory for the engines, one after the other: a stream runs one at a time.
-#[derive(Default)]
-struct Workspace {
-    buffer: Option<CudaSlice<u8>>,
-    /// Whether a CUDA graph has `buffer`'s address.
-    captured: bool,
-    /// Smaller ones that a CUDA graph may still use.
-    outgrown: Vec<CudaSlice<u8>>,
-}
-
-impl Workspace {
-    fn grow(&mut self, stream: &Arc<CudaStream>, bytes: usize) -> Result<()> {
-        if let Some(old) = self.buffer.take()
-            && std::mem::take(&mut self.captured)
-        {
-            self.outgrown.push(old);
-        }
-        // SAFETY: cuDNN expects nothing of a workspace's contents.
-        self.buffer = Some(unsafe { stream.alloc::<u8>(bytes) }.w()?);
-        Ok(())
     }
 }

@@ -9,6 +9,8 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 use candle_core::{Device, Result};
 
+use super::lanes;
+
 /// What the driver says of a GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -75,8 +77,8 @@ pub fn open_device(ordinal: usize) -> Result<Device> {
 /// # Errors
 /// A tensor device that is no GPU, and as [`synchronize`].
 pub fn release_freed_memory(device: &Device) -> Result<()> {
-    // What is freed belongs to the stream until it has come to that point.
-    synchronize(device)?;
+    // What is freed belongs to its stream until that has come to that point.
+    lanes::synchronize(device.as_cuda_device()?)?;
     let pool = pool(device)?;
     // SAFETY: the pool is the device's own, which lives as long as the driver.
     unsafe { result::mem_pool::trim_to(pool, 0) }.w()
@@ -89,7 +91,7 @@ pub fn release_freed_memory(device: &Device) -> Result<()> {
 /// A tensor device that is no GPU, and as [`synchronize`].
 pub fn release_graph_memory(device: &Device) -> Result<()> {
     // What a graph takes is in use until it has run.
-    synchronize(device)?;
+    lanes::synchronize(device.as_cuda_device()?)?;
     let stream = device.as_cuda_device()?.cuda_stream();
     // SAFETY: the device is that of a context that exists.
     unsafe { cuDeviceGraphMemTrim(stream.context().cu_device()) }

@@ -45,9 +45,9 @@ pub struct Settings {
     /// How many streams a [`crate::StaticGraph`] on CUDA may use for convolutions that need not wait for each other, each with a
     /// workspace of its own; at least 1.
     pub streams: usize,
-    /// Most bytes of device memory that an engine may ask for to work in. Each thread keeps one buffer
-    /// per device and stream, of the size its engines have asked for; streams that run side by side share the limit. Where no engine stays below, the
-    /// most modest one is taken.
+    /// Most bytes of device memory that an engine may ask for to work in; streams that run side by side share the limit. Where no
+    /// engine stays below, the most modest one is taken. Each thread keeps 1 MiB per device and stream, and takes more while an engine
+    /// runs that wants it.
     pub workspace_limit: usize,
 }
 

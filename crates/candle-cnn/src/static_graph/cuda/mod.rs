@@ -235,7 +235,7 @@ struct Kept {
     masks: Vec<Vec<Option<CudaStorage>>>,
     /// Of each pooling, by its operation.
     winners: Vec<Option<CudaStorage>>,
-    /// The parts of their memory.
+    /// As cuDNN takes them, by part; `None` once freed.
     weights: Vec<Option<CudaStorage>>,
 }
 
@@ -533,7 +533,7 @@ impl<'a> GraphPass<'a> {
             };
             side_by_side(&self.launches.device, &tasks, run, None)?;
             drop(raws);
-            // Stages before this one have their weights elsewhere.
+            // The last stage on the way back that reads this part.
             if index == 0 || self.stages[index - 1].part != stage.part {
                 kept.weights[stage.part] = None;
             }

@@ -115,9 +115,11 @@ impl Training<'_> {
         let device = self.device.clone();
         let cuda = device.as_cuda_device().map_err(&failed)?;
         let stream = cuda.cuda_stream();
-        // The graph takes memory of its own for a step. What the steps before it took would lie idle beside it.
+        // The graph takes memory of its own for a step. What the steps before it took would lie idle beside it, and so would what
+        // graphs of another run have left.
         log_memory(&device, "after the warm-up");
         candle_cnn::cuda::release_freed_memory(&device).map_err(&failed)?;
+        candle_cnn::cuda::release_graph_memory(&device).map_err(&failed)?;
         log_memory(&device, "before the recording");
         let _cache = cuda.enable_cuda_graph_htod_cache();
         // What the step allocates becomes part of the graph, and what a library allocates aside may do so at once:
@@ -139,8 +141,9 @@ impl Training<'_> {
             Ok(graph)
         });
         if recorded.is_err() {
-            // The next call is not to blame for what is left of this one.
+            // The next call is not to blame for what is left of this one, and has its memory.
             let _ = stream.context().check_err();
+            let _ = candle_cnn::cuda::release_graph_memory(&device);
         }
         recorded
     }
