@@ -18,6 +18,12 @@ pub enum ExportError {
         /// The file.
         path: PathBuf,
     },
+    /// A folder, a device or a pipe: it would be replaced, and not written to.
+    #[error("{path} is no file: name a file with --out")]
+    NoFile {
+        /// What is there.
+        path: PathBuf,
+    },
     /// The system could not write the file; what was there before is still there.
     #[error("cannot write {path}")]
     Write {
@@ -39,6 +45,22 @@ pub enum ExportError {
 /// Where a safetensors header keeps what is said of the file; no tensor can have this name.
 const METADATA: &str = "__metadata__";
 
+/// Whether a file may be written here: what exists is a file, and with `force` alone.
+///
+/// # Errors
+/// [`ExportError::NoFile`], [`ExportError::Exists`].
+pub fn can_be_written(path: &Path, force: bool) -> Result<(), ExportError> {
+    match path.metadata() {
+        Ok(found) if !found.is_file() => Err(ExportError::NoFile {
+            path: path.to_path_buf(),
+        }),
+        Ok(_) if !force => Err(ExportError::Exists {
+            path: path.to_path_buf(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Writes tensors (f32 or i64) and what is said of them as a safetensors file: whole, under its
 /// final name, or not at all. The same tensors and words give the same bytes.
 ///
@@ -50,11 +72,7 @@ pub fn write_safetensors(
     metadata: &BTreeMap<String, String>,
     force: bool,
 ) -> Result<(), ExportError> {
-    if !force && path.exists() {
-        return Err(ExportError::Exists {
-            path: path.to_path_buf(),
-        });
-    }
+    can_be_written(path, force)?;
     // What is aligned to more bytes comes first, then by name, as in the format's own library.
     // That one shuffles the metadata, and wants all bytes in memory or a file of its own.
     let mut tensors: Vec<_> = tensors.iter().collect();

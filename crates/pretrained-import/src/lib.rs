@@ -23,7 +23,7 @@ mod state_dict;
 mod torch;
 
 pub use error::ImportError;
-pub use export::{ExportError, write_safetensors};
+pub use export::{ExportError, can_be_written, write_safetensors};
 pub use googlenet::{
     AuxHeads, MatchError, MatchOptions, Matched, Misshapen, Report, match_googlenet,
 };

@@ -6,12 +6,12 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use pretrained_import::{
-    AuxHeads, FetchError, FetchOptions, MatchOptions, Report, Source, StateDict, match_googlenet,
-    write_safetensors,
+    AuxHeads, FetchError, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
+    match_googlenet, write_safetensors,
 };
 use sha2::{Digest, Sha256};
 use verified_download::Event;
@@ -70,12 +70,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    if !arguments.list && !arguments.force && arguments.out.exists() {
+    if !arguments.list {
         // Before anything is fetched.
-        bail!(
-            "{} exists already: name another file with --out, or pass --force to replace it",
-            arguments.out.display()
-        );
+        can_be_written(&arguments.out, arguments.force)?;
     }
     let found = find(arguments)?;
     let state = StateDict::read(&found.path)?;
@@ -237,7 +234,7 @@ fn print_json(
         "metadata": metadata,
         "report": report,
     });
-    println!("{}", serde_json::to_string_pretty(&all)?);
+    writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&all)?)?;
     Ok(())
 }
 

@@ -91,13 +91,14 @@ impl StateDict {
                 let contents = torch::read_zip(&mut file, len);
                 contents.map(|contents| (contents, BTreeMap::new(), Format::TorchZip))
             }
-            [0x80, ..] => {
-                let contents = torch::read_legacy(&mut file, len);
-                contents.map(|contents| (contents, BTreeMap::new(), Format::TorchLegacy))
-            }
+            // Before the pickles: the length of a header may begin as they do, and theirs have no such byte here.
             [_, _, _, _, _, _, _, _, b'{', ..] => {
                 let contents = read_safetensors(&mut file, len);
                 contents.map(|(contents, metadata)| (contents, metadata, Format::Safetensors))
+            }
+            [0x80, ..] => {
+                let contents = torch::read_legacy(&mut file, len);
+                contents.map(|contents| (contents, BTreeMap::new(), Format::TorchLegacy))
             }
             _ => {
                 return Err(ImportError::UnknownFormat {

@@ -21,6 +21,31 @@ fn import(arguments: &[&str]) -> Command {
     command
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_no_file_is_not_replaced_and_a_report_that_is_lost_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = dir.path().join("from.safetensors");
+    write(&from, &googlenet(10, false));
+    let pipe = dir.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    for to in [&pipe, dir.path()] {
+        import(&[text(&from), "--out", text(to), "--force"])
+            .assert()
+            .failure()
+            .stderr(contains(format!("{} is no file", text(to))));
+    }
+    assert!(!pipe.metadata().unwrap().is_file());
+    let to = dir.path().join("to.safetensors");
+    let full = std::fs::File::create("/dev/full").unwrap();
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_pretrained-import"))
+        .args([text(&from), "--out", text(&to), "--json"])
+        .stdout(full)
+        .status();
+    assert_eq!(status.unwrap().code(), Some(1));
+}
+
 /// A state dict of the right shapes: each tensor filled with its place in the list.
 fn googlenet(classes: usize, aux_heads: bool) -> Vec<(String, Tensor)> {
     let config = GoogLeNetConfig {

@@ -587,6 +587,26 @@ fn many_views_of_one_storage_are_bounded_by_the_file() {
 }
 
 #[test]
+fn a_safetensors_header_may_have_any_length_also_one_that_begins_as_a_pickle() {
+    let fixture = std::fs::read(fixture("expected.safetensors")).unwrap();
+    let (length, rest) = fixture.split_at(8);
+    let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;
+    let (header, numbers) = rest.split_at(length);
+    let expected = StateDict::from_bytes(&fixture, Path::new("a")).unwrap();
+    // 0x80 begins a pickle, and the byte after it is the protocol.
+    for version in 2..=5u64 {
+        let padded = 0x80 + 0x100 * version + 0x10000;
+        let mut bytes = padded.to_le_bytes().to_vec();
+        bytes.extend_from_slice(header);
+        bytes.resize(8 + padded as usize, b' ');
+        bytes.extend_from_slice(numbers);
+        let read = StateDict::from_bytes(&bytes, Path::new("b")).unwrap();
+        assert_eq!(read.format, Format::Safetensors);
+        assert!(read.tensors.keys().eq(expected.tensors.keys()));
+    }
+}
+
+#[test]
 fn a_missing_file_is_named() {
     let error = StateDict::read(Path::new("absent.pth")).unwrap_err();
     assert!(matches!(error, ImportError::Read { .. }));

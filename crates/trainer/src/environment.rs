@@ -55,8 +55,8 @@ impl Environment {
             command: command(),
             packages,
             rustc: env!("TRAINER_RUSTC").into(),
-            git_commit: git(&["rev-parse", "HEAD"]),
-            git_dirty: git(&["status", "--porcelain", "--untracked-files=no"])
+            git_commit: source_git(&["rev-parse", "HEAD"]),
+            git_dirty: source_git(&["status", "--porcelain", "--untracked-files=no"])
                 .map(|changes| !changes.is_empty()),
             os: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
@@ -83,9 +83,21 @@ fn command() -> Vec<String> {
     command
 }
 
-/// Output of git in the current folder; None without git or outside a repository.
-fn git(arguments: &[&str]) -> Option<String> {
-    let output = Command::new("git").args(arguments).output().ok()?;
+/// Output of git for the repository that this crate was built from; None where there is none, as of a published crate.
+fn source_git(arguments: &[&str]) -> Option<String> {
+    const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
+    // Sources that were unpacked within somebody else's repository are none of its files.
+    git(SOURCE, &["ls-files", "--error-unmatch", "Cargo.toml"])?;
+    git(SOURCE, arguments)
+}
+
+/// Output of git in a folder; None without git, without the folder, or where git fails.
+fn git(folder: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git")
+        .args(["-C", folder])
+        .args(arguments)
+        .output()
+        .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     output.status.success().then(|| text.trim().to_string())
 }

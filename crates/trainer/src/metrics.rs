@@ -151,7 +151,9 @@ struct AppendFile {
 impl AppendFile {
     fn open(path: PathBuf, bytes: u64) -> Result<Self> {
         let open = || {
-            let file = OpenOptions::new().create(true).append(true).open(&path)?;
+            // One that should hold something is not made.
+            let create = bytes == 0;
+            let file = OpenOptions::new().create(create).append(true).open(&path)?;
             let found = file.metadata()?.len();
             Ok((file, found))
         };

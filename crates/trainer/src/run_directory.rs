@@ -35,6 +35,8 @@ pub struct RunDirectory {
     experiment: String,
     data: DataFingerprints,
     config: serde_json::Value,
+    /// To be recorded.
+    resumed_in: Option<Environment>,
     /// Locked until dropped; a killed process loses its lock.
     _lock: File,
 }
@@ -127,6 +129,7 @@ impl RunDirectory {
             experiment: file.experiment,
             data: file.data,
             config: file.config,
+            resumed_in: None,
             _lock: lock,
         })
     }
@@ -142,6 +145,7 @@ impl RunDirectory {
             experiment: file.experiment,
             data: file.data,
             config: file.config,
+            resumed_in: None,
             _lock: lock(dir)?,
         })
     }
@@ -191,11 +195,18 @@ impl RunDirectory {
         config(&self.config, &self.dir)
     }
 
-    /// Records where the run is resumed, in `environment-<time>.json`.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn record_resumption(&self, environment: &Environment) -> Result<()> {
+    /// Where the run is resumed: recorded in `environment-<time>.json` once it has found what it goes on from.
+    pub fn resumed_in(self, environment: Environment) -> Self {
+        Self {
+            resumed_in: Some(environment),
+            ..self
+        }
+    }
+
+    pub(crate) fn record_resumption(&self) -> Result<()> {
+        let Some(environment) = &self.resumed_in else {
+            return Ok(());
+        };
         let name = format!("environment-{}.json", folder_name(Timestamp::now()));
         write_json(&self.dir.join(name), environment)
     }

@@ -185,6 +185,9 @@ impl<'a> Training<'a> {
         if let Some(checkpoint) = checkpoint {
             training.load_checkpoint(&checkpoint)?;
         }
+        if let Some(run) = &training.run {
+            run.record_resumption()?;
+        }
         Ok(training)
     }
 

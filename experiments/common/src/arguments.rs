@@ -23,13 +23,13 @@ pub struct DataArguments {
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
     /// Train on the first N images only
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
     pub train_limit: Option<u64>,
     /// Test on the first N images only
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
     pub test_limit: Option<u64>,
     /// Set N training images aside, evenly from all classes, and evaluate on them too
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub validation: Option<u64>,
 }
 
@@ -38,18 +38,18 @@ pub struct DataArguments {
 #[command(next_help_heading = "Training")]
 pub struct TrainingArguments {
     /// Passes over the training images
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
     pub epochs: Option<u64>,
     /// End after N steps, even inside an epoch [default: none]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
     pub max_steps: Option<u64>,
     /// Images a step
-    #[arg(long, value_name = "IMAGES", value_parser = batch_size)]
+    #[arg(long, value_name = "IMAGES", value_parser = batch_size, allow_negative_numbers = true)]
     pub batch_size: Option<u64>,
     /// Learning rate
     #[arg(long, value_name = "RATE", value_parser = not_negative, allow_negative_numbers = true)]
     pub lr: Option<f64>,
-    /// Share of the last step's velocity that is kept, 0 to 1
+    /// Share of the last step's velocity that is kept: at least 0, below 1
     #[arg(long, value_name = "SHARE", value_parser = below_one, allow_negative_numbers = true)]
     pub momentum: Option<f64>,
     /// L2 penalty on the weights
@@ -59,10 +59,10 @@ pub struct TrainingArguments {
     #[arg(long)]
     pub no_shuffle: bool,
     /// Source of all randomness: initial weights, order, dropout, validation split
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub seed: Option<u64>,
     /// Evaluate after every N epochs, and after the last; 0: after the last only
-    #[arg(long, value_name = "EPOCHS")]
+    #[arg(long, value_name = "EPOCHS", allow_negative_numbers = true)]
     pub eval_every: Option<u64>,
 }
 
@@ -74,7 +74,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Save a checkpoint every N steps, besides the one after each epoch; 0: none besides
-    #[arg(long, value_name = "STEPS")]
+    #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
     pub checkpoint_every: Option<u64>,
     /// Continue a run that was stopped: the folder it works in. Every setting comes from the run;
     /// only --data-dir, for data that have moved, and --profile may be given
@@ -94,7 +94,7 @@ pub struct DeviceArguments {
     #[arg(long, value_name = "auto|cpu|cuda[:N]")]
     pub device: Option<DeviceChoice>,
     /// Threads that compute [default: all cores; of several processes each takes its share]
-    #[arg(long, value_name = "N", value_parser = threads)]
+    #[arg(long, value_name = "N", value_parser = threads, allow_negative_numbers = true)]
     pub threads: Option<u64>,
     /// How a GPU computes; the CPU knows f32 alone
     #[arg(long, value_enum, value_name = "TYPE")]
@@ -120,7 +120,7 @@ pub struct ComputeArguments {
     #[arg(long)]
     pub no_channels_last: bool,
     /// Convolutions that a GPU may run side by side, where none waits for another [default: 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=32), conflicts_with = "no_channels_last")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=32), conflicts_with = "no_channels_last", allow_negative_numbers = true)]
     pub streams: Option<u64>,
 }
 
@@ -131,10 +131,10 @@ pub struct ComputeArguments {
 pub struct ParallelArguments {
     /// Train on the first N GPUs of this machine: one process each, which takes its part of every
     /// batch [default: 1]
-    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "device")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "device", allow_negative_numbers = true)]
     pub gpus: Option<u64>,
     /// Train with N processes on this machine; each takes its part of every batch [default: 1]
-    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "gpus")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "gpus", allow_negative_numbers = true)]
     pub processes: Option<u64>,
 }
 

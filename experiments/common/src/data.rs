@@ -27,6 +27,16 @@ pub enum Dataset {
     Shapes,
 }
 
+impl Dataset {
+    /// `class_names` of a file of weights: whose classes the outputs are.
+    pub fn class_names(self) -> &'static str {
+        match self {
+            Self::Cifar10 => "cifar10",
+            Self::Shapes => "shapes",
+        }
+    }
+}
+
 /// What a run is trained and tested on, resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataConfig {

@@ -16,7 +16,7 @@ use crate::logging::start_logging;
 use crate::memory::keep_freed_pages;
 use crate::parallel::{Role, connect, facts, with_group};
 use crate::profile::Profile;
-use crate::progress::{print, say};
+use crate::progress::{lost_result, print, say};
 use crate::session::{print_finished, train};
 
 /// Everything that decides what a run computes: the contents of `config.json`. `M` holds the
@@ -121,11 +121,20 @@ pub fn run_experiment<E: Experiment>(
         start_logging(profile.as_ref());
         act::<E>(action, profile.as_ref())
     };
-    parse().and_then(act).unwrap_or_else(|error| fail(&error))
+    conclude(parse().and_then(act))
+}
+
+/// The exit code of a program that ended so. Its error, or that results could not be printed, is its last word.
+pub fn conclude(outcome: Result<ExitCode>) -> ExitCode {
+    match (outcome, lost_result()) {
+        (Err(error), _) => fail(&error),
+        (Ok(_), Some(error)) => fail(&anyhow::anyhow!("cannot write to standard output: {error}")),
+        (Ok(code), None) => code,
+    }
 }
 
 /// Prints an error as the last word of a program.
-pub fn fail(error: &anyhow::Error) -> ExitCode {
+fn fail(error: &anyhow::Error) -> ExitCode {
     match Role::from_environment() {
         Ok(Role::Rank(ranks)) if ranks.rank == 0 => say(&format!("[rank 0] error: {error:#}")),
         _ => say(&format!("error: {error:#}")),
@@ -248,13 +257,11 @@ fn resume<E: Experiment>(
         }
         let data = config.data.load(config.training.seed)?;
         let network = E::network(&config, &device)?;
-        if let Some(run) = &run {
-            if !run.has_checkpoint() {
-                say("no checkpoint had been saved: the run begins again");
-                E::load_initial_weights(&network, &config)?;
-            }
-            run.record_resumption(&environment::<E>(&config))?;
+        if run.as_ref().is_some_and(|run| !run.has_checkpoint()) {
+            say("no checkpoint had been saved: the run begins again");
+            E::load_initial_weights(&network, &config)?;
         }
+        let run = run.map(|run| run.resumed_in(environment::<E>(&config)));
         let training = config.training.clone();
         train(
             &network,

@@ -25,7 +25,7 @@ pub use arguments::{
 };
 pub use compute::{ComputeConfig, DeviceChoice, Precision, start_threads};
 pub use data::{DataConfig, Dataset};
-pub use experiment::{Action, Experiment, RunConfig, fail, run_experiment};
+pub use experiment::{Action, Experiment, RunConfig, conclude, run_experiment};
 pub use init_file::InitFile;
 pub use logging::start_logging;
 pub use memory::keep_freed_pages;

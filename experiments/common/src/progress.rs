@@ -1,7 +1,7 @@
 //! A bar with the time left in a terminal, a line now and then elsewhere.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
@@ -16,16 +16,30 @@ pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::n
 /// Where there is no terminal, a line appears this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Prints a result: a line on standard output. A reader that has gone away does not end a run. Of
-/// processes that train together only the first prints.
+/// Why a result could not be printed, the first time.
+static LOST: OnceLock<io::Error> = OnceLock::new();
+
+/// Prints a result: a line on standard output. A reader that has gone away does not end a run, and
+/// neither does a full disk, which [`conclude`](crate::conclude) tells of at the end. Of processes that train together only the
+/// first prints.
 pub fn print(line: &str) {
     if later_rank().is_some() {
         return;
     }
     BARS.suspend(|| {
         let mut out = io::stdout().lock();
-        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+        match writeln!(out, "{line}").and_then(|()| out.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                let _ = LOST.set(error);
+            }
+            _ => {}
+        }
     });
+}
+
+/// Why a result could not be printed, unless its reader had gone away.
+pub(crate) fn lost_result() -> Option<&'static io::Error> {
+    LOST.get()
 }
 
 /// Tells what happens: a line on standard error, where a process that is not the first of several
@@ -56,10 +70,10 @@ struct Pace {
 }
 
 impl Progress {
-    /// A bar if standard error is a terminal, else lines.
+    /// A bar if standard error is a terminal that can show one, else lines.
     pub fn new() -> Self {
         Self {
-            bar: io::stderr().is_terminal().then(|| bar(STEP_TEMPLATE)),
+            bar: shows_bars().then(|| bar(STEP_TEMPLATE)),
             epochs: 0,
             pace: Pace::default(),
             last_line: None,
@@ -201,7 +215,7 @@ impl DownloadProgress {
 
     /// `done` of `bytes` are here.
     fn advance(&mut self, done: u64, bytes: u64) {
-        if io::stderr().is_terminal() {
+        if shows_bars() {
             let bar = self.bar.get_or_insert_with(|| bar(BYTE_TEMPLATE));
             bar.set_length(bytes);
             bar.set_position(done);
@@ -234,6 +248,11 @@ pub fn bar_of_files(files: u64) -> ProgressBar {
     let bar = bar(FILE_TEMPLATE);
     bar.set_length(files);
     bar
+}
+
+/// Whether standard error is a terminal, and not one that only shows lines (`TERM=dumb`).
+fn shows_bars() -> bool {
+    io::stderr().is_terminal() && !BARS.is_hidden()
 }
 
 const FILE_TEMPLATE: &str = "{bar:24} {pos}/{len} files · {eta} left · {msg}";

@@ -1,5 +1,7 @@
 //! One process' share of a run, from its folder to its exit code.
 
+use std::borrow::Cow;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -67,14 +69,26 @@ pub fn train(
         Outcome::Stopped { step, checkpoint } => {
             let (cause, exit_code) = stopped(&signals);
             print(&format!(
-                "Stopped by {cause} after step {step}; saved as {}. Continue with\n  \
-                 cargo run -p {experiment} -- --resume {}",
+                "Stopped by {cause} after step {step}; saved as {}. Continue with\n  {}",
                 checkpoint.display(),
-                dir.display()
+                resume_command(&experiment, &dir)
             ));
             Ok(exit_code)
         }
     }
+}
+
+/// What to type in a shell to go on, with the features of this build.
+fn resume_command(experiment: &str, dir: &Path) -> String {
+    let features = match (cfg!(feature = "nccl"), cfg!(feature = "cuda")) {
+        (true, _) => " --features nccl",
+        (_, true) => " --features cuda",
+        _ => "",
+    };
+    let dir = dir.to_string_lossy();
+    // Only a zero byte cannot be quoted, and no path has one.
+    let quoted = shlex::try_quote(&dir).unwrap_or(Cow::Borrowed(&dir));
+    format!("cargo run -p {experiment}{features} -- --resume {quoted}")
 }
 
 /// What stopped a run, and the exit code that says so. Without a signal here it was one to another of
@@ -104,4 +118,22 @@ pub fn print_finished(dir: &str, summary: &Summary) {
         "Weights: {dir}/model.safetensors (SHA-256 {})",
         summary.weights_sha256
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_that_resumes_a_run_is_one_of_this_build_that_a_shell_understands() {
+        let command = resume_command("scratch-train", Path::new("my runs/it's"));
+        let words = shlex::split(&command).unwrap();
+        assert_eq!(words.last().unwrap(), "my runs/it's");
+        assert_eq!(command.contains("--features"), cfg!(feature = "cuda"));
+        let plain = resume_command(
+            "scratch-train",
+            Path::new("runs/scratch-train/2026-11-26T22-46-08Z"),
+        );
+        assert!(plain.ends_with("--resume runs/scratch-train/2026-11-26T22-46-08Z"));
+    }
 }

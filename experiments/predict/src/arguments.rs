@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "WEIGHTS", default_value = "torchvision")]
     pub(crate) weights: WeightsSource,
     /// Classes to name for each picture
-    #[arg(long, value_name = "N", default_value = "5", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = at_least_one, allow_negative_numbers = true)]
     top: u64,
     /// One line of JSON for each picture: {"file", "predictions": [{"index", "class",
     /// "probability"}, …]}, or {"file", "error"}

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use clap::Parser;
 use experiment_common::{
-    Precision, bar_of_files, fail, keep_freed_pages, print, say, start_logging,
+    Precision, bar_of_files, conclude, keep_freed_pages, print, say, start_logging,
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -29,7 +29,7 @@ const BATCH: usize = 16;
 fn main() -> ExitCode {
     keep_freed_pages();
     start_logging(None);
-    run(&Arguments::parse()).unwrap_or_else(|error| fail(&error))
+    conclude(run(&Arguments::parse()))
 }
 
 /// A line of `--json`.

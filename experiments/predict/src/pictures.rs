@@ -1,11 +1,13 @@
 //! Which files are meant.
 
 use std::fmt;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// Endings of the files that are taken from folders, in any case.
+use crate::preprocess::FORMATS;
+
+/// Endings of the files that are taken from folders whatever they hold, in any case.
 const EXTENSIONS: [&str; 5] = ["jpg", "jpeg", "png", "webp", "bmp"];
 
 /// What a given path led to instead of a picture.
@@ -62,13 +64,25 @@ fn walk(dir: &Path, found: &mut Vec<Result<PathBuf, NotFound>>) {
     }
 }
 
+/// By its name, or else by how it begins.
 fn is_picture(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str());
-    extension.is_some_and(|extension| {
+    let is_named = extension.is_some_and(|extension| {
         EXTENSIONS
             .iter()
             .any(|known| known.eq_ignore_ascii_case(extension))
-    })
+    });
+    is_named || begins_as_picture(path).unwrap_or(false)
+}
+
+fn begins_as_picture(path: &Path) -> io::Result<bool> {
+    // What is no file may never end.
+    if !fs::metadata(path)?.is_file() {
+        return Ok(false);
+    }
+    let mut start = Vec::new();
+    File::open(path)?.take(16).read_to_end(&mut start)?;
+    Ok(image::guess_format(&start).is_ok_and(|format| FORMATS.contains(&format)))
 }
 
 fn not_found(path: &Path, error: &io::Error) -> NotFound {
@@ -89,17 +103,20 @@ mod tests {
         for name in ["c.PNG", "a.jpg", "b/x.webp", "b/notes.txt", "odd.name"] {
             fs::write(dir.path().join(name), "").unwrap();
         }
+        // A picture by its content.
+        fs::write(dir.path().join("d"), b"\x89PNG\r\n\x1a\n").unwrap();
         let paths = ["", "odd.name", "absent.png", "b/empty"].map(|name| dir.path().join(name));
         let found: Vec<_> = find(&paths)
             .into_iter()
             .map(|found| found.map_err(|error| error.to_string()))
             .collect();
-        let expected = ["a.jpg", "b/x.webp", "c.PNG", "odd.name"].map(|name| dir.path().join(name));
-        assert_eq!(found.len(), 6);
+        let names = ["a.jpg", "b/x.webp", "c.PNG", "d", "odd.name"];
+        let expected = names.map(|name| dir.path().join(name));
+        assert_eq!(found.len(), 7);
         for (found, expected) in found.iter().zip(expected) {
             assert_eq!(found.as_ref().unwrap(), &expected);
         }
-        assert!(found[4].as_ref().unwrap_err().contains("cannot be read"));
-        assert!(found[5].as_ref().unwrap_err().contains("no picture"));
+        assert!(found[5].as_ref().unwrap_err().contains("cannot be read"));
+        assert!(found[6].as_ref().unwrap_err().contains("no picture"));
     }
 }

@@ -4,11 +4,19 @@ use std::fs;
 use std::io::Cursor;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use cifar_data::{Normalization, SIDE};
-use image::{ImageFormat, ImageReader, RgbImage};
+use image::{DynamicImage, ImageError, ImageFormat, ImageReader, RgbImage};
 use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, PixelFormat};
 use transfer_common::Resampling;
+
+/// Of the pictures that are read.
+pub(crate) const FORMATS: [ImageFormat; 4] = [
+    ImageFormat::Jpeg,
+    ImageFormat::Png,
+    ImageFormat::WebP,
+    ImageFormat::Bmp,
+];
 
 /// What is done to a picture before the network sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,6 +64,19 @@ impl Preprocessing {
     }
 }
 
+fn decode(file: &[u8], format: ImageFormat) -> Result<DynamicImage> {
+    let reader = || ImageReader::with_format(Cursor::new(file), format);
+    // The reader's own limits hold: 512 MiB for the pixels.
+    reader().decode().map_err(|error| {
+        // What such an error says ends with what its cause says.
+        let mut problem = format!("cannot be decoded: {error}");
+        if let (ImageError::Limits(_), Ok((width, height))) = (error, reader().into_dimensions()) {
+            problem += &format!(" ({width}×{height} pixels; 512 MiB are the most)");
+        }
+        anyhow!(problem)
+    })
+}
+
 /// Reads a picture. Transparency is dropped and what a camera says of its orientation is not
 /// looked at, as in torchvision. The format is that of the content, whatever the file is called.
 ///
@@ -64,26 +85,14 @@ impl Preprocessing {
 /// half a gigabyte.
 pub(crate) fn read(path: &Path) -> Result<RgbImage> {
     let file = fs::read(path).context("cannot be read")?;
-    let reader = ImageReader::new(Cursor::new(&file));
-    let reader = reader.with_guessed_format().context("cannot be read")?;
-    let known = [
-        ImageFormat::Jpeg,
-        ImageFormat::Png,
-        ImageFormat::WebP,
-        ImageFormat::Bmp,
-    ];
-    ensure!(
-        reader
-            .format()
-            .is_some_and(|format| known.contains(&format)),
-        "is no JPEG, PNG, WebP or BMP picture"
-    );
-    let is_jpeg = reader.format() == Some(ImageFormat::Jpeg);
+    let format = image::guess_format(&file).ok();
+    let format = format.filter(|format| FORMATS.contains(format));
+    let format = format.context("is no JPEG, PNG, WebP or BMP picture")?;
+    let is_jpeg = format == ImageFormat::Jpeg;
     let jpeg = is_jpeg.then(|| decode_jpeg(&file)).transpose();
     let picture = match jpeg.context("cannot be decoded")?.flatten() {
         Some(picture) => picture,
-        // The reader's own limits hold: 512 MiB for the pixels.
-        None => reader.decode().context("cannot be decoded")?.into_rgb8(),
+        None => decode(&file, format)?.into_rgb8(),
     };
     ensure!(picture.width() > 0 && picture.height() > 0, "has no pixels");
     Ok(picture)

@@ -142,6 +142,31 @@ fn our_checkpoints_name_the_classes_they_were_trained_on() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_result_that_is_lost_is_an_error_unless_its_reader_has_gone_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = cifar(dir.path(), 0, &[]);
+    let full = fs::File::create("/dev/full").unwrap();
+    let (reader, gone) = std::io::pipe().unwrap();
+    drop(reader);
+    for (stdout, code, said) in [
+        (full.into(), 1, "cannot write to standard output: No space"),
+        (std::process::Stdio::from(gone), 0, ""),
+    ] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_predict"))
+            .arg("--weights")
+            .arg(&weights)
+            .arg(format!("{PICTURES}/tiny.bmp"))
+            .stdout(stdout)
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{stderr}");
+        assert!(stderr.contains(said), "{stderr}");
+    }
+}
+
 #[test]
 fn a_broken_picture_is_reported_and_the_rest_go_on() {
     let dir = tempfile::tempdir().unwrap();

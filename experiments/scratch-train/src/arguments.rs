@@ -43,7 +43,7 @@ struct Arguments {
 #[command(next_help_heading = "Network")]
 struct ModelArguments {
     /// Probability that a feature is dropped before the last layer, in training
-    #[arg(long, value_name = "PROBABILITY", value_parser = probability)]
+    #[arg(long, value_name = "PROBABILITY", value_parser = probability, allow_negative_numbers = true)]
     dropout: Option<f64>,
     /// Begin with these weights instead of random ones. The file must hold exactly the network's
     /// tensors, under PyTorch's names

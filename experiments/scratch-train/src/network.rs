@@ -14,7 +14,10 @@ use crate::config::Config;
 /// Height and width of the pictures.
 const SIDE: usize = 32;
 
-pub(crate) struct Network(CifarGoogLeNet);
+pub(crate) struct Network {
+    network: CifarGoogLeNet,
+    class_names: &'static str,
+}
 
 impl Network {
     /// The network with the initial weights of the run's seed.
@@ -26,7 +29,10 @@ impl Network {
         };
         let mut rng: ChaCha8Rng = random::stream(config.training.seed, random::INIT, 0);
         let network = CifarGoogLeNet::new(&settings, device, &mut rng);
-        Ok(Self(network.context("cannot make the network")?))
+        Ok(Self {
+            network: network.context("cannot make the network")?,
+            class_names: config.data.dataset.class_names(),
+        })
     }
 
     /// The table of layers.
@@ -47,19 +53,20 @@ const CLASSES: usize = cifar_data::CLASSES;
 impl Model for Network {
     fn forward(&self, images: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
         match mode {
-            Mode::Train { .. } => self.0.forward(images, mode),
-            Mode::Eval => self.0.infer(images),
+            Mode::Train { .. } => self.network.forward(images, mode),
+            Mode::Eval => self.network.infer(images),
         }
     }
 
     fn named_parameters(&self) -> Vec<(String, Var)> {
-        self.0.named_parameters()
+        self.network.named_parameters()
     }
 
     fn metadata(&self) -> BTreeMap<String, String> {
         BTreeMap::from([
             ("architecture".into(), "googlenet-cifar".into()),
             ("classes".into(), CLASSES.to_string()),
+            ("class_names".into(), self.class_names.into()),
         ])
     }
 }

@@ -263,6 +263,12 @@ fn bad_input_is_refused_with_the_reason() {
         ("--lr -1".into(), "a number of at least 0"),
         ("--weight-decay -1".into(), "a number of at least 0"),
         ("--epochs 0".into(), "at least 1"),
+        ("--epochs -1".into(), "invalid value '-1' for '--epochs"),
+        ("--seed -1".into(), "invalid value '-1' for '--seed"),
+        (
+            "--eval-every -1".into(),
+            "invalid value '-1' for '--eval-every",
+        ),
         ("--momentum 1.5".into(), "--momentum"),
         ("--threads 100000".into(), "from 1 to 1024"),
         ("--nonsense".into(), "--nonsense"),
@@ -315,11 +321,80 @@ fn a_run_whose_checkpoints_are_all_damaged_is_refused_again_and_again_and_keeps_
     for checkpoint in fs::read_dir(run.join("checkpoints")).unwrap() {
         fs::write(checkpoint.unwrap().path().join("state.json"), "{}").unwrap();
     }
-    let metrics = fs::read(run.join("metrics.jsonl")).unwrap();
+    let before = files(&run);
     for _ in 0..2 {
         assert_refused(resume(&run), "can be used");
-        assert_eq!(fs::read(run.join("metrics.jsonl")).unwrap(), metrics);
+        assert_eq!(files(&run), before);
     }
+}
+
+#[test]
+fn a_run_whose_metrics_are_gone_is_refused_and_none_are_made() {
+    let out = tempfile::tempdir().unwrap();
+    let finished = output(small_run(out.path()));
+    assert!(finished.status.success(), "{}", text(&finished));
+    let run = run_directory(out.path()).unwrap();
+    for file in ["finished.json", "metrics.jsonl"] {
+        fs::remove_file(run.join(file)).unwrap();
+    }
+    let before = files(&run);
+    assert_refused(resume(&run), "metrics.jsonl");
+    assert_eq!(files(&run), before);
+}
+
+/// All files of a run and what is in them.
+fn files(run: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![run.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => {
+                    let contents = fs::read(&path).unwrap();
+                    files.insert(path, contents);
+                }
+            }
+        }
+    }
+    files
+}
+
+#[test]
+fn a_run_names_its_classes_and_the_commit_of_the_program_wherever_it_is_started() {
+    let git = |folder: &Path, arguments: &[&str]| {
+        let mut command = Command::new("git");
+        let output = command.arg("-C").arg(folder).args(arguments).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8(output.stdout).unwrap().trim().to_string())
+    };
+    let out = tempfile::tempdir().unwrap();
+    // In a repository of its own, whose commit is not the program's.
+    let identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"];
+    let commit = ["commit", "--quiet", "--allow-empty", "--message", "a"];
+    let made = git(out.path(), &["init", "--quiet"])
+        .and_then(|_| git(out.path(), &[&identity[..], &commit[..]].concat()));
+    if made.is_none() {
+        println!("without git: the commit is not looked at");
+    }
+    let mut run = small_run(out.path());
+    run.arg("--max-steps=1").current_dir(out.path());
+    let finished = output(run);
+    assert!(finished.status.success(), "{}", text(&finished));
+    let run = run_directory(out.path()).unwrap();
+    let environment = fs::read_to_string(run.join("environment.json")).unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let expected = git(source, &["ls-files", "--error-unmatch", "Cargo.toml"])
+        .and_then(|_| git(source, &["rev-parse", "HEAD"]));
+    let expected = match expected {
+        Some(commit) => format!("\"git_commit\": \"{commit}\""),
+        None => "\"git_commit\": null".into(),
+    };
+    assert!(environment.contains(&expected), "{environment}");
+    let weights = fs::read(run.join("model.safetensors")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&weights).unwrap();
+    assert_eq!(header.metadata().as_ref().unwrap()["class_names"], "shapes");
 }
 
 #[test]

@@ -24,10 +24,10 @@ pub struct TransferArguments {
     #[arg(long, value_name = "FILE or RUN")]
     pub init: Option<PathBuf>,
     /// Resize the pictures to N×N pixels, bilinearly with antialiasing; at least 15
-    #[arg(long, value_name = "N", value_parser = image_size)]
+    #[arg(long, value_name = "N", value_parser = image_size, allow_negative_numbers = true)]
     pub image_size: Option<usize>,
     /// Probability that a feature is dropped before the last layer, in training
-    #[arg(long, value_name = "PROBABILITY", value_parser = probability)]
+    #[arg(long, value_name = "PROBABILITY", value_parser = probability, allow_negative_numbers = true)]
     pub dropout: Option<f64>,
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use cifar_data::CLASSES;
-use experiment_common::{Dataset, Experiment, InitFile, RunConfig, print};
+use experiment_common::{Experiment, InitFile, RunConfig, print};
 use inception_model::{GoogLeNet, GoogLeNetConfig};
 use trainer::{DataSets, RunDirectory};
 
@@ -72,10 +72,7 @@ impl<S: Stage> Experiment for FineTune<S> {
             dropout: model.dropout,
             aux_heads: model.aux_heads,
             trained: model.trained,
-            class_names: match config.data.dataset {
-                Dataset::Cifar10 => "cifar10".into(),
-                Dataset::Shapes => "shapes".into(),
-            },
+            class_names: config.data.dataset.class_names().into(),
         };
         Network::new(settings, config.training.seed, device)
     }
