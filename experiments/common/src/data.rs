@@ -131,7 +131,22 @@ impl DataConfig {
             test,
             source,
         } = match &self.data_dir {
-            Some(dir) => load_or_fetch(dir)?,
+            Some(dir) => {
+                let data = load_or_fetch(dir)?;
+                for (name, set, expected) in [
+                    ("training", &data.train, CIFAR10_TRAIN),
+                    ("test", &data.test, CIFAR10_TEST),
+                ] {
+                    let found = set.len();
+                    if found != expected {
+                        tracing::warn!(
+                            "{} holds {found} {name} images; CIFAR-10 has {expected}",
+                            dir.display()
+                        );
+                    }
+                }
+                data
+            }
             None => {
                 let (train, test) = (self.train_limit, self.test_limit);
                 let size = |limit: Option<u64>, default| limit.unwrap_or(default) as usize;
@@ -166,6 +181,10 @@ impl DataConfig {
         })
     }
 }
+
+/// Images of CIFAR-10.
+const CIFAR10_TRAIN: usize = 50_000;
+const CIFAR10_TEST: usize = 10_000;
 
 fn limited(set: ImageSet, limit: Option<u64>, flag: &str) -> Result<ImageSet> {
     match limit {

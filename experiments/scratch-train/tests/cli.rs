@@ -299,6 +299,37 @@ fn bad_input_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_part_of_cifar10_is_trained_on_with_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    // A label and 32×32 pixels, all grey.
+    let mut picture = vec![128; 1 + 3 * 32 * 32];
+    for name in [
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ] {
+        picture[0] += 1;
+        picture[0] %= 10;
+        fs::write(dir.path().join(name).with_extension("bin"), &picture).unwrap();
+    }
+    let mut run = program("--max-steps 1 --batch-size 2 --lr 1e-7 --threads 2");
+    run.arg("--data-dir").arg(dir.path());
+    run.arg("--out").arg(dir.path().join("runs"));
+    let finished = output(run);
+    let said = text(&finished);
+    assert!(finished.status.success(), "{said}");
+    for warning in [
+        "holds 5 training images; CIFAR-10 has 50000",
+        "holds 1 test images; CIFAR-10 has 10000",
+    ] {
+        assert!(said.contains(warning), "{said}");
+    }
+}
+
+#[test]
 fn a_refused_run_leaves_no_folder() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("runs");

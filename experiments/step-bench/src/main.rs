@@ -7,7 +7,7 @@
 use std::io::{BufRead, Write};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
@@ -106,6 +106,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// The largest picture of which torchvision's network leaves 1×1 pixels.
+const LARGEST_OF_ONE_VALUE: u32 = 32;
+
 fn parse_order(line: &str) -> Result<u32> {
     let steps = line
         .strip_prefix("run ")
@@ -130,6 +133,12 @@ impl Network {
                 Self::Lesson(Box::new(network))
             }
             Model::Torchvision => {
+                let trains = matches!(arguments.mode, Work::Train);
+                ensure!(
+                    !trains || arguments.batch > 1 || arguments.image_size > LARGEST_OF_ONE_VALUE,
+                    "--batch 1: of one picture of {0}×{0} pixels the last batch norms have one value a channel, and no variance",
+                    arguments.image_size
+                );
                 let config = GoogLeNetConfig {
                     num_classes: 10,
                     transform_input: true,
@@ -304,6 +313,21 @@ mod tests {
             assert!(moves(model, Work::Train));
             assert!(!moves(model, Work::Inference));
         }
+    }
+
+    #[test]
+    fn a_batch_of_one_small_picture_is_refused_before_anything_is_computed() {
+        let network = |mode, image_size| {
+            let single = Arguments {
+                batch: 1,
+                image_size,
+                ..arguments(Model::Torchvision, mode, false)
+            };
+            Bench::new(&single).map(|_| ()).map_err(|e| e.to_string())
+        };
+        assert!(network(Work::Train, 32).unwrap_err().contains("--batch 1"));
+        network(Work::Train, 33).unwrap();
+        network(Work::Inference, 32).unwrap();
     }
 
     #[test]
