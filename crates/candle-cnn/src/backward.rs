@@ -29,9 +29,16 @@ thread_local! {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
+/// In a task of a rayon pool it is `loss.backward()` itself, unless the loss is on a GPU: a worker that waits for a kernel may begin
+/// another task meanwhile, whose gradients are not to be mixed up with these. An operation of your own whose backward pass makes
+/// another one has to use this function for it, too.
+///
 /// # Errors
 /// Those of `loss.backward()`.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
+    if loss.device().is_cpu() && rayon::current_thread_index().is_some() {
+        return loss.backward();
+    }
     let (gradients, set_aside) = setting_aside(|| loss.backward());
     let mut gradients = gradients?;
     for (parameter, gradient) in set_aside {
@@ -69,5 +76,55 @@ struct Outer(Option<Pairs>);
 impl Drop for Outer {
     fn drop(&mut self) {
         SET_ASIDE.set(self.0.take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Var};
+
+    use super::*;
+    use crate::linear;
+
+    /// The identity, whose backward pass waits as a kernel does: meanwhile the worker takes up another task.
+    struct Waits;
+
+    impl CustomOp1 for Waits {
+        fn name(&self) -> &'static str {
+            "waits"
+        }
+
+        fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            Ok((x.clone(), layout.shape().clone()))
+        }
+
+        fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+            while rayon::yield_now() == Some(rayon::Yield::Executed) {}
+            Ok(Some(dy.clone()))
+        }
+    }
+
+    #[test]
+    fn a_task_that_a_worker_takes_up_meanwhile_has_its_own_gradients() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+        let (both, ours) = pool.unwrap().install(|| {
+            let loss_of = |weight: &Var| -> Result<Tensor> {
+                let x = Tensor::ones((2, 3), candle_core::DType::F32, &Device::Cpu)?;
+                linear(&x, weight, None)?.apply_op1(Waits)?.sum_all()
+            };
+            let var = || Var::ones((4, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+            let (send, receive) = mpsc::channel();
+            rayon::spawn(move || {
+                let weight = var();
+                let gradients = loss_of(&weight).and_then(|loss| loss.backward()).unwrap();
+                send.send(gradients.get(&weight).is_some()).unwrap();
+            });
+            let weight = var();
+            let gradients = backward(&loss_of(&weight).unwrap()).unwrap();
+            (receive.try_recv(), gradients.get(&weight).is_some())
+        });
+        assert_eq!((both, ours), (Ok(true), true));
     }
 }

@@ -74,7 +74,9 @@ pub(crate) fn slice<'a, T: Element>(
     let (start, end) = layout
         .contiguous_offsets()
         .ok_or_else(|| OpError::not_contiguous(op, layout))?;
-    Ok(&T::cpu_storage_as_slice(storage)?[start..end])
+    let all = T::cpu_storage_as_slice(storage)?;
+    // A view of nothing may begin anywhere.
+    Ok(if start == end { &[] } else { &all[start..end] })
 }
 
 /// Calls `f` with the elements of a contiguous CPU tensor.

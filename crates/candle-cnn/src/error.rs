@@ -4,9 +4,8 @@ use candle_core::{DType, Error, Layout, Tensor};
 
 /// An argument that an operation cannot take.
 ///
-/// The operations return it inside [`candle_core::Error`], as Candle's own
-/// operations do; `error.downcast_ref()`-style inspection is possible through
-/// [`candle_core::Error::Wrapped`].
+/// The operations return it inside [`candle_core::Error::Wrapped`], which shows it but does not give it back
+/// (Candle 0.11): there it is a text.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpError {

@@ -22,6 +22,9 @@
 //! nobody needs is not computed: neither that of an input image nor that of a
 //! frozen weight.
 //!
+//! A backward pass reads inputs and parameters as they are then, as Candle's own do: one that was written to
+//! since the forward pass (`Var::set`) gives other gradients, where PyTorch refuses.
+//!
 //! With the feature `cuda`, all take tensors on an NVIDIA
 //! GPU, in bf16 too: see [`cuda`]. That side has run on an H100.
 //!

@@ -373,7 +373,7 @@ fn plane_sums<'a, T: Element>(
     }
 }
 
-/// `dx = scale · (dy − offset − (x − mean) · slope)`
+/// `dx = scale · (dy − offset − (x − mean) · slope)`, of given statistics `dx = scale · dy`
 #[derive(Clone, Copy)]
 pub(super) struct InputGradient<T> {
     pub(super) scale: T,
@@ -385,13 +385,17 @@ pub(super) struct InputGradient<T> {
 
 impl<T: Element> InputGradient<T> {
     #[inline(always)]
-    fn apply(self, x: T, dy: T) -> T {
-        self.scale * (dy - self.offset - (x - self.affine.mean) * self.slope)
+    fn apply(self, x: T, dy: T, of_batch: bool) -> T {
+        match of_batch {
+            true => self.scale * (dy - self.offset - (x - self.affine.mean) * self.slope),
+            // Where x is infinite or NaN, 0 · x would not be 0.
+            false => self.scale * dy,
+        }
     }
 
     #[inline(always)]
-    fn apply_masked(self, x: T, dy: T) -> T {
-        self.apply(x, keep_positive(dy, self.affine.apply(x)))
+    fn apply_masked(self, x: T, dy: T, of_batch: bool) -> T {
+        self.apply(x, keep_positive(dy, self.affine.apply(x)), of_batch)
     }
 }
 
@@ -401,20 +405,22 @@ pub(super) fn input_gradient<T: Element>(
     isa: Isa,
     (x, dy): (&[T], &[T]),
     numbers: &[InputGradient<T>],
+    of_batch: bool,
     relu: bool,
 ) -> Vec<T> {
     let mut dx = vec![T::ZERO; x.len()];
     map(sizes, &mut dx, numbers, |range, numbers, dx| {
-        input_gradient_run(isa, &x[range.clone()], &dy[range], numbers, relu, dx);
+        let of_run = (&x[range.clone()], &dy[range]);
+        input_gradient_run(isa, of_run, numbers, of_batch, relu, dx);
     });
     dx
 }
 
 multiversion! {
     fn input_gradient_run<T: Element>(
-        x: &[T],
-        dy: &[T],
+        of_run: (&[T], &[T]),
         numbers: Channels<InputGradient<T>>,
+        of_batch: bool,
         relu: bool,
         dx: &mut [T],
     ) = input_gradient_run_body
@@ -422,26 +428,28 @@ multiversion! {
 
 #[inline(always)]
 fn input_gradient_run_body<T: Element>(
-    x: &[T],
-    dy: &[T],
+    (x, dy): (&[T], &[T]),
     numbers: Channels<InputGradient<T>>,
+    of_batch: bool,
     relu: bool,
     dx: &mut [T],
 ) {
     let values = dx.iter_mut().zip(x.iter().zip(dy));
     match (numbers, relu) {
-        (Channels::One(n), false) => values.for_each(|(dx, (&x, &dy))| *dx = n.apply(x, dy)),
+        (Channels::One(n), false) => {
+            values.for_each(|(dx, (&x, &dy))| *dx = n.apply(x, dy, of_batch));
+        }
         (Channels::One(n), true) => {
-            values.for_each(|(dx, (&x, &dy))| *dx = n.apply_masked(x, dy));
+            values.for_each(|(dx, (&x, &dy))| *dx = n.apply_masked(x, dy, of_batch));
         }
         (Channels::Each(n), false) => {
             for ((dx, (&x, &dy)), n) in values.zip(n) {
-                *dx = n.apply(x, dy);
+                *dx = n.apply(x, dy, of_batch);
             }
         }
         (Channels::Each(n), true) => {
             for ((dx, (&x, &dy)), n) in values.zip(n) {
-                *dx = n.apply_masked(x, dy);
+                *dx = n.apply_masked(x, dy, of_batch);
             }
         }
     }

@@ -113,7 +113,8 @@ pub fn batch_norm_relu_eval(
     evaluate(x, weight, bias, running, eps, Activation::Relu)
 }
 
-/// `running ← (1 − momentum) · running + momentum · batch`, PyTorch's momentum.
+/// `running ← (1 − momentum) · running + momentum · batch`, PyTorch's momentum. The result is for the caller to keep;
+/// PyTorch's `momentum=None` is 1 / n at the n-th batch.
 ///
 /// # Errors
 /// Shapes or dtypes that differ.
@@ -364,10 +365,8 @@ impl BatchNorm {
             .unzip();
         let dx = need_x.then(|| {
             // Of the corrections nothing is left with running statistics.
-            let share = match self.source {
-                Source::Batch(_) => 1.0 / self.sizes.count() as f64,
-                Source::Running(_) => 0.0,
-            };
+            let of_batch = matches!(self.source, Source::Batch(_));
+            let share = 1.0 / self.sizes.count() as f64;
             let numbers: Vec<InputGradient<T>> = (0..self.sizes.channels)
                 .map(|c| {
                     let inverse_std = self.inverse_std(moments[c]);
@@ -379,7 +378,7 @@ impl BatchNorm {
                     }
                 })
                 .collect();
-            cpu::input_gradient(&self.sizes, isa, (x, dy), &numbers, relu)
+            cpu::input_gradient(&self.sizes, isa, (x, dy), &numbers, of_batch, relu)
         });
         Gradients {
             x: dx,

@@ -181,3 +181,31 @@ fn an_empty_image_gives_an_empty_result() -> Result<()> {
     assert_eq!(y.dims(), [2, 3, 0, 4]);
     Ok(())
 }
+
+#[test]
+fn with_given_statistics_the_input_gradient_does_not_depend_on_the_input() -> Result<()> {
+    let values = [
+        [1f32, 2.0],
+        [f32::INFINITY, 3.0],
+        [0.5, -1.0],
+        [f32::NAN, 4.0],
+    ];
+    let (ones, zeros) = (
+        Tensor::ones(2, DType::F32, &Device::Cpu)?,
+        Tensor::zeros(2, DType::F32, &Device::Cpu)?,
+    );
+    // As channels of one value each, and as pixels of planes.
+    for shape in [vec![4, 2], vec![4, 2, 1, 1]] {
+        let x =
+            candle_core::Var::from_tensor(&Tensor::new(&values, &Device::Cpu)?.reshape(shape)?)?;
+        let gradient = |y: Tensor| -> Result<Vec<f32>> {
+            let gradients = y.backward()?;
+            gradients.get(&x).unwrap().flatten_all()?.to_vec1()
+        };
+        let y = batch_norm_eval(&x, &ones, &zeros, &zeros, &ones, 0.0)?;
+        assert_eq!(gradient(y)?, [1.0; 8]);
+        let y = batch_norm_relu_eval(&x, &ones, &zeros, &zeros, &ones, 0.0)?;
+        assert_eq!(gradient(y)?, [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]);
+    }
+    Ok(())
+}

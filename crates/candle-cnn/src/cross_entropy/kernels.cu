@@ -21,11 +21,11 @@ static __device__ __forceinline__ double log_sum_exp(const T *row, unsigned int 
     double sum = 0;
     for (unsigned int c = threadIdx.x; c < classes; c += THREADS) {
         double logit = widen(row[c]);
-        // All −∞, or a +∞: the shift would be ∞ − ∞. A NaN still shows.
+        // All −∞, or a +∞, of which a NaN is made below: the shift would be ∞ − ∞. A NaN still shows.
         sum += infinite ? (logit != logit ? logit : 0) : exp(logit - max);
     }
     sum = block_sum<double>(sum, shared);
-    return infinite ? max + sum : max + log(sum);
+    return infinite ? (max > 0 ? max - max : max + sum) : max + log(sum);
 }
 
 static __device__ __forceinline__ double target(unsigned int c, unsigned int label, unsigned int classes, double smoothing) {

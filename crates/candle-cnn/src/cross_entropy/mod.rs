@@ -25,7 +25,9 @@ pub struct CrossEntropyConfig {
 /// `logits` has shape (N, C) in f32 or f64; `labels` has shape (N) in u8, u32
 /// or i64, each below C. The target is 1 at the label, smoothed as
 /// `torch.nn.functional.cross_entropy` does: `(1 − ε)` at the label plus
-/// `ε / C` everywhere. Computed in f64 inside.
+/// `ε / C` everywhere. Computed in f64 inside. Where a logit is NaN or +∞, so are the loss and the example's gradient NaN.
+///
+/// Of PyTorch's there are no `weight`, `ignore_index` or `reduction`, no probabilities as targets, and no further dimensions.
 ///
 /// On CUDA the host does not look at the labels: one that is not below C makes the loss NaN. The loss of logits in bf16
 /// is f32.
@@ -153,12 +155,9 @@ fn log_sum_exp<T: Element>(row: &[T]) -> f64 {
         .iter()
         .fold(f64::NEG_INFINITY, |max, v| max.max(v.as_f64()));
     if max.is_infinite() {
-        // All −∞, or a +∞: the shift would be ∞ − ∞.
-        return if row.iter().any(|v| v.is_nan()) {
-            f64::NAN
-        } else {
-            max
-        };
+        // The shift would be ∞ − ∞. Of a +∞ nothing is left that could be computed with; else all are −∞.
+        let is_nan = max > 0.0 || row.iter().any(|v| v.is_nan());
+        return if is_nan { f64::NAN } else { max };
     }
     max + row
         .iter()

@@ -35,3 +35,22 @@ fn impossible_labels_and_shapes_are_errors_that_name_them() -> Result<()> {
     assert!(message(&Tensor::new(&[0f32, 1.0], &Device::Cpu)?).contains("F32"));
     Ok(())
 }
+
+#[test]
+fn an_infinite_logit_leaves_nothing_finite_and_minus_infinity_is_no_class() -> Result<()> {
+    let labels = Tensor::new(&[0u32], &Device::Cpu)?;
+    let loss_and_gradient = |logits: [f32; 3]| -> Result<(f32, Vec<f32>)> {
+        let logits = candle_core::Var::new(&[logits], &Device::Cpu)?;
+        let loss = cross_entropy(&logits, &labels, CrossEntropyConfig::default())?;
+        let gradients = loss.backward()?;
+        let gradient = gradients.get(&logits).unwrap().flatten_all()?;
+        Ok((loss.to_scalar()?, gradient.to_vec1()?))
+    };
+    let (loss, gradient) = loss_and_gradient([0.0, f32::INFINITY, 1.0])?;
+    assert!(loss.is_nan(), "{loss}");
+    assert!(gradient.iter().all(|g| g.is_nan()), "{gradient:?}");
+    let (loss, gradient) = loss_and_gradient([0.0, f32::NEG_INFINITY, 0.0])?;
+    assert!((loss - std::f32::consts::LN_2).abs() < 1e-6, "{loss}");
+    assert_eq!(gradient, [-0.5, 0.0, 0.5]);
+    Ok(())
+}

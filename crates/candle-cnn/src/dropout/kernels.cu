@@ -56,7 +56,9 @@ static __device__ __forceinline__ void dropout(const T *x, T *y, const unsigned 
         unsigned int i = block * 16 + word;
         if (i < elements) {
             bool dropped = s[word] + start[word] < threshold;
-            store(&y[i], dropped ? 0 : static_cast<Number>(widen(x[i]) * static_cast<Number>(scale)));
+            // Multiplied, so that what is not finite stays seen as NaN.
+            Number factor = dropped ? 0 : static_cast<Number>(scale);
+            store(&y[i], widen(x[i]) * factor);
         }
     }
 }

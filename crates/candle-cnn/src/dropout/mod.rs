@@ -82,7 +82,8 @@ impl Dropout {
         x.iter()
             .map(|&x| {
                 let dropped = u64::from(rng.next_u32()) < threshold;
-                if dropped { T::ZERO } else { x * scale }
+                // Multiplied, so that what is not finite stays seen as NaN.
+                x * if dropped { T::ZERO } else { scale }
             })
             .collect()
     }

@@ -41,3 +41,14 @@ fn probabilities_of_zero_and_one_keep_and_drop_everything() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn what_is_not_finite_stays_seen_where_it_is_dropped() -> Result<()> {
+    for value in [f32::NAN, f32::INFINITY] {
+        let y = dropout(&Tensor::full(value, 64, &Device::Cpu)?, 0.5, 0, SEED)?;
+        let values = y.to_vec1::<f32>()?;
+        assert!(values.iter().all(|v| !v.is_finite()), "{values:?}");
+        assert!(values.iter().any(|v| v.is_nan()), "{values:?}");
+    }
+    Ok(())
+}

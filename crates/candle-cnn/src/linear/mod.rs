@@ -17,7 +17,8 @@ use crate::error::OpError;
 const OP: &str = "linear";
 
 /// `x · weightᵀ + bias` for `x` (N, I), `weight` (O, I), `bias` (O); returns
-/// (N, O), as `torch.nn.functional.linear`. f32 and f64, on CUDA bf16 too.
+/// (N, O), as `torch.nn.functional.linear` of matrices: inputs of other ranks are reshaped before. f32 and
+/// f64, on CUDA bf16 too.
 ///
 /// # Errors
 /// [`OpError`] for shapes and dtypes that do not fit.

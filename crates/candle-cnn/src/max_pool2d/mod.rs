@@ -52,7 +52,7 @@ impl MaxPool2dConfig {
 
 /// The maximum of each window of `x` (N, C, H, W), as
 /// `torch.nn.functional.max_pool2d`: padding counts as −∞, a NaN wins, and the
-/// whole gradient of a window goes to its first maximum in row-major order.
+/// whole gradient of a window goes to its first maximum in row-major order, or to its last NaN.
 ///
 /// Returns (N, C, H', W') with `H' = ⌊(H + 2·padding − kernel) / stride⌋ + 1`
 /// (`⌈…⌉` with `ceil_mode`, less a last window that would start in the

@@ -25,3 +25,10 @@ fn whole_numbers_are_refused() -> Result<()> {
     assert!(text.contains("U32"), "{text}");
     Ok(())
 }
+
+#[test]
+fn a_view_of_nothing_may_begin_anywhere() -> Result<()> {
+    let nothing = Tensor::zeros((5, 0, 7), candle_core::DType::F32, &Device::Cpu)?;
+    assert_eq!(relu(&nothing.narrow(2, 2, 4)?)?.dims(), [5, 0, 4]);
+    Ok(())
+}

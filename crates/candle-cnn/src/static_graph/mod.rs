@@ -302,7 +302,8 @@ impl StaticGraphBuilder {
         let size = first.map_or((0, 0), |map| map.size);
         let mut channels = 0usize;
         let mut gradient_halo = 0;
-        for part in parts {
+        let mut begins = Vec::with_capacity(parts.len());
+        for (number, part) in parts.iter().enumerate() {
             let map = self.map(*part)?;
             let is_convolution = self.operations.iter().any(
                 |operation| matches!(operation, Operation::Convolution(c) if c.output == part.0),
@@ -310,6 +311,7 @@ impl StaticGraphBuilder {
             if map.size != size
                 || map.is_read
                 || map.within.is_some()
+                || parts[..number].contains(part)
                 || !is_convolution
                 || !channels.is_multiple_of(ALIGNMENT)
             {
@@ -321,9 +323,13 @@ impl StaticGraphBuilder {
                     expected,
                 ));
             }
-            self.nodes[part.0].within = Some((whole, channels));
+            begins.push(channels);
             channels += map.channels;
             gradient_halo = gradient_halo.max(map.gradient_halo);
+        }
+        // Once nothing can be refused any more.
+        for (part, begin) in parts.iter().zip(begins) {
+            self.nodes[part.0].within = Some((whole, begin));
         }
         self.nodes.push(Map {
             gradient_halo,
@@ -428,6 +434,10 @@ pub struct GraphOutput {
 
 /// A network of convolutions with ReLU, max-poolings and concatenations that
 /// ends in a global average pool, run as one operation, on the CPU or on CUDA.
+///
+/// A forward pass has one backward pass: its maps are given back on the way. In f32 on the CPU, gradients
+/// below 2⁻¹⁰⁰ (8e-31) are zeros, and convolutions of 3×3 may go through Winograd's sums, in which values beyond about 1e37 overflow: losses
+/// that are scaled down so far, or inputs that are so large, are for operations node by node.
 ///
 /// ```
 /// use candle_cnn::{ConvParameters, MaxPool2dConfig, StaticGraphBuilder};
@@ -537,7 +547,7 @@ impl StaticGraph {
     ///
     /// # Errors
     /// Another number of parameters or other shapes than described, and what
-    /// [`crate::conv2d`] and [`crate::batch_norm_train`] refuse. A gradient of
+    /// [`crate::conv2d`] and [`crate::batch_norm_train`] refuse. A second backward pass. A gradient of
     /// images that a convolution reads with a stride above 1. On CUDA no images at all, a pool whose window has more than
     /// 256 pixels, and a backward pass that is not [`crate::backward`] where variables need a gradient.
     pub fn forward(

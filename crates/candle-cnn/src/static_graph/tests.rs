@@ -815,6 +815,12 @@ fn only_what_can_be_written_in_place_is_joined() {
         "8 channels end inside of a vector"
     );
     assert!(builder.clone().concat(&[x, wide]).is_err(), "x is read");
+    // What is refused changes nothing: its parts may be joined after that.
+    let pooled = builder
+        .clone()
+        .max_pool2d(x, MaxPool2dConfig::square(1, 1, 0));
+    assert!(pooled.is_ok_and(|pooled| builder.concat(&[wide, pooled]).is_err()));
+    assert!(builder.concat(&[wide, wide]).is_err(), "twice");
     let whole = builder.concat(&[wide, narrow]).unwrap();
     assert!(
         builder.conv2d_relu(wide, 4, 1, 0).is_err(),
