@@ -35,5 +35,5 @@ pub use summary::{Summary, SummaryRow};
 pub use table::{BLOCKS, BlockName, BlockWidths, Entry, STEM_WIDTH};
 pub use torchvision::{
     BatchNorm, ConvNorm, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, GoogLeNetOutputs,
-    SMALLEST_IMAGE,
+    LARGEST_OF_ONE_PIXEL, SMALLEST_IMAGE,
 };

@@ -93,6 +93,10 @@ pub struct GoogLeNet {
 /// the last pool makes nothing of less.
 pub const SMALLEST_IMAGE: usize = 15;
 
+/// The largest height and width that end as one pixel: 32 → 16 → 8 → 4 → 2 → 1. Of a single image of such a size, training
+/// leaves the last batch norms one value a channel, and no variance.
+pub const LARGEST_OF_ONE_PIXEL: usize = 32;
+
 /// The pools that halve the image: 3×3 in the stem and after 3b …
 pub(crate) const POOL3: MaxPool2dConfig = halving_pool(3);
 /// … and 2×2 after 4e.

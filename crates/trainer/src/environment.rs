@@ -50,6 +50,9 @@ impl Environment {
             .map(|(name, version)| (name.into(), version.into()))
             .collect();
         packages.insert(experiment.0.into(), experiment.1.into());
+        // Sources that were unpacked within somebody else's repository are none of its files.
+        let tracked = git(&["ls-files", "--error-unmatch", "Cargo.toml"]).is_some();
+        let source_git = |arguments: &[&str]| tracked.then(|| git(arguments)).flatten();
         Self {
             time: Timestamp::now().to_string(),
             command: command(),
@@ -83,18 +86,10 @@ fn command() -> Vec<String> {
     command
 }
 
-/// Output of git for the repository that this crate was built from; None where there is none, as of a published crate.
-fn source_git(arguments: &[&str]) -> Option<String> {
-    const SOURCE: &str = env!("CARGO_MANIFEST_DIR");
-    // Sources that were unpacked within somebody else's repository are none of its files.
-    git(SOURCE, &["ls-files", "--error-unmatch", "Cargo.toml"])?;
-    git(SOURCE, arguments)
-}
-
-/// Output of git in a folder; None without git, without the folder, or where git fails.
-fn git(folder: &str, arguments: &[&str]) -> Option<String> {
+/// Output of git in the folder that this crate was built from; None without git, outside a repository, or where the folder is gone.
+fn git(arguments: &[&str]) -> Option<String> {
     let output = Command::new("git")
-        .args(["-C", folder])
+        .args(["-C", env!("CARGO_MANIFEST_DIR")])
         .args(arguments)
         .output()
         .ok()?;

@@ -133,18 +133,7 @@ impl DataConfig {
         } = match &self.data_dir {
             Some(dir) => {
                 let data = load_or_fetch(dir)?;
-                for (name, set, expected) in [
-                    ("training", &data.train, CIFAR10_TRAIN),
-                    ("test", &data.test, CIFAR10_TEST),
-                ] {
-                    let found = set.len();
-                    if found != expected {
-                        tracing::warn!(
-                            "{} holds {found} {name} images; CIFAR-10 has {expected}",
-                            dir.display()
-                        );
-                    }
-                }
+                warn_of_other_sizes(dir, &data);
                 data
             }
             None => {
@@ -182,9 +171,18 @@ impl DataConfig {
     }
 }
 
-/// Images of CIFAR-10.
-const CIFAR10_TRAIN: usize = 50_000;
-const CIFAR10_TEST: usize = 10_000;
+/// Says so where a folder does not hold as many images as CIFAR-10 has: a part of it may be what is wanted.
+fn warn_of_other_sizes(dir: &Path, data: &TrainTest) {
+    for (name, set, expected) in [
+        ("training", &data.train, 50_000),
+        ("test", &data.test, 10_000),
+    ] {
+        let (found, dir) = (set.len(), dir.display());
+        if found != expected {
+            tracing::warn!("{dir} holds {found} {name} images; CIFAR-10 has {expected}");
+        }
+    }
+}
 
 fn limited(set: ImageSet, limit: Option<u64>, flag: &str) -> Result<ImageSet> {
     match limit {

@@ -66,12 +66,24 @@ fn traces(run: &Path) -> (String, String) {
     (hash, metrics)
 }
 
-fn uninterrupted() -> (TempDir, (String, String)) {
+/// A small run that is finished, and the folder that holds it.
+fn finished() -> (TempDir, PathBuf) {
     let out = tempfile::tempdir().unwrap();
     let finished = output(small_run(out.path()));
     assert!(finished.status.success(), "{}", text(&finished));
-    let traces = traces(&run_directory(out.path()).unwrap());
-    (out, traces)
+    let run = run_directory(out.path()).unwrap();
+    (out, run)
+}
+
+fn remove(run: &Path, files: &[&str]) {
+    for file in files {
+        fs::remove_file(run.join(file)).unwrap();
+    }
+}
+
+fn uninterrupted() -> (TempDir, (String, String)) {
+    let (out, run) = finished();
+    (out, traces(&run))
 }
 
 /// Waits until the run has made `steps` steps; false if the program ended before.
@@ -344,11 +356,8 @@ fn a_refused_run_leaves_no_folder() {
 
 #[test]
 fn a_run_whose_checkpoints_are_all_damaged_is_refused_again_and_again_and_keeps_its_metrics() {
-    let out = tempfile::tempdir().unwrap();
-    let finished = output(small_run(out.path()));
-    assert!(finished.status.success(), "{}", text(&finished));
-    let run = run_directory(out.path()).unwrap();
-    fs::remove_file(run.join("finished.json")).unwrap();
+    let (_out, run) = finished();
+    remove(&run, &["finished.json"]);
     for checkpoint in fs::read_dir(run.join("checkpoints")).unwrap() {
         fs::write(checkpoint.unwrap().path().join("state.json"), "{}").unwrap();
     }
@@ -361,13 +370,8 @@ fn a_run_whose_checkpoints_are_all_damaged_is_refused_again_and_again_and_keeps_
 
 #[test]
 fn a_run_whose_metrics_are_gone_is_refused_and_none_are_made() {
-    let out = tempfile::tempdir().unwrap();
-    let finished = output(small_run(out.path()));
-    assert!(finished.status.success(), "{}", text(&finished));
-    let run = run_directory(out.path()).unwrap();
-    for file in ["finished.json", "metrics.jsonl"] {
-        fs::remove_file(run.join(file)).unwrap();
-    }
+    let (_out, run) = finished();
+    remove(&run, &["finished.json", "metrics.jsonl"]);
     let before = files(&run);
     assert_refused(resume(&run), "metrics.jsonl");
     assert_eq!(files(&run), before);
@@ -430,14 +434,9 @@ fn a_run_names_its_classes_and_the_commit_of_the_program_wherever_it_is_started(
 
 #[test]
 fn a_damaged_checkpoint_is_warned_of_without_colours_and_the_one_before_is_taken() {
-    let out = tempfile::tempdir().unwrap();
-    let finished = output(small_run(out.path()));
-    assert!(finished.status.success(), "{}", text(&finished));
-    let run = run_directory(out.path()).unwrap();
+    let (_out, run) = finished();
     let weights = fs::read(run.join("model.safetensors")).unwrap();
-    for file in ["finished.json", "model.safetensors"] {
-        fs::remove_file(run.join(file)).unwrap();
-    }
+    remove(&run, &["finished.json", "model.safetensors"]);
     let checkpoints = fs::read_dir(run.join("checkpoints")).unwrap();
     let newest = checkpoints.map(|one| one.unwrap().path()).max().unwrap();
     fs::write(newest.join("state.json"), "{}").unwrap();

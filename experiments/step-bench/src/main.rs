@@ -12,7 +12,9 @@ use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
 use candle_core::{Device, Tensor, Var};
 use clap::{Parser, ValueEnum};
 use experiment_common::{Profile, start_logging, start_threads, threads};
-use inception_model::{CifarConfig, CifarGoogLeNet, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig};
+use inception_model::{
+    CifarConfig, CifarGoogLeNet, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, LARGEST_OF_ONE_PIXEL,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -106,9 +108,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The largest picture of which torchvision's network leaves 1×1 pixels.
-const LARGEST_OF_ONE_VALUE: u32 = 32;
-
 fn parse_order(line: &str) -> Result<u32> {
     let steps = line
         .strip_prefix("run ")
@@ -135,7 +134,9 @@ impl Network {
             Model::Torchvision => {
                 let trains = matches!(arguments.mode, Work::Train);
                 ensure!(
-                    !trains || arguments.batch > 1 || arguments.image_size > LARGEST_OF_ONE_VALUE,
+                    !trains
+                        || arguments.batch > 1
+                        || arguments.image_size as usize > LARGEST_OF_ONE_PIXEL,
                     "--batch 1: of one picture of {0}×{0} pixels the last batch norms have one value a channel, and no variance",
                     arguments.image_size
                 );

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use cifar_data::CLASSES;
 use experiment_common::{Experiment, InitFile, RunConfig, print};
-use inception_model::{GoogLeNet, GoogLeNetConfig};
+use inception_model::{GoogLeNet, GoogLeNetConfig, LARGEST_OF_ONE_PIXEL};
 use trainer::{DataSets, RunDirectory};
 
 use crate::config::{Begin, BeginConfig, Request, Trained, TransferConfig};
@@ -105,7 +105,7 @@ impl<S: Stage> Experiment for FineTune<S> {
         let single = training.batch_size == 1 || (smallest == 1 && reaches_last);
         let normalises_by_batch = config.model.trained != Trained::HeadWithFixedStatistics;
         ensure!(
-            !(single && normalises_by_batch && config.model.image_size <= LARGEST_OF_ONE_VALUE),
+            !(single && normalises_by_batch && config.model.image_size <= LARGEST_OF_ONE_PIXEL),
             "a training batch would have a single picture ({images} pictures in batches of {}), from \
              which the last batch norms, at 1×1 pixels a channel, have no variance: change \
              --batch-size or --train-limit",
@@ -132,9 +132,6 @@ impl<S: Stage> Experiment for FineTune<S> {
         Ok(network?.summary(size, size).to_string())
     }
 }
-
-/// Pictures up to this size end as one pixel a channel: 32 → 16 → 8 → 4 → 2 → 1.
-const LARGEST_OF_ONE_VALUE: usize = 32;
 
 /// What `--weights` takes where there is no network.
 const WAYS_ON: &[&str] = &[
