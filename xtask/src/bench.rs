@@ -8,15 +8,17 @@
 mod cpu;
 
 use std::collections::BTreeMap;
+use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 use trainer::Environment;
+
+use crate::record;
 
 /// What can be timed.
 #[derive(Debug, Subcommand)]
@@ -94,8 +96,8 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
         !arguments.frozen || arguments.model == Model::Torchvision,
         "--frozen needs --model torchvision: the lesson freezes that network only"
     );
-    let environment = environment(threads as usize);
-    let out = new_directory(arguments.out.clone(), &arguments.subject(), &environment)?;
+    let environment = record::environment(threads as usize);
+    let out = record::new_directory(arguments.out.clone(), &arguments.subject(), &environment)?;
 
     let python = pytorch(arguments.pytorch.as_deref())?;
     let mut sides = vec![Side::start(OURS, our_side(arguments, threads))?];
@@ -109,7 +111,8 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
 
     let table = table(&rounds);
     print!("\n{table}");
-    let out = write_record(&out, arguments, &environment, &rounds, &table)?;
+    let readme = describe(arguments, &environment, &table);
+    record::write(&out, &readme, ("rounds.json", &rounds), &environment)?;
     println!("\nRecorded in {}", out.display());
     Ok(())
 }
@@ -390,17 +393,10 @@ fn maximum(values: &[f64]) -> f64 {
     values.iter().copied().fold(f64::NEG_INFINITY, f64::max)
 }
 
-fn write_record(
-    out: &Path,
-    arguments: &TrainStep,
-    environment: &Environment,
-    rounds: &[Round],
-    table: &str,
-) -> Result<PathBuf> {
-    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-    let readme = format!(
+fn describe(arguments: &TrainStep, environment: &Environment, table: &str) -> String {
+    format!(
         "# {} step of {}, batch {}, f32, {} threads\n\n\
-         `{}`, commit {}{}, {}\n\n\
+         {}, {}\n\n\
          {table}\n\
          All sides alternate in one run, {} steps a round, after a warm-up round. Ratios are of times in the\n\
          same round: below 1 we are faster. Each number behind the table is in `rounds.json`, the machine in\n\
@@ -412,95 +408,10 @@ fn write_record(
         arguments.network(),
         arguments.batch,
         environment.threads,
-        environment.command.join(" "),
-        environment.git_commit.as_deref().unwrap_or("unknown"),
-        if environment.git_dirty == Some(true) {
-            " with changes"
-        } else {
-            ""
-        },
-        environment
-            .cpu_model
-            .as_deref()
-            .unwrap_or("unknown processor"),
+        record::origin(environment),
+        record::processor(environment),
         arguments.steps,
-    );
-    let files = [
-        ("README.md", readme),
-        ("rounds.json", serde_json::to_string_pretty(rounds)? + "\n"),
-        (
-            "environment.json",
-            serde_json::to_string_pretty(environment)? + "\n",
-        ),
-    ];
-    for (name, text) in files {
-        let path = out.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(out.to_path_buf())
-}
-
-pub(crate) fn environment(threads: usize) -> Environment {
-    let package = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-    let mut environment = Environment::capture(package, "cpu", threads, 0);
-    // Records are committed: a path on somebody's machine says nothing there.
-    environment.command = recorded_command(env::args().skip(1));
-    environment
-}
-
-fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
-    let mut command = vec!["cargo".to_string(), "xtask".to_string()];
-    for argument in arguments {
-        let flag = command.last().map(String::as_str);
-        command.push(match argument.split_once('=') {
-            _ if flag == Some("--pytorch") => "PYTHON".to_string(),
-            _ if flag == Some("--out") => "DIR".to_string(),
-            _ if flag == Some("--binaries") || flag == Some("--accuracy") => "DIR".to_string(),
-            Some(("--pytorch", _)) => "--pytorch=PYTHON".to_string(),
-            Some(("--out", _)) => "--out=DIR".to_string(),
-            _ => argument,
-        });
-    }
-    command
-}
-
-/// The folder of the record, checked before the minutes of measuring: nothing is overwritten.
-pub(crate) fn new_directory(
-    given: Option<PathBuf>,
-    subject: &str,
-    environment: &Environment,
-) -> Result<PathBuf> {
-    if let Some(out) = given {
-        ensure!(
-            !out.exists(),
-            "{} exists already; name a new folder",
-            out.display()
-        );
-        return Ok(out);
-    }
-    let date = environment.time.to_string();
-    let date = date.split('T').next().unwrap_or_default();
-    let model = environment.cpu_model.as_deref().unwrap_or("unknown cpu");
-    let machine = slug(&format!("{model} {} threads", environment.threads));
-    let results = repository().join("results");
-    let name = format!("{date}-{subject}-{machine}");
-    let repeated = (2..).map(|n| format!("{name}-{n}"));
-    let mut candidates = std::iter::once(name.clone())
-        .chain(repeated)
-        .map(|n| results.join(n));
-    candidates
-        .find(|path| !path.exists())
-        .context("no free folder name")
-}
-
-/// `Intel(R) Xeon(R) Processor @ 2.50GHz` → `intel-xeon-processor-2-50ghz`
-fn slug(text: &str) -> String {
-    let text = text.replace("(R)", "").replace("(TM)", "").to_lowercase();
-    let words = text.split(|c: char| !c.is_ascii_alphanumeric());
-    words
-        .filter(|word| !word.is_empty())
-        .collect::<Vec<_>>()
-        .join("-")
+    )
 }
 
 pub(crate) fn repository() -> &'static Path {
@@ -548,41 +459,6 @@ mod tests {
     fn the_median_of_an_even_number_lies_between_the_middle_two() {
         assert_eq!(median(&[4.0, 1.0, 3.0, 100.0]), 3.5);
         assert_eq!(median(&[9.0, 1.0, 3.0]), 3.0);
-    }
-
-    #[test]
-    fn the_record_names_no_path_of_its_machine() {
-        let command =
-            |words: &[&str]| recorded_command(words.iter().map(|w| w.to_string())).join(" ");
-        assert_eq!(
-            command(&[
-                "bench",
-                "train-step",
-                "--pytorch",
-                "/home/a/python",
-                "--rounds",
-                "5"
-            ]),
-            "cargo xtask bench train-step --pytorch PYTHON --rounds 5"
-        );
-        assert_eq!(
-            command(&["--pytorch=/home/a/python", "--out", "/home/a/b"]),
-            "cargo xtask --pytorch=PYTHON --out DIR"
-        );
-    }
-
-    #[test]
-    fn a_machine_becomes_a_folder_name() {
-        let name = slug("Intel(R) Xeon(R) Processor @ 2.50GHz 2 threads");
-        assert_eq!(name, "intel-xeon-processor-2-50ghz-2-threads");
-    }
-
-    #[test]
-    fn a_given_folder_that_exists_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let error =
-            new_directory(Some(folder.path().into()), "train-step", &environment(1)).unwrap_err();
-        assert!(error.to_string().contains("exists already"), "{error}");
     }
 
     #[test]

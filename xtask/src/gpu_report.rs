@@ -15,7 +15,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::bench::{Side, environment, median, new_directory, pytorch, repository};
+use crate::bench::{Side, median, pytorch, repository};
+use crate::record;
 
 /// Run the CUDA tests, compare CPU and GPU, time us beside PyTorch, and record it all
 ///
@@ -249,9 +250,10 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
         repository().display()
     );
     eprintln!("GPU: {}, driver {}, {}", gpu.name, gpu.driver, gpu.memory);
-    let mut environment = environment(std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let mut environment =
+        record::environment(std::thread::available_parallelism().map_or(1, |n| n.get()));
     environment.device = gpu.name.clone();
-    let out = new_directory(arguments.out.clone(), "gpu", &environment)?;
+    let out = record::new_directory(arguments.out.clone(), "gpu", &environment)?;
     let python = match arguments.rehearse {
         true => None,
         false => pytorch(arguments.pytorch.as_deref())?,
@@ -949,37 +951,19 @@ const REHEARSED: &str = "**A rehearsal**, of a few steps of a few pictures: ever
 
 fn write(out: &Path, report: &Report, environment: &trainer::Environment) -> Result<()> {
     let readme = format!(
-        "# CUDA on {}\n\n`{}`, commit {}{}, driver {}, {}\n\n{}{}\n\
+        "# CUDA on {}\n\n{}, driver {}, {}\n\n{}{}\n\
          Our speed is that of a run's second epoch, data and logging included; PyTorch's that of steps on one batch that is\n\
          on the GPU already. Sides take turns; ratios are of the same round, as the median of the rounds: above 1 we are faster.\n\
          Memory is the most that nvidia-smi showed beyond what was taken before. Each number is in `report.json`, the\n\
          machine in `environment.json`.\n",
         report.gpu.name,
-        environment.command.join(" "),
-        environment.git_commit.as_deref().unwrap_or("unknown"),
-        if environment.git_dirty == Some(true) {
-            " with changes"
-        } else {
-            ""
-        },
+        record::origin(environment),
         report.gpu.driver,
         report.gpu.memory,
         if report.rehearsed { REHEARSED } else { "" },
         summary(report),
     );
-    let files = [
-        ("README.md", readme),
-        ("report.json", serde_json::to_string_pretty(report)? + "\n"),
-        (
-            "environment.json",
-            serde_json::to_string_pretty(environment)? + "\n",
-        ),
-    ];
-    for (name, text) in files {
-        let path = out.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(())
+    record::write(out, &readme, ("report.json", report), environment)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod cuda_emulate;
 mod cuda_stand_in;
 mod download_data;
 mod gpu_report;
+mod record;
 
 use std::process::ExitCode;
 

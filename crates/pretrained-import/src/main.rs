@@ -1,5 +1,6 @@
 //! `pretrained-import`: torchvision's GoogLeNet as a safetensors file.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -294,13 +295,16 @@ fn print_report(
     let shown = arguments.out.display();
     let size = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
     writeln!(out, "written     {shown} ({})", HumanBytes(size))?;
+    let path = arguments.out.to_string_lossy();
+    // Only a zero byte cannot be quoted, and no path has one.
+    let quoted = shlex::try_quote(&path).unwrap_or(Cow::Borrowed(&path));
     writeln!(
         out,
-        "\nNext:\n  cargo run -p finetune-full -- --weights {shown}"
+        "\nNext:\n  cargo run -p finetune-full -- --weights {quoted}"
     )?;
     writeln!(
         out,
-        "  cargo run -p predict -- --weights {shown} picture.jpg"
+        "  cargo run -p predict -- --weights {quoted} picture.jpg"
     )?;
     Ok(())
 }

@@ -76,7 +76,7 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
     let dir = tempfile::tempdir().unwrap();
     let (from, to) = (
         dir.path().join("from.safetensors"),
-        dir.path().join("new/to.safetensors"),
+        dir.path().join("a new/to.safetensors"),
     );
     let tensors = googlenet(10, true);
     write(&from, &tensors);
@@ -86,7 +86,7 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
         .stdout(contains("364 loaded, 0 missing, 0 unexpected, 0 misshapen"))
         .stdout(contains("10 classes, with auxiliary heads"))
         .stdout(contains(format!(
-            "cargo run -p finetune-full -- --weights {}",
+            "cargo run -p finetune-full -- --weights '{}'\n",
             text(&to)
         )));
     let state = StateDict::read(&to).unwrap();

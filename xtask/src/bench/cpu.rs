@@ -13,9 +13,10 @@ use serde::de::DeserializeOwned;
 use trainer::Environment;
 
 use super::{
-    Mode, Model, OURS, Round, Side, TrainStep, alternate, environment, maximum, median, minimum,
-    new_directory, our_side, pytorch, pytorch_side, repository, table,
+    Mode, Model, OURS, Round, Side, TrainStep, alternate, maximum, median, minimum, our_side,
+    pytorch, pytorch_side, repository, table,
 };
+use crate::record;
 
 #[derive(Debug, Args)]
 pub(crate) struct Cpu {
@@ -161,8 +162,8 @@ pub(super) fn run(arguments: &Cpu) -> Result<()> {
         );
     }
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let environment = environment(threads as usize);
-    let out = new_directory(arguments.out.clone(), "cpu", &environment)?;
+    let environment = record::environment(threads as usize);
+    let out = record::new_directory(arguments.out.clone(), "cpu", &environment)?;
     let python = pytorch(arguments.pytorch.as_deref())?;
     let mut record = Record::new();
     for row in &ROWS {
@@ -321,30 +322,20 @@ fn memory(rounds: &[Round]) -> Option<String> {
     ))
 }
 
-fn write(out: &Path, record: &Record, environment: &Environment) -> Result<()> {
-    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+fn write(out: &Path, rows: &Record, environment: &Environment) -> Result<()> {
     let mut readme = format!(
-        "# Steps of both networks on the CPU, f32, {} threads\n\n`{}`, commit {}{}, {}\n\n{}\n\
+        "# Steps of both networks on the CPU, f32, {} threads\n\n{}, {}\n\n{}\n\
          All sides of a row alternate in one run after a warm-up round. Ratios are of times in the same round, as the\n\
          median with the least and the greatest: below 1 we are faster. AVX2 rows restrict our kernels, PyTorch's and\n\
          oneDNN's; small matrix products of the head use what the processor has. Each number is in `rounds.json`, the\n\
          machine in `environment.json`.\n",
         environment.threads,
-        environment.command.join(" "),
-        environment.git_commit.as_deref().unwrap_or("unknown"),
-        if environment.git_dirty == Some(true) {
-            " with changes"
-        } else {
-            ""
-        },
-        environment
-            .cpu_model
-            .as_deref()
-            .unwrap_or("unknown processor"),
-        summary(record),
+        record::origin(environment),
+        record::processor(environment),
+        summary(rows),
     );
     for row in &ROWS {
-        if let Some(rounds) = record.get(row.name) {
+        if let Some(rounds) = rows.get(row.name) {
             let _ = write!(
                 readme,
                 "\n## {}: {}\n\n{}",
@@ -354,19 +345,7 @@ fn write(out: &Path, record: &Record, environment: &Environment) -> Result<()> {
             );
         }
     }
-    let files = [
-        ("README.md", readme),
-        ("rounds.json", serde_json::to_string_pretty(record)? + "\n"),
-        (
-            "environment.json",
-            serde_json::to_string_pretty(environment)? + "\n",
-        ),
-    ];
-    for (name, text) in files {
-        let path = out.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(())
+    record::write(out, &readme, ("rounds.json", rows), environment)
 }
 
 const BEGIN: &str = "<!-- performance: begin -->";
