@@ -5,7 +5,7 @@ mod cuda;
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::backend::BackendStorage;
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType as _,
 };
@@ -64,11 +64,6 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         }
         float_dtype(OP, &[x, bias])?;
     }
-    if examples * inputs * outputs == 0 {
-        // BLAS takes no empty matrices.
-        let y = x.matmul(&weight.t()?)?;
-        return bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias));
-    }
     let op = Linear {
         examples,
         inputs,
@@ -103,7 +98,14 @@ impl Linear {
         &self,
         (x, x_layout): (&S, &Layout),
         (weight, weight_layout): (&S, &Layout),
-    ) -> Result<S> {
+    ) -> Result<S>
+    where
+        S::Device: BackendDevice<Storage = S>,
+    {
+        if self.examples * self.inputs * self.outputs == 0 {
+            // BLAS takes no empty matrices.
+            return x.device().zeros_impl(&self.shape(), self.dtype);
+        }
         let sizes = (1, self.examples, self.outputs, self.inputs);
         x.matmul(weight, sizes, x_layout, &weight_layout.transpose(0, 1)?)
     }
@@ -321,6 +323,25 @@ mod tests {
                 loss(&|x, weight| composed(&x.contiguous()?, &weight.contiguous()?, Some(&bias)))?;
             for var in [&x, &weight] {
                 assert_close(found.get(var).unwrap(), expected.get(var).unwrap())?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_empty_batch_has_gradients_of_zeros() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let x = Var::zeros((0, 3), DType::F32, cpu)?;
+        let weight = Var::from_tensor(&numbers("weight", (2, 3), cpu)?)?;
+        let bias = Var::from_tensor(&numbers("bias", 2, cpu)?)?;
+        let loss = linear(&x, &weight, Some(&bias))?.sum_all()?;
+        for gradients in [loss.backward()?, crate::backward(&loss)?] {
+            for var in [&x, &weight, &bias] {
+                let gradient = gradients
+                    .get(var)
+                    .unwrap_or_else(|| panic!("{:?}", var.dims()));
+                assert_eq!(gradient.dims(), var.dims());
+                assert_eq!(gradient.abs()?.sum_all()?.to_scalar::<f32>()?, 0.0);
             }
         }
         Ok(())
