@@ -32,6 +32,7 @@ mod way;
 mod winograd;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{
@@ -59,11 +60,26 @@ const ALIGNMENT: usize = 16;
 
 /// What a node of the graph yields: a map (N, C, H, W).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Node(usize);
+pub struct Node {
+    number: usize,
+    builder: BuilderId,
+}
+
+/// Tells nodes of one builder, and of its clones, from those of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BuilderId(u64);
+
+impl BuilderId {
+    fn next() -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        Self(COUNT.fetch_add(1, Ordering::Relaxed))
+    }
+}
 
 /// Describes a network, operation by operation; see [`StaticGraph`].
 #[derive(Clone, Debug)]
 pub struct StaticGraphBuilder {
+    id: BuilderId,
     nodes: Vec<Map>,
     operations: Vec<Operation>,
     names: BTreeMap<usize, String>,
@@ -116,6 +132,7 @@ impl StaticGraphBuilder {
     /// A graph whose input are images of `channels` channels and `size` (height, width).
     pub fn new(channels: usize, size: (usize, usize)) -> Self {
         Self {
+            id: BuilderId::next(),
             nodes: vec![Map::new(channels, size)],
             operations: Vec::new(),
             names: BTreeMap::new(),
@@ -124,12 +141,14 @@ impl StaticGraphBuilder {
 
     /// The images.
     pub fn input(&self) -> Node {
-        Node(0)
+        self.node(0)
     }
 
-    /// Names the operation that makes `node`, for [`PROFILE_TARGET`].
+    /// Names the operation that makes `node`, for [`PROFILE_TARGET`]. A node of another builder gets no name.
     pub fn name(&mut self, node: Node, name: impl Into<String>) {
-        self.names.insert(node.0, name.into());
+        if node.builder == self.id {
+            self.names.insert(node.number, name.into());
+        }
     }
 
     /// A convolution of stride 1 with a square kernel and bias, followed by
@@ -165,7 +184,7 @@ impl StaticGraphBuilder {
         if eps.is_nan() || eps < 0.0 {
             return Err(OpError::setting(OP, "eps", eps, "at least 0"));
         }
-        if stride == 0 || (stride > 1 && input.0 != 0) {
+        if stride == 0 || (stride > 1 && input.number != 0) {
             let expected = "1; above 1 only where the images are read";
             return Err(OpError::setting(OP, "stride", stride, expected));
         }
@@ -209,11 +228,11 @@ impl StaticGraphBuilder {
             gradient_halo: kernel - 1 - padding,
             ..Map::new(c_out, (height, width))
         });
-        let from = &mut self.nodes[input.0];
+        let from = &mut self.nodes[input.number];
         from.halo = from.halo.max(padding);
         from.is_read = true;
         self.operations.push(Operation::Convolution(Convolution {
-            input: input.0,
+            input: input.number,
             output,
             c_in: map.channels,
             c_out,
@@ -222,7 +241,7 @@ impl StaticGraphBuilder {
             padding,
             eps,
         }));
-        Ok(Node(output))
+        Ok(self.node(output))
     }
 
     /// Max-pooling: [`crate::max_pool2d`].
@@ -259,14 +278,21 @@ impl StaticGraphBuilder {
         let output = self.nodes.len();
         self.nodes
             .push(Map::new(map.channels, (h.output, w.output)));
-        self.nodes[input.0].is_read = true;
+        self.nodes[input.number].is_read = true;
         self.operations.push(Operation::MaxPool(MaxPool {
-            input: input.0,
+            input: input.number,
             output,
             h,
             w,
         }));
-        Ok(Node(output))
+        Ok(self.node(output))
+    }
+
+    fn node(&self, number: usize) -> Node {
+        Node {
+            number,
+            builder: self.id,
+        }
     }
 
     /// The map of a node that has a buffer of its own.
@@ -274,7 +300,7 @@ impl StaticGraphBuilder {
         let map = self.map(node)?;
         if map.within.is_some() {
             let expected = "not part of a concatenation: only the whole can be read";
-            return Err(OpError::setting(OP, "node", node.0, expected));
+            return Err(OpError::setting(OP, "node", node.number, expected));
         }
         let shape = [map.channels, map.size.0, map.size.1];
         if shape.contains(&0) {
@@ -285,8 +311,9 @@ impl StaticGraphBuilder {
     }
 
     fn map(&self, node: Node) -> Result<Map> {
-        let map = self.nodes.get(node.0).copied();
-        map.ok_or_else(|| OpError::setting(OP, "node", node.0, "a node of this builder"))
+        let map = (node.builder == self.id).then(|| self.nodes.get(node.number).copied());
+        map.flatten()
+            .ok_or_else(|| OpError::setting(OP, "node", node.number, "a node of this builder"))
     }
 
     /// Joins convolutions' results by channel. They are written in place, so
@@ -306,7 +333,7 @@ impl StaticGraphBuilder {
         for (number, part) in parts.iter().enumerate() {
             let map = self.map(*part)?;
             let is_convolution = self.operations.iter().any(
-                |operation| matches!(operation, Operation::Convolution(c) if c.output == part.0),
+                |operation| matches!(operation, Operation::Convolution(c) if c.output == part.number),
             );
             if map.size != size
                 || map.is_read
@@ -329,13 +356,13 @@ impl StaticGraphBuilder {
         }
         // Once nothing can be refused any more.
         for (part, begin) in parts.iter().zip(begins) {
-            self.nodes[part.0].within = Some((whole, begin));
+            self.nodes[part.number].within = Some((whole, begin));
         }
         self.nodes.push(Map {
             gradient_halo,
             ..Map::new(channels, size)
         });
-        Ok(Node(whole))
+        Ok(self.node(whole))
     }
 
     /// Ends the graph with the mean of each channel of `output`:
@@ -345,7 +372,7 @@ impl StaticGraphBuilder {
     /// A node besides `output` that nobody reads.
     pub fn global_avg_pool2d(mut self, output: Node) -> Result<StaticGraph> {
         self.readable(output)?;
-        self.nodes[output.0].is_read = true;
+        self.nodes[output.number].is_read = true;
         for (index, map) in self.nodes.iter().enumerate() {
             if !map.is_read && map.within.is_none() {
                 return Err(OpError::setting(OP, "node", index, "to be read by another"));
@@ -366,7 +393,7 @@ impl StaticGraphBuilder {
                 nodes: self.nodes,
                 operations: self.operations,
                 names: self.names,
-                output: output.0,
+                output: output.number,
                 arenas: Arenas::default(),
                 packed: packed::Kept::default(),
             }),

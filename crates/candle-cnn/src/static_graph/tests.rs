@@ -89,7 +89,7 @@ pub(super) fn example_of_widths<T: Element>(
     let mut builder = StaticGraphBuilder::new(3, size);
     let mut conv = |b: &mut StaticGraphBuilder, x: Node, c_in, c_out, kernel, padding| {
         shapes.push([c_out, c_in, kernel, kernel]);
-        let stride = if x == Node(0) { stem.geometry().1 } else { 1 };
+        let stride = if x == b.input() { stem.geometry().1 } else { 1 };
         match stem {
             Stem::Bias => b.conv2d_relu(x, c_out, kernel, padding),
             _ => b.conv2d_batch_norm_relu(x, c_out, kernel, (stride, padding), EPS),
@@ -97,7 +97,8 @@ pub(super) fn example_of_widths<T: Element>(
         .unwrap()
     };
     let (kernel, _, padding) = stem.geometry();
-    let mut x = conv(&mut builder, Node(0), 3, of_stem, kernel, padding);
+    let images = builder.input();
+    let mut x = conv(&mut builder, images, 3, of_stem, kernel, padding);
     let mut channels = of_stem;
     for block in 0..2 {
         let b = &mut builder;
@@ -411,7 +412,7 @@ fn running_statistics_give_what_ordinary_operations_give_tracked_or_not() -> Res
 #[test]
 fn statistics_are_those_of_ordinary_operations_whatever_the_mean() -> Result<()> {
     let mut builder = StaticGraphBuilder::new(3, (9, 10));
-    let x = builder.conv2d_batch_norm_relu(Node(0), 5, 1, (1, 0), EPS)?;
+    let x = builder.conv2d_batch_norm_relu(builder.input(), 5, 1, (1, 0), EPS)?;
     let graph = builder.global_avg_pool2d(x)?;
     // A spread of 1 around a million: what a difference of squares would lose.
     let images = (tensor::<f64>("images", &[4, 3, 9, 10], 2.0) + 1e6)?;
@@ -785,7 +786,7 @@ fn what_does_not_fit_is_an_error_that_names_both_shapes() {
     assert!(found.contains("more than one"), "{found}");
     let mut builder = StaticGraphBuilder::new(3, (8, 8));
     let x = builder
-        .conv2d_batch_norm_relu(Node(0), 16, 3, (2, 1), EPS)
+        .conv2d_batch_norm_relu(builder.input(), 16, 3, (2, 1), EPS)
         .unwrap();
     assert!(
         builder
@@ -807,7 +808,8 @@ fn what_does_not_fit_is_an_error_that_names_both_shapes() {
 #[test]
 fn only_what_can_be_written_in_place_is_joined() {
     let mut builder = StaticGraphBuilder::new(3, (8, 8));
-    let x = builder.conv2d_relu(Node(0), 16, 3, 1).unwrap();
+    let other = StaticGraphBuilder::new(3, (8, 8));
+    let x = builder.conv2d_relu(builder.input(), 16, 3, 1).unwrap();
     let narrow = builder.conv2d_relu(x, 8, 1, 0).unwrap();
     let wide = builder.conv2d_relu(x, 16, 1, 0).unwrap();
     assert!(
@@ -831,11 +833,18 @@ fn only_what_can_be_written_in_place_is_joined() {
         "nobody reads the whole"
     );
     assert!(
-        builder.conv2d_relu(Node(99), 4, 1, 0).is_err(),
+        builder.conv2d_relu(other.input(), 4, 1, 0).is_err(),
         "of another builder"
     );
+    assert!(
+        builder.clone().conv2d_relu(whole, 4, 1, 0).is_ok(),
+        "a clone knows the nodes"
+    );
     let mut empty = StaticGraphBuilder::new(0, (8, 8));
-    assert!(empty.conv2d_relu(Node(0), 4, 1, 0).is_err(), "no channels");
+    assert!(
+        empty.conv2d_relu(empty.input(), 4, 1, 0).is_err(),
+        "no channels"
+    );
     assert!(builder.global_avg_pool2d(whole).is_ok());
 }
 
