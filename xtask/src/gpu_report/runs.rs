@@ -1,0 +1,422 @@
+//! What is run: ours and PyTorch's programs, and what they say of speed, losses and accuracy.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::Report;
+use super::work::{OURS, Row, SEEDS, VARIANTS, WAYS};
+use crate::bench::{Side, repository};
+
+/// Speed of a side in a round, and the GPU memory that it took beyond what was taken before.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Timing {
+    pub(super) images_per_second: f64,
+    pub(super) gpu_mib: u64,
+}
+
+pub(super) type Round = BTreeMap<String, Timing>;
+
+/// Two runs of the same steps.
+#[derive(Debug, Serialize)]
+pub(super) struct Parity {
+    pub(super) what: String,
+    /// Of the losses of all steps.
+    pub(super) largest_relative_difference: f64,
+    pub(super) bound: f64,
+    pub(super) first: Vec<f64>,
+    pub(super) second: Vec<f64>,
+}
+
+impl Parity {
+    fn new(what: &str, bound: f64, first: Vec<f64>, second: Vec<f64>) -> Result<Self> {
+        ensure!(
+            !first.is_empty() && first.len() == second.len(),
+            "{what}: {} and {} steps cannot be compared",
+            first.len(),
+            second.len()
+        );
+        let pairs = first.iter().zip(&second);
+        let largest = pairs
+            .map(|(a, b)| (a - b).abs() / a.abs().max(f64::MIN_POSITIVE))
+            .fold(0.0, |largest: f64, d| {
+                if d > largest || d.is_nan() {
+                    d
+                } else {
+                    largest
+                }
+            });
+        Ok(Self {
+            what: what.to_string(),
+            largest_relative_difference: largest,
+            bound,
+            first,
+            second,
+        })
+    }
+
+    pub(super) fn holds(&self) -> bool {
+        self.largest_relative_difference <= self.bound
+    }
+}
+
+/// Our programs and where they may work.
+pub(super) struct Runs<'a> {
+    pub(super) programs: &'a Path,
+    pub(super) work: &'a Path,
+    pub(super) rehearse: bool,
+    pub(super) skip_other_ways: bool,
+}
+
+impl Runs<'_> {
+    /// Runs a program to its end; its run directory.
+    fn train(&self, program: &str, name: &str, arguments: &[OsString]) -> Result<PathBuf> {
+        let out = self.work.join(name);
+        let output = Command::new(self.programs.join(program))
+            .args(arguments)
+            .arg("--out")
+            .arg(&out)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .output()
+            .with_context(|| format!("cannot start {program}"))?;
+        ensure!(
+            output.status.success(),
+            "{program} failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        let runs = out.join(program);
+        let mut entries =
+            fs::read_dir(&runs).with_context(|| format!("cannot read {}", runs.display()))?;
+        let run = entries.next().context("the program made no run")??;
+        Ok(run.path())
+    }
+
+    /// The losses of the same steps on both devices, and with and without the graph.
+    pub(super) fn parity(&self) -> Result<Vec<Parity>> {
+        let pictures = match self.rehearse {
+            true => "--train-limit 9 --test-limit 2 --batch-size 2",
+            false => "--train-limit 640 --test-limit 100",
+        };
+        let losses = |name: &str, extra: &str| -> Result<Vec<f64>> {
+            let arguments =
+                format!("--dataset shapes {pictures} --epochs 1 --seed 3 --lr 1e-7 {extra}");
+            let run = self.train("scratch-train", name, &words(&arguments))?;
+            let path = run.join("metrics.jsonl");
+            let text = fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            step_losses(&text)
+        };
+        let cpu = losses("parity-cpu", "--device cpu")?;
+        let f32 = losses(
+            "parity-f32",
+            "--device cuda --precision f32 --deterministic",
+        )?;
+        let eager = losses(
+            "parity-eager",
+            "--device cuda --precision f32 --deterministic --no-cuda-graph",
+        )?;
+        let planes = losses(
+            "parity-planes",
+            "--device cuda --precision f32 --deterministic --no-channels-last",
+        )?;
+        let default = losses("parity-default", "--device cuda")?;
+        let bf16 = losses("parity-bf16", "--device cuda --precision bf16")?;
+        // Rounding grows from step to step: at the lesson's rate two instruction sets of a CPU are 1e-1 apart after
+        // five steps, at this one 4e-5 after twenty, while the loss falls by half; on the emulated device TF32 sets them
+        // 5e-4 apart and bf16 3e-3. The bounds leave room for that and none for a wrong gradient.
+        Ok(vec![
+            Parity::new(
+                match self.rehearse {
+                    true => "5 steps of 2 pictures, GPU in f32 against the CPU",
+                    false => "20 steps, GPU in f32 against the CPU",
+                },
+                1e-3,
+                cpu.clone(),
+                f32.clone(),
+            )?,
+            Parity::new(
+                "the same, GPU in f32 with a plane per channel against the CPU",
+                1e-3,
+                cpu.clone(),
+                planes,
+            )?,
+            Parity::new(
+                "the same, CUDA graph against one operation at a time",
+                0.0,
+                eager,
+                f32,
+            )?,
+            Parity::new(
+                "the same, GPU with TF32 in convolutions against the CPU",
+                1e-2,
+                cpu.clone(),
+                default,
+            )?,
+            Parity::new("the same, GPU in bf16 against the CPU", 5e-2, cpu, bf16)?,
+        ])
+    }
+
+    pub(super) fn row(
+        &self,
+        row: &Row,
+        python: Option<&Path>,
+        rounds: u32,
+        report: &mut Report,
+    ) -> Result<()> {
+        let side_of = |name: &str| format!("{}, {name}", row.name);
+        // PyTorch's processes live through all rounds, since to compile takes a minute.
+        let variants = match row.targets.1 {
+            Some(_) => &VARIANTS[..],
+            None => &VARIANTS[..1],
+        };
+        let mut sides = Vec::new();
+        for &(name, flags) in variants {
+            let Some(python) = python else { break };
+            let idle = gpu_mib()?;
+            match with_peak_memory(|| pytorch_side(row, python, name, flags)) {
+                Ok((side, peak)) => sides.push((name, side, peak.saturating_sub(idle))),
+                Err(error) => report.fail(&side_of(name), &error),
+            }
+        }
+        for number in 0..rounds {
+            let mut round = Round::new();
+            let idle = gpu_mib()?;
+            for (name, flags) in WAYS {
+                if name != OURS && (number > 0 || self.skip_other_ways) {
+                    continue;
+                }
+                // One way may fail on a GPU where another works.
+                match with_peak_memory(|| self.our_speed(row, number, flags)) {
+                    Ok((images_per_second, peak)) => {
+                        let timing = Timing {
+                            images_per_second,
+                            gpu_mib: peak.saturating_sub(idle),
+                        };
+                        round.insert(name.to_string(), timing);
+                    }
+                    Err(error) => report.fail(&side_of(name), &error),
+                }
+            }
+            for (name, side, gpu_mib) in &mut sides {
+                match side.run(row.images / row.batch) {
+                    Ok(answer) => {
+                        let timing = Timing {
+                            images_per_second: answer.images_per_second,
+                            gpu_mib: *gpu_mib,
+                        };
+                        round.insert((*name).to_string(), timing);
+                    }
+                    Err(error) => report.fail(&side_of(name), &error),
+                }
+            }
+            let text: Vec<String> = round
+                .iter()
+                .map(|(name, t)| format!("{name} {:.0} images/s", t.images_per_second))
+                .collect();
+            eprintln!("round {}/{rounds}: {}", number + 1, text.join(", "));
+            let kept = report.rows.entry(row.name.to_string()).or_default();
+            kept.push(round);
+        }
+        // What they hold of the GPU must not count for the next row.
+        for (name, side, _) in sides {
+            if let Err(error) = side.finish() {
+                report.fail(&side_of(name), &error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Of the second epoch: the first has the warm-up. The rate is small so that no run diverges.
+    fn our_speed(&self, row: &Row, number: u32, flags: &[&str]) -> Result<f64> {
+        let (images, tests, batch) = match self.rehearse {
+            true => (8, 2, 2),
+            false => (row.images, 100, row.batch),
+        };
+        let mut arguments = words(&format!(
+            "--device cuda --dataset shapes --train-limit {images} --test-limit {tests} --epochs 2 \
+             --batch-size {batch} --lr 1e-7 --eval-every 0 --checkpoint-every 0"
+        ));
+        arguments.extend(row.arguments.iter().chain(flags).map(OsString::from));
+        let name = format!("{}{}-{number}", row.name, flags.concat());
+        let run = self.train(row.program, &name, &arguments)?;
+        let path = run.join("metrics.csv");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        last_speed(&text)
+    }
+
+    pub(super) fn accuracy(&self, data: &Path, seed: u32) -> Result<f64> {
+        let mut arguments = words(&format!("--device cuda --seed {seed}"));
+        arguments.extend(["--data-dir".into(), data.into()]);
+        let run = self.train("scratch-train", &format!("accuracy-{seed}"), &arguments)?;
+        let path = run.join("finished.json");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let summary: trainer::Summary = serde_json::from_str(&text)?;
+        let test = summary
+            .evaluations
+            .get("test")
+            .context("no test evaluation")?;
+        Ok(100.0 * test.accuracy())
+    }
+}
+
+fn words(text: &str) -> Vec<OsString> {
+    text.split_whitespace().map(OsString::from).collect()
+}
+
+/// Losses of the steps in `metrics.jsonl`.
+fn step_losses(text: &str) -> Result<Vec<f64>> {
+    let mut losses = Vec::new();
+    for line in text.lines() {
+        let metric: trainer::Metric =
+            serde_json::from_str(line).with_context(|| format!("no metric: {line:?}"))?;
+        if let trainer::Metric::Step { loss, .. } = metric {
+            losses.push(f64::from(loss));
+        }
+    }
+    Ok(losses)
+}
+
+/// `images_per_second` of the last line of `metrics.csv`.
+fn last_speed(text: &str) -> Result<f64> {
+    let mut lines = text.lines();
+    let header = lines.next().context("metrics.csv is empty")?;
+    let column = header
+        .split(',')
+        .position(|name| name == "images_per_second")
+        .context("metrics.csv has no column images_per_second")?;
+    let last = lines.last().context("metrics.csv has no epoch")?;
+    let value = last.split(',').nth(column).context("a line is too short")?;
+    value
+        .parse()
+        .with_context(|| format!("no number: {value:?}"))
+}
+
+/// A process of PyTorch's that has warmed up.
+fn pytorch_side(row: &Row, python: &Path, name: &str, flags: &[&str]) -> Result<Side> {
+    let mut command = Command::new(python);
+    command
+        .arg(repository().join("tools/pytorch/bench_train_step.py"))
+        .args(["--device", "cuda", "--model", row.model])
+        .args(["--batch", &row.batch.to_string()])
+        .args(flags);
+    if row.frozen {
+        command.arg("--frozen");
+    }
+    if row.bf16 {
+        command.args(["--precision", "bf16"]);
+    }
+    let mut side = Side::start(name, command)?;
+    // Chooses algorithms, compiles, and records its graphs.
+    side.run(10)?;
+    Ok(side)
+}
+
+/// Calls `f` with each seed and the accuracy, in percent, of the lesson's 7 epochs by PyTorch, as soon as it is known. By the
+/// fastest PyTorch, which computes the same: eager it takes three minutes a seed and more.
+pub(super) fn pytorch_accuracy(
+    python: &Path,
+    data: &Path,
+    mut f: impl FnMut(u32, f64) -> Result<()>,
+) -> Result<()> {
+    let mut command = Command::new(python);
+    command
+        .arg(repository().join("tools/pytorch/train_lesson.py"))
+        .args(["--device", "cuda", "--compile", "--data-dir"])
+        .arg(data)
+        .arg("--seed")
+        .args(SEEDS.map(|seed| seed.to_string()))
+        .stdout(Stdio::piped());
+    let mut process = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", python.display()))?;
+    let answers = process.stdout.take().context("a piped stdout is there")?;
+    let outcome = BufReader::new(answers).lines().try_for_each(|line| {
+        let line = line?;
+        let trained: Trained = serde_json::from_str(&line)
+            .with_context(|| format!("train_lesson.py answered {line:?}"))?;
+        f(trained.seed, trained.accuracy)
+    });
+    if outcome.is_err() {
+        let _ = process.kill();
+    }
+    let status = process.wait()?;
+    outcome?;
+    ensure!(status.success(), "train_lesson.py failed: see above");
+    Ok(())
+}
+
+/// What train_lesson.py prints of a seed.
+#[derive(Debug, Deserialize)]
+struct Trained {
+    seed: u32,
+    /// In percent.
+    accuracy: f64,
+}
+
+/// What all processes hold of the first GPU.
+fn gpu_mib() -> Result<u64> {
+    let output = Command::new("nvidia-smi")
+        .args(["--query-gpu=memory.used", "--format=csv,noheader,nounits"])
+        .output()
+        .context("cannot start nvidia-smi")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let first = text.lines().next().unwrap_or_default().trim();
+    first
+        .parse()
+        .with_context(|| format!("nvidia-smi says {first:?} of the memory in use"))
+}
+
+/// The most that is held of the GPU while `f` runs, looked at five times a second.
+fn with_peak_memory<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    let (done, peak) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                if let Ok(mib) = gpu_mib() {
+                    peak.fetch_max(mib, Ordering::Relaxed);
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        });
+        let result = f();
+        done.store(true, Ordering::Relaxed);
+        result
+    })
+    .map(|value| (value, peak.load(Ordering::Relaxed)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn curves_that_differ_or_are_not_numbers_fail() {
+        let parity =
+            |second: f64| Parity::new("a", 1e-3, vec![2.0, 1.0], vec![2.0, second]).unwrap();
+        assert!(parity(1.0005).holds());
+        assert!(!parity(1.01).holds());
+        assert!(!parity(f64::NAN).holds());
+        assert!(Parity::new("a", 1.0, vec![1.0], Vec::new()).is_err());
+    }
+
+    #[test]
+    fn what_programs_write_is_read() {
+        let csv = "epoch,images_per_second,x\n1,10.5,0\n2,20.25,0\n";
+        assert_eq!(last_speed(csv).unwrap(), 20.25);
+        assert!(last_speed("epoch\n").is_err());
+        let line = r#"{"seed": 2, "accuracy": 55.5, "loss": 1.2, "images_per_second": 5, "framework": "PyTorch"}"#;
+        let trained: Trained = serde_json::from_str(line).unwrap();
+        assert_eq!((trained.seed, trained.accuracy), (2, 55.5));
+    }
+}

@@ -1,0 +1,272 @@
+//! What the report says of its figures: the table, and whether targets are reached.
+
+use std::fmt::Write as _;
+
+use super::Report;
+use super::runs::{Round, Timing};
+use super::work::{EAGER, OURS, OURS_BY_PLANES, OURS_ON_ONE_STREAM, ROWS, SEEDS, WAYS};
+use crate::bench::median;
+
+/// Images per second of each side, and how ours compares.
+pub(super) fn summary(report: &Report) -> String {
+    let mut text = String::new();
+    if let Some(tests) = &report.tests {
+        let _ = writeln!(text, "CUDA tests: {tests}.\n");
+    }
+    if !report.parity.is_empty() {
+        text += "| the same steps twice | largest relative difference of the loss | bound | |\n| --- | ---: | ---: | --- |\n";
+    }
+    for parity in &report.parity {
+        let verdict = if parity.holds() { "holds" } else { "**fails**" };
+        let _ = writeln!(
+            text,
+            "| {} | {:.1e} | {:.1e} | {verdict} |",
+            parity.what, parity.largest_relative_difference, parity.bound
+        );
+    }
+    text += "\n| work | ours, images/s | ÷ ours by planes | ÷ ours on one stream | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n";
+    for row in &ROWS {
+        let Some(rounds) = report
+            .rows
+            .get(row.name)
+            .filter(|rounds| !rounds.is_empty())
+        else {
+            let _ = writeln!(text, "| {} | not measured | | | | | | |", row.what);
+            continue;
+        };
+        let ours = rounds.iter().filter_map(|round| round.get(OURS));
+        let ours: Vec<f64> = ours.map(|timing| timing.images_per_second).collect();
+        if ours.is_empty() {
+            let _ = writeln!(text, "| {} | failed | | | | | | |", row.what);
+            continue;
+        }
+        let [planes, one_stream] = [OURS_BY_PLANES, OURS_ON_ONE_STREAM]
+            .map(|way| ratio(rounds, |round| Some(round.get(way)?.images_per_second)));
+        let eager = ratio(rounds, |round| Some(round.get(EAGER)?.images_per_second));
+        // Where nothing but eager was timed, that is not PyTorch's fastest.
+        let fastest = row.targets.1.and_then(|_| {
+            ratio(rounds, |round| {
+                others(round).map(|t| t.images_per_second).reduce(f64::max)
+            })
+        });
+        let memory = rounds.last().and_then(|round| {
+            let least = others(round).map(|t| t.gpu_mib).min()?;
+            Some((round.get(OURS)?.gpu_mib, least))
+        });
+        let memory_ratio = memory.map(|(ours, least)| ours as f64 / least as f64);
+        let memory = memory
+            .zip(memory_ratio)
+            .map(|((ours, least), ratio)| format!("{ratio:.2} ({ours} of {least} MiB)"));
+        let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "| {} | {:.0} | {} | {} | {} | {} | {} | {} |",
+            row.what,
+            median(&ours),
+            show(planes),
+            show(one_stream),
+            show(eager),
+            show(fastest),
+            memory.unwrap_or_default(),
+            verdict(row.targets, (eager, fastest), memory_ratio),
+        );
+    }
+    text += &accuracies(report);
+    for failure in &report.failures {
+        let _ = writeln!(text, "\nFailed: {failure}.");
+    }
+    text
+}
+
+/// The accuracy of each seed, ours and PyTorch's, and how far the means are apart, where both have all seeds.
+fn accuracies(report: &Report) -> String {
+    /// Percentage points, either way.
+    const TARGET: f64 = 2.0;
+    let (ours, other) = (&report.accuracy, &report.pytorch_accuracy);
+    if ours.is_empty() && other.is_empty() {
+        return String::new();
+    }
+    let mut text = "\n| test accuracy after the lesson's 7 epochs, % | ours | PyTorch |\n| --- | ---: | ---: |\n".to_string();
+    let show = |accuracy: Option<&f64>| accuracy.map(|a| format!("{a:.2}")).unwrap_or_default();
+    for seed in SEEDS {
+        let [ours, other] = [ours, other].map(|of| show(of.get(&seed)));
+        let _ = writeln!(text, "| seed {seed} | {ours} | {other} |");
+    }
+    let both = SEEDS.map(|seed| Some((*ours.get(&seed)?, *other.get(&seed)?)));
+    let both: Vec<(f64, f64)> = both.into_iter().flatten().collect();
+    if both.len() < SEEDS.len() {
+        // Means of different seeds cannot be compared.
+        return text;
+    }
+    let (ours, other): (Vec<f64>, Vec<f64>) = both.into_iter().unzip();
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    let (ours, other) = (mean(&ours), mean(&other));
+    let apart = ours - other;
+    let verdict = match apart.abs() <= TARGET {
+        true => "reached",
+        false => "missed",
+    };
+    let _ = writeln!(text, "| mean | {ours:.2} | {other:.2} |");
+    let _ = writeln!(
+        text,
+        "\nOurs − PyTorch's, of the means: {apart:+.2} points; at most {TARGET} either way: {verdict}."
+    );
+    text
+}
+
+/// PyTorch's sides of a round.
+fn others(round: &Round) -> impl Iterator<Item = &Timing> {
+    round
+        .iter()
+        .filter(|(name, _)| WAYS.iter().all(|(way, _)| name != way))
+        .map(|(_, timing)| timing)
+}
+
+/// Median of our speed over another's of the same round, of the rounds that have both.
+fn ratio(rounds: &[Round], other: impl Fn(&Round) -> Option<f64>) -> Option<f64> {
+    let ratios: Vec<f64> = rounds
+        .iter()
+        .filter_map(|round| Some(round.get(OURS)?.images_per_second / other(round)?))
+        .collect();
+    (!ratios.is_empty()).then(|| median(&ratios))
+}
+
+fn verdict(
+    targets: (Option<f64>, Option<f64>),
+    found: (Option<f64>, Option<f64>),
+    memory: Option<f64>,
+) -> String {
+    let verdict = |reached: Option<bool>| match reached {
+        Some(true) => "reached",
+        Some(false) => "missed",
+        None => "not measured",
+    };
+    let speed = |name: &str, target: Option<f64>, found: Option<f64>| {
+        let target = target?;
+        let reached = found.map(|found| found >= target);
+        Some(format!("{target} × {name}: {}", verdict(reached)))
+    };
+    let memory = memory.map(|ratio| ratio <= 1.0);
+    let lines = [
+        speed("eager", targets.0, found.0),
+        speed("the fastest", targets.1, found.1),
+        Some(format!("no more memory: {}", verdict(memory))),
+    ];
+    lines.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::gpu_report::work::VARIANTS;
+
+    fn round(sides: &[(&str, f64, u64)]) -> Round {
+        let timing = |&(name, images_per_second, gpu_mib): &(&str, f64, u64)| {
+            let timing = Timing {
+                images_per_second,
+                gpu_mib,
+            };
+            (name.to_string(), timing)
+        };
+        sides.iter().map(timing).collect()
+    }
+
+    #[test]
+    fn the_table_holds_each_target_against_the_median_of_its_rounds() {
+        let compiled = VARIANTS[2].0;
+        let rounds = vec![
+            round(&[
+                (OURS, 400.0, 500),
+                (OURS_BY_PLANES, 500.0, 400),
+                (OURS_ON_ONE_STREAM, 160.0, 400),
+                (EAGER, 100.0, 1000),
+                (compiled, 300.0, 2000),
+            ]),
+            round(&[
+                (OURS, 100.0, 500),
+                (EAGER, 100.0, 1000),
+                (compiled, 300.0, 2000),
+            ]),
+            round(&[
+                (OURS, 350.0, 500),
+                (EAGER, 100.0, 1000),
+                (compiled, 400.0, 2000),
+            ]),
+        ];
+        let report = Report {
+            rows: BTreeMap::from([("lesson-32".to_string(), rounds)]),
+            ..Report::default()
+        };
+        let text = summary(&report);
+        let line = "| lesson's net, batch 32, TF32 in convolutions | 350 | 0.80 | 2.50 | 3.50 | 0.88 | 0.50 (500 of 1000 MiB) | \
+                    3 × eager: reached, 1 × the fastest: missed, no more memory: reached |";
+        assert!(text.contains(line), "{text}");
+        assert!(text.contains("32×32, batch 32 | not measured"), "{text}");
+    }
+
+    #[test]
+    fn a_row_whose_main_way_failed_says_so() {
+        let rounds = vec![round(&[(OURS_BY_PLANES, 400.0, 500), (EAGER, 100.0, 1000)])];
+        let report = Report {
+            rows: BTreeMap::from([("lesson-32".to_string(), rounds)]),
+            failures: vec!["lesson-32, ours: no algorithm".to_string()],
+            ..Report::default()
+        };
+        let text = summary(&report);
+        let line = "| lesson's net, batch 32, TF32 in convolutions | failed |";
+        assert!(text.contains(line), "{text}");
+        assert!(
+            text.contains("Failed: lesson-32, ours: no algorithm."),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn without_pytorch_our_speed_stands_alone() {
+        let rounds = vec![round(&[(OURS, 400.0, 500)])];
+        assert_eq!(
+            ratio(&rounds, |round| Some(round.get(EAGER)?.images_per_second)),
+            None
+        );
+        let text = verdict((Some(3.0), None), (None, None), None);
+        assert_eq!(
+            text,
+            "3 × eager: not measured, no more memory: not measured"
+        );
+        let text = verdict((Some(3.0), None), (Some(2.9), None), Some(1.01));
+        assert_eq!(text, "3 × eager: missed, no more memory: missed");
+    }
+
+    #[test]
+    fn accuracies_are_held_against_each_other_by_their_means() {
+        let seeds =
+            |accuracies: &[f64]| SEEDS.into_iter().zip(accuracies.iter().copied()).collect();
+        let text_of = |other: &[f64]| {
+            summary(&Report {
+                accuracy: seeds(&[50.0, 54.0, 55.0]),
+                pytorch_accuracy: seeds(other),
+                ..Report::default()
+            })
+        };
+        let text = text_of(&[51.0, 51.0, 51.0]);
+        assert!(text.contains("| seed 1 | 54.00 | 51.00 |"), "{text}");
+        assert!(text.contains("| mean | 53.00 | 51.00 |"), "{text}");
+        assert!(
+            text.contains("+2.00 points; at most 2 either way: reached"),
+            "{text}"
+        );
+        let text = text_of(&[56.0, 55.0, 55.5]);
+        assert!(
+            text.contains("-2.50 points; at most 2 either way: missed"),
+            "{text}"
+        );
+        // The third seed has nothing to be held against.
+        let text = text_of(&[56.0, 53.0]);
+        assert!(text.contains("| seed 2 | 55.00 |  |"), "{text}");
+        assert!(!text.contains("points"), "{text}");
+        assert!(!text_of(&[]).contains("points"));
+    }
+}

@@ -1,0 +1,101 @@
+//! The kinds of work that are timed, and the sides that do it.
+
+/// One kind of work.
+pub(super) struct Row {
+    pub(super) name: &'static str,
+    pub(super) what: &'static str,
+    pub(super) program: &'static str,
+    pub(super) arguments: &'static [&'static str],
+    pub(super) batch: u32,
+    /// Pictures of an epoch of our side.
+    pub(super) images: u32,
+    pub(super) model: &'static str,
+    pub(super) frozen: bool,
+    pub(super) bf16: bool,
+    /// Least images/s as a multiple of PyTorch eager's, and of the fastest PyTorch's.
+    pub(super) targets: (Option<f64>, Option<f64>),
+}
+
+pub(super) const ROWS: [Row; 4] = [
+    Row {
+        name: "lesson-32",
+        what: "lesson's net, batch 32, TF32 in convolutions",
+        program: "scratch-train",
+        arguments: &[],
+        batch: 32,
+        images: 12_800,
+        model: "lesson",
+        frozen: false,
+        bf16: false,
+        targets: (Some(3.0), Some(1.0)),
+    },
+    Row {
+        name: "lesson-512-bf16",
+        what: "lesson's net, batch 512, bf16",
+        program: "scratch-train",
+        arguments: &["--precision", "bf16"],
+        batch: 512,
+        images: 51_200,
+        model: "lesson",
+        frozen: false,
+        bf16: true,
+        targets: (None, Some(1.0)),
+    },
+    Row {
+        name: "torchvision-full-32",
+        what: "torchvision's net, 32×32, batch 32",
+        program: "finetune-full",
+        arguments: &["--weights", "random"],
+        batch: 32,
+        images: 12_800,
+        model: "torchvision",
+        frozen: false,
+        bf16: false,
+        targets: (Some(3.0), None),
+    },
+    Row {
+        name: "torchvision-frozen-32",
+        what: "torchvision's net, 32×32, the head alone, batch 32",
+        program: "finetune-frozen",
+        arguments: &["--weights", "random"],
+        batch: 32,
+        images: 12_800,
+        model: "torchvision",
+        frozen: true,
+        bf16: false,
+        targets: (Some(3.0), None),
+    },
+];
+
+pub(super) const ROW_NAMES: [&str; ROWS.len()] = {
+    let mut names = [""; ROWS.len()];
+    let mut i = 0;
+    while i < names.len() {
+        names[i] = ROWS[i].name;
+        i += 1;
+    }
+    names
+};
+
+pub(super) const OURS: &str = "ours";
+pub(super) const OURS_BY_PLANES: &str = "ours, --no-channels-last";
+pub(super) const OURS_ON_ONE_STREAM: &str = "ours, --streams 1";
+/// Our ways and their flags. All but the first run in one round only.
+pub(super) const WAYS: [(&str, &[&str]); 3] = [
+    (OURS, &[]),
+    (OURS_BY_PLANES, &["--no-channels-last"]),
+    (OURS_ON_ONE_STREAM, &["--streams", "1"]),
+];
+/// Of the runs whose accuracy is compared.
+pub(super) const SEEDS: [u32; 3] = [0, 1, 2];
+
+pub(super) const EAGER: &str = "PyTorch, eager";
+/// PyTorch's variants and their flags. Work that is held against eager alone has the first only.
+pub(super) const VARIANTS: [(&str, &[&str]); 3] = [
+    (EAGER, &[]),
+    ("PyTorch, channels_last", &["--layout", "channels_last"]),
+    (
+        "PyTorch, channels_last, compiled",
+        &["--layout", "channels_last", "--compile"],
+    ),
+];
