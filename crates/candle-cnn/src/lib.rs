@@ -8,7 +8,7 @@
 //! | function | PyTorch | what stock Candle 0.11 does |
 //! | --- | --- | --- |
 //! | [`conv2d`], [`conv2d_relu`] | `F.conv2d` | backward by plain loops, always for input and weight |
-//! | [`max_pool2d`] | `F.max_pool2d` | no padding, no ceil mode; backward refuses overlapping windows and averages ties |
+//! | [`max_pool2d`] | `F.max_pool2d` | no padding, no ceil mode; backward refuses overlapping windows, and scales a window's gradient by the share of its pixels that are maximal |
 //! | [`avg_pool2d`], [`adaptive_avg_pool2d`], [`global_avg_pool2d`] | `F.avg_pool2d`, `F.adaptive_avg_pool2d` | no padding, no adaptive sizes |
 //! | [`relu`] | `F.relu` | gradient 1 at 0 |
 //! | [`batch_norm_train`], [`batch_norm_eval`] (and [`batch_norm_relu_train`], [`batch_norm_relu_eval`]) | `F.batch_norm` | composed of elementwise operations |

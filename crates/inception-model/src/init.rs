@@ -6,8 +6,8 @@ use rand_distr::{Distribution, StandardNormal, Uniform};
 
 /// Initialisation of the convolution and head weights.
 ///
-/// Biases are PyTorch's defaults in all cases: U(±1/√fan_in) in the
-/// convolutions, 0 in the head.
+/// Biases are the lesson's in all cases: PyTorch's default U(±1/√fan_in) in
+/// the convolutions, 0 in the head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Init {
     /// The lesson's: `kaiming_normal_(mode="fan_out", nonlinearity="relu")`,

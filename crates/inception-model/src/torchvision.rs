@@ -24,9 +24,9 @@ pub struct GoogLeNetConfig {
     pub num_classes: usize,
     /// Whether the two auxiliary heads are there.
     pub aux_heads: bool,
-    /// Whether images, normalised with mean and standard deviation 0.5, are
-    /// expected to be normalised with ImageNet's instead: the network then
-    /// converts the one into the other. On with torchvision's pretrained weights.
+    /// Whether the network first converts its input from ImageNet's mean and
+    /// standard deviation to 0.5 and 0.5, with which torchvision's pretrained
+    /// weights were trained.
     pub transform_input: bool,
     /// Probability that a feature is dropped before the head in training.
     pub dropout: f64,

@@ -16,7 +16,7 @@ use crate::torch::{self, Contents};
 #[derive(Debug, Clone)]
 pub struct StateDict {
     /// By key, on the CPU, in the file's types: f16, bf16, f32 and f64 as they are, bool and u8 as
-    /// u8, all other integers as i64. A `module.` in front of every key, from
+    /// u8, the other integers of PyTorch's files as i64 (safetensors files may have no others). A `module.` in front of every key, from
     /// `nn.DataParallel`, is taken off.
     pub tensors: BTreeMap<String, Tensor>,
     /// Keys of what else the file holds, such as `epoch` and `optimizer` of a checkpoint.

@@ -19,7 +19,8 @@ pub struct Environment {
     pub packages: BTreeMap<String, String>,
     /// The compiler.
     pub rustc: String,
-    /// Commit of the repository that holds the current folder, if there is one.
+    /// Commit, when the run started, of the repository with the program's sources; None where git
+    /// does not track them.
     pub git_commit: Option<String>,
     /// Whether tracked files differed from that commit.
     pub git_dirty: Option<bool>,

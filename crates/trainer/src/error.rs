@@ -193,7 +193,8 @@ pub enum Error {
     /// A device has too little memory.
     #[error(
         "{during} ran out of memory at step {step}, with batches of {batch_size} images: a smaller \
-         --batch-size needs less, and so do smaller images (--image-size) and, on a GPU, --precision bf16"
+         --batch-size needs less, and so do smaller images where there is --image-size and, on a GPU, \
+         --precision bf16"
     )]
     OutOfMemory {
         /// Which part of the work.

@@ -1,7 +1,7 @@
 //! The numbers of a run, as files.
 //!
 //! `metrics.jsonl` holds only what the seed decides: two runs of the same configuration on the same
-//! machine have the same bytes, stopped and resumed or not. Times, which differ from run to run,
+//! machine have the same bytes, stopped and resumed or not (on a GPU with deterministic engines). Times, which differ from run to run,
 //! stand in `metrics.csv` alone.
 
 use std::fs::{File, OpenOptions};

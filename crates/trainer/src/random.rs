@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 /// that a run begun under another derivation is refused instead of silently continued.
 pub const STREAM_SCHEME: &str = "sha256-chacha8-v1";
 
-/// Stream of the initial weights (index 0).
+/// Stream of the initial weights (index 0; 1 for a fresh head).
 pub const INIT: &str = "init";
 /// Stream of the order of images; index = epoch.
 pub const SHUFFLE: &str = "shuffle";

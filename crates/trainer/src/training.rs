@@ -201,8 +201,9 @@ impl<'a> Training<'a> {
     /// answers true, on any rank. Either way a checkpoint is saved at the end.
     ///
     /// # Errors
-    /// [`Error::NonFiniteLoss`] when training diverges; [`Error::Io`], [`Error::Data`],
-    /// [`Error::Tensor`] and [`Error::Group`] when something else fails. Checkpoints saved before stay
+    /// [`Error::NonFiniteLoss`] and [`Error::NonFiniteWeights`] when training diverges;
+    /// [`Error::OutOfMemory`]; [`Error::Io`], [`Error::Weights`], [`Error::Data`], [`Error::Tensor`]
+    /// and [`Error::Group`] when something else fails. Checkpoints saved before stay
     /// usable.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &dyn Fn() -> bool) -> Result<Outcome> {
         let outcome = self.run_to_end(observer, stop);

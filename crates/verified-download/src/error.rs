@@ -47,7 +47,7 @@ pub enum DownloadError {
     DiskFull {
         /// The file that did not fit.
         path: PathBuf,
-        /// Its full size.
+        /// Its full size, or the most that it may be.
         bytes: u64,
         /// How to choose another folder: [`Hints::other_folder`].
         other_folder: Text,

@@ -429,7 +429,7 @@ pub enum Event<'a> {
         path: &'a Path,
         /// Bytes an earlier run left.
         from: u64,
-        /// Its size.
+        /// Its size, or the most that it may be.
         bytes: u64,
     },
     /// A server answered and bytes begin to flow, at first or again.

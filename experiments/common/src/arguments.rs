@@ -93,15 +93,15 @@ pub struct DeviceArguments {
     /// auto, cpu, or cuda with the number of the GPU; auto takes a GPU where there is one
     #[arg(long, value_name = "auto|cpu|cuda[:N]")]
     pub device: Option<DeviceChoice>,
-    /// Threads that compute [default: all cores; of several processes each takes its share]
+    /// Threads that compute
     #[arg(long, value_name = "N", value_parser = threads, allow_negative_numbers = true)]
     pub threads: Option<u64>,
-    /// How a GPU computes; the CPU knows f32 alone
+    /// How a GPU computes; bf16 is for training, and the CPU knows f32 alone
     #[arg(long, value_enum, value_name = "TYPE")]
     pub precision: Option<Precision>,
 }
 
-/// What to train on, and how.
+/// What to compute on, and how.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Machine")]
 pub struct ComputeArguments {
@@ -258,15 +258,22 @@ pub fn common_defaults(training: &TrainingDefaults) -> Vec<(&'static str, String
         ("test_limit", "all; shapes: 2000".to_string()),
         ("validation", "0".to_string()),
         ("out", "runs".to_string()),
-        ("device", "auto".to_string()),
-        ("precision", DEFAULT_PRECISION.to_string()),
     ]);
+    defaults.extend(device_defaults(
+        "all cores; of several processes each takes its share",
+    ));
     defaults
 }
 
-/// What `--precision` is when it is not given.
-const DEFAULT_PRECISION: &str =
-    "as PyTorch: TF32 in convolutions, f32 in matrix products; on the CPU f32";
+/// The same of [`DeviceArguments`] alone; which `threads` those are depends on the program.
+pub fn device_defaults(threads: &str) -> [(&'static str, String); 3] {
+    let precision = "as PyTorch: TF32 in convolutions, f32 in matrix products; on the CPU f32";
+    [
+        ("device", "auto".to_string()),
+        ("threads", threads.to_string()),
+        ("precision", precision.to_string()),
+    ]
+}
 
 impl TrainingDefaults {
     /// Flag and value of each.

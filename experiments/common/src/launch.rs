@@ -28,7 +28,8 @@ const GRACE: Duration = Duration::from_secs(15);
 /// all. When one fails the rest are ended. Signals are passed on: the ranks finish their step and
 /// save.
 ///
-/// Returns 0 if all ranks do, else the code of the first that failed.
+/// Returns 0 if all ranks do; else, where a signal was passed on, 128 and its number, and without
+/// one the code of the first that failed.
 ///
 /// # Errors
 /// A process that cannot be started.

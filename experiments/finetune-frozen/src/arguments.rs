@@ -18,7 +18,8 @@ use transfer_common::{Begin, Request, Trained, TransferArguments, transfer_defau
 #[derive(Debug, Parser)]
 #[command(name = "finetune-frozen", version, max_term_width = 100)]
 struct Arguments {
-    /// In minutes: drawn shapes, from where `finetune-full --quick` ended
+    /// In seconds, on drawn shapes: begins with the newest finished run of finetune-full under --out,
+    /// as `finetune-full --quick` makes one
     #[arg(long)]
     quick: bool,
     /// Print the network layer by layer and exit

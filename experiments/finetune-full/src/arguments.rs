@@ -20,7 +20,8 @@ use transfer_common::{
 #[derive(Debug, Parser)]
 #[command(name = "finetune-full", version, max_term_width = 100)]
 struct Arguments {
-    /// The whole thing in minutes, without any file or network: drawn shapes, from random weights
+    /// The whole thing in seconds, without any file or network: drawn shapes, from random weights
+    /// (the defaults below are those without it)
     #[arg(long)]
     quick: bool,
     /// Print the network layer by layer and exit

@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
-use experiment_common::{DeviceArguments, at_least_one};
+use clap::{CommandFactory, FromArgMatches, Parser};
+use experiment_common::{DeviceArguments, at_least_one, describe_defaults, device_defaults};
 use transfer_common::WeightsSource;
 
 /// Say what is in pictures
 ///
-/// The weights decide what is known: ImageNet's 1000 classes with torchvision's, CIFAR-10's ten with
-/// those of a run of scratch-train, finetune-full or finetune-frozen. JPEG, PNG, WebP and BMP are
+/// The weights decide what is known: ImageNet's 1000 classes with torchvision's; with those of a run
+/// of scratch-train, finetune-full or finetune-frozen the ten classes that it was trained on. JPEG, PNG, WebP and BMP are
 /// read. What cannot be read is reported, the rest go on, and the exit code is 1 at the end.
 #[derive(Debug, Parser)]
 #[command(name = "predict", version, max_term_width = 100)]
@@ -33,7 +33,38 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
+    /// Reads the command line. Help and malformed arguments end the process here, as clap does it.
+    pub(crate) fn parse_with_defaults() -> Self {
+        let matches = command().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
     pub(crate) fn top(&self) -> usize {
         usize::try_from(self.top).unwrap_or(usize::MAX)
+    }
+}
+
+fn command() -> clap::Command {
+    describe_defaults(Arguments::command(), &device_defaults("all cores"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_gives_a_default_for_each_flag_that_takes_a_value() {
+        for argument in command().get_arguments() {
+            if !argument.get_action().takes_values() || argument.is_positional() {
+                continue;
+            }
+            let help = argument.get_help().map(ToString::to_string);
+            let described = help.unwrap_or_default().contains("[default: ");
+            let id = argument.get_id();
+            assert!(
+                described || !argument.get_default_values().is_empty(),
+                "{id}"
+            );
+        }
     }
 }

@@ -10,7 +10,6 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use clap::Parser;
 use experiment_common::{
     Precision, bar_of_files, conclude, keep_freed_pages, print, say, start_logging,
 };
@@ -29,7 +28,7 @@ const BATCH: usize = 16;
 fn main() -> ExitCode {
     keep_freed_pages();
     start_logging(None);
-    conclude(run(&Arguments::parse()))
+    conclude(run(&Arguments::parse_with_defaults()))
 }
 
 /// A line of `--json`.

@@ -20,6 +20,7 @@ use crate::config::{Config, LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
 #[command(name = "scratch-train", version, max_term_width = 100)]
 struct Arguments {
     /// The whole thing in minutes: the same network on drawn shapes, with settings that learn fast
+    /// (the defaults below are those without it)
     #[arg(long)]
     quick: bool,
     /// Print the network layer by layer and exit

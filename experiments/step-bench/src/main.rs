@@ -198,7 +198,7 @@ impl Bench {
         // benchmark runs.
         let config = SgdConfig {
             lr: 1e-5,
-            // The lesson's second stage has none.
+            // The lesson's third step, the head alone, has none.
             momentum: if arguments.frozen { 0.0 } else { 0.9 },
             ..SgdConfig::default()
         };

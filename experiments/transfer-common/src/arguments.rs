@@ -20,10 +20,10 @@ pub struct TransferArguments {
     #[arg(long, value_name = "WEIGHTS")]
     pub weights: Option<WeightsSource>,
     /// Begin with exactly this state, head included: a .pth or .safetensors file, or the folder of
-    /// a finished run
+    /// a finished run or of a checkpoint
     #[arg(long, value_name = "FILE or RUN")]
     pub init: Option<PathBuf>,
-    /// Resize the pictures to N×N pixels, bilinearly with antialiasing; at least 15
+    /// Resize the pictures to N×N pixels, bilinearly with antialiasing; 15 to 1024
     #[arg(long, value_name = "N", value_parser = image_size, allow_negative_numbers = true)]
     pub image_size: Option<usize>,
     /// Probability that a feature is dropped before the last layer, in training

@@ -40,7 +40,7 @@ pub enum Begin {
 pub struct TransferConfig {
     /// The weights to begin with.
     pub begin: BeginConfig,
-    /// Whether the network converts its input from the normalisation of 0.5 to ImageNet's, as
+    /// Whether the network converts its input from ImageNet's normalisation to that of 0.5, as
     /// torchvision's does with pretrained weights.
     pub transform_input: bool,
     /// Height and width to which pictures are resized, in pixels.

@@ -24,7 +24,7 @@ const AUX_WEIGHT: f64 = 0.3;
 pub struct NetworkSettings {
     /// Outputs of the head.
     pub classes: usize,
-    /// Whether the input is converted from the normalisation of 0.5 to ImageNet's.
+    /// Whether the input is converted from ImageNet's normalisation to that of 0.5.
     pub transform_input: bool,
     /// Height and width to which pictures are resized; None: taken as they are.
     pub image_size: Option<usize>,
@@ -111,14 +111,6 @@ impl Network {
     /// What it is made of.
     pub fn settings(&self) -> &NetworkSettings {
         &self.settings
-    }
-
-    /// The table of layers.
-    ///
-    /// # Errors
-    /// Out of memory.
-    pub fn summary(&self, image_size: usize) -> String {
-        self.googlenet.summary(image_size, image_size).to_string()
     }
 
     fn resized(&self, images: &Tensor) -> candle_core::Result<Tensor> {

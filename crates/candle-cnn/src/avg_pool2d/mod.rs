@@ -44,7 +44,8 @@ impl AvgPool2dConfig {
 }
 
 /// The mean of each window of `x` (N, C, H, W), as
-/// `torch.nn.functional.avg_pool2d`. f32 and f64; any strides.
+/// `torch.nn.functional.avg_pool2d`. f32 and f64, on CUDA bf16 too; any
+/// strides.
 ///
 /// # Errors
 /// [`OpError`] for shapes, settings, dtypes and devices that do not fit.
@@ -78,7 +79,8 @@ pub fn avg_pool2d(x: &Tensor, config: AvgPool2dConfig) -> Result<Tensor> {
 
 /// Means over `output` (height, width) bins that cover `x` (N, C, H, W), as
 /// `torch.nn.functional.adaptive_avg_pool2d`: bin `i` of `n` over `size`
-/// pixels reaches from `⌊i·size/n⌋` to `⌈(i+1)·size/n⌉`. f32 and f64.
+/// pixels reaches from `⌊i·size/n⌋` to `⌈(i+1)·size/n⌉`. f32 and f64, on CUDA
+/// bf16 too.
 ///
 /// # Errors
 /// [`OpError`] for an empty image, an output size of 0, other ranks and dtypes.

@@ -36,8 +36,8 @@ pub struct BatchStatistics {
 /// `(x − mean) / √(variance + eps) · weight + bias`.
 ///
 /// As `torch.nn.functional.batch_norm(training=True)`: the variance is the
-/// biased one. Gradients flow through the statistics. f32 and f64, sums in
-/// f64. To keep running statistics, mix the returned ones in with
+/// biased one. Gradients flow through the statistics. f32 and f64, on CUDA
+/// bf16 too; sums in f64 (on CUDA by parts, which are joined in f64). To keep running statistics, mix the returned ones in with
 /// [`update_running`].
 ///
 /// # Errors

@@ -64,8 +64,8 @@ pub fn synchronize(device: &Device) -> Result<()> {
 /// As [`device_info`], and libraries (cuBLAS, cuRAND) that cannot be used.
 pub fn open_device(ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda_with_stream(ordinal)?;
-    // SAFETY: everything that computes on this device does so on its one stream, which Candle's tensors, cuBLAS,
-    // cuDNN and our kernels share. No work on another stream has to be waited for, so that no event is needed.
+    // SAFETY: tensors are made and freed on the device's one stream. Work on other streams (super::lanes) waits for it
+    // before and is waited for after, within one call, so that no event per allocation is needed.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
     keep_freed_memory(&device)?;
     Ok(device)

@@ -1,8 +1,8 @@
 //! Work that need not wait for each other, on streams beside the device's own.
 //!
 //! A convolution over small maps fills a tenth of a large GPU. So those that wait for the same run side by side: the other
-//! streams wait for what the device's own stream had to do so far, and it waits for them at the end. Memory is taken and freed in
-//! its order alone. A CUDA graph that captures the device's stream captures the others as well.
+//! streams wait for what the device's own stream had to do so far, and it waits for them at the end. Tensors' memory is taken and freed in
+//! its order alone, an engine's workspace in that of the engine's stream. A CUDA graph that captures the device's stream captures the others as well.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -9,7 +9,7 @@
 //!
 //! A [`crate::StaticGraph`] uses more than one stream ([`Settings::streams`]); to whoever works on the device's own it looks like one.
 //!
-//! What cuDNN needs (a handle, one workspace, the engines chosen) is kept for each thread and device, and freed at the
+//! What cuDNN needs (a handle and a workspace for each stream, the engines chosen) is kept for each thread and device, and freed at the
 //! thread's end: a captured graph must not be launched after the thread that captured it has ended.
 
 #[cfg(feature = "cuda")]

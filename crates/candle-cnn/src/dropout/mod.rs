@@ -29,7 +29,7 @@ const OP: &str = "dropout";
 /// (`torch.nn.functional.dropout`), so masks agree in distribution only.
 ///
 /// # Errors
-/// A `p` outside of 0 ≤ p ≤ 1, or a dtype other than f32 and f64.
+/// A `p` outside of 0 ≤ p ≤ 1, or a dtype other than f32 and f64 (on CUDA bf16 too).
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -56,7 +56,7 @@ impl MaxPool2dConfig {
 ///
 /// Returns (N, C, H', W') with `H' = ⌊(H + 2·padding − kernel) / stride⌋ + 1`
 /// (`⌈…⌉` with `ceil_mode`, less a last window that would start in the
-/// padding). f32 and f64; any strides.
+/// padding). f32 and f64, on CUDA bf16 too; any strides.
 ///
 /// # Errors
 /// [`crate::OpError`] for shapes, settings, dtypes and devices that do not fit.

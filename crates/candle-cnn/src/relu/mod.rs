@@ -21,7 +21,7 @@ const CHUNK: usize = 1 << 15;
 /// (Candle's own `relu` lets it pass).
 ///
 /// # Errors
-/// [`crate::OpError`] for a dtype other than f32 and f64, or a device
+/// [`crate::OpError`] for a dtype other than f32 and f64 (on CUDA bf16 too), or a device
 /// without an implementation.
 ///
 /// ```
