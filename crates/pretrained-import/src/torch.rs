@@ -353,7 +353,7 @@ fn check(view: &TensorView, storage: &Storage) -> Result<u64, String> {
             Ok(elements)
         }
         _ => Err(format!(
-            "shape {:?} with strides {:?} from element {} on does not fit its storage of {} elements",
+            "shape {:?} with strides {:?} from element {} on does not fit its storage of {} elements (views that repeat elements are not read)",
             view.shape, view.strides, view.offset, storage.len
         )),
     }

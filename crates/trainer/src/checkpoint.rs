@@ -62,6 +62,9 @@ pub(crate) struct State {
     pub(crate) stream_scheme: String,
     pub(crate) position: Position,
     pub(crate) schedule: ResolvedSchedule,
+    /// As [`crate::config::described`]; empty in checkpoints of former versions.
+    #[serde(default)]
+    pub(crate) settings: BTreeMap<String, String>,
     pub(crate) metrics: MetricsPosition,
     pub(crate) data: DataFingerprints,
     pub(crate) last_evaluation: BTreeMap<String, Evaluation>,
@@ -286,6 +289,7 @@ mod tests {
                 ..Default::default()
             },
             schedule: ResolvedSchedule::Constant,
+            settings: BTreeMap::new(),
             metrics: MetricsPosition::default(),
             data: DataFingerprints {
                 train: set.clone(),

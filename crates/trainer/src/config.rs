@@ -1,5 +1,8 @@
 //! The settings of a training run, fully resolved.
 
+use std::collections::BTreeMap;
+
+use cifar_data::Normalization;
 use serde::{Deserialize, Serialize};
 
 use crate::schedule::Schedule;
@@ -97,6 +100,49 @@ impl TrainingConfig {
         let all = self.epochs.saturating_mul(self.steps_per_epoch(images));
         self.max_steps.map_or(all, |limit| limit.min(all))
     }
+}
+
+/// Every setting by name, as ranks and checkpoints compare them.
+pub(crate) fn described(
+    config: &TrainingConfig,
+    normalization: Normalization,
+) -> BTreeMap<String, String> {
+    let fields = match serde_json::to_value(config) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        // A struct of numbers is an object.
+        _ => serde_json::Map::new(),
+    };
+    let Normalization { mean, std } = normalization;
+    let normalization = (
+        "normalization".to_string(),
+        format!("mean {mean:?}, standard deviation {std:?}"),
+    );
+    let fields = fields
+        .into_iter()
+        .map(|(name, value)| (name, value.to_string()));
+    fields.chain([normalization]).collect()
+}
+
+/// The first setting that decides what steps a run makes and is not what it was: its name, what it was, and what it is. A run may be
+/// made longer, and evaluated and saved at other times.
+pub(crate) fn first_change<'a>(
+    recorded: &'a BTreeMap<String, String>,
+    now: &'a BTreeMap<String, String>,
+) -> Option<(&'a str, &'a str, &'a str)> {
+    const FREE: [&str; 5] = [
+        "epochs",
+        "evaluation_batch_size",
+        "evaluate_every_epochs",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+    ];
+    let mut pairs = recorded
+        .iter()
+        .filter(|(name, _)| !FREE.contains(&name.as_str()));
+    pairs.find_map(|(name, was)| {
+        let is = now.get(name).filter(|is| *is != was)?;
+        Some((name.as_str(), was.as_str(), is.as_str()))
+    })
 }
 
 /// A setting that cannot be run.

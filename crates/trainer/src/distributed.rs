@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{ConfigError, TrainingConfig};
+use crate::config::{ConfigError, TrainingConfig, described};
 use crate::data::DataSets;
 use crate::error::{Error, Result};
 use crate::evaluate::EvaluationSums;
@@ -75,13 +75,10 @@ impl Together<'_> {
                 expected: "at least the number of processes, so that each has an image of a batch",
             }));
         }
-        let facts = [
-            ("training settings", encode("settings", config)?),
-            ("training data", encode("the data", &data.fingerprints())?),
-        ];
-        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        let facts: BTreeMap<String, String> =
-            facts.map(|(name, bytes)| (name.into(), text(bytes))).into();
+        let mut facts = described(config, data.normalization);
+        let fingerprints = encode("the data", &data.fingerprints())?;
+        let fingerprints = String::from_utf8_lossy(&fingerprints).into_owned();
+        facts.insert("training data".into(), fingerprints);
         Ok(group.verify_same(&facts)?)
     }
 
@@ -173,11 +170,10 @@ impl Together<'_> {
             .iter()
             .map(|parameter| gradients.get(parameter).is_some().into())
             .collect();
-        // A rank without images cannot know which parameters the loss depends on; all others know it
-        // by themselves.
-        if batch.images < group.world_size() as u64 {
-            group.all_reduce_sum(&mut present)?;
-        }
+        // Which parameters the loss depends on may differ between ranks: by what a network leaves out at
+        // random, or where one has no images. This goes through the host, so that a recorded step
+        // holds what the ranks agreed on when it was recorded.
+        group.all_reduce_sum(&mut present)?;
         let parameters: Vec<&Var> = parameters
             .iter()
             .zip(present)

@@ -17,7 +17,9 @@ use crate::resident::correct_on_device;
 /// What a network makes of a set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Mean cross entropy over the images, without label smoothing.
+    /// Mean cross entropy over the images, without label smoothing. What is not finite is `null` in
+    /// files, and NaN when it is read.
+    #[serde(deserialize_with = "crate::metrics::number")]
     pub loss: f64,
     /// Images whose largest logit was the right one.
     pub correct: u64,

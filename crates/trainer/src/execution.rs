@@ -6,8 +6,8 @@ use candle_core::{DType, Device};
 /// How the steps of a run are carried out; [`Training::executed`](crate::Training::executed) takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Execution {
-    /// Type of the images that the network gets, and so of its activations. Features that are
-    /// computed once keep their own.
+    /// Type of the images that the network gets in training, and so of its activations. Needs `resident`: a host makes
+    /// images of f32. Features that are computed once keep their own.
     pub activations: DType,
     /// Pictures stay on the device as bytes and are made into batches there, and the host waits for
     /// the device only to read the losses of many steps at once.
@@ -16,7 +16,8 @@ pub struct Execution {
     /// read: the weights have moved by then, and no checkpoint is written of them.
     pub resident: bool,
     /// Record a step as a CUDA graph and replay it: one launch instead of some hundreds. Needs
-    /// `resident`; devices other than a GPU have none.
+    /// `resident`; devices other than a GPU have none. What a model decides on the host is decided when it is recorded,
+    /// once: one that leaves a layer out at random, or counts, is to do that on the device, or without this.
     pub cuda_graph: bool,
 }
 

@@ -1,6 +1,6 @@
 //! Training on Candle that can be stopped anywhere and goes on with the same bits.
 //!
-//! The trainer takes any [`Model`], two or three sets of images and a [`TrainingConfig`], and works in
+//! The trainer takes any [`Model`], two or three sets of CIFAR's shape and a [`TrainingConfig`], and works in
 //! a [`RunDirectory`]: [`Training::new`] continues from the newest checkpoint there or starts, and
 //! [`Training::run`] makes the steps, evaluates, and writes metrics and checkpoints. It prints
 //! nothing; an [`Observer`] hears of the progress.

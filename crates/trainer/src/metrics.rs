@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::durable::io_error;
 use crate::error::{Error, Result};
@@ -41,7 +41,8 @@ pub enum Metric {
         epoch: u64,
         /// `test` or `validation`.
         set: String,
-        /// Mean loss over the images.
+        /// Mean loss over the images; `null` where it is not finite, which reads as NaN.
+        #[serde(deserialize_with = "number")]
         loss: f64,
         /// Images classified correctly, as a fraction.
         accuracy: f64,
@@ -63,6 +64,13 @@ pub enum Metric {
         /// Images seen in the epoch.
         images: u64,
     },
+}
+
+/// A number of a file, which JSON cannot say where it is not finite: that is written as `null`.
+pub(crate) fn number<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// A line of `metrics.csv`: one an epoch, times included.

@@ -7,15 +7,16 @@ use candle_core::{Result, Tensor, Var};
 
 /// A network that can be trained, evaluated and saved.
 ///
-/// The trainer knows nothing else about it: not its layers, not the size of its images. Names are
-/// PyTorch's state-dict keys, because they become the keys of every checkpoint.
+/// The trainer knows nothing else about it: not its layers, not its input size. (What it trains on are
+/// [`cifar_data::ImageSet`]s, though: 32×32 pictures of ten classes.) Names are PyTorch's state-dict keys, because they become the keys of every checkpoint.
 pub trait Model {
     /// Logits `(N, classes)` of images `(N, channels, height, width)`. In [`Mode::Eval`] nobody
     /// asks for a gradient.
     fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor>;
 
     /// The forward pass of a training step. Networks with auxiliary heads override it; for all
-    /// others it is [`Model::forward`] in [`Mode::Train`].
+    /// others it is [`Model::forward`] in [`Mode::Train`]. A GPU records it, see
+    /// [`Execution::cuda_graph`](crate::Execution::cuda_graph).
     fn forward_train(&self, images: &Tensor, dropout_seed: u64) -> Result<TrainOutput> {
         let logits = self.forward(images, Mode::Train { dropout_seed })?;
         Ok(TrainOutput {

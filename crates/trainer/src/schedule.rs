@@ -55,7 +55,7 @@ impl Schedule {
     /// Fixes the schedule to a run of `total_steps`.
     ///
     /// # Errors
-    /// A plateau of no steps, a factor that is negative or not finite.
+    /// A plateau of no steps; epochs or a factor that are negative or not finite.
     pub fn resolve(
         self,
         total_steps: u64,
@@ -67,7 +67,13 @@ impl Schedule {
             found,
             expected,
         };
-        let in_steps = |span: Span| span.steps(steps_per_epoch, batch_size);
+        let in_steps = |setting, span: Span| match span {
+            Span::Epochs(epochs) if !(epochs.is_finite() && epochs >= 0.0) => {
+                let expected = "a finite number of epochs of at least 0";
+                Err(invalid(setting, epochs.to_string(), expected))
+            }
+            span => Ok(span.steps(steps_per_epoch, batch_size)),
+        };
         Ok(match self {
             Schedule::Constant => ResolvedSchedule::Constant,
             Schedule::Step { every, factor } => {
@@ -78,7 +84,7 @@ impl Schedule {
                         "a finite number of at least 0",
                     ));
                 }
-                match in_steps(every) {
+                match in_steps("schedule.every", every)? {
                     0 => {
                         return Err(invalid(
                             "schedule.every",
@@ -101,7 +107,7 @@ impl Schedule {
                     ));
                 }
                 ResolvedSchedule::Cosine {
-                    warmup_steps: in_steps(warmup),
+                    warmup_steps: in_steps("schedule.warmup", warmup)?,
                     total_steps,
                     end_factor,
                 }
@@ -164,6 +170,27 @@ impl ResolvedSchedule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn epochs_that_are_no_length_are_refused() {
+        for epochs in [f64::INFINITY, f64::NAN, -1.0] {
+            let span = Span::Epochs(epochs);
+            let (factor, end_factor) = (0.1, 0.0);
+            for schedule in [
+                Schedule::Step {
+                    every: span,
+                    factor,
+                },
+                Schedule::Cosine {
+                    warmup: span,
+                    end_factor,
+                },
+            ] {
+                let error = schedule.resolve(100, 10, 4).unwrap_err();
+                assert!(error.to_string().contains("number of epochs"), "{error}");
+            }
+        }
+    }
 
     #[test]
     fn spans_of_epochs_steps_and_examples_resolve_to_steps() {

@@ -1,7 +1,7 @@
 //! Stochastic gradient descent with PyTorch's semantics (`torch.optim.SGD`).
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor, Var};
@@ -112,14 +112,17 @@ enum Buffer {
 }
 
 impl Sgd {
-    /// An optimiser over these parameters.
+    /// An optimiser over these parameters. One that has several names (tied weights) is moved once,
+    /// under the first of them.
     ///
     /// # Errors
     /// [`ConfigError`] as [`SgdConfig::validate`].
     pub fn new(parameters: Vec<(String, Var)>, config: SgdConfig) -> Result<Self, ConfigError> {
         config.validate()?;
+        let mut seen = HashSet::new();
         let slots = parameters
             .into_iter()
+            .filter(|(_, parameter)| seen.insert(parameter.id()))
             .map(|(name, parameter)| Slot {
                 name,
                 parameter,
@@ -132,6 +135,12 @@ impl Sgd {
     /// The hyperparameters.
     pub fn config(&self) -> &SgdConfig {
         &self.config
+    }
+
+    /// What it moves, each once.
+    pub(crate) fn parameters(&self) -> Vec<Var> {
+        let parameters = self.slots.iter().map(|slot| slot.parameter.clone());
+        parameters.collect()
     }
 
     /// Moves every parameter that has a gradient in `grads`, at learning rate `lr` (the
@@ -515,6 +524,21 @@ mod tests {
     }
 
     const GRADS: [[f64; 2]; 3] = [[1., -2.], [0.5, 4.], [-3., 1.]];
+
+    #[test]
+    fn a_parameter_with_two_names_moves_once() {
+        let var = Var::new(&[1f32, 2.0], &Device::Cpu).unwrap();
+        let names = ["encoder.weight", "decoder.weight"];
+        let parameters = names.map(|name| (name.to_string(), var.clone()));
+        let config = SgdConfig {
+            lr: 0.5,
+            ..SgdConfig::default()
+        };
+        let mut sgd = Sgd::new(parameters.into(), config).unwrap();
+        let grads = var.sum_all().unwrap().backward().unwrap();
+        sgd.step(&grads, 0.5).unwrap();
+        assert_eq!(var.to_vec1::<f32>().unwrap(), [0.5, 1.5]);
+    }
 
     #[test]
     fn without_momentum_a_step_subtracts_lr_times_gradient() {

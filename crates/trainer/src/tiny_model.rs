@@ -30,6 +30,12 @@ pub(crate) struct TinyModel {
     pub(crate) plain: bool,
     /// Multiplies the logits; a large one makes training diverge.
     pub(crate) gain: f64,
+    /// Multiplies them in evaluation alone.
+    pub(crate) evaluation_gain: f64,
+    /// Leaves one bias or the other out of a step's loss, by the step's dropout seed.
+    pub(crate) leaves_out: bool,
+    /// Lists its last layer's weight under the name of the first's too.
+    pub(crate) repeats_a_name: bool,
 }
 
 impl TinyModel {
@@ -56,6 +62,9 @@ impl TinyModel {
             frozen: false,
             plain: false,
             gain: 1.0,
+            evaluation_gain: 1.0,
+            leaves_out: false,
+            repeats_a_name: false,
         }
     }
 
@@ -82,8 +91,13 @@ impl TinyModel {
             .borrow_mut()
             .insert((images.dim(0)?, timed));
         let [w1, b1] = [0, 1].map(|i| &self.parameters[i].1);
+        let left_out = |of: u64| match mode {
+            Mode::Train { dropout_seed } => self.leaves_out && dropout_seed % 2 == of,
+            Mode::Eval => false,
+        };
         let (w1, b1) = match self.frozen {
             true => (w1.as_detached_tensor(), b1.as_detached_tensor()),
+            false if left_out(0) => (w1.as_tensor().clone(), b1.as_detached_tensor()),
             false => (w1.as_tensor().clone(), b1.as_tensor().clone()),
         };
         let hidden = images.flatten_from(1)?.matmul(&w1.t()?)?;
@@ -112,7 +126,11 @@ impl Model for TinyModel {
     }
 
     fn named_parameters(&self) -> Vec<(String, Var)> {
-        self.parameters.clone()
+        let mut parameters = self.parameters.clone();
+        if self.repeats_a_name {
+            parameters.push(("fc1.weight".into(), self.parameters[2].1.clone()));
+        }
+        parameters
     }
 
     fn named_buffers(&self) -> Vec<(String, Var)> {
@@ -144,7 +162,13 @@ impl FixedFeatures for TinyModel {
     }
 
     fn classify(&self, hidden: &Tensor, mode: Mode) -> Result<Tensor> {
-        let [w2, b2] = [2, 3].map(|i| self.parameters[i].1.as_tensor());
+        let [w2, mut b2] = [2, 3].map(|i| self.parameters[i].1.as_tensor().clone());
+        if let Mode::Train { dropout_seed } = mode
+            && self.leaves_out
+            && dropout_seed % 2 == 1
+        {
+            b2 = b2.detach();
+        }
         let mut hidden = hidden.clone();
         if let (Mode::Train { dropout_seed }, false) = (mode, self.plain) {
             let mut rng = ChaCha8Rng::seed_from_u64(dropout_seed);
@@ -153,8 +177,12 @@ impl FixedFeatures for TinyModel {
                 .collect();
             hidden = (&hidden * Tensor::from_vec(mask, hidden.shape(), &Device::Cpu)?)?;
         }
-        let logits = hidden.matmul(&w2.t()?)?.broadcast_add(b2)?;
+        let logits = hidden.matmul(&w2.t()?)?.broadcast_add(&b2)?;
         assert_eq!(logits.dim(D::Minus1)?, 10);
-        logits * self.gain
+        logits
+            * match mode {
+                Mode::Train { .. } => self.gain,
+                Mode::Eval => self.gain * self.evaluation_gain,
+            }
     }
 }

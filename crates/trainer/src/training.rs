@@ -13,7 +13,7 @@ use data_parallel::ProcessGroup;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Checkpoint, Position, State};
-use crate::config::TrainingConfig;
+use crate::config::{TrainingConfig, described, first_change};
 use crate::data::{DataSets, Examples, batches};
 use crate::distributed::Together;
 use crate::durable::{read, sha256_hex, write_atomically};
@@ -94,8 +94,8 @@ impl<'a> Training<'a> {
     /// the model's weights, or from the beginning when there is none.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::EmptySet`], [`Error::DataChanged`], and what loading a
-    /// checkpoint can say.
+    /// [`Error::Config`], [`Error::EmptySet`], [`Error::DuplicateName`], [`Error::DataChanged`], and
+    /// what loading a checkpoint can say.
     pub fn new(
         model: &'a dyn Model,
         data: DataSets,
@@ -142,6 +142,10 @@ impl<'a> Training<'a> {
         config.validate()?;
         data.check_not_empty()?;
         together.check(&config, &data)?;
+        let state_dict = weights::state_dict(model);
+        if let Some(name) = weights::first_twice(state_dict.iter().map(|(name, _)| name)) {
+            return Err(Error::DuplicateName { name: name.clone() });
+        }
         let trainable = model.named_parameters();
         let trainable: Vec<(String, Var)> = trainable
             .into_iter()
@@ -164,11 +168,12 @@ impl<'a> Training<'a> {
             .map(|run| MetricsFiles::open(run.path(), covered.unwrap_or_default()))
             .transpose()?;
         let checkpoint = together.share_beginning(checkpoint, model)?;
+        let optimizer = Sgd::new(trainable, config.optimizer)?;
         let mut training = Self {
             model,
             device: device.clone(),
-            trainable: trainable.iter().map(|(_, var)| var.clone()).collect(),
-            optimizer: Sgd::new(trainable, config.optimizer)?,
+            trainable: optimizer.parameters(),
+            optimizer,
             schedule,
             metrics,
             together,
@@ -736,6 +741,7 @@ impl<'a> Training<'a> {
             stream_scheme: STREAM_SCHEME.into(),
             position: self.position.clone(),
             schedule: self.schedule,
+            settings: self.settings(),
             metrics: covered,
             data: self.data.fingerprints(),
             last_evaluation: self.last_evaluation.clone(),
@@ -767,6 +773,9 @@ impl<'a> Training<'a> {
                 state.schedule, self.schedule
             );
             return Err(incompatible(reason));
+        }
+        if let Some((name, was, is)) = first_change(&state.settings, &self.settings()) {
+            return Err(incompatible(format!("its {name} is {was}, the run's {is}")));
         }
         state.data.check(&self.data.fingerprints())?;
         weights::load_from_bytes(self.model, &checkpoint.weights, &checkpoint.weights_path())?;
@@ -824,6 +833,10 @@ impl<'a> Training<'a> {
             run.write_finished(&summary)?;
         }
         Ok(summary)
+    }
+
+    fn settings(&self) -> BTreeMap<String, String> {
+        described(&self.config, self.data.normalization)
     }
 
     fn learning_rate(&self, step: u64) -> f64 {

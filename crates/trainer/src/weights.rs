@@ -1,7 +1,7 @@
 //! Weights in safetensors files, under PyTorch's state-dict names.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::model::Model;
 
-/// Parameters, then buffers: the keys and order of PyTorch's `state_dict()`.
+/// Parameters, then buffers, under the keys of PyTorch's `state_dict()`.
 pub fn state_dict(model: &dyn Model) -> Vec<(String, Var)> {
     let mut all = model.named_parameters();
     all.extend(model.named_buffers());
@@ -86,7 +86,8 @@ pub fn assign(
 /// Equal tensors and metadata give equal bytes, so that two runs can be compared by hash.
 ///
 /// # Errors
-/// A tensor of a type that is not saved, or Candle's error when a device cannot be read.
+/// Two tensors of one name, a tensor of a type that is not saved, or Candle's error when a device
+/// cannot be read.
 pub fn encode(
     tensors: &[(String, Tensor)],
     metadata: &BTreeMap<String, String>,
@@ -98,6 +99,9 @@ pub fn encode(
     metadata.insert("format".into(), "pt".into());
     let mut header = BTreeMap::from([("__metadata__".to_string(), json!(metadata))]);
     let mut data: Vec<u8> = Vec::new();
+    if let Some(name) = first_twice(tensors.iter().map(|(name, _)| name)) {
+        return Err(WeightsError::DuplicateName { name: name.clone() });
+    }
     let mut order: Vec<&(String, Tensor)> = tensors.iter().collect();
     // Widest type first keeps every tensor aligned to its elements.
     order.sort_by_key(|(name, tensor)| (Reverse(tensor.dtype().size_in_bytes()), name));
@@ -190,6 +194,12 @@ pub enum WeightsError {
         /// All differences.
         mismatch: Box<Mismatch>,
     },
+    /// Two tensors have one name.
+    #[error("two tensors are named {name}: a file can hold only one of them")]
+    DuplicateName {
+        /// The name.
+        name: String,
+    },
     /// Candle failed.
     #[error("cannot copy the weights")]
     Tensor {
@@ -254,6 +264,12 @@ fn describe(tensor: &Tensor) -> String {
 }
 
 /// Appends a tensor's values; returns safetensors' name of their type.
+/// The first name that has been there before.
+pub(crate) fn first_twice<'a>(names: impl Iterator<Item = &'a String>) -> Option<&'a String> {
+    let mut seen = BTreeSet::new();
+    names.into_iter().find(|name| !seen.insert(*name))
+}
+
 fn append_bytes(tensor: &Tensor, out: &mut Vec<u8>) -> Result<&'static str, WeightsError> {
     let mut append = || {
         let flat = tensor.flatten_all()?;
@@ -306,6 +322,14 @@ mod tests {
             .into_iter()
             .map(|(name, var)| (name, var.as_detached_tensor()))
             .collect()
+    }
+
+    #[test]
+    fn a_name_that_comes_twice_is_refused() {
+        let tensor = Tensor::new(&[1f32], &Device::Cpu).unwrap();
+        let tensors = ["a", "b", "a"].map(|name| (name.to_string(), tensor.clone()));
+        let error = encode(&tensors, &BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("two tensors are named a"), "{error}");
     }
 
     #[test]

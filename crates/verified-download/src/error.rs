@@ -30,6 +30,26 @@ pub enum DownloadError {
         why: Text,
     },
 
+    /// A file cannot lie there.
+    #[error("{path:?} cannot be the place of a file: it {why}")]
+    BadPlace {
+        /// The place.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+
+    /// No file can have such a hash.
+    #[error("{path} is to have the hash {found:?}, which is not {digits} hexadecimal digits")]
+    BadPin {
+        /// The file.
+        path: PathBuf,
+        /// The hash of its [`Pin`](crate::Pin).
+        found: Text,
+        /// How many digits a hash of its kind has.
+        digits: usize,
+    },
+
     /// An address that is none.
     #[error("{what} is {address:?}, which is no http:// or https:// address")]
     BadAddress {

@@ -174,6 +174,7 @@ impl Downloader {
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Fetched, DownloadError> {
         let FileRequest { path, pin, .. } = file;
+        check_request(path, pin)?;
         if let Some(complete) = already_complete(path, pin, progress)? {
             return Ok(complete);
         }
@@ -219,6 +220,29 @@ impl Downloader {
         store::remove_stale_parts(path, progress);
         progress(Event::Complete { path, bytes });
         Ok(Fetched { bytes, origin })
+    }
+}
+
+/// Refuses what cannot end well, before anything is fetched for it.
+fn check_request(path: &Path, pin: &Pin) -> Result<(), DownloadError> {
+    let bad_place = |why| {
+        let path = path.to_path_buf();
+        Err(DownloadError::BadPlace { path, why })
+    };
+    if path.file_name().is_none() {
+        return bad_place("has no name");
+    }
+    if path.is_dir() {
+        return bad_place("is a folder");
+    }
+    let (hash, digits) = (pin.hash(), pin.digits());
+    match hash.len() == digits && hash.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        true => Ok(()),
+        false => Err(DownloadError::BadPin {
+            path: path.to_path_buf(),
+            found: hash.to_string().into(),
+            digits,
+        }),
     }
 }
 

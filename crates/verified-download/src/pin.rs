@@ -50,6 +50,14 @@ impl Pin {
         }
     }
 
+    /// How many hexadecimal digits its hash has.
+    pub(crate) fn digits(&self) -> usize {
+        match self {
+            Pin::Sha256 { .. } => 64,
+            Pin::GitBlob { .. } => 40,
+        }
+    }
+
     /// The size, if it is known.
     pub fn exact_bytes(&self) -> Option<u64> {
         match *self {

@@ -380,6 +380,91 @@ fn an_infinite_loss_stops_before_the_update() {
 }
 
 #[test]
+fn an_evaluation_that_is_not_finite_leaves_a_run_that_can_go_on() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let mut model = TinyModel::new(config().seed);
+    model.evaluation_gain = f64::INFINITY;
+    // In the second epoch: 4 steps, and 2 and 3 batches of evaluations, ask before it.
+    let mut training = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
+    let stopped = training.run(&mut Silent, &after(11)).unwrap();
+    assert!(matches!(stopped, Outcome::Stopped { .. }), "{stopped:?}");
+    assert!(training.position.epoch == 1, "{:?}", training.position);
+    drop(training);
+    let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
+    let resumed = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
+    assert!(resumed.last_evaluation["test"].loss.is_nan());
+    drop(resumed);
+    let (_, outcome) = resume(&dir, &|| false);
+    assert!(matches!(outcome, Ok(Outcome::Finished(_))), "{outcome:?}");
+    let metrics = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let read = metrics
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    let read: Vec<Metric> = read.collect();
+    let is_nan =
+        |metric: &&Metric| matches!(metric, Metric::Evaluation { loss, .. } if loss.is_nan());
+    assert_eq!(read.iter().filter(is_nan).count(), 2);
+}
+
+#[test]
+fn a_model_with_a_name_twice_is_refused_before_the_first_step() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let mut model = TinyModel::new(1);
+    model.repeats_a_name = true;
+    let training = Training::new(&model, data(), &Device::Cpu, config(), run);
+    let error = training.err().unwrap().to_string();
+    assert!(error.contains("are named fc1.weight"), "{error}");
+}
+
+#[test]
+fn a_run_goes_on_with_the_settings_that_it_began_with() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    go_on(run, &after(3)).1.unwrap();
+    let model = TinyModel::new(config().seed);
+    let with = |config: TrainingConfig, data: DataSets| {
+        let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
+        Training::new(&model, data, &Device::Cpu, config, run).err()
+    };
+    let refused = |config: TrainingConfig, data: DataSets, expected: &str| {
+        let error = with(config, data).unwrap().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    let batches_of_2 = TrainingConfig {
+        batch_size: 2,
+        ..config()
+    };
+    refused(batches_of_2, data(), "its batch_size is 4, the run's 2");
+    let mut faster = config();
+    faster.optimizer.lr = 7.0;
+    refused(faster, data(), "its optimizer is");
+    let shorter = TrainingConfig {
+        max_steps: Some(3),
+        ..config()
+    };
+    refused(shorter, data(), "its max_steps is null, the run's 3");
+    let otherwise = DataSets {
+        normalization: Normalization {
+            std: [0.25; 3],
+            ..Normalization::HALF
+        },
+        ..data()
+    };
+    refused(config(), otherwise, "its normalization is mean [0.5");
+    let longer = TrainingConfig {
+        epochs: 3,
+        evaluation_batch_size: 1,
+        keep_checkpoints: 1,
+        ..config()
+    };
+    assert!(with(longer, data()).is_none());
+}
+
+#[test]
 fn other_data_are_refused_with_the_set_that_changed() {
     let out = tempfile::tempdir().unwrap();
     let run = create(out.path(), &config());

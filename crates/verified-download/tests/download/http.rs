@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use test_support::http::{Reply, Server};
-use verified_download::{DownloadError, Event, Interrupt, Mismatch, Origin, RemoteError, Token};
+use verified_download::{
+    DownloadError, Event, FileRequest, Interrupt, Mismatch, Origin, Pin, RemoteError, Token,
+};
 
 use crate::{
     FILE, cause, content, listing, message, part_path, put, request, run, sha256, temporary,
@@ -23,6 +25,31 @@ fn complete_files_are_never_fetched_again() {
         "{events:?}"
     );
     assert!(server.asked().is_empty());
+}
+
+#[test]
+fn what_cannot_end_well_is_refused_before_anything_is_fetched() {
+    let body = content(5000);
+    let server = Server::start([Reply::file(&body)]);
+    let dir = temporary();
+    let refused = |change: &dyn Fn(&mut FileRequest)| {
+        let mut request = request(&server.url(), dir.path(), &body);
+        change(&mut request.file);
+        message(&run(&request).0.unwrap_err())
+    };
+    let folder = dir.path().to_path_buf();
+    let error = refused(&|request| request.path = folder.clone());
+    assert!(error.contains("it is a folder"), "{error}");
+    let error = refused(&|request| request.path = "".into());
+    assert!(error.contains("it has no name"), "{error}");
+    for hash in ["abc", &"../".repeat(22)[..64]] {
+        let error = refused(&|request| {
+            request.pin = Pin::sha256(5000, hash.to_string().into());
+        });
+        assert!(error.contains("not 64 hexadecimal digits"), "{error}");
+    }
+    assert!(server.asked().is_empty());
+    assert!(listing(dir.path()).is_empty());
 }
 
 #[test]
