@@ -7,7 +7,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command};
 use trainer::{Schedule, SgdConfig, TrainingConfig};
 
-use crate::compute::{DeviceChoice, Precision};
+use crate::compute::{ComputeConfig, DeviceChoice, Precision};
 use crate::data::Dataset;
 use crate::experiment::Action;
 
@@ -163,8 +163,13 @@ fn evaluation_batch_size(batch_size: usize) -> usize {
 }
 
 impl TrainingArguments {
-    /// The trainer's configuration.
-    pub fn resolve(&self, run: &RunArguments, defaults: &TrainingDefaults) -> TrainingConfig {
+    /// The trainer's configuration, on such a device.
+    pub fn resolve(
+        &self,
+        run: &RunArguments,
+        defaults: &TrainingDefaults,
+        compute: &ComputeConfig,
+    ) -> TrainingConfig {
         let batch_size = self.batch_size.unwrap_or(defaults.batch_size) as usize;
         TrainingConfig {
             epochs: self.epochs.unwrap_or(defaults.epochs),
@@ -184,7 +189,7 @@ impl TrainingArguments {
             evaluate_every_epochs: self.eval_every.unwrap_or(defaults.evaluate_every_epochs),
             checkpoint_every_steps: run
                 .checkpoint_every
-                .unwrap_or(defaults.checkpoint_every_steps),
+                .unwrap_or_else(|| defaults.checkpoint_every_steps_on(compute)),
             keep_checkpoints: 2,
         }
     }
@@ -275,7 +280,18 @@ pub fn device_defaults(threads: &str) -> [(&'static str, String); 3] {
     ]
 }
 
+/// As many times the steps go by between two checkpoints on a GPU. It makes 200 of the lesson's in under a second, of which
+/// a checkpoint would take a fifth.
+const GPU_INTERVAL: u64 = 10;
+
 impl TrainingDefaults {
+    fn checkpoint_every_steps_on(&self, compute: &ComputeConfig) -> u64 {
+        match compute.is_gpu() {
+            true => self.checkpoint_every_steps * GPU_INTERVAL,
+            false => self.checkpoint_every_steps,
+        }
+    }
+
     /// Flag and value of each.
     fn described(&self) -> Vec<(&'static str, String)> {
         vec![
@@ -286,7 +302,14 @@ impl TrainingDefaults {
             ("weight_decay", self.optimizer.weight_decay.to_string()),
             ("seed", "0".into()),
             ("eval_every", self.evaluate_every_epochs.to_string()),
-            ("checkpoint_every", self.checkpoint_every_steps.to_string()),
+            (
+                "checkpoint_every",
+                format!(
+                    "{}; on a GPU {}",
+                    self.checkpoint_every_steps,
+                    self.checkpoint_every_steps * GPU_INTERVAL
+                ),
+            ),
         ]
     }
 }

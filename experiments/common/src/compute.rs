@@ -134,6 +134,13 @@ fn is_one(processes: &usize) -> bool {
     *processes == 1
 }
 
+impl ComputeConfig {
+    /// Whether the device is a GPU.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self.device.parse(), Ok(DeviceChoice::Cuda(_)))
+    }
+}
+
 impl DeviceArguments {
     /// Decides device, threads and precision, and says which GPU was taken, or why none was.
     ///
@@ -334,6 +341,36 @@ mod tests {
     fn cuda_without_cuda_says_how_to_build() {
         let error = arguments(DeviceChoice::Cuda(0)).resolve().unwrap_err();
         assert!(error.to_string().contains("--features cuda"), "{error}");
+    }
+
+    #[test]
+    fn checkpoints_are_further_apart_on_a_gpu_unless_told() {
+        use crate::arguments::{RunArguments, TrainingArguments, TrainingDefaults};
+        let defaults = TrainingDefaults {
+            epochs: 1,
+            batch_size: 4,
+            optimizer: trainer::SgdConfig::default(),
+            schedule: trainer::Schedule::Constant,
+            evaluate_every_epochs: 1,
+            checkpoint_every_steps: 200,
+        };
+        let cpu = arguments(DeviceChoice::Cpu).resolve().unwrap();
+        let gpu = ComputeConfig {
+            device: "cuda:1".into(),
+            ..cpu.clone()
+        };
+        for (given, expected) in [(None, [200, 2000]), (Some(3), [3, 3])] {
+            let run = RunArguments {
+                checkpoint_every: given,
+                ..RunArguments::default()
+            };
+            let found = [&cpu, &gpu].map(|compute| {
+                let training = TrainingArguments::default();
+                let config = training.resolve(&run, &defaults, compute);
+                config.checkpoint_every_steps
+            });
+            assert_eq!(found, expected);
+        }
     }
 
     #[test]

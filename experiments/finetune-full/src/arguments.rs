@@ -100,11 +100,15 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>
         true => arguments.data.quick(QUICK_SHAPES)?,
         false => arguments.data,
     };
+    let data = data.resolve(Dataset::Cifar10)?;
+    let compute = arguments.compute.resolve_for(&arguments.parallel)?;
     let config = RunConfig {
         model: request,
-        data: data.resolve(Dataset::Cifar10)?,
-        training: arguments.training.resolve(&arguments.run, &LESSON),
-        compute: arguments.compute.resolve_for(&arguments.parallel)?,
+        data,
+        training: arguments
+            .training
+            .resolve(&arguments.run, &LESSON, &compute),
+        compute,
     };
     config.training.validate()?;
     Ok(Action::Start {

@@ -81,11 +81,15 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
         true => (QUICK, arguments.data.quick(QUICK_SHAPES)?),
         false => (LESSON, arguments.data),
     };
+    let data = data.resolve(Dataset::Cifar10)?;
+    let compute = arguments.compute.resolve_for(&arguments.parallel)?;
     let config = Config {
         model: model(arguments.model, &preset),
-        data: data.resolve(Dataset::Cifar10)?,
-        training: arguments.training.resolve(&arguments.run, &preset.training),
-        compute: arguments.compute.resolve_for(&arguments.parallel)?,
+        data,
+        training: arguments
+            .training
+            .resolve(&arguments.run, &preset.training, &compute),
+        compute,
     };
     config.training.validate()?;
     Ok(Action::Start {
