@@ -192,9 +192,18 @@ struct Graph {
     // Streams that wait for the one that is captured.
     std::vector<Stream *> others;
     std::vector<Address> allocated;
-    // Bytes that are allocated at this point of the capture, and the most that were.
-    size_t live = 0, most = 0;
+    // Bytes of it that are free at this point of the capture, for streams that come after who freed them: branches side by side have
+    // memory of their own. And the bytes that it needs so far.
+    struct Free {
+        size_t bytes;
+        Stream *by;
+        uint64_t clock;
+    };
+    std::vector<Free> free;
+    size_t most = 0;
     int references = 1;
+
+    void take(size_t bytes, Stream &stream);
 };
 
 struct Stream {
@@ -211,6 +220,17 @@ struct Stream {
         return found == seen.end() ? 0 : found->second;
     }
 };
+
+void Graph::take(size_t bytes, Stream &stream) {
+    for (Free &of : free) {
+        if (of.by == &stream || stream.saw(of.by) >= of.clock) {
+            size_t again = std::min(bytes, of.bytes);
+            bytes -= again, of.bytes -= again;
+        }
+    }
+    std::erase_if(free, [](const Free &of) { return of.bytes == 0; });
+    most += bytes;
+}
 
 struct Event {
     Stream *stream = nullptr;
@@ -773,6 +793,22 @@ API int cuEventElapsedTime_v2(float *ms, void *start, void *end) { return cuEven
 API int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &primary_contexts, SUCCESS; }
 // As with a release threshold of all memory, which is the only attribute that is ever set.
 API int cuMemPoolSetAttribute(void *, int, void *) { return SUCCESS; }
+API int cuMemPoolGetAttribute(void *, int attribute, void *value) {
+    LOCKED;
+    constexpr int RESERVED = 5, USED = 7;
+    if (attribute != RESERVED && attribute != USED) {
+        return INVALID_VALUE;
+    }
+    return *static_cast<uint64_t *>(value) = attribute == USED ? pool.used : pool.held, SUCCESS;
+}
+API int cuDeviceGetGraphMemAttribute(int, int attribute, void *value) {
+    LOCKED;
+    constexpr int USED = 0, RESERVED = 2;
+    if (attribute != RESERVED && attribute != USED) {
+        return INVALID_VALUE;
+    }
+    return *static_cast<uint64_t *>(value) = attribute == USED ? graphs.used : graphs.held, SUCCESS;
+}
 API int cuMemPoolTrimTo(void *, size_t keep) {
     LOCKED;
     size_t freed_lately = default_stream.freed_lately;
@@ -805,7 +841,7 @@ API int cuMemAllocAsync(Address *at, size_t bytes, void *stream) {
     touch(stream_of(stream), *at, *at + bytes, true, "an allocation", true);
     if (graph) {
         graph->allocated.push_back(*at);
-        graph->most = std::max(graph->most, graph->live += bytes);
+        graph->take(bytes, stream_of(stream));
         graph->nodes.push_back([at = *at] {
             Block &block = blocks.at(at);
             std::memset(reinterpret_cast<void *>(at), 0xFF, block.bytes);
@@ -832,7 +868,7 @@ API int cuMemFreeAsync(Address at, void *stream) {
     size_t bytes = found->second.bytes;
     touch(of, at, at + bytes, true, "freeing", true);
     if (of.captured) {
-        of.captured->live -= bytes;
+        of.captured->free.push_back({bytes, &of, of.clock});
     } else if (!found->second.graph) {
         of.freed_lately += bytes;
     }

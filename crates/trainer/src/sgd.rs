@@ -109,6 +109,8 @@ enum Buffer {
     F64(Vec<f64>),
     /// At an address that stays.
     Device(Var),
+    /// Memory for that, before the first step.
+    Reserved(Var),
 }
 
 impl Sgd {
@@ -193,14 +195,14 @@ impl Sgd {
             };
             let buffer = slot.device_buffer()?;
             let first = buffer.is_none();
-            let buffer = match buffer {
-                None if self.config.momentum != 0.0 => {
-                    let buffer = on_its_own(&slot.parameter.as_tensor().zeros_like()?)?;
-                    slot.buffer = Some(Buffer::Device(buffer.clone()));
-                    Some(buffer)
+            let buffer = match (buffer, slot.buffer.take()) {
+                (None, Some(Buffer::Reserved(buffer))) => Some(buffer),
+                (None, _) if self.config.momentum != 0.0 => {
+                    Some(on_its_own(&slot.parameter.as_tensor().zeros_like()?)?)
                 }
-                buffer => buffer,
+                (buffer, _) => buffer,
             };
+            slot.buffer = buffer.clone().map(Buffer::Device);
             let parameter = slot.parameter.as_detached_tensor();
             let buffer = buffer.map(|buffer| buffer.as_detached_tensor());
             moved.push((parameter, grad.contiguous()?, buffer, first));
@@ -223,6 +225,22 @@ impl Sgd {
         sgd_step(&tensors, lr, &hyper)
     }
 
+    /// Takes memory for momentum buffers on a GPU before a step does, which would take it from among what does not last.
+    ///
+    /// # Errors
+    /// Candle's, when memory runs out.
+    pub(crate) fn reserve_on_gpu(&mut self) -> candle_core::Result<()> {
+        let has_buffers = self.config.momentum != 0.0;
+        for slot in &mut self.slots {
+            let parameter = slot.parameter.as_tensor();
+            if has_buffers && slot.buffer.is_none() && parameter.device().is_cuda() {
+                let zeros = Var::zeros(parameter.shape(), parameter.dtype(), parameter.device())?;
+                slot.buffer = Some(Buffer::Reserved(zeros));
+            }
+        }
+        Ok(())
+    }
+
     /// The momentum buffers as tensors named `<parameter>.momentum_buffer`; parameters that have
     /// made no step have none.
     ///
@@ -238,6 +256,7 @@ impl Sgd {
                 Some(Buffer::F32(b)) => Tensor::from_slice(b, shape, device)?,
                 Some(Buffer::F64(b)) => Tensor::from_slice(b, shape, device)?,
                 Some(Buffer::Device(b)) => b.as_detached_tensor(),
+                Some(Buffer::Reserved(_)) => continue,
             };
             state.push((format!("{}{SUFFIX}", slot.name), tensor));
         }
@@ -370,6 +389,10 @@ impl Slot {
         let (shape, device) = (self.parameter.shape(), self.parameter.device());
         let buffer = match self.buffer.take() {
             None => return Ok(None),
+            Some(Buffer::Reserved(buffer)) => {
+                self.buffer = Some(Buffer::Reserved(buffer));
+                return Ok(None);
+            }
             Some(Buffer::Device(buffer)) => buffer,
             Some(Buffer::F32(values)) => Var::from_vec(values, shape, device)?,
             Some(Buffer::F64(values)) => Var::from_vec(values, shape, device)?,

@@ -81,6 +81,37 @@ impl<C> Candidates<C> {
     }
 }
 
+/// How long a run takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Timing {
+    /// Infinite where it fails.
+    pub(super) milliseconds: f32,
+    /// Whether it could not be captured.
+    pub(super) outside_graph: bool,
+}
+
+impl Default for Timing {
+    /// Of what does not run.
+    fn default() -> Self {
+        Self {
+            milliseconds: f32::INFINITY,
+            outside_graph: false,
+        }
+    }
+}
+
+/// Milliseconds, infinite of those that cannot be captured, unless none can: a single one would keep a whole step from being recorded.
+pub(super) fn in_graphs_if_any(timings: &[Timing]) -> Vec<f32> {
+    let runs_in_graph = |t: &Timing| !t.outside_graph && t.milliseconds.is_finite();
+    let any = timings.iter().any(runs_in_graph);
+    let counts = |t: &Timing| !any || runs_in_graph(t);
+    let times = timings.iter().map(|t| match counts(t) {
+        true => t.milliseconds,
+        false => f32::INFINITY,
+    });
+    times.collect()
+}
+
 /// Those that run, the fastest first.
 pub(super) fn by_time<C>(candidates: Vec<C>, times: &[f32]) -> Vec<C> {
     let mut timed: Vec<_> = times.iter().zip(candidates).collect();
@@ -113,6 +144,18 @@ mod tests {
         let sorted = by_time(vec!["a", "b", "c", "d"], &[2.0, 1.0, f32::INFINITY, 1.5]);
         assert_eq!(sorted, ["b", "d", "a"]);
         assert!(by_time(vec!["a"], &[f32::INFINITY]).is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_captured_is_taken_only_where_nothing_can() {
+        let timing = |milliseconds, outside_graph| Timing {
+            milliseconds,
+            outside_graph,
+        };
+        let outside = [timing(1.0, true), Timing::default()];
+        assert_eq!(in_graphs_if_any(&outside), [1.0, f32::INFINITY]);
+        let some = [timing(1.0, true), timing(3.0, false), timing(2.0, false)];
+        assert_eq!(in_graphs_if_any(&some), [f32::INFINITY, 3.0, 2.0]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{DType, Result};
 
-use super::candidates::{Candidates, Trial, by_time};
+use super::candidates::{Candidates, Timing, Trial, by_time, in_graphs_if_any};
 use super::plan::{
     DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
 };
@@ -585,6 +585,9 @@ fn try_out(cudnn: &mut Cudnn, key: &PlanKey, candidate: &Candidate) -> Trial {
 }
 
 /// The times of `candidates` on `operands` in milliseconds, infinite of those that do not run.
+///
+/// All of them are timed twice, the second time the other way round, and the lesser time counts: a GPU that was idle is slow at first,
+/// which would be to the harm of the first.
 fn times(
     cudnn: &mut Cudnn,
     key: &PlanKey,
@@ -594,8 +597,13 @@ fn times(
     let bytes = candidates.iter().map(|c| c.plan.workspace).max();
     cudnn.with_temporary(bytes.unwrap_or(0), |cudnn, memory| {
         cudnn.apart(OP, |cudnn, stream| {
-            let mut best = f32::INFINITY;
-            let times = candidates.iter().map(|candidate| {
+            let mut timings = vec![Timing::default(); candidates.len()];
+            let there_and_back = (0..candidates.len()).chain((0..candidates.len()).rev());
+            for (turn, i) in there_and_back.enumerate() {
+                let (candidate, earlier) = (&candidates[i], timings[i]);
+                if turn >= candidates.len() && !earlier.milliseconds.is_finite() {
+                    continue;
+                }
                 let engine = candidate.engine;
                 // SAFETY: as in `Plan::run_if_offered`; the workspace is that of the hungriest candidate, which have turns.
                 let run = || unsafe {
@@ -603,34 +611,45 @@ fn times(
                         .execute(cudnn, operands, memory)
                         .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
                 };
-                let time = time(stream, run, best).unwrap_or_else(|error| {
+                let best = timings.iter().map(|t| t.milliseconds);
+                let best = best.fold(f32::INFINITY, f32::min);
+                let timing = time(stream, run, best).unwrap_or_else(|error| {
                     tracing::warn!("{error}, by engine {engine}, which is left out");
-                    f32::INFINITY
+                    Timing::default()
                 });
-                best = best.min(time);
-                time
-            });
-            Ok(times.collect())
+                timings[i] = Timing {
+                    milliseconds: timing.milliseconds.min(earlier.milliseconds),
+                    outside_graph: timing.outside_graph || earlier.outside_graph,
+                };
+            }
+            Ok(in_graphs_if_any(&timings))
         })
     })
 }
 
-/// Milliseconds of one run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.
+/// One run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.
 ///
-/// What is obviously slower than `best` is not timed as exactly.
-fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>, best: f32) -> Result<f32> {
+/// What is obviously slower than `best` milliseconds is not timed as exactly.
+fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>, best: f32) -> Result<Timing> {
     /// What the host may take to give a single run.
     const HOST_MILLISECONDS: f32 = 0.05;
     // Kernels are loaded when they are first run, which takes its time and is forbidden in a capture.
     run()?;
     let single = least_time(stream, 2, &run)?;
     if single > 2.0 * best + HOST_MILLISECONDS {
-        return Ok(single);
+        return Ok(Timing {
+            milliseconds: single,
+            outside_graph: false,
+        });
     }
-    Ok(time_in_graph(stream, &run, single).unwrap_or_else(|error| {
-        tracing::warn!("conv2d: an engine is timed without a CUDA graph: {error}");
-        single
-    }))
+    let in_graph = time_in_graph(stream, &run, single);
+    Ok(Timing {
+        outside_graph: in_graph.is_err(),
+        milliseconds: in_graph.unwrap_or_else(|error| {
+            tracing::warn!("conv2d: an engine cannot be timed in a CUDA graph: {error}");
+            single
+        }),
+    })
 }
 
 /// Milliseconds of one run in a CUDA graph of several, each of which takes `single` at the most.

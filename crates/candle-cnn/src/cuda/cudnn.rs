@@ -125,6 +125,15 @@ impl Cudnn {
         Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
+    /// Makes the workspace that is kept, if it is not there yet.
+    pub(crate) fn make_workspace(&mut self) -> Result<()> {
+        if self.workspace.is_none() {
+            // SAFETY: cuDNN expects nothing of a workspace's contents.
+            self.workspace = Some(unsafe { self.stream.alloc::<u8>(KEPT_WORKSPACE) }.w()?);
+        }
+        Ok(())
+    }
+
     /// Calls `f` with the address of at least `bytes` of device memory, or with 0 for none. What `f` launches may use it until
     /// the next launch; nothing in it lasts.
     pub(crate) fn with_workspace<R>(
@@ -137,9 +146,8 @@ impl Cudnn {
         }
         let is_kept = bytes <= KEPT_WORKSPACE;
         // What is allocated while capturing belongs to the graph and has to be freed in it.
-        if is_kept && self.workspace.is_none() && !self.is_capturing()? {
-            // SAFETY: cuDNN expects nothing of a workspace's contents.
-            self.workspace = Some(unsafe { self.stream.alloc::<u8>(KEPT_WORKSPACE) }.w()?);
+        if is_kept && !self.is_capturing()? {
+            self.make_workspace()?;
         }
         match self.workspace.take_if(|_| is_kept) {
             Some(mut workspace) => {

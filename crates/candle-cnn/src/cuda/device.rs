@@ -4,7 +4,8 @@
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUmemPool_attribute, CUmemoryPool, cuDeviceGraphMemTrim,
+    CUgraphMem_attribute, CUmemPool_attribute, CUmemoryPool, cuDeviceGetGraphMemAttribute,
+    cuDeviceGraphMemTrim, cuMemPoolGetAttribute,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 use candle_core::{Device, Result};
@@ -46,6 +47,63 @@ pub fn memory(device: &Device) -> Result<(usize, usize)> {
     let stream = device.as_cuda_device()?.cuda_stream();
     stream.context().bind_to_thread().w()?;
     stream.context().mem_get_info().w()
+}
+
+/// What this process holds of a device for tensors and for CUDA graphs, in bytes. Libraries and loaded kernels come on top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldMemory {
+    /// In use by tensors, and by what works on them.
+    pub tensors: u64,
+    /// Held for tensors: what was freed is kept.
+    pub for_tensors: u64,
+    /// In use by graphs.
+    pub graphs: u64,
+    /// Held for graphs.
+    pub for_graphs: u64,
+}
+
+/// What this process holds of a device's memory.
+///
+/// # Errors
+/// A tensor device that is no GPU, or a driver that does not tell.
+pub fn held_memory(device: &Device) -> Result<HeldMemory> {
+    let pool = pool(device)?;
+    let number = device.as_cuda_device()?.cuda_stream().context().cu_device();
+    let of_pool = |attribute| {
+        let mut bytes = 0u64;
+        // SAFETY: the pool is the device's own, and both attributes are 64 bits wide.
+        unsafe { cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()) }
+            .result()
+            .w()?;
+        Ok::<u64, candle_core::Error>(bytes)
+    };
+    let of_graphs = |attribute| {
+        let mut bytes = 0u64;
+        // SAFETY: the device is that of a context that exists, and both attributes are 64 bits wide.
+        unsafe { cuDeviceGetGraphMemAttribute(number, attribute, (&raw mut bytes).cast()) }
+            .result()
+            .w()?;
+        Ok::<u64, candle_core::Error>(bytes)
+    };
+    Ok(HeldMemory {
+        tensors: of_pool(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+        for_tensors: of_pool(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
+        graphs: of_graphs(CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT)?,
+        for_graphs: of_graphs(CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT)?,
+    })
+}
+
+/// Makes what convolutions keep on the device for the calling thread, which they would make when they first run: a workspace for each
+/// stream. Made before what does not last, it does not keep the driver from getting that back, which it gets by pieces of
+/// 32 MiB and more.
+///
+/// # Errors
+/// A tensor device that is no GPU, or too little memory.
+pub fn make_lasting_memory(device: &Device) -> Result<()> {
+    let device = device.as_cuda_device()?;
+    (0..super::settings().streams.max(1)).try_for_each(|lane| {
+        super::cudnn::with_cudnn(device, lane, "conv2d", |cudnn| cudnn.make_workspace())
+    })
 }
 
 /// Waits until all work given to the device is done.

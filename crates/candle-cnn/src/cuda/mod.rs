@@ -30,8 +30,8 @@ mod training;
 
 #[cfg(feature = "cuda")]
 pub use device::{
-    DeviceInfo, device_info, memory, open_device, release_freed_memory, release_graph_memory,
-    synchronize,
+    DeviceInfo, HeldMemory, device_info, held_memory, make_lasting_memory, memory, open_device,
+    release_freed_memory, release_graph_memory, synchronize,
 };
 pub use settings::{F32Math, Settings, set_settings, settings, without_benchmark};
 #[cfg(feature = "cuda")]

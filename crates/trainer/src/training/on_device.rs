@@ -330,7 +330,13 @@ impl Training<'_> {
         Ok(())
     }
 
-    fn upload(&self) -> candle_core::Result<OnDevice> {
+    fn upload(&mut self) -> candle_core::Result<OnDevice> {
+        // What lasts comes first: between what steps take and free, it would keep the driver from getting that back.
+        self.optimizer.reserve_on_gpu()?;
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            candle_cnn::cuda::make_lasting_memory(&self.device)?;
+        }
         let set = match self.features.set("train") {
             Some((features, labels)) => ResidentSet::of_features(features, labels),
             None => self.upload_set(&self.data.train)?,

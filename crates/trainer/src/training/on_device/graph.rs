@@ -151,10 +151,28 @@ impl Training<'_> {
 
 /// What is in use of a GPU, by all processes, for who looks for what takes it.
 fn log_memory(device: &Device, when: &str) {
-    if let Ok((free, all)) = candle_cnn::cuda::memory(device) {
-        let mib = all.saturating_sub(free) >> 20;
-        tracing::debug!("{mib} MiB of the GPU are in use {when}");
-    }
+    use candle_cnn::cuda::{HeldMemory, held_memory, memory};
+    let (Ok((free, all)), Ok(held)) = (memory(device), held_memory(device)) else {
+        return;
+    };
+    let HeldMemory {
+        tensors,
+        for_tensors,
+        graphs,
+        for_graphs,
+    } = held;
+    let [in_use, tensors, for_tensors, graphs, for_graphs] = [
+        (all.saturating_sub(free)) as u64,
+        tensors,
+        for_tensors,
+        graphs,
+        for_graphs,
+    ]
+    .map(|bytes| bytes >> 20);
+    tracing::debug!(
+        "{in_use} MiB of the GPU are in use {when}: {for_tensors} held for tensors, which use {tensors}, and {for_graphs} \
+         for graphs, which use {graphs}"
+    );
 }
 
 /// An error and what caused it, in a line.
