@@ -5,10 +5,12 @@ mod runs;
 mod table;
 mod work;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -36,9 +38,12 @@ pub(crate) struct GpuReport {
     /// builds nothing. Needs no GPU
     #[arg(long, value_name = "DIR", exclusive = true)]
     pack: Option<PathBuf>,
-    /// Time only this kind of work; may be given several times [default: all]
+    /// Time only this kind of work; may be given several times, in the order in which they are timed [default: all]
     #[arg(long, value_name = "NAME", value_parser = ROW_NAMES)]
     row: Vec<String>,
+    /// Begin nothing that would probably end later than so many minutes from now, and say what was left out
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..))]
+    within: Option<u64>,
     /// Rounds of each row; each side runs once in each
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -78,6 +83,10 @@ struct Report {
     pytorch_accuracy: BTreeMap<u32, f64>,
     /// What failed, in words.
     failures: Vec<String>,
+    /// What our programs warned of, and in which run.
+    warnings: Vec<String>,
+    /// What was not begun, for want of time.
+    left_out: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -88,6 +97,7 @@ struct Gpu {
 }
 
 pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
+    let begin = Instant::now();
     if let Some(dir) = &arguments.pack {
         return pack::pack(dir);
     }
@@ -118,26 +128,36 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
         Some(dir) => dir.clone(),
         None => build()?,
     };
-    let write = |report: &Report| write(&out, report, &environment);
-    if !arguments.skip_tests {
+    let runs = Runs {
+        programs: &programs,
+        work: &work,
+        logs: &out.join("logs"),
+        rehearse: arguments.rehearse,
+        skip_other_ways: arguments.skip_other_ways,
+        warnings: RefCell::default(),
+        end: arguments
+            .within
+            .map(|minutes| begin + Duration::from_secs(60 * minutes)),
+    };
+    // After each part, so that a failure later loses nothing.
+    let write = |report: &mut Report| {
+        report.warnings.append(&mut runs.warnings.borrow_mut());
+        write(&out, report, &environment)
+    };
+    if !arguments.skip_tests && runs.has_time(&mut report, "the tests", TESTS) {
         attempt(&mut report, "the tests", |report| {
             report.tests = Some(tests(arguments.binaries.as_deref())?);
             Ok(())
         });
-        write(&report)?;
+        write(&mut report)?;
     }
-    let runs = Runs {
-        programs: &programs,
-        work: &work,
-        rehearse: arguments.rehearse,
-        skip_other_ways: arguments.skip_other_ways,
-    };
     let rounds = match arguments.rehearse {
         true => 1,
         false => arguments.rounds,
     };
-    if !arguments.skip_parity {
-        attempt(&mut report, "the parity of CPU and GPU", |report| {
+    let parity = "the parity of CPU and GPU";
+    if !arguments.skip_parity && runs.has_time(&mut report, parity, PARITY) {
+        attempt(&mut report, parity, |report| {
             let parity = runs.parity()?;
             for parity in parity.iter().filter(|parity| !parity.holds()) {
                 report
@@ -147,36 +167,41 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
             report.parity = parity;
             Ok(())
         });
-        write(&report)?;
+        write(&mut report)?;
     }
-    let is_asked_for = |row: &&Row| {
-        let named = arguments.row.is_empty() || arguments.row.iter().any(|name| name == row.name);
-        named && !arguments.skip_timing
-    };
-    for row in ROWS.iter().filter(is_asked_for) {
+    for row in arguments.rows() {
         eprintln!("{}: {}", row.name, row.what);
         attempt(&mut report, row.name, |report| {
             runs.row(row, python.as_deref(), rounds, report)
         });
-        // After each row, so that a failure later loses nothing.
-        write(&report)?;
+        write(&mut report)?;
     }
     if let Some(data) = &arguments.accuracy {
         for seed in SEEDS {
+            if !runs.has_time(
+                &mut report,
+                &format!("the accuracy of seed {seed}"),
+                ACCURACY,
+            ) {
+                continue;
+            }
             attempt(&mut report, "the accuracy", |report| {
                 report.accuracy.insert(seed, runs.accuracy(data, seed)?);
                 Ok(())
             });
-            write(&report)?;
+            write(&mut report)?;
         }
-        if let Some(python) = &python {
-            attempt(&mut report, "PyTorch's accuracy", |report| {
+        let theirs = "PyTorch's accuracy";
+        if let Some(python) = &python
+            && runs.has_time(&mut report, theirs, ACCURACY * SEEDS.len() as u32)
+        {
+            attempt(&mut report, theirs, |report| {
                 pytorch_accuracy(python, data, |seed, accuracy| {
                     report.pytorch_accuracy.insert(seed, accuracy);
                     write(report)
                 })
             });
-            write(&report)?;
+            write(&mut report)?;
         }
     }
     let _ = fs::remove_dir_all(&work);
@@ -189,6 +214,24 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
         report.failures.join("; ")
     );
     Ok(())
+}
+
+/// About what parts take on an H100.
+const TESTS: Duration = Duration::from_secs(90);
+const PARITY: Duration = Duration::from_secs(75);
+const ACCURACY: Duration = Duration::from_secs(80);
+
+impl GpuReport {
+    /// What is to be timed, in this order.
+    fn rows(&self) -> Vec<&'static Row> {
+        let named = self.row.iter();
+        let named = named.filter_map(|name| ROWS.iter().find(|row| row.name == name));
+        match (self.skip_timing, self.row.is_empty()) {
+            (true, _) => Vec::new(),
+            (false, true) => ROWS.iter().collect(),
+            (false, false) => named.collect(),
+        }
+    }
 }
 
 impl Report {

@@ -1,5 +1,6 @@
 //! What is run: ours and PyTorch's programs, and what they say of speed, losses and accuracy.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
@@ -7,7 +8,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -72,11 +73,40 @@ impl Parity {
 pub(super) struct Runs<'a> {
     pub(super) programs: &'a Path,
     pub(super) work: &'a Path,
+    /// Where the log of each run goes that has one.
+    pub(super) logs: &'a Path,
     pub(super) rehearse: bool,
     pub(super) skip_other_ways: bool,
+    /// What programs warned of.
+    pub(super) warnings: RefCell<Vec<String>>,
+    /// When all is to be done.
+    pub(super) end: Option<Instant>,
 }
 
 impl Runs<'_> {
+    /// Whether a part that takes about so long will end in time; else notes that it was left out.
+    pub(super) fn has_time(&self, report: &mut Report, part: &str, needs: Duration) -> bool {
+        let is_late = self.end.is_some_and(|end| Instant::now() + needs > end);
+        if is_late {
+            eprintln!("left out, for want of time: {part}");
+            report.left_out.push(part.to_string());
+        }
+        !is_late
+    }
+
+    /// Keeps what a program wrote of itself, and what it warned of.
+    fn keep_log(&self, name: &str, log: &str) -> Result<()> {
+        if log.is_empty() {
+            return Ok(());
+        }
+        let path = self.logs.join(format!("{name}.log"));
+        fs::create_dir_all(self.logs)
+            .and_then(|()| fs::write(&path, log))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        self.warnings.borrow_mut().extend(warnings(name, log));
+        Ok(())
+    }
+
     /// Runs a program to its end; its run directory.
     fn train(&self, program: &str, name: &str, arguments: &[OsString]) -> Result<PathBuf> {
         let out = self.work.join(name);
@@ -88,11 +118,9 @@ impl Runs<'_> {
             .stderr(Stdio::piped())
             .output()
             .with_context(|| format!("cannot start {program}"))?;
-        ensure!(
-            output.status.success(),
-            "{program} failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        let log = String::from_utf8_lossy(&output.stderr);
+        self.keep_log(name, &log)?;
+        ensure!(output.status.success(), "{program} failed: {}", log.trim());
         let runs = out.join(program);
         let mut entries =
             fs::read_dir(&runs).with_context(|| format!("cannot read {}", runs.display()))?;
@@ -100,15 +128,16 @@ impl Runs<'_> {
         Ok(run.path())
     }
 
-    /// The losses of the same steps on both devices, and with and without the graph.
+    /// The losses of the same steps on both devices, and with and without the graph. Epochs end with a smaller batch and an
+    /// evaluation, for which a recorded step gives its memory back; in the second it is replayed after that.
     pub(super) fn parity(&self) -> Result<Vec<Parity>> {
         let pictures = match self.rehearse {
-            true => "--train-limit 9 --test-limit 2 --batch-size 2",
-            false => "--train-limit 640 --test-limit 100",
+            true => "--train-limit 7 --test-limit 2 --batch-size 2",
+            false => "--train-limit 304 --test-limit 70",
         };
         let losses = |name: &str, extra: &str| -> Result<Vec<f64>> {
             let arguments =
-                format!("--dataset shapes {pictures} --epochs 1 --seed 3 --lr 1e-7 {extra}");
+                format!("--dataset shapes {pictures} --epochs 2 --seed 3 --lr 1e-7 {extra}");
             let run = self.train("scratch-train", name, &words(&arguments))?;
             let path = run.join("metrics.jsonl");
             let text = fs::read_to_string(&path)
@@ -136,7 +165,7 @@ impl Runs<'_> {
         Ok(vec![
             Parity::new(
                 match self.rehearse {
-                    true => "5 steps of 2 pictures, GPU in f32 against the CPU",
+                    true => "8 steps of 2 pictures, GPU in f32 against the CPU",
                     false => "20 steps, GPU in f32 against the CPU",
                 },
                 1e-3,
@@ -172,6 +201,15 @@ impl Runs<'_> {
         rounds: u32,
         report: &mut Report,
     ) -> Result<()> {
+        // About what it takes to start PyTorch's sides, and to compile one, on an H100.
+        let begin_takes = match row.targets.1 {
+            Some(_) if python.is_some() => Duration::from_secs(100),
+            _ => Duration::from_secs(10),
+        };
+        let mut longest = Duration::from_secs(30);
+        if !self.has_time(report, row.name, begin_takes + longest) {
+            return Ok(());
+        }
         let side_of = |name: &str| format!("{}, {name}", row.name);
         // PyTorch's processes live through all rounds, since to compile takes a minute.
         let variants = match row.targets.1 {
@@ -187,16 +225,29 @@ impl Runs<'_> {
                 Err(error) => report.fail(&side_of(name), &error),
             }
         }
+        let mut peaks = BTreeMap::new();
         for number in 0..rounds {
+            let part = format!("{}, round {}", row.name, number + 1);
+            if !self.has_time(report, &part, longest) {
+                continue;
+            }
+            let begin = Instant::now();
             let mut round = Round::new();
             let idle = gpu_mib()?;
             for (name, flags) in WAYS {
                 if name != OURS && (number > 0 || self.skip_other_ways) {
                     continue;
                 }
+                // To look at the memory takes time, which PyTorch's steps do not lose while they are timed.
+                let speed = || self.our_speed(row, number, flags);
+                let outcome = match peaks.get(name) {
+                    Some(&peak) => speed().map(|speed| (speed, peak)),
+                    None => with_peak_memory(speed),
+                };
                 // One way may fail on a GPU where another works.
-                match with_peak_memory(|| self.our_speed(row, number, flags)) {
+                match outcome {
                     Ok((images_per_second, peak)) => {
+                        peaks.insert(name, peak);
                         let timing = Timing {
                             images_per_second,
                             gpu_mib: peak.saturating_sub(idle),
@@ -222,6 +273,7 @@ impl Runs<'_> {
                 .iter()
                 .map(|(name, t)| format!("{name} {:.0} images/s", t.images_per_second))
                 .collect();
+            longest = longest.max(begin.elapsed());
             eprintln!("round {}/{rounds}: {}", number + 1, text.join(", "));
             let kept = report.rows.entry(row.name.to_string()).or_default();
             kept.push(round);
@@ -268,6 +320,14 @@ impl Runs<'_> {
             .context("no test evaluation")?;
         Ok(100.0 * test.accuracy())
     }
+}
+
+/// The lines of a log that warn.
+fn warnings(name: &str, log: &str) -> Vec<String> {
+    let lines = log.lines().filter(|line| line.contains(" WARN "));
+    lines
+        .map(|line| format!("{name}: {}", line.trim()))
+        .collect()
 }
 
 fn words(text: &str) -> Vec<OsString> {
@@ -411,7 +471,32 @@ mod tests {
     }
 
     #[test]
+    fn what_would_end_too_late_is_left_out_by_name() {
+        let ending = |end: Option<Duration>| Runs {
+            programs: Path::new(""),
+            work: Path::new(""),
+            logs: Path::new(""),
+            rehearse: false,
+            skip_other_ways: false,
+            warnings: RefCell::default(),
+            end: end.map(|end| Instant::now() + end),
+        };
+        let (long, short) = (Duration::from_secs(1000), Duration::from_secs(1));
+        let mut report = Report::default();
+        assert!(ending(None).has_time(&mut report, "a", long));
+        assert!(ending(Some(long)).has_time(&mut report, "b", short));
+        assert!(!ending(Some(short)).has_time(&mut report, "c", long));
+        assert_eq!(report.left_out, ["c"]);
+    }
+
+    #[test]
     fn what_programs_write_is_read() {
+        let log = "Run: x\n WARN it cannot be recorded\nDEBUG an engine\nstep 1\n";
+        assert_eq!(
+            warnings("lesson-32-0", log),
+            ["lesson-32-0: WARN it cannot be recorded"]
+        );
+
         let csv = "epoch,images_per_second,x\n1,10.5,0\n2,20.25,0\n";
         assert_eq!(last_speed(csv).unwrap(), 20.25);
         assert!(last_speed("epoch\n").is_err());

@@ -76,6 +76,16 @@ pub(super) fn summary(report: &Report) -> String {
     for failure in &report.failures {
         let _ = writeln!(text, "\nFailed: {failure}.");
     }
+    for warning in &report.warnings {
+        let _ = writeln!(text, "\nWarned of in {warning}");
+    }
+    if !report.left_out.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nLeft out, for want of time: {}.",
+            report.left_out.join("; ")
+        );
+    }
     text
 }
 
