@@ -5,7 +5,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_cnn::cuda::{
-    memory, open_device, release_freed_memory, release_graph_memory, synchronize,
+    held_memory, memory, open_device, release_freed_memory, release_graph_memory, synchronize,
 };
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -46,10 +46,19 @@ fn freed_memory_is_kept_until_it_is_released() -> Result<()> {
         let is_taken = taken_from_now_on(device)?;
         let tensor = Tensor::zeros(BYTES, DType::U8, device)?;
         assert!(is_taken()?);
+        let in_use_and_held = || {
+            let held = held_memory(device)?;
+            let [used, held] = [held.tensors, held.for_tensors].map(|bytes| bytes >= BYTES as u64);
+            Ok::<_, candle_core::Error>((used, held))
+        };
+        assert_eq!(in_use_and_held()?, (true, true));
         drop(tensor);
         assert!(is_taken()?);
+        synchronize(device)?;
+        assert_eq!(in_use_and_held()?, (false, true));
         release_freed_memory(device)?;
         assert!(!is_taken()?);
+        assert_eq!(in_use_and_held()?, (false, false));
         Ok(())
     })
 }
@@ -79,10 +88,12 @@ fn a_graph_keeps_its_memory_until_it_is_released_and_takes_it_again() -> Result<
             if launches == 2 {
                 synchronize(device)?;
                 assert!(is_taken()?);
+                assert!(held_memory(device)?.for_graphs >= BYTES as u64);
             }
             // The first time while it may still run.
             release_graph_memory(device)?;
             assert!(!is_taken()?);
+            assert!(held_memory(device)?.for_graphs < BYTES as u64);
             assert_eq!(result.to_vec1::<f32>()?, [1.0 + launches as f32]);
         }
         Ok(())

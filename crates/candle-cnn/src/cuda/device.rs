@@ -2,10 +2,12 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
+
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUgraphMem_attribute, CUmemPool_attribute, CUmemoryPool, cuDeviceGetGraphMemAttribute,
-    cuDeviceGraphMemTrim, cuMemPoolGetAttribute,
+    CUgraphMem_attribute, CUmemPool_attribute, CUmemoryPool, CUresult,
+    cuDeviceGetGraphMemAttribute, cuDeviceGraphMemTrim, cuMemPoolGetAttribute,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
 use candle_core::{Device, Result};
@@ -69,22 +71,15 @@ pub struct HeldMemory {
 pub fn held_memory(device: &Device) -> Result<HeldMemory> {
     let pool = pool(device)?;
     let number = device.as_cuda_device()?.cuda_stream().context().cu_device();
-    let of_pool = |attribute| {
+    let told = |ask: &dyn Fn(*mut c_void) -> CUresult| -> Result<u64> {
         let mut bytes = 0u64;
-        // SAFETY: the pool is the device's own, and both attributes are 64 bits wide.
-        unsafe { cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()) }
-            .result()
-            .w()?;
-        Ok::<u64, candle_core::Error>(bytes)
+        ask((&raw mut bytes).cast()).result().w()?;
+        Ok(bytes)
     };
-    let of_graphs = |attribute| {
-        let mut bytes = 0u64;
-        // SAFETY: the device is that of a context that exists, and both attributes are 64 bits wide.
-        unsafe { cuDeviceGetGraphMemAttribute(number, attribute, (&raw mut bytes).cast()) }
-            .result()
-            .w()?;
-        Ok::<u64, candle_core::Error>(bytes)
-    };
+    // SAFETY: the pool is the device's own, and the attributes asked for are 64 bits wide.
+    let of_pool = |of| told(&|bytes| unsafe { cuMemPoolGetAttribute(pool, of, bytes) });
+    // SAFETY: the device is that of a context that exists, and the attributes asked for are 64 bits wide.
+    let of_graphs = |of| told(&|bytes| unsafe { cuDeviceGetGraphMemAttribute(number, of, bytes) });
     Ok(HeldMemory {
         tensors: of_pool(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
         for_tensors: of_pool(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?,
