@@ -224,7 +224,13 @@ const ACCURACY: Duration = Duration::from_secs(80);
 impl GpuReport {
     /// What is to be timed, in this order.
     fn rows(&self) -> Vec<&'static Row> {
-        let named = self.row.iter();
+        let mut names: Vec<&str> = Vec::new();
+        for name in &self.row {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        let named = names.into_iter();
         let named = named.filter_map(|name| ROWS.iter().find(|row| row.name == name));
         match (self.skip_timing, self.row.is_empty()) {
             (true, _) => Vec::new(),
@@ -369,7 +375,8 @@ fn write(out: &Path, report: &Report, environment: &trainer::Environment) -> Res
         "# CUDA on {}\n\n{}, driver {}, {}\n\n{}{}\n\
          Our speed is that of a run's second epoch, data and logging included; PyTorch's that of steps on one batch that is\n\
          on the GPU already. Sides take turns; ratios are of the same round, as the median of the rounds: above 1 we are faster.\n\
-         Memory is the most that nvidia-smi showed beyond what was taken before. Each number is in `report.json`, the\n\
+         Memory is the most that nvidia-smi showed beyond what was taken before; it is looked at in the first of our runs of a row, which\n\
+         it may slow down a little. Each number is in `report.json`, the\n\
          machine in `environment.json`.\n",
         report.gpu.name,
         record::origin(environment),
@@ -384,6 +391,24 @@ fn write(out: &Path, report: &Report, environment: &trainer::Environment) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_are_timed_once_in_the_order_in_which_they_are_asked_for() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            report: GpuReport,
+        }
+        let names = |line: &str| -> Vec<&str> {
+            let line = ["x"].into_iter().chain(line.split_whitespace());
+            let line = <Line as clap::Parser>::parse_from(line);
+            line.report.rows().iter().map(|row| row.name).collect()
+        };
+        let twice = "--row torchvision-full-32 --row lesson-32 --row torchvision-full-32";
+        assert_eq!(names(twice), ["torchvision-full-32", "lesson-32"]);
+        assert_eq!(names(""), ROW_NAMES);
+        assert!(names("--skip-timing").is_empty());
+    }
 
     #[test]
     fn tests_are_counted_and_the_gpu_is_read() {

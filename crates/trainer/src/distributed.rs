@@ -155,30 +155,44 @@ impl Together<'_> {
             .collect())
     }
 
-    /// The gradients of the whole batch from those of this rank's part of it. Without images of its
-    /// own a rank has none to give, and still gets them.
-    pub(crate) fn average_gradients(
+    /// Which parameters have a gradient on any rank. They may differ by what a network leaves out at
+    /// random, or where a rank has no images. Asks through the host, all ranks at the same step; one that is alone asks nobody.
+    pub(crate) fn agree_on_gradients(
         self,
-        mut gradients: GradStore,
+        gradients: &GradStore,
         parameters: &[Var],
-        batch: Share,
-    ) -> Result<GradStore> {
+    ) -> Result<Vec<bool>> {
         let Some(group) = self.0 else {
-            return Ok(gradients);
+            return Ok(Vec::new());
         };
         let mut present: Vec<u64> = parameters
             .iter()
             .map(|parameter| gradients.get(parameter).is_some().into())
             .collect();
-        // Which parameters the loss depends on may differ between ranks: by what a network leaves out at
-        // random, or where one has no images. This goes through the host, so that a recorded step
-        // holds what the ranks agreed on when it was recorded.
         group.all_reduce_sum(&mut present)?;
-        let parameters: Vec<&Var> = parameters
-            .iter()
-            .zip(present)
-            .filter_map(|(parameter, present)| (present > 0).then_some(parameter))
-            .collect();
+        Ok(present.into_iter().map(|ranks| ranks > 0).collect())
+    }
+
+    /// The gradients of the whole batch from those of this rank's part of it, of the parameters that were `agreed` on.
+    /// Without a gradient of its own a rank still gets them, and one that nobody agreed on is left out.
+    pub(crate) fn average_gradients(
+        self,
+        mut gradients: GradStore,
+        parameters: &[Var],
+        agreed: &[bool],
+        batch: Share,
+    ) -> Result<GradStore> {
+        let Some(group) = self.0 else {
+            return Ok(gradients);
+        };
+        let mut averaged_ones = Vec::with_capacity(parameters.len());
+        for (parameter, &agreed) in parameters.iter().zip(agreed) {
+            match agreed {
+                true => averaged_ones.push(parameter),
+                false => drop(gradients.remove(parameter)),
+            }
+        }
+        let parameters = averaged_ones;
         let given: candle_core::Result<Vec<Tensor>> = parameters
             .iter()
             .map(|parameter| match gradients.get(parameter) {

@@ -128,15 +128,6 @@ pub enum Error {
         /// What differs.
         reason: String,
     },
-    /// Two parameters or buffers of a model have one name.
-    #[error(
-        "two parameters or buffers of the model are named {name}: a checkpoint could hold only one of \
-         them. Give each a name of its own"
-    )]
-    DuplicateName {
-        /// The name.
-        name: String,
-    },
     /// There are checkpoints, but none is whole.
     #[error(
         "none of the {count} checkpoints in {} can be used; the newest: {newest}. Nothing was changed: \

@@ -94,8 +94,8 @@ impl<'a> Training<'a> {
     /// the model's weights, or from the beginning when there is none.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::EmptySet`], [`Error::DuplicateName`], [`Error::DataChanged`], and
-    /// what loading a checkpoint can say.
+    /// [`Error::Config`], [`Error::EmptySet`], [`Error::Weights`] for a name that comes twice,
+    /// [`Error::DataChanged`], and what loading a checkpoint can say.
     pub fn new(
         model: &'a dyn Model,
         data: DataSets,
@@ -142,10 +142,7 @@ impl<'a> Training<'a> {
         config.validate()?;
         data.check_not_empty()?;
         together.check(&config, &data)?;
-        let state_dict = weights::state_dict(model);
-        if let Some(name) = weights::first_twice(state_dict.iter().map(|(name, _)| name)) {
-            return Err(Error::DuplicateName { name: name.clone() });
-        }
+        weights::check_names(weights::state_dict(model).iter().map(|(name, _)| name))?;
         let trainable = model.named_parameters();
         let trainable: Vec<(String, Var)> = trainable
             .into_iter()
@@ -226,6 +223,7 @@ impl<'a> Training<'a> {
             steps_per_epoch: self.steps_per_epoch(),
             epochs: self.config.epochs,
         });
+        self.make_lasting_memory()?;
         while !self.is_finished() {
             let flow = match self.train_epoch(observer, stop)? {
                 ControlFlow::Continue(()) => self.end_epoch(observer, stop)?,
@@ -342,9 +340,12 @@ impl<'a> Training<'a> {
         parts.end("loss");
         let gradients = backward(&loss).map_err(failed("the backward pass"))?;
         parts.end("backward");
-        let gradients = self
+        let agreed = self
             .together
-            .average_gradients(gradients, &self.trainable, sums.batch)?;
+            .agree_on_gradients(&gradients, &self.trainable)?;
+        let gradients =
+            self.together
+                .average_gradients(gradients, &self.trainable, &agreed, sums.batch)?;
         let lr = self.learning_rate(step);
         self.optimizer
             .step(&gradients, lr)

@@ -99,9 +99,7 @@ pub fn encode(
     metadata.insert("format".into(), "pt".into());
     let mut header = BTreeMap::from([("__metadata__".to_string(), json!(metadata))]);
     let mut data: Vec<u8> = Vec::new();
-    if let Some(name) = first_twice(tensors.iter().map(|(name, _)| name)) {
-        return Err(WeightsError::DuplicateName { name: name.clone() });
-    }
+    check_names(tensors.iter().map(|(name, _)| name))?;
     let mut order: Vec<&(String, Tensor)> = tensors.iter().collect();
     // Widest type first keeps every tensor aligned to its elements.
     order.sort_by_key(|(name, tensor)| (Reverse(tensor.dtype().size_in_bytes()), name));
@@ -195,7 +193,9 @@ pub enum WeightsError {
         mismatch: Box<Mismatch>,
     },
     /// Two tensors have one name.
-    #[error("two tensors are named {name}: a file can hold only one of them")]
+    #[error(
+        "two tensors are named {name}: a file can hold only one of them. Give each a name of its own"
+    )]
     DuplicateName {
         /// The name.
         name: String,
@@ -263,13 +263,18 @@ fn describe(tensor: &Tensor) -> String {
     format!("{} {:?}", tensor.dtype().as_str(), tensor.dims())
 }
 
-/// Appends a tensor's values; returns safetensors' name of their type.
-/// The first name that has been there before.
-pub(crate) fn first_twice<'a>(names: impl Iterator<Item = &'a String>) -> Option<&'a String> {
+/// Refuses a name that comes twice.
+pub(crate) fn check_names<'a>(
+    mut names: impl Iterator<Item = &'a String>,
+) -> Result<(), WeightsError> {
     let mut seen = BTreeSet::new();
-    names.into_iter().find(|name| !seen.insert(*name))
+    match names.find(|name| !seen.insert(*name)) {
+        Some(name) => Err(WeightsError::DuplicateName { name: name.clone() }),
+        None => Ok(()),
+    }
 }
 
+/// Appends a tensor's values; returns safetensors' name of their type.
 fn append_bytes(tensor: &Tensor, out: &mut Vec<u8>) -> Result<&'static str, WeightsError> {
     let mut append = || {
         let flat = tensor.flatten_all()?;

@@ -174,7 +174,6 @@ impl Downloader {
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Fetched, DownloadError> {
         let FileRequest { path, pin, .. } = file;
-        check_request(path, pin)?;
         if let Some(complete) = already_complete(path, pin, progress)? {
             return Ok(complete);
         }
@@ -249,7 +248,7 @@ fn check_request(path: &Path, pin: &Pin) -> Result<(), DownloadError> {
 /// Whether the file at `path` is what `pin` says. A wrong one is only reported: it stays.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// A file that cannot be read, a place where none can lie, or what is no hash.
 pub fn is_complete(
     path: &Path,
     pin: &Pin,
@@ -263,6 +262,7 @@ fn already_complete(
     pin: &Pin,
     progress: &mut dyn FnMut(Event<'_>),
 ) -> Result<Option<Fetched>, DownloadError> {
+    check_request(path, pin)?;
     match store::check(path, pin, progress)? {
         State::Absent => Ok(None),
         State::Complete(bytes) => {

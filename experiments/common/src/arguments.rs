@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, Command};
+use clap::{Arg, ArgMatches, Args, Command};
 use trainer::{Schedule, SgdConfig, TrainingConfig};
 
 use crate::compute::{ComputeConfig, DeviceChoice, Precision};
@@ -280,8 +280,8 @@ pub fn device_defaults(threads: &str) -> [(&'static str, String); 3] {
     ]
 }
 
-/// As many times the steps go by between two checkpoints on a GPU. It makes 200 of the lesson's in under a second, of which
-/// a checkpoint would take a fifth.
+/// On a GPU checkpoints are this many times further apart: it makes 200 of the lesson's steps in under a second, and a checkpoint
+/// takes about a tenth of one.
 const GPU_INTERVAL: u64 = 10;
 
 impl TrainingDefaults {
@@ -322,6 +322,21 @@ pub fn describe_defaults(command: Command, defaults: &[(&'static str, String)]) 
             argument.help(format!("{} [default: {value}]", help.unwrap_or_default()))
         })
     })
+}
+
+/// The flags that take a value and tell no default in their help, for a program's tests.
+pub fn flags_without_default(command: &Command) -> Vec<&str> {
+    let tells = |argument: &Arg| {
+        let help = argument.get_help().map(ToString::to_string);
+        let described = help.is_some_and(|help| help.contains("[default: "));
+        described || !argument.get_default_values().is_empty()
+    };
+    command
+        .get_arguments()
+        .filter(|argument| argument.get_action().takes_values() && !argument.is_positional())
+        .filter(|argument| !tells(argument))
+        .map(|argument| argument.get_id().as_str())
+        .collect()
 }
 
 /// The flags on the command line, as `--lr`.

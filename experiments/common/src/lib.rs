@@ -21,7 +21,7 @@ mod signals;
 pub use arguments::{
     ComputeArguments, DataArguments, DeviceArguments, ParallelArguments, RunArguments,
     TrainingArguments, TrainingDefaults, at_least_one, common_defaults, describe_defaults,
-    device_defaults, flags_given, probability, refuse_all_but, threads,
+    device_defaults, flags_given, flags_without_default, probability, refuse_all_but, threads,
 };
 pub use compute::{ComputeConfig, DeviceChoice, Precision, start_threads};
 pub use data::{DataConfig, Dataset};

@@ -225,7 +225,8 @@ impl Runs<'_> {
                 Err(error) => report.fail(&side_of(name), &error),
             }
         }
-        let mut peaks = BTreeMap::new();
+        // Of the GPU's memory, by each of our ways.
+        let mut taken = BTreeMap::new();
         for number in 0..rounds {
             let part = format!("{}, round {}", row.name, number + 1);
             if !self.has_time(report, &part, longest) {
@@ -240,17 +241,18 @@ impl Runs<'_> {
                 }
                 // To look at the memory takes time, which PyTorch's steps do not lose while they are timed.
                 let speed = || self.our_speed(row, number, flags);
-                let outcome = match peaks.get(name) {
-                    Some(&peak) => speed().map(|speed| (speed, peak)),
-                    None => with_peak_memory(speed),
+                let outcome = match taken.get(name) {
+                    Some(&gpu_mib) => speed().map(|speed| (speed, gpu_mib)),
+                    None => with_peak_memory(speed)
+                        .map(|(speed, peak)| (speed, peak.saturating_sub(idle))),
                 };
                 // One way may fail on a GPU where another works.
                 match outcome {
-                    Ok((images_per_second, peak)) => {
-                        peaks.insert(name, peak);
+                    Ok((images_per_second, gpu_mib)) => {
+                        taken.insert(name, gpu_mib);
                         let timing = Timing {
                             images_per_second,
-                            gpu_mib: peak.saturating_sub(idle),
+                            gpu_mib,
                         };
                         round.insert(name.to_string(), timing);
                     }

@@ -100,6 +100,12 @@ impl Default for Timing {
     }
 }
 
+/// The least time of those that can be captured: what is slower than that need not be captured to be left out.
+pub(super) fn best_in_graph(timings: &[Timing]) -> f32 {
+    let captured = timings.iter().filter(|t| !t.outside_graph);
+    captured.fold(f32::INFINITY, |best, t| best.min(t.milliseconds))
+}
+
 /// Milliseconds, infinite of those that cannot be captured, unless none can: a single one would keep a whole step from being recorded.
 pub(super) fn in_graphs_if_any(timings: &[Timing]) -> Vec<f32> {
     let runs_in_graph = |t: &Timing| !t.outside_graph && t.milliseconds.is_finite();
@@ -156,6 +162,9 @@ mod tests {
         assert_eq!(in_graphs_if_any(&outside), [1.0, f32::INFINITY]);
         let some = [timing(1.0, true), timing(3.0, false), timing(2.0, false)];
         assert_eq!(in_graphs_if_any(&some), [f32::INFINITY, 3.0, 2.0]);
+        // By the first of them nobody is too slow to be tried.
+        assert_eq!(best_in_graph(&some), 2.0);
+        assert_eq!(best_in_graph(&outside), f32::INFINITY);
     }
 
     #[test]

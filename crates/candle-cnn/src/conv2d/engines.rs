@@ -23,7 +23,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 use candle_core::cuda_backend::{DeviceId, WrapErr};
 use candle_core::{DType, Result};
 
-use super::candidates::{Candidates, Timing, Trial, by_time, in_graphs_if_any};
+use super::candidates::{Candidates, Timing, Trial, best_in_graph, by_time, in_graphs_if_any};
 use super::plan::{
     DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
 };
@@ -611,15 +611,15 @@ fn times(
                         .execute(cudnn, operands, memory)
                         .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
                 };
-                let best = timings.iter().map(|t| t.milliseconds);
-                let best = best.fold(f32::INFINITY, f32::min);
-                let timing = time(stream, run, best).unwrap_or_else(|error| {
-                    tracing::warn!("{error}, by engine {engine}, which is left out");
-                    Timing::default()
-                });
-                timings[i] = Timing {
-                    milliseconds: timing.milliseconds.min(earlier.milliseconds),
-                    outside_graph: timing.outside_graph || earlier.outside_graph,
+                timings[i] = match time(stream, run, best_in_graph(&timings)) {
+                    Ok(timing) => Timing {
+                        milliseconds: timing.milliseconds.min(earlier.milliseconds),
+                        outside_graph: timing.outside_graph || earlier.outside_graph,
+                    },
+                    Err(error) => {
+                        tracing::warn!("{error}, by engine {engine}, which is left out");
+                        Timing::default()
+                    }
                 };
             }
             Ok(in_graphs_if_any(&timings))

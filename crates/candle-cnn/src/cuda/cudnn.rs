@@ -146,7 +146,7 @@ impl Cudnn {
         }
         let is_kept = bytes <= KEPT_WORKSPACE;
         // What is allocated while capturing belongs to the graph and has to be freed in it.
-        if is_kept && !self.is_capturing()? {
+        if is_kept && self.workspace.is_none() && !self.is_capturing()? {
             self.make_workspace()?;
         }
         match self.workspace.take_if(|_| is_kept) {

@@ -89,14 +89,19 @@ pub fn held_memory(device: &Device) -> Result<HeldMemory> {
 }
 
 /// Makes what convolutions keep on the device for the calling thread, which they would make when they first run: a workspace for each
-/// stream. Made before what does not last, it does not keep the driver from getting that back, which it gets by pieces of
+/// stream that is used. Made before what does not last, it does not keep the driver from getting that back, which it gets by pieces of
 /// 32 MiB and more.
 ///
 /// # Errors
 /// A tensor device that is no GPU, or too little memory.
 pub fn make_lasting_memory(device: &Device) -> Result<()> {
     let device = device.as_cuda_device()?;
-    (0..super::settings().streams.max(1)).try_for_each(|lane| {
+    let settings = super::settings();
+    let lanes = match settings.channels_last {
+        true => settings.streams.max(1),
+        false => 1,
+    };
+    (0..lanes).try_for_each(|lane| {
         super::cudnn::with_cudnn(device, lane, "conv2d", |cudnn| cudnn.make_workspace())
     })
 }

@@ -13,6 +13,7 @@ use data_parallel::{Backend, Options, Ranks};
 use tempfile::TempDir;
 
 use super::*;
+use crate::distributed::Share;
 use crate::observer::Silent;
 use crate::sgd::SgdConfig;
 use crate::tiny_model::TinyModel;
@@ -106,24 +107,15 @@ impl Run<'_> {
         if self.ranks == 0 {
             return vec![self.rank(0, Some(run), None)];
         }
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = free_port();
         thread::scope(|scope| {
             let mut run = Some(run);
             let threads: Vec<_> = (0..self.ranks)
                 .map(|rank| {
                     let run = run.take();
                     scope.spawn(move || {
-                        let ranks = Ranks::new(rank, self.ranks, "127.0.0.1", port).unwrap();
-                        let options = Options {
-                            timeout: Duration::from_secs(30),
-                            ..Default::default()
-                        };
-                        let group = ProcessGroup::connect(&ranks, &options, Backend::Tcp);
-                        self.rank(rank, run, Some(&group.unwrap()))
+                        let group = connect(rank, self.ranks, port);
+                        self.rank(rank, run, Some(&group))
                     })
                 })
                 .collect();
@@ -168,6 +160,54 @@ impl Run<'_> {
             images_seen: model.pictures_seen.get(),
         }
     }
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+fn connect(rank: usize, ranks: usize, port: u16) -> ProcessGroup {
+    let ranks = Ranks::new(rank, ranks, "127.0.0.1", port).unwrap();
+    let options = Options {
+        timeout: Duration::from_secs(30),
+        ..Default::default()
+    };
+    ProcessGroup::connect(&ranks, &options, Backend::Tcp).unwrap()
+}
+
+#[test]
+fn gradients_are_averaged_by_what_was_agreed_on_and_not_by_what_a_rank_has() {
+    let port = free_port();
+    let of_rank = |rank: usize| {
+        let group = connect(rank, 2, port);
+        let together = Together(Some(&group));
+        let [a, b, c] = [1f32, 2.0, 3.0].map(|value| Var::new(value, &Device::Cpu).unwrap());
+        // Rank 0 has gradients of a and b, rank 1 of a and c.
+        let other = [&b, &c][rank].as_tensor();
+        let gradients = (a.as_tensor() + other).unwrap().backward().unwrap();
+        let parameters = [a, b, c];
+        let asked = together.agree_on_gradients(&gradients, &parameters);
+        assert_eq!(asked.unwrap(), [true; 3]);
+        let (own, images) = (1, 2);
+        let averaged = together.average_gradients(
+            gradients,
+            &parameters,
+            &[true, true, false],
+            Share { own, images },
+        );
+        let averaged = averaged.unwrap();
+        parameters.map(|parameter| {
+            let gradient = averaged.get(&parameter)?;
+            Some(gradient.to_scalar::<f32>().unwrap())
+        })
+    };
+    thread::scope(|scope| {
+        let ranks = [0, 1].map(|rank| scope.spawn(move || of_rank(rank)));
+        for rank in ranks {
+            assert_eq!(rank.join().unwrap(), [Some(1.0), Some(0.5), None]);
+        }
+    });
 }
 
 fn metrics(dir: &Path) -> Vec<Metric> {

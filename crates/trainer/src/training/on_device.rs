@@ -40,6 +40,10 @@ pub(super) struct OnDevice {
     unread: Vec<Unread>,
     #[cfg(feature = "cuda")]
     graph: graph::StepGraph,
+    /// The parameters whose gradients a recorded step averages, as the ranks agreed in the steps before. Nobody is asked after that:
+    /// a rank that replays would not answer one whose recording failed.
+    #[cfg(feature = "cuda")]
+    agreed: Vec<bool>,
 }
 
 /// What changes from step to step, at addresses that stay: a recorded step reads it there.
@@ -100,6 +104,8 @@ impl OnDevice {
             unread: Vec::with_capacity(READ_EVERY_STEPS),
             #[cfg(feature = "cuda")]
             graph: graph::StepGraph::default(),
+            #[cfg(feature = "cuda")]
+            agreed: Vec::new(),
         })
     }
 
@@ -199,10 +205,10 @@ impl Training<'_> {
             self.replay_or_record(state, share, seed)?;
         } else {
             state.make_room(&self.device).map_err(failed("the step"))?;
-            timed_unless(seldom, || self.compute_step(state, share, seed))?;
+            timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
         }
         #[cfg(not(feature = "cuda"))]
-        timed_unless(seldom, || self.compute_step(state, share, seed))?;
+        timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
         let slot = state.unread.len();
         let keep = || {
             state.losses.slice_set(&state.outputs.loss, 0, slot)?;
@@ -217,7 +223,15 @@ impl Training<'_> {
 
     /// Everything of a step that runs on the device, from gathering this rank's images to the update.
     /// On a GPU the seed of the dropout masks is that of the step's inputs, which equals `seed`.
-    fn compute_step(&mut self, state: &OnDevice, batch: Share, seed: u64) -> Result<()> {
+    ///
+    /// Averages the gradients that were `agreed` on, or asks the ranks; returns the agreement.
+    fn compute_step(
+        &mut self,
+        state: &OnDevice,
+        batch: Share,
+        seed: u64,
+        agreed: Option<&[bool]>,
+    ) -> Result<Vec<bool>> {
         let unread = state.unread.len() as u64;
         let step = self.position.step + unread + 1;
         let batch_size = self.config.batch_size;
@@ -230,15 +244,21 @@ impl Training<'_> {
         let mut parts = Parts::start();
         let gradients = backward(&loss).map_err(failed("the backward pass"))?;
         parts.end("backward");
-        let gradients = self
-            .together
-            .average_gradients(gradients, &self.trainable, batch)?;
+        let agreed = match agreed {
+            Some(agreed) => agreed.to_vec(),
+            None => self
+                .together
+                .agree_on_gradients(&gradients, &self.trainable)?,
+        };
+        let gradients =
+            self.together
+                .average_gradients(gradients, &self.trainable, &agreed, batch)?;
         self.optimizer
             .step_on_device(&gradients, &state.inputs.lr)
             .map_err(failed("the update"))?;
         drop((gradients, loss));
         parts.end("update");
-        Ok(())
+        Ok(agreed)
     }
 
     /// The loss of the first `images` of the step's indices; its value and the right answers are left in the outputs.
@@ -330,13 +350,25 @@ impl Training<'_> {
         Ok(())
     }
 
-    fn upload(&mut self) -> candle_core::Result<OnDevice> {
-        // What lasts comes first: between what steps take and free, it would keep the driver from getting that back.
-        self.optimizer.reserve_on_gpu()?;
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() {
-            candle_cnn::cuda::make_lasting_memory(&self.device)?;
+    /// Makes what lasts on a GPU before what does not: between what steps take and free, it would keep the driver from getting that
+    /// back.
+    pub(super) fn make_lasting_memory(&mut self) -> Result<()> {
+        if !self.execution.resident {
+            return Ok(());
         }
+        let failed = self.failed("the beginning");
+        self.optimizer.reserve_on_gpu().map_err(failed)?;
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda()
+            && let Err(error) = candle_cnn::cuda::make_lasting_memory(&self.device)
+        {
+            // It is made where it is needed, by a network that has convolutions.
+            tracing::debug!("no workspaces for convolutions beforehand: {error}");
+        }
+        Ok(())
+    }
+
+    fn upload(&self) -> candle_core::Result<OnDevice> {
         let set = match self.features.set("train") {
             Some((features, labels)) => ResidentSet::of_features(features, labels),
             None => self.upload_set(&self.data.train)?,

@@ -74,7 +74,10 @@ impl Training<'_> {
     ) -> Result<()> {
         match &state.graph {
             StepGraph::Recorded { .. } => {}
-            StepGraph::Unavailable => return self.compute_step(state, batch, seed),
+            StepGraph::Unavailable => {
+                self.compute_step(state, batch, seed, Some(&state.agreed))?;
+                return Ok(());
+            }
             &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
                 // Small uploads, such as the strides of a tensor, are kept: the recording finds them on the device.
                 let device = self.device.clone();
@@ -83,7 +86,7 @@ impl Training<'_> {
                     .as_cuda_device()
                     .map_err(self.failed("the step"))?
                     .enable_cuda_graph_htod_cache();
-                self.compute_step(state, batch, seed)?;
+                state.agreed = self.compute_step(state, batch, seed, None)?;
                 state.graph = StepGraph::WarmingUp(steps + 1);
                 return Ok(());
             }
@@ -101,7 +104,8 @@ impl Training<'_> {
                          {reason}"
                     );
                     state.graph = StepGraph::Unavailable;
-                    return self.compute_step(state, batch, seed);
+                    self.compute_step(state, batch, seed, Some(&state.agreed))?;
+                    return Ok(());
                 }
             },
         }
@@ -126,13 +130,13 @@ impl Training<'_> {
         // no other thread works on this device.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w().map_err(&failed)?;
-        let computed = self.compute_step(state, batch, seed);
+        let computed = self.compute_step(state, batch, seed, Some(&state.agreed));
         // Errors of memory freed in a capture that failed wait in the context, and would keep it from being ended.
         let _ = stream.context().check_err();
         // Ends the capture also where the step failed: the stream could not be used any more.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags);
-        let recorded = computed.and_then(|()| {
+        let recorded = computed.and_then(|_| {
             let graph = graph.w().map_err(&failed)?;
             let nothing = || failed(candle_core::Error::msg("nothing was recorded"));
             let graph = graph.ok_or_else(nothing)?;
