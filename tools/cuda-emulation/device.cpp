@@ -988,6 +988,8 @@ API int nvrtcGetPTXSize(void *, size_t *size) { return *size = 9, 0; }
 API int nvrtcGetPTX(void *, char *ptx) { return std::memcpy(ptx, "emulated", 9), 0; }
 API int nvrtcGetProgramLogSize(void *, size_t *size) { return *size = 1, 0; }
 API int nvrtcGetProgramLog(void *, char *log) { return *log = 0, 0; }
+API int nvrtcGetNumSupportedArchs(int *count) { return *count = 2, 0; }
+API int nvrtcGetSupportedArchs(int *known) { return known[0] = 75, known[1] = 90, 0; }
 API int nvrtcDestroyProgram(void **program) { return delete static_cast<Program *>(*program), 0; }
 
 // ---- cuRAND ----

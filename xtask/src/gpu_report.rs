@@ -23,7 +23,7 @@ use crate::record;
 
 /// Run the CUDA tests, compare CPU and GPU, time us beside PyTorch, and record it all
 ///
-/// Needs a GPU with its driver, CUDA 13 with nvcc (or programs built elsewhere, see --binaries), and for the other half of the
+/// Needs a GPU with its driver, CUDA with nvcc (or programs built elsewhere, see --binaries), and for the other half of the
 /// table a PyTorch that was built for CUDA. Takes ten minutes and more, without --accuracy.
 #[derive(Debug, clap::Args)]
 pub(crate) struct GpuReport {

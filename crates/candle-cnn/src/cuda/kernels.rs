@@ -1,11 +1,13 @@
 //! CUDA C kernels, compiled by NVRTC when first needed and kept by device.
 
+#![allow(unsafe_code)]
+
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle_core::Result;
 use candle_core::cuda_backend::cudarc::driver::CudaFunction;
-use candle_core::cuda_backend::cudarc::nvrtc::{self, CompileError};
+use candle_core::cuda_backend::cudarc::nvrtc::{self, CompileError, sys};
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
 
 use crate::error::OpError;
@@ -49,8 +51,9 @@ pub(crate) fn function(device: &CudaDevice, source: &Source, name: &str) -> Resu
 fn compile(device: &CudaDevice, source: &Source) -> Result<String> {
     // Without it NVRTC makes code for the oldest GPU that it knows.
     let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
+    let architecture = architecture(10 * major + minor, &known_architectures());
     let options = nvrtc::CompileOptions {
-        options: vec![format!("--gpu-architecture=compute_{major}{minor}")],
+        options: vec![format!("--gpu-architecture=compute_{architecture}")],
         name: Some(source.file.to_owned()),
         ..Default::default()
     };
@@ -71,5 +74,44 @@ fn compile(device: &CudaDevice, source: &Source) -> Result<String> {
             }
             .into())
         }
+    }
+}
+
+/// What to compile for: the GPU's own architecture, or the newest before it where NVRTC is older than the GPU, whose driver
+/// compiles the PTX of that one.
+fn architecture(gpu: i32, known: &[i32]) -> i32 {
+    let before = known.iter().copied().filter(|&known| known <= gpu);
+    before.max().unwrap_or(gpu)
+}
+
+/// The architectures that NVRTC compiles for; none where it cannot say.
+fn known_architectures() -> Vec<i32> {
+    let mut count = 0;
+    // SAFETY: it writes a number.
+    let said = unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result();
+    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: it writes as many numbers as it has just said.
+    match said.and_then(|()| unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) }.result()) {
+        Ok(()) => known,
+        Err(error) => {
+            tracing::debug!("NVRTC does not say what it compiles for: {error:?}");
+            Vec::new()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::architecture;
+
+    #[test]
+    fn an_older_compiler_takes_the_newest_architecture_before_the_gpu() {
+        let known = [52, 75, 80, 90];
+        assert_eq!(architecture(80, &known), 80);
+        assert_eq!(architecture(86, &known), 80);
+        assert_eq!(architecture(120, &known), 90);
+        // What is too old for it, it refuses itself, in words of its own.
+        assert_eq!(architecture(50, &known), 50);
+        assert_eq!(architecture(100, &[]), 100);
     }
 }
