@@ -95,80 +95,14 @@ impl Display {
     }
 
     fn show(&mut self, event: &Event<'_>) {
+        if let Some(line) = event.message() {
+            self.say(&line);
+        }
         match event {
-            Event::Checking { path, bytes } => self.say(&format!(
-                "checking {} ({})",
-                path.display(),
-                HumanBytes(*bytes)
-            )),
-            Event::AlreadyComplete { path, .. } => self.say(&format!(
-                "{} is complete: not fetched again",
-                path.display()
-            )),
-            Event::WillReplace { path, problem } => self.say(&format!(
-                "{} is wrong: {problem}; it is replaced as soon as the right file is complete",
-                path.display()
-            )),
-            Event::WaitingForOtherProcess { path } => {
-                self.say(&format!(
-                    "another process is fetching {}: waiting for it",
-                    path.display()
-                ));
-            }
-            Event::CopyingFromHubCache { cached, path } => {
-                self.say(&format!(
-                    "copying {} from the Hugging Face cache",
-                    cached.display()
-                ));
-                self.begin(path, 0);
-            }
-            Event::HubCacheIsWrong { cached, problem } => {
-                self.say(&format!(
-                    "not using {} from the Hugging Face cache: {problem}",
-                    cached.display()
-                ));
-            }
-            Event::Fetching {
-                url, from, bytes, ..
-            } => {
-                let kept = if *from > 0 {
-                    format!(", {} of them from an earlier run", HumanBytes(*from))
-                } else {
-                    String::new()
-                };
-                self.say(&format!("fetching {url} ({}{kept})", HumanBytes(*bytes)));
-            }
+            Event::CopyingFromHubCache { path, .. } => self.begin(path, 0),
             Event::Transferring { path, from, .. } => self.begin(path, *from),
+            Event::Unpacking { archive } => self.begin(archive, 0),
             Event::Progress { done, bytes } => self.advance(*done, *bytes),
-            Event::Retrying {
-                problem,
-                failures,
-                attempts,
-                delay,
-            } => {
-                let delay = delay.as_secs_f64();
-                self.say(&format!(
-                    "{}; attempt {} of {attempts} in {delay:.1} s",
-                    chain(problem),
-                    failures + 1
-                ));
-            }
-            Event::StartingOver { path, why } => {
-                self.say(&format!("starting {} over: {why}", path.display()))
-            }
-            Event::Unpacking { archive } => {
-                self.say(&format!("unpacking {}", archive.display()));
-                self.begin(archive, 0);
-            }
-            Event::Complete { path, .. } => {
-                self.say(&format!("{} is complete and verified", path.display()))
-            }
-            Event::RemovedStalePart { path } => {
-                self.say(&format!(
-                    "removed {}, an unfinished download of another version",
-                    path.display()
-                ));
-            }
             _ => {}
         }
     }
@@ -205,10 +139,4 @@ impl Display {
         }
         self.tenths = tenths;
     }
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, error| format!("{text}: {error}"))
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use pretrained_import::{
-    AuxHeads, FetchError, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
+    AuxHeads, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
     match_googlenet, write_safetensors,
 };
 use sha2::{Digest, Sha256};
@@ -121,53 +121,47 @@ fn run(arguments: &Arguments) -> Result<()> {
 
 /// Shows a download as a bar in a terminal, and its beginning and end as lines.
 fn find(arguments: &Arguments) -> Result<pretrained_import::FoundFile> {
-    let options = match &arguments.cache_dir {
-        Some(dir) => FetchOptions {
-            hub: FetchOptions::from_env().hub,
-            ..FetchOptions::new(dir)
-        },
-        None => FetchOptions::from_env(),
-    };
+    let mut options = FetchOptions::from_env();
+    if let Some(dir) = &arguments.cache_dir {
+        let kept = FetchOptions::new(dir);
+        options.hub.cache = kept.hub.cache;
+        options.torch_checkpoints = kept.torch_checkpoints;
+    }
     let bar = ProgressBar::hidden();
     let found = arguments.source.find(&options, &mut |event| match event {
-        Event::Fetching { url, bytes, .. } => {
-            eprintln!("fetching {url} ({})", HumanBytes(bytes));
-            if io::stderr().is_terminal() {
-                bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
-                if let Ok(style) = ProgressStyle::with_template(
-                    "{bytes:>10} of {total_bytes} {wide_bar} {bytes_per_sec}, {eta} left",
-                ) {
-                    bar.set_style(style);
-                }
+        // That all is as it should be is nothing to say each time.
+        Event::Checking { .. } | Event::AlreadyComplete { .. } => {}
+        Event::Transferring { .. } if io::stderr().is_terminal() => {
+            bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+            if let Ok(style) = ProgressStyle::with_template(
+                "{bytes:>10} of {total_bytes} {wide_bar} {bytes_per_sec}, {eta} left",
+            ) {
+                bar.set_style(style);
             }
         }
         Event::Progress { done, bytes } => {
             bar.set_length(bytes);
             bar.set_position(done);
         }
-        Event::Retrying { problem, delay, .. } => {
-            bar.suspend(|| {
-                let seconds = delay.as_secs_f64();
-                eprintln!("{problem}; trying again in {seconds:.1} s");
-            });
+        event => {
+            if matches!(event, Event::Complete { .. }) {
+                bar.finish_and_clear();
+            }
+            if let Some(line) = event.message() {
+                bar.suspend(|| eprintln!("{line}"));
+            }
         }
-        Event::Complete { path, .. } => {
-            bar.finish_and_clear();
-            eprintln!("{} is complete and verified", path.display());
-        }
-        _ => {}
     });
     bar.finish_and_clear();
     found.map_err(|error| {
-        let advice = match &error {
-            FetchError::Unreachable { .. }
-            | FetchError::NotCached { .. }
-            | FetchError::Download(_) => {
+        let advice = match error.is_for_want_of_a_network() {
+            true => {
                 ". Without a network, fetch the file elsewhere and name it: pretrained-import FILE"
             }
-            _ => "",
+            false => "",
         };
-        anyhow::Error::new(error).context(format!("cannot get {}{advice}", arguments.source))
+        let source = arguments.source.in_errors();
+        anyhow::Error::new(error).context(format!("cannot get {source}{advice}"))
     })
 }
 

@@ -232,6 +232,20 @@ pub struct FoundFile {
 const OFFLINE: &str = "HF_HUB_OFFLINE is set: unset it to download the file";
 
 impl Source {
+    /// As [`fmt::Display`] has it; `owner/name` also with why it is no path, which may have been meant.
+    pub fn in_errors(&self) -> String {
+        match self {
+            Source::Hub {
+                revision: None,
+                file: None,
+                ..
+            } => format!(
+                "{self} (a repository of the Hub, since there is no such file or folder here)"
+            ),
+            _ => self.to_string(),
+        }
+    }
+
     /// The file, fetched and verified if it is not there yet. `progress` hears what happens.
     ///
     /// # Errors
@@ -316,6 +330,8 @@ mod tests {
             let source: Source = text.parse().unwrap();
             assert_eq!(source, expected);
             assert_eq!(source.to_string(), text);
+            let may_be_a_path = text == "owner/name";
+            assert_eq!(source.in_errors().contains("no such file"), may_be_a_path);
         }
     }
 

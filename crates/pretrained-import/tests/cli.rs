@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use assert_cmd::Command;
 use candle_core::{DType, Device, Tensor};
 use inception_model::{GoogLeNet, GoogLeNetConfig};
+use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use pretrained_import::{MatchError, MatchOptions, StateDict, match_googlenet, write_safetensors};
 
@@ -185,7 +186,33 @@ fn what_does_not_fit_is_listed_and_nothing_is_written() {
 }
 
 #[test]
-fn bad_input_ends_with_code_1_and_says_what_to_do() {
+fn a_cache_dir_holds_the_files_of_the_hub_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let repository = dir.path().join("huggingface/hub/models--owner--name");
+    std::fs::create_dir_all(repository.join("refs")).unwrap();
+    std::fs::create_dir_all(repository.join("snapshots").join(commit)).unwrap();
+    std::fs::write(repository.join("refs/main"), commit).unwrap();
+    let file = repository
+        .join("snapshots")
+        .join(commit)
+        .join("w.safetensors");
+    write(&file, &googlenet(10, false));
+    let offline = |arguments: &[&str]| {
+        let mut command = import(arguments);
+        command.env("HF_HUB_OFFLINE", "1");
+        command.env("HF_HUB_CACHE", dir.path().join("empty"));
+        command.assert()
+    };
+    let source = "owner/name:w.safetensors";
+    let line = [source, "--list", "--cache-dir", text(dir.path())];
+    offline(&line).success().stdout(contains("fc.weight"));
+    let elsewhere = offline(&["owner/name", "--list"]).code(1);
+    elsewhere.stderr(contains("no such file or folder here").and(contains("HF_HUB_OFFLINE")));
+}
+
+#[test]
+fn bad_input_is_refused_with_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("to.safetensors");
     let not_a_folder = dir.path().join("file");
@@ -200,7 +227,9 @@ fn bad_input_ends_with_code_1_and_says_what_to_do() {
         (text(&not_a_folder), &to, "holds no weights"),
         (text(&fixture("legacy.pth")), &inside, "fc.weight"),
     ] {
-        let assert = import(&[source, "--out", text(out)]).assert().failure();
+        // What the command line cannot mean ends with 2, as with other programs.
+        let code = if source == "absent.pth" { 2 } else { 1 };
+        let assert = import(&[source, "--out", text(out)]).assert().code(code);
         let stderr = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
         assert!(stderr.contains(expected), "{source}: {stderr}");
         assert!(!out.exists());

@@ -158,11 +158,25 @@ impl RunDirectory {
         config(&ConfigFile::read(dir, experiment)?.config, dir)
     }
 
-    /// The run of `experiment` under `out` that began last among those that are finished.
+    /// The run of `experiment` under `out` that began last among those that are finished and `is_wanted`, by their configuration. One that
+    /// cannot be read as a `C` is not.
     ///
     /// # Errors
     /// [`Error::Io`] when the folder cannot be listed; that there is none is no error.
-    pub fn newest_finished(out: &Path, experiment: &str) -> Result<Option<PathBuf>> {
+    pub fn newest_finished<C: DeserializeOwned>(
+        out: &Path,
+        experiment: &str,
+        is_wanted: impl Fn(&C) -> bool,
+    ) -> Result<Option<PathBuf>> {
+        #[derive(Deserialize)]
+        struct Only<C> {
+            config: C,
+        }
+        let is_wanted = |dir: &Path| {
+            let file = fs::read(dir.join("config.json")).ok();
+            let only = file.and_then(|file| serde_json::from_slice::<Only<C>>(&file).ok());
+            only.is_some_and(|only| is_wanted(&only.config))
+        };
         let parent = out.join(experiment);
         if !parent.is_dir() {
             return Ok(None);
@@ -170,7 +184,7 @@ impl RunDirectory {
         let mut newest = None;
         for entry in fs::read_dir(&parent).map_err(io_error("list", &parent))? {
             let dir = entry.map_err(io_error("list", &parent))?.path();
-            if dir.join("finished.json").is_file() && dir.join("config.json").is_file() {
+            if dir.join("finished.json").is_file() && is_wanted(&dir) {
                 newest = newest.max(Some((age(&dir), dir)));
             }
         }

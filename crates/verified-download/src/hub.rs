@@ -45,7 +45,7 @@ impl HubSettings {
         HubSettings {
             endpoint: variable("HF_ENDPOINT").unwrap_or(defaults.endpoint),
             token: variable("HF_TOKEN").map(Token::new),
-            cache: Some(hf_hub::resolve_cache_dir()),
+            cache: Some(cache_from_env()),
             offline: variable("HF_HUB_OFFLINE").is_some_and(|value| {
                 matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on")
             }),
@@ -59,7 +59,7 @@ impl HubSettings {
         if settings.token.is_none() && variable("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none() {
             let file = match variable("HF_TOKEN_PATH") {
                 Some(path) => PathBuf::from(path),
-                None => hf_hub::hf_home().join("token"),
+                None => home(&folder).join("token"),
             };
             let stored = fs::read_to_string(file).unwrap_or_default();
             let stored = Some(stored.trim()).filter(|token| !token.is_empty());
@@ -73,6 +73,31 @@ impl HubSettings {
 fn variable(name: &str) -> Option<String> {
     let value = env::var(name).ok()?.trim().to_owned();
     Some(value).filter(|value| !value.is_empty())
+}
+
+/// The folder that an environment variable names; an empty one counts as unset.
+fn folder(variable: &str) -> Option<PathBuf> {
+    let value = env::var_os(variable).filter(|value| !value.is_empty());
+    value.map(PathBuf::from)
+}
+
+/// Where Hugging Face's tools keep what is theirs. As `hf_hub` finds it, which takes empty variables for folders.
+fn home(folder: &dyn Fn(&str) -> Option<PathBuf>) -> PathBuf {
+    folder("HF_HOME").unwrap_or_else(|| {
+        let caches = folder("XDG_CACHE_HOME");
+        let caches = caches.unwrap_or_else(|| env::home_dir().unwrap_or_default().join(".cache"));
+        caches.join("huggingface")
+    })
+}
+
+/// The Hub's cache that the environment names: at `HF_HUB_CACHE`, below `HF_HOME` or `XDG_CACHE_HOME`, or in `~/.cache`.
+pub fn cache_from_env() -> PathBuf {
+    cache_folder(&folder)
+}
+
+fn cache_folder(folder: &dyn Fn(&str) -> Option<PathBuf>) -> PathBuf {
+    let named = folder("HF_HUB_CACHE").or_else(|| folder("HUGGINGFACE_HUB_CACHE"));
+    named.unwrap_or_else(|| home(folder).join("hub"))
 }
 
 /// One file of one revision of a repository.
@@ -250,5 +275,35 @@ pub fn pin_from(hash: &str, bytes: u64) -> Option<Pin> {
             sha1: hash.to_owned().into(),
         }),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_is_where_the_variables_say_and_empty_ones_say_nothing() {
+        let cases: [(&[(&str, &str)], &str); 5] = [
+            (&[("HF_HUB_CACHE", "/a"), ("HF_HOME", "/b")], "/a"),
+            (&[("HUGGINGFACE_HUB_CACHE", "/a")], "/a"),
+            (&[("HF_HOME", "/b"), ("XDG_CACHE_HOME", "/c")], "/b/hub"),
+            (&[("XDG_CACHE_HOME", "/c")], "/c/huggingface/hub"),
+            (&[], "~/.cache/huggingface/hub"),
+        ];
+        for (set, expected) in cases {
+            let named = |name: &str| {
+                let found = set.iter().find(|(variable, _)| *variable == name);
+                found.map(|(_, value)| PathBuf::from(value))
+            };
+            let home = env::home_dir().unwrap_or_default();
+            let expected = match expected.strip_prefix("~/") {
+                Some(below) => home.join(below),
+                None => PathBuf::from(expected),
+            };
+            assert_eq!(cache_folder(&named), expected, "{set:?}");
+        }
+        // The variables of this process, in a name that nobody else uses.
+        assert_eq!(folder("NO_SUCH_VARIABLE_OF_A_CACHE"), None);
     }
 }

@@ -508,3 +508,129 @@ pub enum Event<'a> {
         path: &'a Path,
     },
 }
+
+impl Event<'_> {
+    /// What happened, as a line for people. None where only a bar moves: [`Event::Progress`] and [`Event::Transferring`].
+    pub fn message(&self) -> Option<String> {
+        Some(match self {
+            Event::Checking { path, bytes } => {
+                format!("checking {} ({})", path.display(), Megabytes(*bytes))
+            }
+            Event::AlreadyComplete { path, .. } => {
+                format!("{} is complete: not fetched again", path.display())
+            }
+            Event::WillReplace { path, problem } => format!(
+                "{} is wrong: {problem}; it is replaced as soon as the right file is complete",
+                path.display()
+            ),
+            Event::WaitingForOtherProcess { path } => format!(
+                "another process is fetching {}: waiting for it",
+                path.display()
+            ),
+            Event::CopyingFromHubCache { cached, .. } => {
+                format!("copying {} from the Hugging Face cache", cached.display())
+            }
+            Event::HubCacheIsWrong { cached, problem } => format!(
+                "not using {} from the Hugging Face cache: {problem}",
+                cached.display()
+            ),
+            Event::Fetching {
+                url, from, bytes, ..
+            } => {
+                let kept = match from {
+                    0 => String::new(),
+                    from => format!(", {} of them from an earlier run", Megabytes(*from)),
+                };
+                format!("fetching {url} ({}{kept})", Megabytes(*bytes))
+            }
+            Event::Retrying {
+                problem,
+                failures,
+                attempts,
+                delay,
+            } => format!(
+                "{}; attempt {} of {attempts} in {:.1} s",
+                with_causes(problem),
+                failures + 1,
+                delay.as_secs_f64()
+            ),
+            Event::StartingOver { path, why } => format!("starting {} over: {why}", path.display()),
+            Event::Unpacking { archive } => format!("unpacking {}", archive.display()),
+            Event::Complete { path, .. } => format!("{} is complete and verified", path.display()),
+            Event::RemovedStalePart { path } => format!(
+                "removed {}, an unfinished download of another version",
+                path.display()
+            ),
+            Event::Transferring { .. } | Event::Progress { .. } => return None,
+        })
+    }
+}
+
+/// A number of bytes for people.
+struct Megabytes(u64);
+
+impl fmt::Display for Megabytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes @ 0..100_000 => write!(f, "{bytes} bytes"),
+            bytes => write!(f, "{:.1} MB", bytes as f64 / 1e6),
+        }
+    }
+}
+
+/// An error with its causes in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |error| error.source())
+        .fold(error.to_string(), |text, error| format!("{text}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_is_a_line_unless_only_a_bar_moves() {
+        let path = Path::new("weights.bin");
+        let fetching = |from| Event::Fetching {
+            url: "http://host/weights.bin",
+            path,
+            from,
+            bytes: 52_000_000,
+        };
+        let lines = [
+            (
+                fetching(0),
+                Some("fetching http://host/weights.bin (52.0 MB)"),
+            ),
+            (
+                fetching(99),
+                Some(
+                    "fetching http://host/weights.bin (52.0 MB, 99 bytes of them from an earlier run)",
+                ),
+            ),
+            (
+                Event::RemovedStalePart { path },
+                Some("removed weights.bin, an unfinished download of another version"),
+            ),
+            (
+                Event::StartingOver {
+                    path,
+                    why: "the server has another file",
+                },
+                Some("starting weights.bin over: the server has another file"),
+            ),
+            (Event::Progress { done: 1, bytes: 2 }, None),
+            (
+                Event::Transferring {
+                    path,
+                    from: 0,
+                    bytes: 2,
+                },
+                None,
+            ),
+        ];
+        for (event, expected) in lines {
+            assert_eq!(event.message().as_deref(), expected);
+        }
+    }
+}

@@ -216,7 +216,7 @@ impl Drop for PartFile<'_> {
 /// Removes part files of other versions of `target` that nobody is writing.
 pub(crate) fn remove_stale_parts(target: &Path, progress: &mut dyn FnMut(Event<'_>)) {
     let (Some(folder), Some(name)) = (
-        target.parent(),
+        target.parent().map(or_here),
         target.file_name().and_then(|name| name.to_str()),
     ) else {
         return;
@@ -273,15 +273,19 @@ impl Drop for Folders {
 /// A folder that cannot be opened or synchronised.
 pub fn sync_folder(folder: Option<&Path>) -> Result<(), DownloadError> {
     if let (true, Some(folder)) = (cfg!(unix), folder) {
-        let folder = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder
-        };
+        let folder = or_here(folder);
         let synced = File::open(folder).and_then(|handle| handle.sync_all());
         synced.map_err(|source| DownloadError::io("sync", folder, 0, source))?;
     }
     Ok(())
+}
+
+/// The folder of a bare file name has no name; it is the working directory.
+fn or_here(folder: &Path) -> &Path {
+    match folder.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => folder,
+    }
 }
 
 /// Where `target` grows until it is complete.

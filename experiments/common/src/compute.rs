@@ -89,6 +89,21 @@ impl Precision {
         }
     }
 
+    /// Refuses what a GPU of this compute capability has no arithmetic for. TF32 is no such case: an older one computes in f32.
+    #[cfg(any(test, feature = "cuda"))]
+    fn check_capability(self, name: &str, capability: (i32, i32)) -> Result<()> {
+        /// Of the first GPUs for which cuDNN has convolutions in bf16.
+        const AMPERE: (i32, i32) = (8, 0);
+        if self == Self::Bf16 && capability < AMPERE {
+            let (major, minor) = capability;
+            bail!(
+                "--precision bf16 needs a GPU of compute capability 8.0 or more, and {name} has {major}.{minor}: leave \
+                 --precision out, or name another GPU with --device"
+            );
+        }
+        Ok(())
+    }
+
     /// The type of activations.
     pub fn activations(self) -> DType {
         match self {
@@ -235,7 +250,7 @@ impl ComputeConfig {
         };
         match self.device.parse().map_err(anyhow::Error::msg)? {
             DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(first) => open_cuda(first + local_rank),
+            DeviceChoice::Cuda(first) => open_cuda(first + local_rank, self.precision),
         }
     }
 
@@ -296,9 +311,11 @@ fn cuda_device(number: usize) -> Result<String> {
 }
 
 #[cfg(feature = "cuda")]
-fn open_cuda(number: usize) -> Result<Device> {
-    candle_cnn::cuda::open_device(number)
-        .with_context(|| format!("cannot use --device cuda:{number}"))
+fn open_cuda(number: usize, precision: Precision) -> Result<Device> {
+    let cannot = || format!("cannot use --device cuda:{number}");
+    let info = candle_cnn::cuda::device_info(number).with_context(cannot)?;
+    precision.check_capability(&info.name, info.compute_capability)?;
+    candle_cnn::cuda::open_device(number).with_context(cannot)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -310,7 +327,7 @@ fn cuda_device(number: usize) -> Result<String> {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn open_cuda(number: usize) -> Result<Device> {
+fn open_cuda(number: usize, _: Precision) -> Result<Device> {
     cuda_device(number).map(|_| Device::Cpu)
 }
 
@@ -405,6 +422,22 @@ mod tests {
         assert_eq!(math(Precision::Tf32), (F32Math::Tf32, F32Math::Tf32));
         assert_eq!(Precision::Bf16.activations(), DType::BF16);
         assert!(Precision::F32.settings(true, true, 4).deterministic);
+    }
+
+    #[test]
+    fn bf16_is_refused_where_the_gpu_has_none() {
+        let check = |precision: Precision, capability| {
+            precision
+                .check_capability("a GPU", capability)
+                .map_err(|e| e.to_string())
+        };
+        let error = check(Precision::Bf16, (7, 5)).unwrap_err();
+        assert!(
+            error.contains("bf16") && error.contains("has 7.5"),
+            "{error}"
+        );
+        assert_eq!(check(Precision::Bf16, (8, 0)), Ok(()));
+        assert_eq!(check(Precision::Tf32, (7, 5)), Ok(()));
     }
 
     #[test]

@@ -72,11 +72,11 @@ pub trait Experiment {
     type Network: Model;
 
     /// Looks up what the command line names, such as files of weights, before anything else
-    /// happens. `out` is the folder of all runs.
+    /// happens. `data` are the pictures that it is to learn, `out` is the folder of all runs.
     ///
     /// # Errors
     /// What cannot be found.
-    fn resolve(request: Self::Request, out: &Path) -> Result<Self::ModelConfig>;
+    fn resolve(request: Self::Request, data: &DataConfig, out: &Path) -> Result<Self::ModelConfig>;
 
     /// The network with the random weights of the run's seed.
     ///
@@ -178,7 +178,7 @@ fn start<E: Experiment>(
         return launch(processes);
     }
     let config = RunConfig {
-        model: E::resolve(config.model, out)?,
+        model: E::resolve(config.model, &config.data, out)?,
         data: config.data,
         training: config.training,
         compute: config.compute,

@@ -188,28 +188,10 @@ impl DownloadProgress {
     /// Shows what happens.
     pub fn show(&mut self, event: &Event<'_>) {
         match event {
-            Event::Fetching { url, bytes, .. } => {
-                say(&format!("fetching {url} ({})", HumanBytes(*bytes)));
-            }
-            Event::CopyingFromHubCache { cached, .. } => {
-                say(&format!("copying {}", cached.display()));
-            }
-            Event::WillReplace { path, problem } => {
-                let shown = path.display();
-                say(&format!("{shown} is wrong and will be replaced: {problem}"));
-            }
+            // That all is as it should be is nothing to say at each start.
+            Event::Checking { .. } | Event::AlreadyComplete { .. } => {}
             Event::Progress { done, bytes } => self.advance(*done, *bytes),
-            Event::Retrying { problem, delay, .. } => {
-                let seconds = delay.as_secs_f64();
-                say(&format!("{problem}; trying again in {seconds:.1} s"));
-            }
-            Event::WaitingForOtherProcess { path } => {
-                say(&format!("another process is fetching {}", path.display()));
-            }
-            Event::Complete { path, .. } => {
-                say(&format!("{} is complete and verified", path.display()));
-            }
-            _ => {}
+            event => event.message().iter().for_each(|line| say(line)),
         }
     }
 

@@ -129,6 +129,20 @@ fn without_a_run_to_begin_with_the_error_names_the_ways_on() {
 }
 
 #[test]
+fn a_run_on_other_pictures_is_not_begun_with_unless_it_is_named() {
+    let (out, full) = after_finetune_full();
+    let on_photographs = |more: &str| {
+        let mut command = program(&format!("--data-dir no-such-folder {more}"));
+        command.arg("--out").arg(out.path());
+        command.assert().failure()
+    };
+    on_photographs("").stderr(contains("no finished run of finetune-full on cifar10"));
+    on_photographs(&format!("--init {}", full.display())).stdout(contains(
+        "knows the classes of shapes, and now it is to learn those of cifar10",
+    ));
+}
+
+#[test]
 fn bad_input_is_refused_with_the_reason() {
     let cases = [
         ("--weights random --init x", "head included"),

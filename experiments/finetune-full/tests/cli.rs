@@ -365,6 +365,11 @@ fn bad_input_is_refused_with_the_reason() {
                 .into(),
             "single picture",
         ),
+        (
+            "--weights random --dataset shapes --train-limit 6 --test-limit 1 --batch-size 4 --processes 2"
+                .into(),
+            "shared out among 2 processes",
+        ),
     ];
     for (line, expected) in cases {
         let refused = program(&line)

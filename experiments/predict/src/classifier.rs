@@ -22,6 +22,9 @@ const WAYS_ON: &[&str] = &[
     "--weights RUN         a finished run of scratch-train, finetune-full or finetune-frozen",
 ];
 
+/// What the heads of both networks read. Sizes are not believed beyond that, since a tensor without elements may claim any.
+const FEATURES: usize = 1024;
+
 /// ImageNet's classes; lines with `#` say where they are from.
 const IMAGENET_CLASSES: &str = include_str!("imagenet_classes.txt");
 
@@ -40,6 +43,8 @@ pub(crate) struct Classifier {
     class_names: Vec<String>,
     device: Device,
     from: String,
+    /// What the weights do not say and is taken for granted.
+    assumed: Option<&'static str>,
 }
 
 enum Kind {
@@ -80,6 +85,7 @@ impl Classifier {
             class_names,
             device: device.clone(),
             from: String::new(),
+            assumed: None,
         })
     }
 
@@ -93,6 +99,11 @@ impl Classifier {
             true => Preprocessing::Cifar,
             false => Preprocessing::ImageNet,
         };
+        let is_silent = said("transform_input").is_none() && image_size.is_none();
+        let assumed = (is_silent && preprocessing == Preprocessing::Cifar).then_some(
+            "The weights do not say what they were trained on: taken for CIFAR-10's classes, at 32×32 pixels, in a network that \
+             converts its input as torchvision's pretrained one does",
+        );
         let settings = NetworkSettings {
             classes,
             transform_input: said("transform_input") != Some("false"),
@@ -111,6 +122,7 @@ impl Classifier {
             class_names,
             device: device.clone(),
             from: String::new(),
+            assumed,
         })
     }
 
@@ -122,6 +134,11 @@ impl Classifier {
         };
         let classes = self.class_names.len();
         format!("{}: {network}, {classes} classes", self.from)
+    }
+
+    /// What the weights do not say and is taken for granted: a line for people.
+    pub(crate) fn assumed(&self) -> Option<&'static str> {
+        self.assumed
     }
 
     /// A picture as the network wants it.
@@ -192,9 +209,9 @@ fn classes(weights: &Weights) -> Result<usize> {
     let head = weights.tensors.get("fc.weight");
     let dims = head.map(Tensor::dims);
     match dims {
-        Some(&[classes, _]) if classes > 0 => Ok(classes),
+        Some(&[classes, FEATURES]) if classes > 0 => Ok(classes),
         found => bail!(
-            "{}: fc.weight should have shape (classes, 1024), found {found:?}",
+            "{}: fc.weight should have shape (classes, {FEATURES}), found {found:?}",
             weights.path.display()
         ),
     }

@@ -51,6 +51,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let found = pictures::find(&arguments.pictures);
     let classifier = Classifier::load(&arguments.weights, &device)?;
     say(&classifier.description());
+    classifier.assumed().iter().for_each(|line| say(line));
     let bar = bar_of_files(found.len() as u64);
     let mut failed = 0;
     for files in found.chunks(BATCH) {

@@ -34,14 +34,14 @@ const IMAGENET: Normalization = Normalization {
     mean: [0.485, 0.456, 0.406],
     std: [0.229, 0.224, 0.225],
 };
-const SHORT_SIDE: u32 = 256;
-const CROP: u32 = 224;
+const SHORT_SIDE: usize = 256;
+const CROP: usize = 224;
 
 impl Preprocessing {
     /// Height and width of what comes out, in pixels.
     pub(crate) fn size(self) -> usize {
         match self {
-            Self::ImageNet => CROP as usize,
+            Self::ImageNet => CROP,
             Self::Cifar => SIDE,
         }
     }
@@ -49,9 +49,9 @@ impl Preprocessing {
     /// The network's input (3, size, size).
     pub(crate) fn apply(self, picture: &RgbImage) -> Vec<f32> {
         let (picture, normalization) = match self {
-            Self::ImageNet => (centre_crop(&short_side(picture)), IMAGENET),
+            Self::ImageNet => (middle_of_short_side(picture), IMAGENET),
             Self::Cifar => {
-                let side = SIDE as u32;
+                let side = Side::whole(SIDE);
                 (resize(picture, side, side), Normalization::HALF)
             }
         };
@@ -117,45 +117,59 @@ fn decode_jpeg(file: &[u8]) -> Result<Option<RgbImage>> {
     Ok(Some(picture.context("the decoder gave too few pixels")?))
 }
 
-/// Resized so that the shorter side has 256 pixels: torchvision's `resize` cuts the other to a
-/// whole number.
-fn short_side(picture: &RgbImage) -> RgbImage {
-    let (width, height) = picture.dimensions();
-    let other = |long: u32, short: u32| {
-        let pixels = u64::from(SHORT_SIDE) * u64::from(long) / u64::from(short);
-        u32::try_from(pixels).unwrap_or(u32::MAX)
+/// Resized so that the shorter side has 256 pixels, and of that the middle: torchvision's `resize` cuts the other side to a
+/// whole number. Only what stays is computed, however long a picture is.
+fn middle_of_short_side(picture: &RgbImage) -> RgbImage {
+    let (width, height) = (picture.width() as usize, picture.height() as usize);
+    let other = |long: usize, short: usize| SHORT_SIDE * long / short;
+    let (across, down) = match width <= height {
+        true => (SHORT_SIDE, other(height, width)),
+        false => (other(width, height), SHORT_SIDE),
     };
-    match width <= height {
-        true => resize(picture, SHORT_SIDE, other(height, width)),
-        false => resize(picture, other(width, height), SHORT_SIDE),
-    }
+    resize(picture, Side::middle(across), Side::middle(down))
 }
 
-fn centre_crop(picture: &RgbImage) -> RgbImage {
-    // Python rounds halves to even.
-    let begin = |side: u32| (f64::from(side - CROP) / 2.0).round_ties_even() as u32;
-    let (left, top) = (begin(picture.width()), begin(picture.height()));
-    image::imageops::crop_imm(picture, left, top, CROP, CROP).to_image()
+/// How long a side becomes, and which of its pixels are wanted.
+#[derive(Debug, Clone, Copy)]
+struct Side {
+    pixels: usize,
+    begin: usize,
+    count: usize,
+}
+
+impl Side {
+    fn whole(pixels: usize) -> Self {
+        Self {
+            pixels,
+            begin: 0,
+            count: pixels,
+        }
+    }
+
+    /// Those of a centre crop of a side that has as many.
+    fn middle(pixels: usize) -> Self {
+        Self {
+            pixels,
+            // Python rounds halves to even.
+            begin: ((pixels - CROP) as f64 / 2.0).round_ties_even() as usize,
+            count: CROP,
+        }
+    }
 }
 
 /// `PIL.Image.resize` with `BILINEAR`: rows first, then columns, each result rounded to a byte, with
 /// weights of 22 binary places. Pillow 13 begins with the columns where a picture shrinks much more in
 /// height than in width, which may round a byte to its neighbour.
-fn resize(picture: &RgbImage, width: u32, height: u32) -> RgbImage {
-    let mut picture = picture.clone();
-    if picture.width() != width {
-        let across = FixedPoint::new(picture.width(), width);
-        picture = RgbImage::from_fn(width, picture.height(), |x, y| {
-            across.mix(x, |tap| picture.get_pixel(tap, y).0)
-        });
-    }
-    if picture.height() != height {
-        let down = FixedPoint::new(picture.height(), height);
-        picture = RgbImage::from_fn(width, height, |x, y| {
-            down.mix(y, |tap| picture.get_pixel(x, tap).0)
-        });
-    }
-    picture
+fn resize(picture: &RgbImage, width: Side, height: Side) -> RgbImage {
+    let across = FixedPoint::new(picture.width(), width);
+    let down = FixedPoint::new(picture.height(), height);
+    let (first, end) = down.inputs();
+    let rows = RgbImage::from_fn(width.count as u32, end - first, |x, y| {
+        across.mix(x, |tap| picture.get_pixel(tap, first + y).0)
+    });
+    RgbImage::from_fn(width.count as u32, height.count as u32, |x, y| {
+        down.mix(y, |tap| rows.get_pixel(x, tap - first).0)
+    })
 }
 
 /// Weights as PIL has them for bytes (`Resample.c`, `normalize_coeffs_8bpc`).
@@ -165,14 +179,26 @@ struct FixedPoint(Vec<(u32, Vec<u32>)>);
 const PRECISION: u32 = 22;
 
 impl FixedPoint {
-    fn new(input: u32, output: u32) -> Self {
-        let resampling = Resampling::new(input as usize, output as usize);
+    /// Where the side keeps its length, each weight is 1 and a byte stays what it is.
+    fn new(input: u32, side: Side) -> Self {
+        let wanted = side.begin..side.begin + side.count;
+        let resampling = Resampling::part(input as usize, side.pixels, wanted);
         let fixed = |weight: &f64| (0.5 + weight * f64::from(1 << PRECISION)) as u32;
         let taps = resampling.taps();
         Self(
             taps.map(|(first, weights)| (first as u32, weights.iter().map(fixed).collect()))
                 .collect(),
         )
+    }
+
+    /// The first input that is taken, and the one after the last.
+    fn inputs(&self) -> (u32, u32) {
+        let ends = self
+            .0
+            .iter()
+            .map(|(first, weights)| first + weights.len() as u32);
+        let first = self.0.iter().map(|(first, _)| *first).min();
+        (first.unwrap_or(0), ends.max().unwrap_or(0))
     }
 
     fn mix(&self, output: u32, pixel: impl Fn(u32) -> [u8; 3]) -> image::Rgb<u8> {

@@ -236,6 +236,13 @@ fn bad_input_is_refused_with_the_reason() {
     let metadata = HashMap::from([("architecture".to_string(), "resnet18".to_string())]);
     let tensor = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
     safetensors::serialize_to_file([("x", tensor)], Some(metadata), &alien).unwrap();
+    // No byte backs this number of classes.
+    let boundless = dir.path().join("boundless.safetensors");
+    let tensors = ["fc.weight", "conv1.conv.weight"].map(|name| {
+        let tensor = TensorView::new(Dtype::F32, vec![1 << 50, 0], &[]).unwrap();
+        (name, tensor)
+    });
+    safetensors::serialize_to_file(tensors, None, &boundless).unwrap();
     let text = dir.path().join("text.safetensors");
     fs::write(&text, "no weights").unwrap();
     let cases = [
@@ -245,6 +252,7 @@ fn bad_input_is_refused_with_the_reason() {
         ),
         (alien, "it is a resnet18"),
         (text, "text.safetensors"),
+        (boundless, "fc.weight should have shape (classes, 1024)"),
         ("random".into(), "knows nothing"),
         ("absent.pth".into(), "no such file"),
     ];

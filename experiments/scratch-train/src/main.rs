@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_core::Device;
-use experiment_common::{Experiment, InitFile, run_experiment};
+use experiment_common::{DataConfig, Experiment, InitFile, run_experiment};
 
 use crate::config::{Config, ModelConfig};
 use crate::network::Network;
@@ -30,7 +30,7 @@ impl Experiment for ScratchTrain {
     type ModelConfig = ModelConfig;
     type Network = Network;
 
-    fn resolve(mut model: ModelConfig, _out: &Path) -> Result<ModelConfig> {
+    fn resolve(mut model: ModelConfig, _: &DataConfig, _out: &Path) -> Result<ModelConfig> {
         let file = model.init_file.map(|file| file.resolve("--init"));
         model.init_file = file.transpose()?;
         Ok(model)

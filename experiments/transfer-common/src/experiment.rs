@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use cifar_data::CLASSES;
-use experiment_common::{Experiment, InitFile, RunConfig, print};
+use experiment_common::{DataConfig, Dataset, Experiment, InitFile, RunConfig, print};
 use inception_model::{GoogLeNet, GoogLeNetConfig, LARGEST_OF_ONE_PIXEL};
+use serde::Deserialize;
 use trainer::{DataSets, RunDirectory};
 
 use crate::config::{Begin, BeginConfig, Request, Trained, TransferConfig};
@@ -37,19 +38,30 @@ impl<S: Stage> Experiment for FineTune<S> {
     type ModelConfig = TransferConfig;
     type Network = Network;
 
-    fn resolve(request: Request, out: &Path) -> Result<TransferConfig> {
+    fn resolve(request: Request, data: &DataConfig, out: &Path) -> Result<TransferConfig> {
+        let dataset = data.dataset;
         let (begin, known) = match &request.begin {
             Begin::Weights(source) => find_backbone(source, &request)?,
-            Begin::Init(path) => find_state(path, &request)?,
+            Begin::Init(path) => find_state(path, &request, dataset)?,
             Begin::NewestRunOf(experiment) => {
-                let run = newest_run(out, experiment)?;
+                let run = newest_run(out, experiment, dataset)?;
                 print(&format!(
                     "Weights: {}, the newest finished run of {experiment} (--init takes another)",
                     run.display()
                 ));
-                find_state(&run, &request)?
+                find_state(&run, &request, dataset)?
             }
         };
+        let is_published = matches!(
+            &request.begin,
+            Begin::Weights(WeightsSource::Random | WeightsSource::TORCHVISION)
+        );
+        if known.transform_input.is_none() && !is_published {
+            print(
+                "These weights do not say whether the network converts its input: it does, as torchvision's pretrained one \
+                 (pretrained-import --no-transform-input writes a file that says no)",
+            );
+        }
         Ok(TransferConfig {
             begin,
             transform_input: known.transform_input.unwrap_or(true),
@@ -93,23 +105,25 @@ impl<S: Stage> Experiment for FineTune<S> {
         }
     }
 
-    /// A training batch that leaves one value a channel has no variance.
+    /// A training batch that leaves one value a channel has no variance. Each process normalises by its own part.
     fn check_data(config: &RunConfig<TransferConfig>, data: &DataSets) -> Result<()> {
         let (training, images) = (&config.training, data.train.len());
-        let last = images % training.batch_size;
-        let smallest = match last {
-            0 => training.batch_size,
-            last => last,
-        };
+        let processes = config.compute.processes;
+        let (batch, last) = (training.batch_size, images % training.batch_size);
         let reaches_last = training.total_steps(images) >= training.steps_per_epoch(images);
-        let single = training.batch_size == 1 || (smallest == 1 && reaches_last);
+        // Parts differ by one picture at most, and those of none make no step.
+        let leaves_one = |pictures: usize| pictures > 0 && pictures / processes <= 1;
+        let single = leaves_one(batch) || (leaves_one(last) && reaches_last);
         let normalises_by_batch = config.model.trained != Trained::HeadWithFixedStatistics;
+        let shared_out = match processes {
+            1 => String::new(),
+            _ => format!(", shared out among {processes} processes"),
+        };
         ensure!(
             !(single && normalises_by_batch && config.model.image_size <= LARGEST_OF_ONE_PIXEL),
-            "a training batch would have a single picture ({images} pictures in batches of {}), from \
-             which the last batch norms, at 1×1 pixels a channel, have no variance: change \
-             --batch-size or --train-limit",
-            training.batch_size
+            "a training batch would have a single picture ({images} pictures in batches of {batch}{shared_out}), \
+             from which the last batch norms, at 1×1 pixels a channel, have no variance: change --batch-size or \
+             --train-limit"
         );
         Ok(())
     }
@@ -170,7 +184,7 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
     Ok((begin, known))
 }
 
-fn find_state(path: &Path, request: &Request) -> Result<(BeginConfig, Known)> {
+fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(BeginConfig, Known)> {
     let file = InitFile::given(weights_file(path, "--init")?).resolve("--init")?;
     let weights = Weights::read(&file).context("cannot use --init")?;
     check_architecture(&weights, "--init")?;
@@ -185,6 +199,14 @@ fn find_state(path: &Path, request: &Request) -> Result<(BeginConfig, Known)> {
          takes its backbone under a fresh head",
         classes.unwrap_or_default()
     );
+    if let Some(other) = weights.metadata.get("class_names")
+        && other != dataset.class_names()
+    {
+        print(&format!(
+            "The head of these weights knows the classes of {other}, and now it is to learn those of {}",
+            dataset.class_names()
+        ));
+    }
     match (has_aux(&weights.tensors), request.aux_heads) {
         (false, true) => bail!(
             "--aux cannot be combined with --init {shown}: that state has no auxiliary heads, and \
@@ -230,11 +252,23 @@ fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {
     }
 }
 
-fn newest_run(out: &Path, experiment: &str) -> Result<PathBuf> {
-    RunDirectory::newest_finished(out, experiment)?.with_context(|| {
+/// The newest finished run of an experiment on the same pictures: those of another set, as `--quick` draws them, leave a network that
+/// knows nothing of these.
+fn newest_run(out: &Path, experiment: &str, dataset: Dataset) -> Result<PathBuf> {
+    #[derive(Deserialize)]
+    struct OfPictures {
+        data: DataConfig,
+    }
+    let is_on_them = |config: &OfPictures| config.data.dataset == dataset;
+    RunDirectory::newest_finished(out, experiment, is_on_them)?.with_context(|| {
+        let pictures = dataset.class_names();
+        let given = match dataset {
+            Dataset::Cifar10 => "",
+            Dataset::Shapes => " -- --quick",
+        };
         format!(
-            "there is no finished run of {experiment} under --out {} to begin with. Three ways on:\n  \
-             cargo run -p {experiment}    makes one\n  \
+            "there is no finished run of {experiment} on {pictures} under --out {} to begin with. Three ways on:\n  \
+             cargo run -p {experiment}{given}    makes one\n  \
              --init FILE or RUN           begins with that state, head included\n  \
              --weights WEIGHTS            takes a backbone under a fresh head: torchvision, a FILE, a \
              Hub repository, or random",

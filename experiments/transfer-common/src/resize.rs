@@ -1,5 +1,6 @@
 //! Bilinear resizing, as PIL and PyTorch do it with antialiasing.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -20,10 +21,15 @@ pub struct Resampling {
 impl Resampling {
     /// From `input` to `output` pixels, both at least 1.
     pub fn new(input: usize, output: usize) -> Self {
+        Self::part(input, output, 0..output)
+    }
+
+    /// Those of `outputs` alone, out of `output`; of a long row it holds no more than these.
+    pub fn part(input: usize, output: usize, outputs: Range<usize>) -> Self {
         let step = input as f64 / output as f64;
         // The triangle reaches one input to either side, or one output where that is wider.
         let reach = step.max(1.0);
-        let taps = (0..output).map(|index| {
+        let taps = outputs.map(|index| {
             let centre = (index as f64 + 0.5) * step;
             let first = (centre - reach + 0.5).max(0.0) as usize;
             let end = ((centre + reach + 0.5) as usize).min(input);
@@ -167,6 +173,8 @@ mod tests {
         ] {
             let resampling = Resampling::new(input, output);
             assert_eq!(resampling.output(), output);
+            let part = Resampling::part(input, output, output / 2..output);
+            assert!(part.taps().eq(resampling.taps().skip(output / 2)));
             for (first, weights) in resampling.taps() {
                 assert!(!weights.is_empty() && first + weights.len() <= input);
                 let sum: f64 = weights.iter().sum();

@@ -8,8 +8,7 @@ use std::str::FromStr;
 use anyhow::{Result, bail};
 use candle_core::{DType, Tensor};
 use experiment_common::{DownloadProgress, InitFile, say};
-use pretrained_import::{FetchError, FetchOptions, Source, StateDict};
-use verified_download::DownloadError;
+use pretrained_import::{FetchOptions, Source, StateDict};
 
 /// The value of `--weights`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,13 +86,14 @@ fn fetch(source: &Source, ways_on: &[&str]) -> Result<FoundWeights> {
         progress.show(&event);
     });
     let found = found.map_err(|error| {
-        let heading = match is_for_want_of_a_network(&error) {
+        let heading = match error.is_for_want_of_a_network() {
             true => format!(
-                "the weights {source} are not here and could not be fetched. Without a network:\n  \
+                "the weights {} are not here and could not be fetched. Without a network:\n  \
                  {}\nThe reason",
+                source.in_errors(),
                 ways_on.join("\n  ")
             ),
-            false => format!("cannot use --weights {source}"),
+            false => format!("cannot use --weights {}", source.in_errors()),
         };
         anyhow::Error::new(error).context(heading)
     })?;
@@ -102,17 +102,6 @@ fn fetch(source: &Source, ways_on: &[&str]) -> Result<FoundWeights> {
         file: InitFile::given(found.path),
         origin: Some(found.origin),
     })
-}
-
-fn is_for_want_of_a_network(error: &FetchError) -> bool {
-    matches!(
-        error,
-        FetchError::Unreachable { .. }
-            | FetchError::NotCached { .. }
-            | FetchError::Download(
-                DownloadError::NotDelivered { .. } | DownloadError::Offline { .. }
-            )
-    )
 }
 
 /// The file of weights that a path means: a file itself, the final weights of a finished run, or

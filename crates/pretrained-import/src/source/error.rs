@@ -156,6 +156,20 @@ pub enum FetchError {
     },
 }
 
+impl FetchError {
+    /// Whether it would not have come to this with a network, or with the file at hand.
+    pub fn is_for_want_of_a_network(&self) -> bool {
+        matches!(
+            self,
+            FetchError::Unreachable { .. }
+                | FetchError::NotCached { .. }
+                | FetchError::Download(
+                    DownloadError::NotDelivered { .. } | DownloadError::Offline { .. }
+                )
+        )
+    }
+}
+
 fn listed(files: &[String]) -> String {
     match files {
         [] => "none".to_owned(),

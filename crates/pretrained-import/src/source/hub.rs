@@ -72,7 +72,7 @@ impl<'a> Wanted<'a> {
                 .hub
                 .cache
                 .clone()
-                .unwrap_or_else(hf_hub::resolve_cache_dir),
+                .unwrap_or_else(verified_download::hub::cache_from_env),
         })
     }
 

@@ -523,24 +523,33 @@ fn two_runs_of_the_same_second_have_two_folders() {
 }
 
 #[test]
-fn the_newest_finished_run_is_found_by_its_time_and_number() {
+fn the_newest_finished_run_that_is_wanted_is_found_by_its_time_and_number() {
     let out = tempfile::tempdir().unwrap();
-    let newest = || RunDirectory::newest_finished(out.path(), EXPERIMENT).unwrap();
-    assert_eq!(newest(), None);
-    let make = |name: &str, files: &[&str]| {
+    let newest = |wanted: Option<&str>| {
+        let is_wanted = |config: &String| wanted.is_none_or(|wanted| wanted == config);
+        RunDirectory::newest_finished(out.path(), EXPERIMENT, is_wanted).unwrap()
+    };
+    assert_eq!(newest(None), None);
+    let make = |name: &str, config: &str, is_finished: bool| {
         let dir = out.path().join(EXPERIMENT).join(name);
         fs::create_dir_all(&dir).unwrap();
-        for file in files {
-            fs::write(dir.join(file), "{}").unwrap();
+        fs::write(dir.join("config.json"), config).unwrap();
+        if is_finished {
+            fs::write(dir.join("finished.json"), "{}").unwrap();
         }
         dir
     };
-    let finished = ["config.json", "finished.json"];
-    make("2026-03-01T12-30-05Z-9", &finished);
-    let expected = make("2026-03-01T12-30-05Z-10", &finished);
-    make("2026-02-28T23-59-59Z", &finished);
-    make("2026-04-01T00-00-00Z", &finished[..1]);
-    assert_eq!(newest(), Some(expected));
+    let config = r#"{"config": "a"}"#;
+    make("2026-03-01T12-30-05Z-9", config, true);
+    let expected = make("2026-03-01T12-30-05Z-10", config, true);
+    let other = make("2026-02-28T23-59-59Z", r#"{"config": "b"}"#, true);
+    make("2026-04-01T00-00-00Z", config, false);
+    make("2026-04-01T00-00-01Z", r#"{"config": 3}"#, true);
+    make("2026-04-01T00-00-02Z", "no JSON", true);
+    assert_eq!(newest(None), Some(expected.clone()));
+    assert_eq!(newest(Some("a")), Some(expected));
+    assert_eq!(newest(Some("b")), Some(other));
+    assert_eq!(newest(Some("c")), None);
 }
 
 /// Runs a frozen model, from the folder's state, as [`go_on`] does.

@@ -80,11 +80,44 @@ fn batches_are_resized_as_pytorch_interpolates_with_antialiasing() {
 #[test]
 fn a_crop_of_an_odd_rest_begins_where_pythons_rounding_puts_it() {
     // 341 − 224 = 117 and 343 − 224 = 119: halves, to the even neighbour.
-    for (side, begin) in [(224, 0), (256, 16), (341, 58), (343, 60)] {
-        let picture = RgbImage::from_fn(side, side, |x, _| image::Rgb([(x % 256) as u8; 3]));
-        let crop = centre_crop(&picture);
-        assert_eq!(crop.dimensions(), (224, 224));
-        assert_eq!(u32::from(crop.get_pixel(0, 0).0[0]), begin, "{side}");
+    for (pixels, begin) in [(224, 0), (256, 16), (341, 58), (343, 60)] {
+        let side = Side::middle(pixels);
+        assert_eq!((side.begin, side.count), (begin, 224), "{pixels}");
+    }
+}
+
+#[test]
+fn what_is_computed_of_a_part_is_that_part_of_the_whole() {
+    let picture = RgbImage::from_fn(37, 90, |x, y| {
+        image::Rgb([(x * 7) as u8, (y * 11) as u8, (x * y) as u8])
+    });
+    for (across, down) in [(256, 622), (37, 90), (300, 224), (20, 25)] {
+        let part = |pixels: usize| Side {
+            begin: pixels / 3,
+            count: pixels / 2,
+            ..Side::whole(pixels)
+        };
+        let whole = resize(&picture, Side::whole(across), Side::whole(down));
+        let (x, y) = (part(across), part(down));
+        let (left, top) = (x.begin as u32, y.begin as u32);
+        let cut = image::imageops::crop_imm(&whole, left, top, x.count as u32, y.count as u32);
+        assert!(resize(&picture, x, y) == cut.to_image(), "{across}×{down}");
+        assert_eq!(across == 37, whole == picture);
+    }
+}
+
+#[test]
+fn a_long_thin_picture_takes_no_more_than_others() {
+    // Its short side of 256 pixels would make it 256 million long.
+    for (width, height) in [(1, 1_000_000), (1_000_000, 1)] {
+        let picture = RgbImage::from_fn(width, height, |x, y| {
+            image::Rgb([if (x + y) < 500_000 { 0 } else { 255 }; 3])
+        });
+        let values = Preprocessing::ImageNet.apply(&picture);
+        assert_eq!(values.len(), 3 * 224 * 224);
+        // The middle is at the edge between 0 and 255: from 111.5 of 256 before to as much behind what is half of both.
+        let expected = [16, 239].map(|byte| IMAGENET.apply(0, byte));
+        assert_eq!([values[0], values[224 * 224 - 1]], expected);
     }
 }
 
