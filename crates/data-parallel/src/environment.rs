@@ -100,7 +100,7 @@ impl Ranks {
         };
         let port = number("MASTER_PORT", alone.then_some(1))?;
         let taken = variable("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
-        let master_port = u16::try_from(port + usize::from(taken))
+        let master_port = u16::try_from(port.saturating_add(taken.into()))
             .ok()
             .filter(|&port| port > 0)
             .ok_or_else(|| {

@@ -12,13 +12,16 @@
 //! | [`ProcessGroup::verify_same`] | refuses to go on with different settings |
 //! | [`ProcessGroup::barrier`] | waits for all |
 //!
+//! If [`Ranks::local_world_size`] says that there are other machines, ranks listen on all of this one's addresses, since its name may
+//! mean its loopback to itself; else where `MASTER_ADDR` says, alone.
+//!
 //! Tensors travel over TCP, which is all that a CPU needs, or with the feature `nccl` from GPU to
 //! GPU. Sums are made in an order that depends on the number of ranks alone, never on timing, and
 //! every rank receives the same bits.
 //!
 //! No call waits for ever: a rank that ends, is killed or gives up makes the pending and every later
 //! call of all others an [`Error`] that names a rank, at once; one that is merely silent does so
-//! after [`Options::timeout`].
+//! after [`Options::timeout`]. (Over NCCL the host waits for nothing, and a GPU whose neighbour has gone is noticed by the launcher.)
 //!
 //! ```
 //! use candle_core::{Device, Tensor};

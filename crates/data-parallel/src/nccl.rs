@@ -13,6 +13,8 @@ use candle_core::{Device, Storage, Tensor};
 use crate::error::{Error, Result};
 use crate::group::ProcessGroup;
 
+/// Whether NCCL registers the memory that recorded work uses.
+const GRAPH_REGISTER: &str = "NCCL_GRAPH_REGISTER";
 /// Bytes of NCCL's identification of a group.
 const ID_BYTES: usize = 128;
 
@@ -54,6 +56,13 @@ impl Communicator {
             during: "the choice of the GPU",
             source,
         })?;
+        // Recorded steps reduce memory of the graph's own, which NCCL cannot register.
+        if std::env::var_os(GRAPH_REGISTER).is_none_or(|value| value != "0") {
+            tracing::warn!(
+                "{GRAPH_REGISTER} is not 0: NCCL may refuse the all-reduce of a step that is recorded as a CUDA graph; set it for \
+                 all processes, as --gpus does"
+            );
+        }
         let comm = Comm::from_rank(stream, group.rank(), group.world_size(), id)
             .map_err(nccl("ncclCommInitRank"))
             .inspect_err(|error| group.give_up(&error.to_string()))?;

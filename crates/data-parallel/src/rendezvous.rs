@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ const HANDSHAKE: Call = Call {
 };
 /// Who connects says so at once; who does not holds up the others no longer than this.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// When all are there, neighbours find each other in less than this, unless one has died meanwhile.
+const TO_CLOSE_THE_RING: Duration = Duration::from_secs(30);
 const RETRY_EVERY: Duration = Duration::from_millis(20);
 
 /// What a rank says of itself.
@@ -37,7 +39,7 @@ struct Hello {
     protocol_version: u32,
     rank: usize,
     world_size: usize,
-    /// Where the neighbour before it reaches it.
+    /// Where the neighbour before it reaches it. An address of this machine alone means the machine of rank 0.
     ring_address: SocketAddr,
     facts: BTreeMap<String, String>,
 }
@@ -61,13 +63,19 @@ pub(crate) struct Connections {
 
 /// Connects this rank, of at least two, with the others.
 pub(crate) fn meet(ranks: &Ranks, options: &Options) -> Result<Connections> {
-    let deadline = Instant::now() + options.timeout;
+    let deadline = after(options.timeout);
     let (mut star, listener, welcome) = match ranks.rank {
         0 => receive_all(ranks, options, deadline)?,
         _ => join(ranks, options, deadline)?,
     };
-    let next = &welcome.ring_addresses[(ranks.rank + 1) % ranks.world_size];
-    let ring = close_ring(ranks, &listener, *next, welcome.token, deadline);
+    let next = welcome.ring_addresses[(ranks.rank + 1) % ranks.world_size];
+    let first = match ranks.rank {
+        0 => listener.local_addr(),
+        _ => star[0].peer_addr(),
+    };
+    let next = reachable(next, first.map_err(lost(0))?.ip());
+    let deadline = deadline.min(after(TO_CLOSE_THE_RING));
+    let ring = close_ring(ranks, &listener, next, welcome.token, deadline);
     // Rank 0 is not ready before its neighbours are; the others learn of a failure by its end.
     let mut ring = ring.inspect_err(|error| give_up(&star, ranks.rank, error))?;
     let links = star.iter_mut().chain([&mut ring.next, &mut ring.previous]);
@@ -76,6 +84,36 @@ pub(crate) fn meet(ranks: &Ranks, options: &Options) -> Result<Connections> {
         link.set_timeout(options.timeout).map_err(lost(peer))?;
     }
     Ok(Connections { star, ring })
+}
+
+/// The end of a wait that begins now.
+fn after(wait: Duration) -> Instant {
+    let now = Instant::now();
+    // As good as for ever.
+    let far = now + Duration::from_secs(1 << 30);
+    now.checked_add(wait).map_or(far, |end| end.min(far))
+}
+
+/// Where to listen, so as to be reached through `ip`: there alone if all ranks are on this machine. A name of this machine often
+/// means its loopback, as in Debian's /etc/hosts, which is no place for ranks of others.
+fn listening_ip(ranks: &Ranks, ip: IpAddr) -> IpAddr {
+    match (ranks.local_world_size < ranks.world_size, ip) {
+        (false, ip) => ip,
+        (true, IpAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
+        (true, IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
+/// A rank's address as others reach it, who have reached rank 0's machine at `first`.
+fn reachable(address: SocketAddr, first: IpAddr) -> SocketAddr {
+    let is_on_first = address.ip().is_loopback() || address.ip().is_unspecified();
+    match (is_on_first, first.is_unspecified()) {
+        (false, _) => address,
+        (true, false) => SocketAddr::new(first, address.port()),
+        // This is rank 0.
+        (true, true) if first.is_ipv4() => (Ipv4Addr::LOCALHOST, address.port()).into(),
+        (true, true) => (Ipv6Addr::LOCALHOST, address.port()).into(),
+    }
 }
 
 /// What rank 0 does until all are there.
@@ -89,10 +127,18 @@ fn receive_all(
         address: address.clone(),
         source,
     };
-    let listener =
-        TcpListener::bind((&*ranks.master_addr, ranks.master_port)).map_err(cannot_listen)?;
-    let own_ip = listener.local_addr().map_err(cannot_listen)?.ip();
-    let ring_listener = TcpListener::bind((own_ip, 0)).map_err(cannot_listen)?;
+    let listen = || {
+        let mut addresses = (&*ranks.master_addr, ranks.master_port).to_socket_addrs()?;
+        let named = addresses
+            .next()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, NO_ADDRESS))?;
+        let ip = listening_ip(ranks, named.ip());
+        Ok((
+            TcpListener::bind((ip, ranks.master_port))?,
+            TcpListener::bind((ip, 0))?,
+        ))
+    };
+    let (listener, ring_listener) = listen().map_err(cannot_listen)?;
     let ring_address = ring_listener.local_addr().map_err(cannot_listen)?;
 
     let mut there: BTreeMap<usize, (Link, SocketAddr)> = BTreeMap::new();
@@ -110,8 +156,8 @@ fn receive_all(
         };
         let (mut link, hello) = match hear(stream) {
             Ok(heard) => heard,
-            Err(error) => {
-                tracing::warn!("{from} connected to {address} and is no rank: {error}");
+            Err(problem) => {
+                tracing::warn!("{from} connected to {address} and is no rank: {problem}");
                 continue;
             }
         };
@@ -151,9 +197,10 @@ fn join(
     })?;
     // The interface that reaches rank 0 is the one on which this rank can be reached.
     let listen = || {
-        let listener = TcpListener::bind((stream.local_addr()?.ip(), 0))?;
-        let address = listener.local_addr()?;
-        Ok((listener, address))
+        let ip = stream.local_addr()?.ip();
+        let listener = TcpListener::bind((listening_ip(ranks, ip), 0))?;
+        let port = listener.local_addr()?.port();
+        Ok((listener, SocketAddr::new(ip, port)))
     };
     let (listener, ring_address) = listen().map_err(lost(0))?;
     let remaining = remaining(deadline);
@@ -254,7 +301,7 @@ fn close_ring(
         let Some((stream, from)) = accepted else {
             return Err(lost(previous_rank)(io::ErrorKind::TimedOut.into()));
         };
-        let previous = Link::new(previous_rank, stream, PATIENCE).map_err(lost(previous_rank))?;
+        let previous = Link::hasty(previous_rank, stream, PATIENCE).map_err(lost(previous_rank))?;
         let mut rank = [0; 8];
         match previous.receive(call, &mut rank) {
             Ok(()) if u64::from_le_bytes(rank) == previous_rank as u64 => {
@@ -265,10 +312,19 @@ fn close_ring(
     }
 }
 
-fn hear(stream: TcpStream) -> Result<(Link, Hello)> {
-    let link = Link::new(usize::MAX, stream, PATIENCE).map_err(lost(usize::MAX))?;
-    let hello = receive_json(&link)?;
-    Ok((link, hello))
+/// The first words of whoever connects, or why it is no rank: it has no number yet that an error could name.
+fn hear(stream: TcpStream) -> std::result::Result<(Link, Hello), String> {
+    let link = Link::hasty(usize::MAX, stream, PATIENCE).map_err(|error| error.to_string())?;
+    match receive_json(&link) {
+        Ok(hello) => Ok((link, hello)),
+        Err(Error::Lost { source, .. }) => Err(source.to_string()),
+        Err(Error::Silent { timeout, .. }) => Err(format!(
+            "it did not say who it is within {} s",
+            timeout.as_secs_f64()
+        )),
+        Err(Error::Stranger { reason, .. }) => Err(reason),
+        Err(_) => Err("it speaks another protocol".into()),
+    }
 }
 
 fn send_json(link: &Link, value: &impl Serialize) -> Result<()> {
@@ -312,6 +368,8 @@ fn accept(
     }
 }
 
+const NO_ADDRESS: &str = "the name has no address";
+
 /// Connects, again and again until the deadline: the other side may not be there yet, nor its name.
 fn reach(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     loop {
@@ -327,7 +385,7 @@ fn reach(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
 }
 
 fn connect_once(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
-    let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, NO_ADDRESS);
     for address in (host, port).to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, remaining(deadline).min(PATIENCE)) {
             // A port that nobody listens on can be given to this very connection as its own end; it
@@ -357,5 +415,33 @@ fn lost(rank: usize) -> impl Fn(io::Error) -> Error {
         rank,
         during: Kind::Handshake.name(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_one_machine_alone_are_those_of_rank_0s() {
+        let seen = |address: &str, first: &str| {
+            reachable(address.parse().unwrap(), first.parse().unwrap()).to_string()
+        };
+        // Another machine's, whoever asks.
+        assert_eq!(seen("10.0.0.2:70", "10.0.0.1"), "10.0.0.2:70");
+        assert_eq!(seen("10.0.0.2:70", "0.0.0.0"), "10.0.0.2:70");
+        // Rank 0's machine, of which it knows no better address itself.
+        for own in ["127.0.1.1:70", "0.0.0.0:70"] {
+            assert_eq!(seen(own, "10.0.0.1"), "10.0.0.1:70");
+            assert_eq!(seen(own, "0.0.0.0"), "127.0.0.1:70");
+        }
+        assert_eq!(seen("[::1]:70", "::"), "[::1]:70");
+        assert_eq!(seen("[::]:70", "fe80::2"), "[fe80::2]:70");
+    }
+
+    #[test]
+    fn a_wait_may_be_as_long_as_a_duration() {
+        assert!(after(Duration::MAX) > Instant::now() + Duration::from_secs(1 << 20));
+        assert!(after(Duration::from_secs(1)) <= Instant::now() + Duration::from_secs(1));
     }
 }

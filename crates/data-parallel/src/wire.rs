@@ -5,7 +5,7 @@
 //! short texts apart.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -74,6 +74,27 @@ pub(crate) struct Link {
     pub(crate) peer: usize,
     stream: TcpStream,
     timeout: Duration,
+    /// The end of all reads together.
+    deadline: Option<Instant>,
+}
+
+/// Reads until a link's deadline, where it has one.
+struct Reader<'a> {
+    stream: &'a TcpStream,
+    deadline: Option<Instant>,
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(deadline) = self.deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(buffer)
+    }
 }
 
 impl Link {
@@ -87,13 +108,35 @@ impl Link {
             peer,
             stream,
             timeout,
+            deadline: None,
         })
+    }
+
+    /// Over a connection of somebody unknown: all reads together take no longer than `patience`, however few bytes come at a time,
+    /// until [`Self::set_timeout`].
+    pub(crate) fn hasty(peer: usize, stream: TcpStream, patience: Duration) -> io::Result<Self> {
+        Ok(Self {
+            deadline: Some(Instant::now() + patience),
+            ..Self::new(peer, stream, patience)?
+        })
+    }
+
+    /// The address of the other end.
+    pub(crate) fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.stream.peer_addr()
+    }
+
+    fn reader(&self) -> Reader<'_> {
+        Reader {
+            stream: &self.stream,
+            deadline: self.deadline,
+        }
     }
 
     pub(crate) fn set_timeout(&mut self, timeout: Duration) -> io::Result<()> {
         self.stream.set_read_timeout(Some(timeout))?;
         self.stream.set_write_timeout(Some(timeout))?;
-        self.timeout = timeout;
+        (self.timeout, self.deadline) = (timeout, None);
         Ok(())
     }
 
@@ -127,8 +170,7 @@ impl Link {
                 expected: format!("one of {} bytes", body.len()),
             });
         }
-        let mut stream = &self.stream;
-        stream
+        self.reader()
             .read_exact(body)
             .map_err(|error| self.failed(call, error))
     }
@@ -144,8 +186,8 @@ impl Link {
             });
         }
         let mut body = Vec::new();
-        let mut stream = (&self.stream).take(bytes);
-        stream
+        self.reader()
+            .take(bytes)
             .read_to_end(&mut body)
             .map_err(|error| self.failed(call, error))?;
         if (body.len() as u64) < bytes {
@@ -217,7 +259,7 @@ impl Link {
 
     fn receive_header(&self, call: Call) -> Result<u64> {
         let mut bytes = [0; Header::BYTES];
-        let mut stream = &self.stream;
+        let mut stream = self.reader();
         stream
             .read_exact(&mut bytes)
             .map_err(|error| self.failed(call, error))?;

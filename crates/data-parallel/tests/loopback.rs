@@ -326,6 +326,56 @@ fn strangers_at_the_meeting_place_are_ignored() {
     first.join().unwrap().unwrap();
 }
 
+/// As of two machines, where rank 0's name means an address of its own loopback to itself and another one to the other.
+#[cfg(target_os = "linux")]
+#[test]
+fn rank_0_is_found_where_its_name_means_loopback_to_itself() {
+    let port = free_port();
+    let join = |rank: usize, master_addr: &'static str| {
+        thread::spawn(move || {
+            let ranks = Ranks {
+                local_rank: 0,
+                local_world_size: 1,
+                ..Ranks::new(rank, 3, master_addr, port).unwrap()
+            };
+            let group = ProcessGroup::connect(&ranks, &options(), Backend::Tcp).unwrap();
+            let tensor = Tensor::full(rank as f32, 2000, &Device::Cpu).unwrap();
+            bits(&group.all_reduce_weighted(&[tensor], 1.0).unwrap()[0])
+        })
+    };
+    let ranks = [
+        join(0, "127.0.1.1"),
+        join(1, "127.0.0.1"),
+        join(2, "127.0.0.3"),
+    ];
+    for rank in ranks {
+        assert_eq!(rank.join().unwrap(), vec![3f32.to_bits(); 2000]);
+    }
+}
+
+#[test]
+fn a_slow_stranger_holds_nobody_up() {
+    let port = free_port();
+    let first = thread::spawn(move || connect(0, 2, port).unwrap().barrier());
+    let mut stranger = loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => break stream,
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    // A byte a second would keep one alive whose patience begins anew with each.
+    let begin = Instant::now();
+    let slow = thread::spawn(move || {
+        while stranger.write_all(b"\x01").is_ok() && begin.elapsed() < Duration::from_secs(30) {
+            thread::sleep(Duration::from_secs(1));
+        }
+    });
+    connect(1, 2, port).unwrap().barrier().unwrap();
+    first.join().unwrap().unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(15));
+    slow.join().unwrap();
+}
+
 #[test]
 fn settings_can_be_compared_later_too() {
     let errors = on_ranks(3, |group| {

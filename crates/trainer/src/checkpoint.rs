@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -118,7 +119,7 @@ pub(crate) fn save(
 
     // The same step again: the run was stopped where it had just been saved, or between the last
     // step of an epoch and its evaluation. The older one gives way only now.
-    let replaced = path.with_file_name(".replaced.tmp");
+    let replaced = replaced_by(&path);
     remove_if_present(&replaced)?;
     if path.exists() {
         fs::rename(&path, &replaced).map_err(io_error("move aside", &path))?;
@@ -150,7 +151,9 @@ pub(crate) fn load_newest(dir: &Path) -> Result<Option<Checkpoint>> {
                 }
                 return Ok(Some(checkpoint));
             }
-            Err(error @ Error::IncompatibleCheckpoint { .. }) => return Err(error),
+            Err(error @ (Error::IncompatibleCheckpoint { .. } | Error::Io { .. })) => {
+                return Err(error);
+            }
             Err(error) => problems.push((path, error)),
         }
     }
@@ -179,7 +182,7 @@ fn set_aside(path: PathBuf, error: &Error) -> Result<()> {
 /// Whether there is a checkpoint in `dir`, whole or damaged.
 pub(crate) fn was_saved(dir: &Path) -> bool {
     let any = |prefix| list(dir, prefix).is_ok_and(|found| !found.is_empty());
-    any("step-") || any("damaged-step-")
+    any("step-") || any("damaged-step-") || replaced(dir).is_ok_and(|found| !found.is_empty())
 }
 
 /// The newest checkpoint's folder, unverified.
@@ -188,22 +191,31 @@ pub(crate) fn newest_path(dir: &Path) -> Option<PathBuf> {
     Some(newest.1)
 }
 
-/// Reads a checkpoint and verifies every byte.
+/// Reads a checkpoint and verifies every byte. A file that is missing is damage; one that the system does not let be read, for want of
+/// permission or of descriptors, is not.
 fn load(path: &Path) -> Result<Checkpoint> {
     let damaged = |reason: String| Error::DamagedCheckpoint {
         path: path.to_path_buf(),
         reason,
     };
-    let sums = fs::read_to_string(path.join(SUMS))
-        .map_err(|error| damaged(format!("{SUMS} cannot be read ({error})")))?;
+    let bytes_of = |name: &str| {
+        let file = path.join(name);
+        fs::read(&file).map_err(|error| match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory => {
+                damaged(format!("{name} cannot be read ({error})"))
+            }
+            _ => io_error("read", &file)(error),
+        })
+    };
+    let sums = bytes_of(SUMS)?;
+    let sums = String::from_utf8_lossy(&sums);
     let verified = |name: &str| {
         let expected = sums
             .lines()
             .filter_map(|line| line.split_once("  "))
             .find_map(|(sum, file)| (file == name).then_some(sum))
             .ok_or_else(|| damaged(format!("{SUMS} has no entry for {name}")))?;
-        let bytes = fs::read(path.join(name))
-            .map_err(|error| damaged(format!("{name} cannot be read ({error})")))?;
+        let bytes = bytes_of(name)?;
         match sha256_hex(&bytes) {
             found if found == expected => Ok(bytes),
             found => Err(damaged(format!(
@@ -246,25 +258,43 @@ fn list(dir: &Path, prefix: &str) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
+/// Where a checkpoint lies while another of the same step takes its place.
+fn replaced_by(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}{REPLACED}"))
+}
+
+const REPLACED: &str = ".replaced";
+
+/// Those that lie aside, with their places.
+fn replaced(dir: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
+        let aside = entry.map_err(io_error("list", dir))?.path();
+        let name = aside.file_name().and_then(|name| name.to_str());
+        let name = name.and_then(|name| name.strip_prefix('.')?.strip_suffix(REPLACED));
+        if let Some(name) = name.filter(|name| name.starts_with("step-")) {
+            found.push((dir.join(name), aside));
+        }
+    }
+    Ok(found)
+}
+
 /// Undoes a replacement that was killed between its two renames: the older checkpoint of that step
 /// is whole and lies aside.
 fn restore_replaced(dir: &Path) -> Result<()> {
-    let replaced = dir.join(".replaced.tmp");
-    if !replaced.is_dir() {
-        return Ok(());
-    }
-    if let Ok(checkpoint) = load(&replaced) {
-        let path = dir.join(format!("step-{:07}", checkpoint.state.position.step));
-        if !path.exists() {
-            return fs::rename(&replaced, &path).map_err(io_error("restore", &path));
+    for (path, aside) in replaced(dir)? {
+        match path.exists() {
+            true => remove_if_present(&aside)?,
+            false => fs::rename(&aside, &path).map_err(io_error("restore", &path))?,
         }
     }
-    remove_if_present(&replaced)
+    Ok(())
 }
 
 fn remove_if_present(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         result => result.map_err(io_error("remove", dir)),
     }
 }
@@ -348,6 +378,27 @@ mod tests {
         }
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn what_cannot_be_read_is_not_damaged() {
+        for file in [WEIGHTS, SUMS] {
+            let dir = tempfile::tempdir().unwrap();
+            save(dir.path(), &state(1), b"first", b"m", 2).unwrap();
+            let newest = save(dir.path(), &state(2), b"second", b"m", 2).unwrap();
+            let path = newest.join(file);
+            fs::rename(&path, newest.join("kept")).unwrap();
+            // A link to itself: an error that even root gets.
+            std::os::unix::fs::symlink(&path, &path).unwrap();
+            let error = load_newest(dir.path()).unwrap_err();
+            assert!(matches!(error, Error::Io { action: "read", .. }), "{error}");
+            assert_eq!(names(dir.path()), ["step-0000001", "step-0000002"]);
+            fs::remove_file(&path).unwrap();
+            fs::rename(newest.join("kept"), &path).unwrap();
+            let loaded = load_newest(dir.path()).unwrap().unwrap();
+            assert_eq!(loaded.weights, b"second");
+        }
+    }
+
     #[test]
     fn when_all_checkpoints_are_damaged_each_call_is_the_same_error_and_nothing_moves() {
         let dir = tempfile::tempdir().unwrap();
@@ -390,7 +441,19 @@ mod tests {
     fn a_replacement_killed_between_its_renames_keeps_the_older_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let path = save(dir.path(), &state(1), b"w", b"m", 2).unwrap();
-        fs::rename(&path, dir.path().join(".replaced.tmp")).unwrap();
+        // Though this program may not be the one that can read it.
+        let other = State {
+            stream_scheme: "v0".into(),
+            ..state(2)
+        };
+        let unknown = save(dir.path(), &other, b"w", b"m", 2).unwrap();
+        for path in [&path, &unknown] {
+            fs::rename(path, replaced_by(path)).unwrap();
+        }
+        assert!(was_saved(dir.path()));
+        assert!(load_newest(dir.path()).is_err());
+        assert_eq!(names(dir.path()), ["step-0000001", "step-0000002"]);
+        fs::remove_dir_all(unknown).unwrap();
         let loaded = load_newest(dir.path()).unwrap().unwrap();
         assert_eq!(loaded.path, path);
     }

@@ -90,6 +90,16 @@ impl Together<'_> {
         Ok(count[0] > 0)
     }
 
+    /// The number that rank 0 has.
+    pub(crate) fn of_first(self, number: u64) -> Result<u64> {
+        let Some(group) = self.0 else {
+            return Ok(number);
+        };
+        let mut sum = [if group.is_first() { number } else { 0 }];
+        group.all_reduce_sum(&mut sum)?;
+        Ok(sum[0])
+    }
+
     /// This rank's pictures of an epoch, and how many of them make a batch: of each batch its
     /// contiguous part. All but the last batch give a rank the same number; the last may give it none.
     pub(crate) fn share_of_batches(self, order: Vec<u32>, batch_size: usize) -> (Vec<u32>, usize) {
@@ -344,11 +354,7 @@ impl Together<'_> {
     /// Lets the others know why this rank stops, when it does by an error.
     pub(crate) fn tell<T>(self, result: Result<T>) -> Result<T> {
         if let (Err(error), Some(group)) = (&result, self.0) {
-            let sources = std::iter::successors(Some(error as &dyn std::error::Error), |error| {
-                error.source()
-            });
-            let texts: Vec<String> = sources.map(ToString::to_string).collect();
-            group.give_up(&texts.join(": "));
+            group.give_up(&error.with_sources());
         }
         result
     }

@@ -1,5 +1,6 @@
 //! Everything that can go wrong in a run.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -9,6 +10,27 @@ use crate::weights::WeightsError;
 
 /// Result with the trainer's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// The checkpoint that a run can go on from when it has failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LastCheckpoint {
+    /// There is none.
+    None,
+    /// In this folder.
+    At(PathBuf),
+    /// Rank 0 says it, which has the run's folder.
+    OfRank0,
+}
+
+impl fmt::Display for LastCheckpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("no checkpoint had been saved yet"),
+            Self::At(path) => write!(f, "the last good checkpoint is {}", path.display()),
+            Self::OfRank0 => f.write_str("rank 0 names the last good checkpoint"),
+        }
+    }
+}
 
 /// Everything that can go wrong in a run.
 #[derive(Debug, thiserror::Error)]
@@ -41,10 +63,7 @@ pub enum Error {
         } else {
             format!("when the loss was read, after step {steps_made}; no checkpoint was written of it")
         },
-        last_checkpoint.as_ref().map_or_else(
-            || "no checkpoint had been saved yet".to_string(),
-            |path| format!("the last good checkpoint is {}", path.display())
-        )
+        last_checkpoint
     )]
     NonFiniteLoss {
         /// 1-based.
@@ -56,7 +75,7 @@ pub enum Error {
         /// Steps that had moved the weights when the value was read: on a GPU it is read later.
         steps_made: u64,
         /// The newest checkpoint of the run.
-        last_checkpoint: Option<PathBuf>,
+        last_checkpoint: LastCheckpoint,
     },
     /// A weight is infinite or not a number although the loss was finite.
     #[error(
@@ -217,6 +236,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// The error and its causes in one line.
+    pub(crate) fn with_sources(&self) -> String {
+        let this = Some(self as &dyn std::error::Error);
+        let errors = std::iter::successors(this, |error| error.source());
+        let texts: Vec<String> = errors.map(ToString::to_string).collect();
+        texts.join(": ")
+    }
+
     /// An operation on tensors failed at `step` (1-based).
     pub(crate) fn tensor(
         during: &'static str,

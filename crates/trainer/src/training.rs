@@ -17,7 +17,7 @@ use crate::config::{TrainingConfig, described, first_change};
 use crate::data::{DataSets, Examples, batches};
 use crate::distributed::Together;
 use crate::durable::{read, sha256_hex, write_atomically};
-use crate::error::{Error, Result};
+use crate::error::{Error, LastCheckpoint, Result};
 use crate::evaluate::{Evaluation, EvaluationSums, count_correct, evaluate_examples, scalar};
 use crate::execution::{Execution, timed_unless};
 use crate::features::FeatureCache;
@@ -302,6 +302,21 @@ impl<'a> Training<'a> {
         (batch_in_epoch as usize + 1) * whole > self.data.train.len()
     }
 
+    /// The error of the step that comes next, whose loss was read when `steps_made` had moved the weights.
+    fn non_finite_loss(&self, loss: f32, steps_made: u64) -> Error {
+        let newest = |run: &RunDirectory| checkpoint::newest_path(&run.checkpoints());
+        Error::NonFiniteLoss {
+            epoch: self.position.epoch + 1,
+            step: self.position.step + 1,
+            loss,
+            steps_made,
+            last_checkpoint: match &self.run {
+                None => LastCheckpoint::OfRank0,
+                Some(run) => newest(run).map_or(LastCheckpoint::None, LastCheckpoint::At),
+            },
+        }
+    }
+
     /// One step: forward, loss, backward, average over the ranks, update. `batch` is this rank's part
     /// of it, None where it is so small that this rank has none.
     fn train_step(&mut self, batch: Option<&Examples>, parts: &mut Parts) -> Result<Step> {
@@ -327,14 +342,7 @@ impl<'a> Training<'a> {
         let (value, correct, images, loss) = local.map_err(failed("the loss"))?;
         let sums = self.together.sum_batch(value, correct, images)?;
         if !sums.loss.is_finite() {
-            let run = self.run.as_ref();
-            return Err(Error::NonFiniteLoss {
-                epoch: self.position.epoch + 1,
-                step: step + 1,
-                loss: sums.loss,
-                steps_made: step,
-                last_checkpoint: run.and_then(|run| checkpoint::newest_path(&run.checkpoints())),
-            });
+            return Err(self.non_finite_loss(sums.loss, step));
         }
 
         parts.end("loss");

@@ -58,7 +58,7 @@ pub(crate) fn launch(processes: usize) -> Result<ExitCode> {
         let child = child.with_context(|| format!("cannot start the process of rank {rank}"))?;
         ranks.0.push(child);
     }
-    ranks.wait(&signals)
+    ranks.wait(GRACE, || signals.received())
 }
 
 /// In a process that [`launch`] has started: passes on the launcher's signals, and stops when it is
@@ -84,7 +84,9 @@ pub(crate) fn watch_launcher() {
 struct Launched(Vec<Child>);
 
 impl Launched {
-    fn wait(&mut self, signals: &StopSignals) -> Result<ExitCode> {
+    /// Waits for all. Once one has failed, or has ended for the signal that `received` tells of, the others have this `grace`: when a stop
+    /// goes well, nobody leaves before rank 0 has saved.
+    fn wait(&mut self, grace: Duration, received: impl Fn() -> Option<Signal>) -> Result<ExitCode> {
         let mut ended: Vec<Option<ExitStatus>> = vec![None; self.0.len()];
         let mut failed: Option<(ExitStatus, Instant)> = None;
         let mut passed_on: Option<Signal> = None;
@@ -104,7 +106,7 @@ impl Launched {
                 }
                 failed.get_or_insert((status, Instant::now()));
             }
-            if let (Some(signal), None) = (signals.received(), passed_on) {
+            if let (Some(signal), None) = (received(), passed_on) {
                 let number = signal.exit_code.wrapping_sub(128);
                 for child in &mut self.0 {
                     if let Some(input) = &mut child.stdin {
@@ -114,7 +116,7 @@ impl Launched {
                 }
                 passed_on = Some(signal);
             }
-            if failed.is_some_and(|(_, at)| at.elapsed() > GRACE) && passed_on.is_none() {
+            if failed.is_some_and(|(_, at)| at.elapsed() > grace) {
                 self.end();
             }
             sleep(Duration::from_millis(20));
@@ -151,4 +153,35 @@ impl Drop for Launched {
 fn free_port() -> std::io::Result<u16> {
     let listener = TcpListener::bind((MASTER_ADDR, 0))?;
     Ok(listener.local_addr()?.port())
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_hangs_is_ended_after_the_grace_also_when_a_stop_was_asked_for() {
+        let stop = Signal {
+            name: "SIGTERM",
+            exit_code: 143,
+        };
+        for signal in [None, Some(stop)] {
+            let started = ["exit 3", "exec sleep 60"].map(|line| {
+                let mut command = Command::new("sh");
+                command.args(["-c", line]).stdin(Stdio::piped());
+                command.spawn().unwrap()
+            });
+            let begin = Instant::now();
+            let mut launched = Launched(started.into());
+            let code = launched
+                .wait(Duration::from_millis(100), || signal)
+                .unwrap();
+            let expected = signal.map_or(3, |signal| signal.exit_code);
+            assert_eq!(
+                format!("{code:?}"),
+                format!("{:?}", ExitCode::from(expected))
+            );
+            assert!(begin.elapsed() < Duration::from_secs(30));
+        }
+    }
 }

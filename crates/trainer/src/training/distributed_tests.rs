@@ -424,6 +424,31 @@ fn training_that_diverges_is_the_same_error_on_all_ranks() {
 }
 
 #[test]
+fn a_loss_that_is_not_finite_is_the_same_error_on_all_ranks() {
+    let too_steep = || {
+        let mut model = plain();
+        model.gain = 1e30;
+        model
+    };
+    for resident in [false, true] {
+        let run = Run {
+            model: &too_steep,
+            resident,
+            ..Run::new(2)
+        };
+        let (_out, _, ranks) = run.start();
+        let errors = ranks.iter().map(|rank| rank.outcome.as_ref().unwrap_err());
+        let errors: Vec<String> = errors.map(ToString::to_string).collect();
+        assert!(errors[0].contains("training has diverged"), "{errors:?}");
+        // Who has no folder does not know what is in it.
+        let known = "no checkpoint had been saved yet";
+        assert!(errors[0].contains(known), "{errors:?}");
+        let told = errors[0].replace(known, "rank 0 names the last good checkpoint");
+        assert_eq!(errors[1], told);
+    }
+}
+
+#[test]
 fn ranks_whose_losses_depend_on_different_parameters_keep_the_same_weights() {
     let leaves_out = || {
         let mut model = plain();

@@ -7,7 +7,6 @@ use candle_cnn::backward;
 use candle_core::{DType, Device, Tensor};
 
 use super::{Step, Training};
-use crate::checkpoint;
 use crate::distributed::Share;
 use crate::error::{Error, Result};
 use crate::execution::timed_unless;
@@ -20,8 +19,8 @@ mod graph;
 
 /// Most steps between two readings of their losses.
 const READ_EVERY_STEPS: usize = 64;
-/// And most time, so that slow steps are seen to advance; but where several processes train together, which have to
-/// read at the same steps.
+/// And most time, so that slow steps are seen to advance, and a stop is heard. Where several processes train together, which have to
+/// read at the same steps, as many steps as took rank 0 this long the last time.
 const READ_EVERY: Duration = Duration::from_millis(200);
 /// Steps made as usual before one is recorded as a graph: the first makes the momentum buffers and chooses cuDNN's
 /// engines, the second runs as all that follow.
@@ -38,6 +37,8 @@ pub(super) struct OnDevice {
     /// Right answers of the same.
     corrects: Tensor,
     unread: Vec<Unread>,
+    /// How many steps are left unread at most.
+    read_after: usize,
     #[cfg(feature = "cuda")]
     graph: graph::StepGraph,
     /// The parameters whose gradients a recorded step averages, as the ranks agreed in the steps before. Nobody is asked after that:
@@ -102,6 +103,7 @@ impl OnDevice {
             losses: f32s(READ_EVERY_STEPS)?,
             corrects: f32s(READ_EVERY_STEPS)?,
             unread: Vec::with_capacity(READ_EVERY_STEPS),
+            read_after: READ_EVERY_STEPS,
             #[cfg(feature = "cuda")]
             graph: graph::StepGraph::default(),
             #[cfg(feature = "cuda")]
@@ -154,7 +156,7 @@ impl Training<'_> {
             }
             let unread = self.step_on_device(state, &epoch)?;
             state.unread.push(unread);
-            let full = state.unread.len() == READ_EVERY_STEPS;
+            let full = state.unread.len() >= state.read_after;
             let late = self.together.is_alone() && read.elapsed() >= READ_EVERY;
             if full || late || self.checkpoint_will_be_due(state) {
                 self.read_steps(state, &mut read, observer)?;
@@ -317,6 +319,12 @@ impl Training<'_> {
         let (losses, corrects) = read().map_err(self.failed("a step"))?;
         let time = last.elapsed() / unread.len() as u32;
         *last = Instant::now();
+        if !self.together.is_alone() {
+            let steps = self
+                .together
+                .of_first(steps_within(READ_EVERY, time) as u64)?;
+            state.read_after = steps as usize;
+        }
         let steps_made = self.position.step + unread.len() as u64;
         let steps = unread.iter().zip(losses).zip(corrects);
         let own: Vec<(f32, u64, u64)> = steps
@@ -329,15 +337,7 @@ impl Training<'_> {
         for (step, sums) in unread.iter().zip(self.together.sum_batches(&own)?) {
             let loss = sums.loss;
             if !loss.is_finite() {
-                let run = self.run.as_ref();
-                return Err(Error::NonFiniteLoss {
-                    epoch: self.position.epoch + 1,
-                    step: self.position.step + 1,
-                    loss,
-                    steps_made,
-                    last_checkpoint: run
-                        .and_then(|run| checkpoint::newest_path(&run.checkpoints())),
-                });
+                return Err(self.non_finite_loss(loss, steps_made));
             }
             let step = Step {
                 loss,
@@ -374,7 +374,12 @@ impl Training<'_> {
             None => self.upload_set(&self.data.train)?,
         };
         let part = self.together.share_of_batch(self.config.batch_size);
-        OnDevice::new(set, part.len(), &self.device)
+        let mut state = OnDevice::new(set, part.len(), &self.device)?;
+        if !self.together.is_alone() {
+            // How long a step takes nobody knows yet.
+            state.read_after = 1;
+        }
+        Ok(state)
     }
 
     /// Order, learning rates and seeds of the rest of the epoch.
@@ -416,5 +421,25 @@ impl Training<'_> {
         let every = self.config.checkpoint_every_steps;
         let step = self.position.step + state.unread.len() as u64;
         every > 0 && step.is_multiple_of(every)
+    }
+}
+
+/// How many steps that take `each` are made within `time`, from 1 to [`READ_EVERY_STEPS`].
+fn steps_within(time: Duration, each: Duration) -> usize {
+    let steps = time.as_nanos() / each.as_nanos().max(1);
+    steps.clamp(1, READ_EVERY_STEPS as u128) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_steps_are_read_one_by_one_and_fast_ones_many_at_once() {
+        let steps = |each: u64| steps_within(READ_EVERY, Duration::from_micros(each));
+        assert_eq!(
+            [0, 1, 5_000, 50_000, 199_000, 900_000].map(steps),
+            [64, 64, 40, 4, 1, 1]
+        );
     }
 }

@@ -9,7 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 
 use super::{OnDevice, Training, WARM_UP_STEPS};
 use crate::distributed::Share;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// How far the recording has come.
 pub(super) enum StepGraph {
@@ -98,7 +98,7 @@ impl Training<'_> {
                     };
                 }
                 Err(error) => {
-                    let reason = with_sources(&error);
+                    let reason = error.with_sources();
                     tracing::warn!(
                         "the training step cannot be recorded as a CUDA graph, and is launched operation by operation: \
                          {reason}"
@@ -177,15 +177,4 @@ fn log_memory(device: &Device, when: &str) {
         "{in_use} MiB of the GPU are in use {when}: {for_tensors} held for tensors, which use {tensors}, and {for_graphs} \
          for graphs, which use {graphs}"
     );
-}
-
-/// An error and what caused it, in a line.
-fn with_sources(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }
