@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::parser::ValueSource;
-use clap::{Arg, ArgMatches, Args, Command};
-use trainer::{Schedule, SgdConfig, TrainingConfig};
+use clap::{Arg, ArgMatches, Args, Command, ValueEnum};
+use trainer::{Schedule, SgdConfig, Span, TrainingConfig};
 
 use crate::compute::{ComputeConfig, DeviceChoice, Precision};
 use crate::data::Dataset;
@@ -55,6 +55,24 @@ pub struct TrainingArguments {
     /// L2 penalty on the weights
     #[arg(long, value_name = "FACTOR", value_parser = not_negative, allow_negative_numbers = true)]
     pub weight_decay: Option<f64>,
+    /// Nesterov's momentum
+    #[arg(long)]
+    pub nesterov: bool,
+    /// Share of the target that is spread evenly over all classes: at least 0, below 1
+    #[arg(long, value_name = "SHARE", value_parser = below_one, allow_negative_numbers = true)]
+    pub label_smoothing: Option<f64>,
+    /// How the learning rate changes: step is PyTorch's StepLR, by the epoch; cosine falls to 0 at the last step
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub lr_schedule: Option<LrSchedule>,
+    /// With --lr-schedule step: epochs until the rate is multiplied by --lr-gamma, again and again [default: none, must be given]
+    #[arg(long, value_name = "N", value_parser = at_least_one, requires = "lr_schedule", allow_negative_numbers = true)]
+    pub lr_step_epochs: Option<u64>,
+    /// With --lr-schedule step: the factor [default: 0.1]
+    #[arg(long, value_name = "FACTOR", value_parser = not_negative, requires = "lr_schedule", allow_negative_numbers = true)]
+    pub lr_gamma: Option<f64>,
+    /// With --lr-schedule cosine: epochs, or a fraction of one, in which the rate first rises from 0 [default: 0]
+    #[arg(long, value_name = "N", value_parser = not_negative, requires = "lr_schedule", allow_negative_numbers = true)]
+    pub warmup_epochs: Option<f64>,
     /// Keep the order of the training images, the same in each epoch
     #[arg(long)]
     pub no_shuffle: bool,
@@ -64,6 +82,17 @@ pub struct TrainingArguments {
     /// Evaluate after every N epochs, and after the last; 0: after the last only
     #[arg(long, value_name = "EPOCHS", allow_negative_numbers = true)]
     pub eval_every: Option<u64>,
+}
+
+/// The value of `--lr-schedule`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LrSchedule {
+    /// The same rate at every step
+    Constant,
+    /// Multiplied by --lr-gamma after each --lr-step-epochs
+    Step,
+    /// Half a cosine, after --warmup-epochs
+    Cosine,
 }
 
 /// Where to put a run, and how to go on with one.
@@ -164,14 +193,17 @@ fn evaluation_batch_size(batch_size: usize) -> usize {
 
 impl TrainingArguments {
     /// The trainer's configuration, on such a device.
+    ///
+    /// # Errors
+    /// Flags of another schedule than the one that was chosen, and `step` without its length.
     pub fn resolve(
         &self,
         run: &RunArguments,
         defaults: &TrainingDefaults,
         compute: &ComputeConfig,
-    ) -> TrainingConfig {
+    ) -> Result<TrainingConfig> {
         let batch_size = self.batch_size.unwrap_or(defaults.batch_size) as usize;
-        TrainingConfig {
+        Ok(TrainingConfig {
             epochs: self.epochs.unwrap_or(defaults.epochs),
             max_steps: self.max_steps,
             batch_size,
@@ -182,16 +214,48 @@ impl TrainingArguments {
                 lr: self.lr.unwrap_or(defaults.optimizer.lr),
                 momentum: self.momentum.unwrap_or(defaults.optimizer.momentum),
                 weight_decay: self.weight_decay.unwrap_or(defaults.optimizer.weight_decay),
+                nesterov: self.nesterov || defaults.optimizer.nesterov,
                 ..defaults.optimizer
             },
-            schedule: defaults.schedule,
-            label_smoothing: 0.0,
+            schedule: self.schedule(defaults.schedule)?,
+            label_smoothing: self.label_smoothing.unwrap_or(0.0),
             evaluate_every_epochs: self.eval_every.unwrap_or(defaults.evaluate_every_epochs),
             checkpoint_every_steps: run
                 .checkpoint_every
                 .unwrap_or_else(|| defaults.checkpoint_every_steps_on(compute)),
             keep_checkpoints: 2,
+        })
+    }
+
+    fn schedule(&self, default: Schedule) -> Result<Schedule> {
+        let refuse = |given: bool, flag: &str, schedule: &str| match given {
+            true => bail!("{flag} is for --lr-schedule {schedule}"),
+            false => Ok(()),
+        };
+        if self.lr_schedule != Some(LrSchedule::Step) {
+            refuse(self.lr_step_epochs.is_some(), "--lr-step-epochs", "step")?;
+            refuse(self.lr_gamma.is_some(), "--lr-gamma", "step")?;
         }
+        if self.lr_schedule != Some(LrSchedule::Cosine) {
+            refuse(self.warmup_epochs.is_some(), "--warmup-epochs", "cosine")?;
+        }
+        Ok(match self.lr_schedule {
+            None => default,
+            Some(LrSchedule::Constant) => Schedule::Constant,
+            Some(LrSchedule::Step) => {
+                let every = self.lr_step_epochs.context(
+                    "--lr-schedule step needs --lr-step-epochs N, the epochs from one rate to the next",
+                )?;
+                Schedule::Step {
+                    every: Span::Epochs(every as f64),
+                    factor: self.lr_gamma.unwrap_or(0.1),
+                }
+            }
+            Some(LrSchedule::Cosine) => Schedule::Cosine {
+                warmup: Span::Epochs(self.warmup_epochs.unwrap_or(0.0)),
+                end_factor: 0.0,
+            },
+        })
     }
 }
 
@@ -292,6 +356,14 @@ impl TrainingDefaults {
         }
     }
 
+    fn schedule_described(&self) -> String {
+        match self.schedule {
+            Schedule::Constant => "constant".into(),
+            Schedule::Step { .. } => "step".into(),
+            Schedule::Cosine { .. } => "cosine".into(),
+        }
+    }
+
     /// Flag and value of each.
     fn described(&self) -> Vec<(&'static str, String)> {
         vec![
@@ -300,6 +372,8 @@ impl TrainingDefaults {
             ("lr", self.optimizer.lr.to_string()),
             ("momentum", self.optimizer.momentum.to_string()),
             ("weight_decay", self.optimizer.weight_decay.to_string()),
+            ("label_smoothing", "0".into()),
+            ("lr_schedule", self.schedule_described()),
             ("seed", "0".into()),
             ("eval_every", self.evaluate_every_epochs.to_string()),
             (
@@ -424,4 +498,89 @@ fn below_one(text: &str) -> Result<f64, String> {
 /// What it must be.
 pub fn probability(text: &str) -> Result<f64, String> {
     below_one(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Program {
+        #[command(flatten)]
+        training: TrainingArguments,
+    }
+
+    fn schedule(line: &str) -> Result<Schedule, String> {
+        let words = std::iter::once("program").chain(line.split_whitespace());
+        let program = Program::try_parse_from(words).map_err(|error| error.to_string())?;
+        let preset = Schedule::Cosine {
+            warmup: Span::Steps(7),
+            end_factor: 0.5,
+        };
+        program
+            .training
+            .schedule(preset)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn schedules_are_those_of_the_flags_or_of_the_preset() {
+        let cosine = |warmup| Schedule::Cosine {
+            warmup,
+            end_factor: 0.0,
+        };
+        let step = |every, factor| Schedule::Step {
+            every: Span::Epochs(every),
+            factor,
+        };
+        for (line, expected) in [
+            ("--lr-schedule constant", Schedule::Constant),
+            ("--lr-schedule cosine", cosine(Span::Epochs(0.0))),
+            (
+                "--lr-schedule cosine --warmup-epochs 0.5",
+                cosine(Span::Epochs(0.5)),
+            ),
+            ("--lr-schedule step --lr-step-epochs 3", step(3.0, 0.1)),
+            (
+                "--lr-schedule step --lr-step-epochs 1 --lr-gamma 0.5",
+                step(1.0, 0.5),
+            ),
+        ] {
+            assert_eq!(schedule(line), Ok(expected), "{line}");
+        }
+        let preset = schedule("").unwrap();
+        assert!(matches!(
+            preset,
+            Schedule::Cosine {
+                warmup: Span::Steps(7),
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn flags_of_another_schedule_are_refused_by_name() {
+        for (line, expected) in [
+            ("--lr-schedule step", "needs --lr-step-epochs"),
+            (
+                "--lr-schedule cosine --lr-gamma 1",
+                "--lr-gamma is for --lr-schedule step",
+            ),
+            (
+                "--lr-schedule constant --lr-step-epochs 1",
+                "--lr-step-epochs is for",
+            ),
+            (
+                "--lr-schedule step --lr-step-epochs 1 --warmup-epochs 1",
+                "--lr-schedule cosine",
+            ),
+            ("--warmup-epochs 1", "--lr-schedule"),
+            ("--lr-schedule step --lr-step-epochs 0", "at least 1"),
+        ] {
+            let error = schedule(line).unwrap_err();
+            assert!(error.contains(expected), "{line}: {error}");
+        }
+    }
 }

@@ -383,7 +383,7 @@ mod tests {
             };
             let found = [&cpu, &gpu].map(|compute| {
                 let training = TrainingArguments::default();
-                let config = training.resolve(&run, &defaults, compute);
+                let config = training.resolve(&run, &defaults, compute).unwrap();
                 config.checkpoint_every_steps
             });
             assert_eq!(found, expected);

@@ -19,7 +19,7 @@ mod session;
 mod signals;
 
 pub use arguments::{
-    ComputeArguments, DataArguments, DeviceArguments, ParallelArguments, RunArguments,
+    ComputeArguments, DataArguments, DeviceArguments, LrSchedule, ParallelArguments, RunArguments,
     TrainingArguments, TrainingDefaults, at_least_one, common_defaults, describe_defaults,
     device_defaults, flags_given, flags_without_default, probability, refuse_all_but, threads,
 };

@@ -107,7 +107,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>
         data,
         training: arguments
             .training
-            .resolve(&arguments.run, &LESSON, &compute),
+            .resolve(&arguments.run, &LESSON, &compute)?,
         compute,
     };
     config.training.validate()?;

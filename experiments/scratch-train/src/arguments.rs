@@ -88,7 +88,7 @@ fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
         data,
         training: arguments
             .training
-            .resolve(&arguments.run, &preset.training, &compute),
+            .resolve(&arguments.run, &preset.training, &compute)?,
         compute,
     };
     config.training.validate()?;
