@@ -121,6 +121,32 @@ fn too_much_validation(validation: u64, train: u64) -> anyhow::Error {
 }
 
 impl DataConfig {
+    /// The test pictures alone, fetched first where they are missing.
+    ///
+    /// # Errors
+    /// Data that cannot be read or fetched, and fewer than asked for.
+    pub fn load_test(&self) -> Result<Arc<ImageSet>> {
+        let TrainTest { test, source, .. } = self.read()?;
+        let test = limited(test, self.test_limit, "--test-limit")?;
+        say(&format!("Data: {source}: {} to test", test.len()));
+        Ok(Arc::new(test))
+    }
+
+    fn read(&self) -> Result<TrainTest> {
+        if let Some(dir) = &self.data_dir {
+            let data = load_or_fetch(dir)?;
+            warn_of_other_sizes(dir, &data);
+            return Ok(data);
+        }
+        let (train, test) = (self.train_limit, self.test_limit);
+        let size = |limit: Option<u64>, default| limit.unwrap_or(default) as usize;
+        Ok(shapes::train_test(
+            SHAPES_SEED,
+            size(train, SHAPES_TRAIN),
+            size(test, SHAPES_TEST),
+        ))
+    }
+
     /// Reads or draws the pictures, fetching them first where they are missing, and splits them.
     ///
     /// # Errors
@@ -130,22 +156,7 @@ impl DataConfig {
             train,
             test,
             source,
-        } = match &self.data_dir {
-            Some(dir) => {
-                let data = load_or_fetch(dir)?;
-                warn_of_other_sizes(dir, &data);
-                data
-            }
-            None => {
-                let (train, test) = (self.train_limit, self.test_limit);
-                let size = |limit: Option<u64>, default| limit.unwrap_or(default) as usize;
-                shapes::train_test(
-                    SHAPES_SEED,
-                    size(train, SHAPES_TRAIN),
-                    size(test, SHAPES_TEST),
-                )
-            }
-        };
+        } = self.read()?;
         let train = limited(train, self.train_limit, "--train-limit")?;
         let test = limited(test, self.test_limit, "--test-limit")?;
         if self.validation >= train.len() as u64 {

@@ -2,8 +2,12 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser};
-use experiment_common::{DeviceArguments, at_least_one, describe_defaults, device_defaults};
+use experiment_common::{
+    DataArguments, DataConfig, Dataset, DeviceArguments, at_least_one, describe_defaults,
+    device_defaults,
+};
 use transfer_common::WeightsSource;
 
 /// Say what is in pictures
@@ -15,19 +19,38 @@ use transfer_common::WeightsSource;
 #[command(name = "predict", version, max_term_width = 100)]
 pub(crate) struct Arguments {
     /// Pictures, and folders, in which all pictures are taken, those in folders within too
-    #[arg(required = true, value_name = "PICTURE or FOLDER")]
+    #[arg(
+        required_unless_present = "evaluate",
+        conflicts_with = "evaluate",
+        value_name = "PICTURE or FOLDER"
+    )]
     pub(crate) pictures: Vec<PathBuf>,
     /// torchvision (ImageNet, fetched and verified), a .pth or .safetensors FILE, a finished RUN, or
     /// a Hub repository as owner/name, owner/name@revision, owner/name:file or both
     #[arg(long, value_name = "WEIGHTS", default_value = "torchvision")]
     pub(crate) weights: WeightsSource,
     /// Classes to name for each picture
-    #[arg(long, value_name = "N", default_value = "5", value_parser = at_least_one, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = at_least_one, conflicts_with = "evaluate", allow_negative_numbers = true)]
     top: u64,
     /// One line of JSON for each picture: {"file", "predictions": [{"index", "class",
     /// "probability"}, …]}, or {"file", "error"}
     #[arg(long)]
     pub(crate) json: bool,
+    /// Instead of naming pictures, say how many of this set's test pictures the network gets right, of all and of each class. With
+    /// --json one line: {"accuracy", "correct", "images", "loss", "classes": [{"class", "images", "taken_for": [count, …]}, …]} [default: none]
+    #[arg(long, value_enum, value_name = "SET")]
+    pub(crate) evaluate: Option<Dataset>,
+    /// With --evaluate cifar10: the folder that holds it; where it does not, it is fetched into it [default: data]
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "evaluate",
+        conflicts_with = "pictures"
+    )]
+    data_dir: Option<PathBuf>,
+    /// With --evaluate: the first N test pictures only [default: all; shapes: 2000]
+    #[arg(long, value_name = "N", value_parser = at_least_one, requires = "evaluate", conflicts_with = "pictures", allow_negative_numbers = true)]
+    test_limit: Option<u64>,
     #[command(flatten)]
     pub(crate) compute: DeviceArguments,
 }
@@ -37,6 +60,19 @@ impl Arguments {
     pub(crate) fn parse_with_defaults() -> Self {
         let matches = command().get_matches();
         Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
+    /// The set of `--evaluate`.
+    pub(crate) fn data(&self, set: Dataset) -> Result<DataConfig> {
+        let arguments = DataArguments {
+            dataset: Some(set),
+            data_dir: self.data_dir.clone(),
+            // Shapes to train on are drawn for nothing.
+            train_limit: (set == Dataset::Shapes).then_some(1),
+            test_limit: self.test_limit,
+            validation: None,
+        };
+        arguments.resolve(set)
     }
 
     pub(crate) fn top(&self) -> usize {

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use candle_cnn::Mode;
 use candle_core::{Device, Tensor};
+use experiment_common::Dataset;
 use inception_model::{CifarConfig, CifarGoogLeNet};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -154,12 +155,41 @@ impl Classifier {
         let size = self.preprocessing.size();
         let images =
             Tensor::from_vec(inputs.concat(), (inputs.len(), 3, size, size), &self.device)?;
-        let logits = match &self.network {
-            Kind::Cifar(network) => network.infer(&images),
-            Kind::Torchvision(network) => network.forward(&images, Mode::Eval),
-        };
-        let rows = logits?.to_vec2::<f32>()?;
+        let rows = self.logits(&images)?.to_vec2::<f32>()?;
         rows.iter().map(|row| self.best(row, top)).collect()
+    }
+
+    /// What the network says of prepared pictures `(N, 3, size, size)`: `(N, classes)`.
+    pub(crate) fn logits(&self, images: &Tensor) -> candle_core::Result<Tensor> {
+        match &self.network {
+            Kind::Cifar(network) => network.infer(images),
+            Kind::Torchvision(network) => network.forward(images, Mode::Eval),
+        }
+    }
+
+    /// Refuses pictures whose classes are not those of the network.
+    pub(crate) fn check_set(&self, set: Dataset) -> Result<()> {
+        let classes: &[&str] = match set {
+            Dataset::Cifar10 => &cifar_data::CLASS_NAMES,
+            Dataset::Shapes => &cifar_data::shapes::CLASS_NAMES,
+        };
+        ensure!(
+            self.class_names == classes,
+            "cannot use --evaluate {}: its classes are {}, …, and those of the weights {} are {}, …",
+            set.class_names(),
+            classes[0],
+            self.from,
+            self.class_names[0]
+        );
+        Ok(())
+    }
+
+    pub(crate) fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
     }
 
     fn best(&self, logits: &[f32], top: usize) -> Result<Vec<Guess>> {

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod classifier;
+mod evaluate;
 mod pictures;
 mod preprocess;
 
@@ -52,6 +53,15 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let classifier = Classifier::load(&arguments.weights, &device)?;
     say(&classifier.description());
     classifier.assumed().iter().for_each(|line| say(line));
+    if let Some(set) = arguments.evaluate {
+        classifier.check_set(set)?;
+        let evaluation = evaluate::run(&classifier, &arguments.data(set)?.load_test()?)?;
+        match arguments.json {
+            true => print_json(&evaluation)?,
+            false => evaluation.lines().iter().for_each(|line| print(line)),
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let bar = bar_of_files(found.len() as u64);
     let mut failed = 0;
     for files in found.chunks(BATCH) {
@@ -121,7 +131,7 @@ fn report(path: &Path, error: &anyhow::Error, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn print_json(line: &Line<'_>) -> Result<()> {
+fn print_json(line: &impl Serialize) -> Result<()> {
     print(&serde_json::to_string(line)?);
     Ok(())
 }

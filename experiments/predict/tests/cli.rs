@@ -227,6 +227,48 @@ fn json_has_a_line_for_each_picture_good_or_not() {
 }
 
 #[test]
+fn a_test_set_is_evaluated_class_by_class() {
+    let dir = tempfile::tempdir().unwrap();
+    // Shapes of each class in turn, of which it knows one.
+    let weights = cifar(dir.path(), 2, &[("class_names", "shapes")]);
+    let evaluate = |line: &str| {
+        let mut command = predict(&weights);
+        command.args(line.split_whitespace()).assert()
+    };
+    let class = cifar_data::shapes::CLASS_NAMES[2];
+    evaluate("--evaluate shapes --test-limit 40")
+        .success()
+        .stdout(
+            contains("Test accuracy: 10.00% (4 of 40)")
+                .and(contains("  100.00 % of 4\n"))
+                .and(contains(format!("0.00 % of 4, 100.0 % taken for {class}"))),
+        );
+    let run = evaluate("--evaluate shapes --test-limit 40 --json").success();
+    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+    // Nothing else is on standard output.
+    let line: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((&line["correct"], &line["images"]), (&4.into(), &40.into()));
+    assert_eq!(line["classes"][0]["taken_for"][2], 4);
+    // One logit of 8 beside nine of 0.
+    let right = (9.0 * f64::exp(-8.0)).ln_1p();
+    let expected = 0.1 * right + 0.9 * (8.0 + right);
+    assert!(
+        (line["loss"].as_f64().unwrap() - expected).abs() < 1e-5,
+        "{line}"
+    );
+
+    let refused = evaluate("--evaluate cifar10").failure();
+    refused.stderr(contains("its classes are airplane").and(contains("panicked").not()));
+    for line in [
+        "--evaluate shapes picture.jpg",
+        "--test-limit 3 picture.jpg",
+        "",
+    ] {
+        evaluate(line).code(2);
+    }
+}
+
+#[test]
 fn bad_input_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let other = dir.path().join("other.safetensors");
