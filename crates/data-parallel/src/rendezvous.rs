@@ -69,11 +69,16 @@ pub(crate) fn meet(ranks: &Ranks, options: &Options) -> Result<Connections> {
         _ => join(ranks, options, deadline)?,
     };
     let next = welcome.ring_addresses[(ranks.rank + 1) % ranks.world_size];
-    let first = match ranks.rank {
-        0 => listener.local_addr(),
-        _ => star[0].peer_addr(),
+    let next = match are_elsewhere(ranks) {
+        false => next,
+        true => {
+            let first = match ranks.rank {
+                0 => listener.local_addr(),
+                _ => star[0].peer_addr(),
+            };
+            reachable(next, first.map_err(lost(0))?.ip())
+        }
     };
-    let next = reachable(next, first.map_err(lost(0))?.ip());
     let deadline = deadline.min(after(TO_CLOSE_THE_RING));
     let ring = close_ring(ranks, &listener, next, welcome.token, deadline);
     // Rank 0 is not ready before its neighbours are; the others learn of a failure by its end.
@@ -94,10 +99,15 @@ fn after(wait: Duration) -> Instant {
     now.checked_add(wait).map_or(far, |end| end.min(far))
 }
 
+/// Whether there are ranks on other machines.
+fn are_elsewhere(ranks: &Ranks) -> bool {
+    ranks.local_world_size < ranks.world_size
+}
+
 /// Where to listen, so as to be reached through `ip`: there alone if all ranks are on this machine. A name of this machine often
 /// means its loopback, as in Debian's /etc/hosts, which is no place for ranks of others.
 fn listening_ip(ranks: &Ranks, ip: IpAddr) -> IpAddr {
-    match (ranks.local_world_size < ranks.world_size, ip) {
+    match (are_elsewhere(ranks), ip) {
         (false, ip) => ip,
         (true, IpAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
         (true, IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
@@ -127,16 +137,17 @@ fn receive_all(
         address: address.clone(),
         source,
     };
+    // A name may have an address of a kind that this machine does not use.
     let listen = || {
-        let mut addresses = (&*ranks.master_addr, ranks.master_port).to_socket_addrs()?;
-        let named = addresses
-            .next()
-            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, NO_ADDRESS))?;
-        let ip = listening_ip(ranks, named.ip());
-        Ok((
-            TcpListener::bind((ip, ranks.master_port))?,
-            TcpListener::bind((ip, 0))?,
-        ))
+        let mut failure = io::Error::new(io::ErrorKind::NotFound, NO_ADDRESS);
+        for named in (&*ranks.master_addr, ranks.master_port).to_socket_addrs()? {
+            let ip = listening_ip(ranks, named.ip());
+            match TcpListener::bind((ip, ranks.master_port)) {
+                Ok(listener) => return Ok((listener, TcpListener::bind((ip, 0))?)),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
     };
     let (listener, ring_listener) = listen().map_err(cannot_listen)?;
     let ring_address = ring_listener.local_addr().map_err(cannot_listen)?;

@@ -330,26 +330,25 @@ fn strangers_at_the_meeting_place_are_ignored() {
 #[cfg(target_os = "linux")]
 #[test]
 fn rank_0_is_found_where_its_name_means_loopback_to_itself() {
-    let port = free_port();
-    let join = |rank: usize, master_addr: &'static str| {
+    let join = |(rank, master_addr): (usize, &'static str), port, on_one_machine: bool| {
         thread::spawn(move || {
-            let ranks = Ranks {
-                local_rank: 0,
-                local_world_size: 1,
-                ..Ranks::new(rank, 3, master_addr, port).unwrap()
-            };
+            let mut ranks = Ranks::new(rank, 3, master_addr, port).unwrap();
+            if !on_one_machine {
+                (ranks.local_rank, ranks.local_world_size) = (0, 1);
+            }
             let group = ProcessGroup::connect(&ranks, &options(), Backend::Tcp).unwrap();
             let tensor = Tensor::full(rank as f32, 2000, &Device::Cpu).unwrap();
             bits(&group.all_reduce_weighted(&[tensor], 1.0).unwrap()[0])
         })
     };
-    let ranks = [
-        join(0, "127.0.1.1"),
-        join(1, "127.0.0.1"),
-        join(2, "127.0.0.3"),
-    ];
-    for rank in ranks {
-        assert_eq!(rank.join().unwrap(), vec![3f32.to_bits(); 2000]);
+    let apart = [(0, "127.0.1.1"), (1, "127.0.0.1"), (2, "127.0.0.3")];
+    // On one machine all know it by one name, and listen there alone.
+    let together = [0, 1, 2].map(|rank| (rank, "127.0.1.1"));
+    for (places, on_one_machine) in [(apart, false), (together, true)] {
+        let port = free_port();
+        for rank in places.map(|place| join(place, port, on_one_machine)) {
+            assert_eq!(rank.join().unwrap(), vec![3f32.to_bits(); 2000]);
+        }
     }
 }
 
