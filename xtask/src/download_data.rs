@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use cifar_data::download::{Event, Origin, Request, Source, fetch};
 use clap::{Args, ValueEnum};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
@@ -87,7 +87,7 @@ struct Display {
 impl Display {
     fn new() -> Display {
         let bar = ProgressBar::new(0);
-        let template = "{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}";
+        let template = "{msg} [{wide_bar}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} ETA {eta}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
@@ -132,8 +132,8 @@ impl Display {
             eprintln!(
                 "{}: {} of {} ({} %)",
                 self.bar.message(),
-                HumanBytes(done),
-                HumanBytes(bytes),
+                DecimalBytes(done),
+                DecimalBytes(bytes),
                 tenths * 10
             );
         }

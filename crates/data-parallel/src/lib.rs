@@ -12,8 +12,8 @@
 //! | [`ProcessGroup::verify_same`] | refuses to go on with different settings |
 //! | [`ProcessGroup::barrier`] | waits for all |
 //!
-//! If [`Ranks::local_world_size`] says that there are other machines, ranks listen on all of this one's addresses, since its name may
-//! mean its loopback to itself; else where `MASTER_ADDR` says, alone.
+//! Ranks listen where `MASTER_ADDR` says, alone. Where that is this machine's loopback and [`Ranks::local_world_size`] says that there are
+//! other machines, they listen on all of its addresses.
 //!
 //! Tensors travel over TCP, which is all that a CPU needs, or with the feature `nccl` from GPU to
 //! GPU. Sums are made in an order that depends on the number of ranks alone, never on timing, and

@@ -104,10 +104,10 @@ fn are_elsewhere(ranks: &Ranks) -> bool {
     ranks.local_world_size < ranks.world_size
 }
 
-/// Where to listen, so as to be reached through `ip`: there alone if all ranks are on this machine. A name of this machine often
-/// means its loopback, as in Debian's /etc/hosts, which is no place for ranks of others.
+/// Where to listen, so as to be reached through `ip`: there alone, unless it is this machine's loopback and there are other machines. A
+/// name often means loopback to the machine itself, as in Debian's /etc/hosts.
 fn listening_ip(ranks: &Ranks, ip: IpAddr) -> IpAddr {
-    match (are_elsewhere(ranks), ip) {
+    match (are_elsewhere(ranks) && ip.is_loopback(), ip) {
         (false, ip) => ip,
         (true, IpAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
         (true, IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
@@ -448,6 +448,21 @@ mod tests {
         }
         assert_eq!(seen("[::1]:70", "::"), "[::1]:70");
         assert_eq!(seen("[::]:70", "fe80::2"), "[fe80::2]:70");
+    }
+
+    #[test]
+    fn only_who_would_be_out_of_reach_listens_on_all_addresses() {
+        let on = |local_world_size: usize, ip: &str| {
+            let ranks = Ranks {
+                local_world_size,
+                ..Ranks::new(0, 4, "name", 1).unwrap()
+            };
+            listening_ip(&ranks, ip.parse().unwrap()).to_string()
+        };
+        assert_eq!(on(2, "127.0.1.1"), "0.0.0.0");
+        assert_eq!(on(2, "::1"), "::");
+        assert_eq!(on(2, "10.0.0.1"), "10.0.0.1");
+        assert_eq!(on(4, "127.0.1.1"), "127.0.1.1");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use pretrained_import::{
     AuxHeads, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
     match_googlenet, write_safetensors,
@@ -134,7 +134,7 @@ fn find(arguments: &Arguments) -> Result<pretrained_import::FoundFile> {
         Event::Transferring { .. } if io::stderr().is_terminal() => {
             bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
             if let Ok(style) = ProgressStyle::with_template(
-                "{bytes:>10} of {total_bytes} {wide_bar} {bytes_per_sec}, {eta} left",
+                "{decimal_bytes:>10} of {decimal_total_bytes} {wide_bar} {decimal_bytes_per_sec}, {eta} left",
             ) {
                 bar.set_style(style);
             }
@@ -288,7 +288,7 @@ fn print_report(
     }
     let shown = arguments.out.display();
     let size = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
-    writeln!(out, "written     {shown} ({})", HumanBytes(size))?;
+    writeln!(out, "written     {shown} ({})", DecimalBytes(size))?;
     let path = arguments.out.to_string_lossy();
     // Only a zero byte cannot be quoted, and no path has one.
     let quoted = shlex::try_quote(&path).unwrap_or(Cow::Borrowed(&path));

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -200,11 +200,9 @@ fn load(path: &Path) -> Result<Checkpoint> {
     };
     let bytes_of = |name: &str| {
         let file = path.join(name);
-        fs::read(&file).map_err(|error| match error.kind() {
-            ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory => {
-                damaged(format!("{name} cannot be read ({error})"))
-            }
-            _ => io_error("read", &file)(error),
+        fs::read(&file).map_err(|error| match is_damage(&error) {
+            true => damaged(format!("{name} cannot be read ({error})")),
+            false => io_error("read", &file)(error),
         })
     };
     let sums = bytes_of(SUMS)?;
@@ -241,6 +239,17 @@ fn load(path: &Path) -> Result<Checkpoint> {
         optimizer: verified(OPTIMIZER)?,
         state,
     })
+}
+
+/// Whether a file that cannot be read is gone, or lies on a bad place of the disk.
+fn is_damage(error: &io::Error) -> bool {
+    /// Of all Unix systems.
+    const EIO: i32 = 5;
+    let is_gone = matches!(
+        error.kind(),
+        ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory
+    );
+    is_gone || (cfg!(unix) && error.raw_os_error() == Some(EIO))
 }
 
 /// Folders whose name is `prefix` and a step, newest first.
@@ -397,6 +406,8 @@ mod tests {
             let loaded = load_newest(dir.path()).unwrap().unwrap();
             assert_eq!(loaded.weights, b"second");
         }
+        assert!(is_damage(&io::Error::from_raw_os_error(5)));
+        assert!(!is_damage(&io::Error::from_raw_os_error(13)));
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl ResolvedSchedule {
                 factor,
             } => factor.powi((step / every_steps).min(i32::MAX as u64) as i32),
             ResolvedSchedule::Cosine { warmup_steps, .. } if step < warmup_steps => {
-                (step + 1) as f64 / (warmup_steps + 1) as f64
+                (step + 1) as f64 / warmup_steps.saturating_add(1) as f64
             }
             ResolvedSchedule::Cosine {
                 warmup_steps,
@@ -158,7 +158,8 @@ impl ResolvedSchedule {
                 end_factor,
             } => {
                 // The last step is number total - 1 and gets exactly `end_factor`.
-                let span = total_steps.saturating_sub(warmup_steps + 1).max(1) as f64;
+                let falls_from = warmup_steps.saturating_add(1);
+                let span = total_steps.saturating_sub(falls_from).max(1) as f64;
                 let progress = ((step - warmup_steps) as f64 / span).min(1.0);
                 let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
                 end_factor + (1.0 - end_factor) * cosine
@@ -170,6 +171,16 @@ impl ResolvedSchedule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rise_without_end_hardly_begins() {
+        let cosine = Schedule::Cosine {
+            warmup: Span::Epochs(1e18),
+            end_factor: 0.0,
+        };
+        let factor = cosine.resolve(10, 1563, 32).unwrap().factor(9);
+        assert!(factor > 0.0 && factor < 1e-15, "{factor}");
+    }
 
     #[test]
     fn epochs_that_are_no_length_are_refused() {

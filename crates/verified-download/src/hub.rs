@@ -1,6 +1,7 @@
 //! The Hugging Face Hub: addresses, the cache that its tools share, and what it states of a file.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -59,7 +60,7 @@ impl HubSettings {
         if settings.token.is_none() && variable("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none() {
             let file = match variable("HF_TOKEN_PATH") {
                 Some(path) => PathBuf::from(path),
-                None => home(&folder).join("token"),
+                None => home(&from_env).join("token"),
             };
             let stored = fs::read_to_string(file).unwrap_or_default();
             let stored = Some(stored.trim()).filter(|token| !token.is_empty());
@@ -75,16 +76,23 @@ fn variable(name: &str) -> Option<String> {
     Some(value).filter(|value| !value.is_empty())
 }
 
-/// The folder that an environment variable names; an empty one counts as unset.
-fn folder(variable: &str) -> Option<PathBuf> {
-    let value = env::var_os(variable).filter(|value| !value.is_empty());
+/// The value of an environment variable.
+type Lookup<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+fn from_env(name: &str) -> Option<OsString> {
+    env::var_os(name)
+}
+
+/// The folder that a variable names; an empty one counts as unset.
+fn folder(lookup: Lookup<'_>, name: &str) -> Option<PathBuf> {
+    let value = lookup(name).filter(|value| !value.is_empty());
     value.map(PathBuf::from)
 }
 
 /// Where Hugging Face's tools keep what is theirs. As `hf_hub` finds it, which takes empty variables for folders.
-fn home(folder: &dyn Fn(&str) -> Option<PathBuf>) -> PathBuf {
-    folder("HF_HOME").unwrap_or_else(|| {
-        let caches = folder("XDG_CACHE_HOME");
+fn home(lookup: Lookup<'_>) -> PathBuf {
+    folder(lookup, "HF_HOME").unwrap_or_else(|| {
+        let caches = folder(lookup, "XDG_CACHE_HOME");
         let caches = caches.unwrap_or_else(|| env::home_dir().unwrap_or_default().join(".cache"));
         caches.join("huggingface")
     })
@@ -92,12 +100,13 @@ fn home(folder: &dyn Fn(&str) -> Option<PathBuf>) -> PathBuf {
 
 /// The Hub's cache that the environment names: at `HF_HUB_CACHE`, below `HF_HOME` or `XDG_CACHE_HOME`, or in `~/.cache`.
 pub fn cache_from_env() -> PathBuf {
-    cache_folder(&folder)
+    cache_folder(&from_env)
 }
 
-fn cache_folder(folder: &dyn Fn(&str) -> Option<PathBuf>) -> PathBuf {
-    let named = folder("HF_HUB_CACHE").or_else(|| folder("HUGGINGFACE_HUB_CACHE"));
-    named.unwrap_or_else(|| home(folder).join("hub"))
+fn cache_folder(lookup: Lookup<'_>) -> PathBuf {
+    let named = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"];
+    let mut named = named.iter().filter_map(|name| folder(lookup, name));
+    named.next().unwrap_or_else(|| home(lookup).join("hub"))
 }
 
 /// One file of one revision of a repository.
@@ -284,26 +293,28 @@ mod tests {
 
     #[test]
     fn the_cache_is_where_the_variables_say_and_empty_ones_say_nothing() {
-        let cases: [(&[(&str, &str)], &str); 5] = [
+        let cases: [(&[(&str, &str)], &str); 6] = [
             (&[("HF_HUB_CACHE", "/a"), ("HF_HOME", "/b")], "/a"),
+            (&[("HF_HUB_CACHE", ""), ("HF_HOME", "/b")], "/b/hub"),
             (&[("HUGGINGFACE_HUB_CACHE", "/a")], "/a"),
             (&[("HF_HOME", "/b"), ("XDG_CACHE_HOME", "/c")], "/b/hub"),
-            (&[("XDG_CACHE_HOME", "/c")], "/c/huggingface/hub"),
-            (&[], "~/.cache/huggingface/hub"),
+            (
+                &[("HF_HOME", ""), ("XDG_CACHE_HOME", "/c")],
+                "/c/huggingface/hub",
+            ),
+            (&[("XDG_CACHE_HOME", "")], "~/.cache/huggingface/hub"),
         ];
         for (set, expected) in cases {
-            let named = |name: &str| {
+            let lookup = |name: &str| {
                 let found = set.iter().find(|(variable, _)| *variable == name);
-                found.map(|(_, value)| PathBuf::from(value))
+                found.map(|(_, value)| OsString::from(value))
             };
             let home = env::home_dir().unwrap_or_default();
             let expected = match expected.strip_prefix("~/") {
                 Some(below) => home.join(below),
                 None => PathBuf::from(expected),
             };
-            assert_eq!(cache_folder(&named), expected, "{set:?}");
+            assert_eq!(cache_folder(&lookup), expected, "{set:?}");
         }
-        // The variables of this process, in a name that nobody else uses.
-        assert_eq!(folder("NO_SUCH_VARIABLE_OF_A_CACHE"), None);
     }
 }

@@ -338,3 +338,15 @@ fn is_still_at(file: &File, path: &Path) -> bool {
 fn is_still_at(_: &File, path: &Path) -> bool {
     path.exists()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_file_name_is_in_the_working_directory() {
+        let folder = |path: &'static str| Path::new(path).parent().map(or_here);
+        assert_eq!(folder("weights.bin"), Some(Path::new(".")));
+        assert_eq!(folder("a/weights.bin"), Some(Path::new("a")));
+    }
+}

@@ -126,15 +126,16 @@ impl DataConfig {
     /// # Errors
     /// Data that cannot be read or fetched, and fewer than asked for.
     pub fn load_test(&self) -> Result<Arc<ImageSet>> {
-        let TrainTest { test, source, .. } = self.read()?;
+        let TrainTest { test, source, .. } = self.read("")?;
         let test = limited(test, self.test_limit, "--test-limit")?;
         say(&format!("Data: {source}: {} to test", test.len()));
         Ok(Arc::new(test))
     }
 
-    fn read(&self) -> Result<TrainTest> {
+    /// `way_on` is what else can be done where they cannot be fetched, a line of two columns.
+    fn read(&self, way_on: &str) -> Result<TrainTest> {
         if let Some(dir) = &self.data_dir {
-            let data = load_or_fetch(dir)?;
+            let data = load_or_fetch(dir, way_on)?;
             warn_of_other_sizes(dir, &data);
             return Ok(data);
         }
@@ -156,7 +157,7 @@ impl DataConfig {
             train,
             test,
             source,
-        } = self.read()?;
+        } = self.read("\n  --dataset shapes              pictures drawn by the program")?;
         let train = limited(train, self.train_limit, "--train-limit")?;
         let test = limited(test, self.test_limit, "--test-limit")?;
         if self.validation >= train.len() as u64 {
@@ -208,7 +209,7 @@ fn limited(set: ImageSet, limit: Option<u64>, flag: &str) -> Result<ImageSet> {
     }
 }
 
-fn load_or_fetch(dir: &Path) -> Result<TrainTest> {
+fn load_or_fetch(dir: &Path, way_on: &str) -> Result<TrainTest> {
     if find_layout(dir).is_none() {
         let lacking = match incomplete_layout(dir) {
             Some(candidate) => {
@@ -222,10 +223,9 @@ fn load_or_fetch(dir: &Path) -> Result<TrainTest> {
         ));
         download(dir).with_context(|| {
             format!(
-                "{lacking}, and it could not be fetched. Three ways on:\n  \
+                "{lacking}, and it could not be fetched. Ways on:\n  \
                  cargo xtask download-data     where there is a network\n  \
-                 --data-dir DIR                a folder that holds CIFAR-10\n  \
-                 --dataset shapes              pictures drawn by the program\nThe reason"
+                 --data-dir DIR                a folder that holds CIFAR-10{way_on}\nThe reason"
             )
         })?;
     }

@@ -30,6 +30,6 @@ pub use init_file::InitFile;
 pub use logging::start_logging;
 pub use memory::keep_freed_pages;
 pub use profile::Profile;
-pub use progress::{DownloadProgress, Progress, bar_of_files, print, say};
+pub use progress::{DownloadProgress, Progress, bar_of_pictures, print, say};
 pub use session::{print_finished, train};
 pub use signals::{Signal, StopSignals};

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 use trainer::{EpochReport, Observer, StartReport, StepReport};
 use verified_download::Event;
 
@@ -209,7 +209,11 @@ impl DownloadProgress {
         }
         let tenths = done * 10 / bytes.max(1);
         if tenths != self.tenths {
-            say(&format!("{} of {}", HumanBytes(done), HumanBytes(bytes)));
+            say(&format!(
+                "{} of {}",
+                DecimalBytes(done),
+                DecimalBytes(bytes)
+            ));
         }
         self.tenths = tenths;
     }
@@ -224,11 +228,11 @@ impl Drop for DownloadProgress {
     }
 }
 
-/// A bar over `files` files; hidden where standard error is no terminal. [`print()`] and [`say`] make
+/// A bar over `pictures` pictures; hidden where standard error is no terminal. [`print()`] and [`say`] make
 /// it step aside.
-pub fn bar_of_files(files: u64) -> ProgressBar {
-    let bar = bar(FILE_TEMPLATE);
-    bar.set_length(files);
+pub fn bar_of_pictures(pictures: u64) -> ProgressBar {
+    let bar = bar(PICTURE_TEMPLATE);
+    bar.set_length(pictures);
     bar
 }
 
@@ -237,9 +241,10 @@ fn shows_bars() -> bool {
     io::stderr().is_terminal() && !BARS.is_hidden()
 }
 
-const FILE_TEMPLATE: &str = "{bar:24} {pos}/{len} files · {eta} left · {msg}";
+const PICTURE_TEMPLATE: &str = "{bar:24} {pos}/{len} pictures · {eta} left · {msg}";
 const STEP_TEMPLATE: &str = "{bar:24} {pos}/{len} steps · {eta} left · {msg}";
-const BYTE_TEMPLATE: &str = "{bar:24} {bytes}/{total_bytes} · {bytes_per_sec} · {eta} left";
+const BYTE_TEMPLATE: &str =
+    "{bar:24} {decimal_bytes}/{decimal_total_bytes} · {decimal_bytes_per_sec} · {eta} left";
 
 fn bar(template: &str) -> ProgressBar {
     let bar = match later_rank() {

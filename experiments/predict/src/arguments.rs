@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use experiment_common::{
     DataArguments, DataConfig, Dataset, DeviceArguments, at_least_one, describe_defaults,
@@ -39,7 +39,7 @@ pub(crate) struct Arguments {
     /// Instead of naming pictures, say how many of this set's test pictures the network gets right, of all and of each class. With
     /// --json one line: {"accuracy", "correct", "images", "loss", "classes": [{"class", "images", "taken_for": [count, …]}, …]} [default: none]
     #[arg(long, value_enum, value_name = "SET")]
-    pub(crate) evaluate: Option<Dataset>,
+    evaluate: Option<Dataset>,
     /// With --evaluate cifar10: the folder that holds it; where it does not, it is fetched into it [default: data]
     #[arg(
         long,
@@ -62,8 +62,24 @@ impl Arguments {
         Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
     }
 
+    /// What `--evaluate` asks for.
+    ///
+    /// # Errors
+    /// As [`Self::data`].
+    pub(crate) fn to_evaluate(&self) -> Result<Option<(Dataset, DataConfig)>> {
+        let set = self.evaluate.map(|set| Ok((set, self.data(set)?)));
+        set.transpose()
+    }
+
     /// The set of `--evaluate`.
-    pub(crate) fn data(&self, set: Dataset) -> Result<DataConfig> {
+    ///
+    /// # Errors
+    /// A folder for pictures that are drawn, and more of them than are drawn at most.
+    fn data(&self, set: Dataset) -> Result<DataConfig> {
+        ensure!(
+            set == Dataset::Cifar10 || self.data_dir.is_none(),
+            "--data-dir is for --evaluate cifar10: shapes are drawn by the program and read from no folder"
+        );
         let arguments = DataArguments {
             dataset: Some(set),
             data_dir: self.data_dir.clone(),

@@ -45,7 +45,7 @@ pub(crate) struct Classifier {
     device: Device,
     from: String,
     /// What the weights do not say and is taken for granted.
-    assumed: Option<&'static str>,
+    assumed: Vec<&'static str>,
 }
 
 enum Kind {
@@ -86,7 +86,7 @@ impl Classifier {
             class_names,
             device: device.clone(),
             from: String::new(),
-            assumed: None,
+            assumed: Vec::new(),
         })
     }
 
@@ -100,11 +100,15 @@ impl Classifier {
             true => Preprocessing::Cifar,
             false => Preprocessing::ImageNet,
         };
-        let is_silent = said("transform_input").is_none() && image_size.is_none();
-        let assumed = (is_silent && preprocessing == Preprocessing::Cifar).then_some(
-            "The weights do not say what they were trained on: taken for CIFAR-10's classes, at 32×32 pixels, in a network that \
-             converts its input as torchvision's pretrained one does",
-        );
+        let mut assumed = Vec::new();
+        if image_size.is_none() && preprocessing == Preprocessing::Cifar {
+            assumed.push("The weights do not say what their pictures were: taken for CIFAR-10's classes, at 32×32 pixels");
+        }
+        if said("transform_input").is_none() && preprocessing == Preprocessing::Cifar {
+            assumed.push(
+                "The weights do not say whether the network converts its input: it does, as torchvision's pretrained one",
+            );
+        }
         let settings = NetworkSettings {
             classes,
             transform_input: said("transform_input") != Some("false"),
@@ -137,9 +141,9 @@ impl Classifier {
         format!("{}: {network}, {classes} classes", self.from)
     }
 
-    /// What the weights do not say and is taken for granted: a line for people.
-    pub(crate) fn assumed(&self) -> Option<&'static str> {
-        self.assumed
+    /// What the weights do not say and is taken for granted: lines for people.
+    pub(crate) fn assumed(&self) -> &[&'static str] {
+        &self.assumed
     }
 
     /// A picture as the network wants it.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use candle_cnn::{CrossEntropyConfig, cross_entropy};
 use cifar_data::{Batch, Batches, ImageSet, Normalization};
-use experiment_common::bar_of_files;
+use experiment_common::bar_of_pictures;
 use serde::Serialize;
 
 use crate::classifier::Classifier;
@@ -52,7 +52,7 @@ pub(crate) fn run(classifier: &Classifier, set: &Arc<ImageSet>) -> Result<Evalua
         normalization,
         classifier.device(),
     )?;
-    let bar = bar_of_files(set.len() as u64);
+    let bar = bar_of_pictures(set.len() as u64);
     let mut loss = 0.0;
     for batch in batches {
         let Batch {

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use experiment_common::{
-    Precision, bar_of_files, conclude, keep_freed_pages, print, say, start_logging,
+    Precision, bar_of_pictures, conclude, keep_freed_pages, print, say, start_logging,
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -48,21 +48,22 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         compute.precision != Precision::Bf16,
         "--precision bf16 is for training: predict computes in f32, with or without TF32"
     );
+    let to_evaluate = arguments.to_evaluate()?;
     let device = compute.start()?;
     let found = pictures::find(&arguments.pictures);
     let classifier = Classifier::load(&arguments.weights, &device)?;
     say(&classifier.description());
     classifier.assumed().iter().for_each(|line| say(line));
-    if let Some(set) = arguments.evaluate {
+    if let Some((set, data)) = to_evaluate {
         classifier.check_set(set)?;
-        let evaluation = evaluate::run(&classifier, &arguments.data(set)?.load_test()?)?;
+        let evaluation = evaluate::run(&classifier, &data.load_test()?)?;
         match arguments.json {
             true => print_json(&evaluation)?,
             false => evaluation.lines().iter().for_each(|line| print(line)),
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let bar = bar_of_files(found.len() as u64);
+    let bar = bar_of_pictures(found.len() as u64);
     let mut failed = 0;
     for files in found.chunks(BATCH) {
         let prepared: Vec<Result<Vec<f32>>> = files

@@ -259,6 +259,8 @@ fn a_test_set_is_evaluated_class_by_class() {
 
     let refused = evaluate("--evaluate cifar10").failure();
     refused.stderr(contains("its classes are airplane").and(contains("panicked").not()));
+    let refused = evaluate("--evaluate shapes --data-dir data").failure();
+    refused.stderr(contains("--data-dir is for --evaluate cifar10"));
     for line in [
         "--evaluate shapes picture.jpg",
         "--test-limit 3 picture.jpg",
