@@ -245,16 +245,11 @@ impl Link {
     /// with data unread is reset, and the peer may then never read the reason.
     pub(crate) fn linger(&self, deadline: Instant) {
         let mut discarded = [0; 4096];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.stream.set_read_timeout(Some(left)).is_err() {
-                return;
-            }
-            match (&self.stream).read(&mut discarded) {
-                Ok(0) | Err(_) => return,
-                Ok(_) => (),
-            }
-        }
+        let mut reader = Reader {
+            deadline: Some(deadline),
+            ..self.reader()
+        };
+        while reader.read(&mut discarded).is_ok_and(|bytes| bytes > 0) {}
     }
 
     fn receive_header(&self, call: Call) -> Result<u64> {

@@ -312,18 +312,23 @@ fn a_port_in_use_is_an_error_that_names_it() {
 fn strangers_at_the_meeting_place_are_ignored() {
     let port = free_port();
     let first = thread::spawn(move || connect(0, 2, port).unwrap().barrier());
-    let mut stranger = loop {
-        match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(stream) => break stream,
-            Err(_) => thread::sleep(Duration::from_millis(5)),
-        }
-    };
+    let mut stranger = reach(port);
     // A web client, which also states an absurd length where ours would be.
     stranger
         .write_all(b"GET / HTTP/1.1\r\nHost: \xff\xff\xff\xff\xff\xff\xff\xff\r\n\r\n")
         .unwrap();
     connect(1, 2, port).unwrap().barrier().unwrap();
     first.join().unwrap().unwrap();
+}
+
+/// A connection to rank 0, as soon as it listens.
+fn reach(port: u16) -> TcpStream {
+    loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => return stream,
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+    }
 }
 
 /// As of two machines, where rank 0's name means an address of its own loopback to itself and another one to the other.
@@ -356,12 +361,7 @@ fn rank_0_is_found_where_its_name_means_loopback_to_itself() {
 fn a_slow_stranger_holds_nobody_up() {
     let port = free_port();
     let first = thread::spawn(move || connect(0, 2, port).unwrap().barrier());
-    let mut stranger = loop {
-        match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(stream) => break stream,
-            Err(_) => thread::sleep(Duration::from_millis(5)),
-        }
-    };
+    let mut stranger = reach(port);
     // A byte a second would keep one alive whose patience begins anew with each.
     let begin = Instant::now();
     let slow = thread::spawn(move || {

@@ -254,17 +254,23 @@ fn is_damage(error: &io::Error) -> bool {
 
 /// Folders whose name is `prefix` and a step, newest first.
 fn list(dir: &Path, prefix: &str) -> Result<Vec<(u64, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
-        let entry = entry.map_err(io_error("list", dir))?;
-        let name = entry.file_name();
-        let step = name.to_str().and_then(|name| name.strip_prefix(prefix));
-        if let Some(step) = step.and_then(|step| step.parse().ok()) {
-            found.push((step, entry.path()));
-        }
-    }
+    let step = |name: &str| name.strip_prefix(prefix)?.parse().ok();
+    let named = names(dir)?.into_iter();
+    let mut found: Vec<(u64, PathBuf)> = named
+        .filter_map(|name| Some((step(&name)?, dir.join(name))))
+        .collect();
     found.sort_by(|a, b| b.cmp(a));
     Ok(found)
+}
+
+/// What `dir` holds, as far as it has names of ours.
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
+        let name = entry.map_err(io_error("list", dir))?.file_name();
+        names.extend(name.into_string().ok());
+    }
+    Ok(names)
 }
 
 /// Where a checkpoint lies while another of the same step takes its place.
@@ -277,16 +283,13 @@ const REPLACED: &str = ".replaced";
 
 /// Those that lie aside, with their places.
 fn replaced(dir: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir).map_err(io_error("list", dir))? {
-        let aside = entry.map_err(io_error("list", dir))?.path();
-        let name = aside.file_name().and_then(|name| name.to_str());
-        let name = name.and_then(|name| name.strip_prefix('.')?.strip_suffix(REPLACED));
-        if let Some(name) = name.filter(|name| name.starts_with("step-")) {
-            found.push((dir.join(name), aside));
-        }
-    }
-    Ok(found)
+    let place = |name: &str| {
+        let name = name.strip_prefix('.')?.strip_suffix(REPLACED)?;
+        name.starts_with("step-").then(|| dir.join(name))
+    };
+    let found = names(dir)?.into_iter();
+    let found = found.filter_map(|name| Some((place(&name)?, dir.join(name))));
+    Ok(found.collect())
 }
 
 /// Undoes a replacement that was killed between its two renames: the older checkpoint of that step
@@ -339,11 +342,8 @@ mod tests {
         }
     }
 
-    fn names(dir: &Path) -> Vec<String> {
-        let entries = fs::read_dir(dir).unwrap();
-        let mut names: Vec<String> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+    fn sorted_names(dir: &Path) -> Vec<String> {
+        let mut names = names(dir).unwrap();
         names.sort();
         names
     }
@@ -354,7 +354,7 @@ mod tests {
         for step in [5, 10, 20] {
             save(dir.path(), &state(step), &[step as u8], b"momentum", 2).unwrap();
         }
-        assert_eq!(names(dir.path()), ["step-0000010", "step-0000020"]);
+        assert_eq!(sorted_names(dir.path()), ["step-0000010", "step-0000020"]);
         let newest = load_newest(dir.path()).unwrap().unwrap();
         assert_eq!(newest.state, state(20));
         assert_eq!(
@@ -382,7 +382,10 @@ mod tests {
                 }
                 let loaded = load_newest(dir.path()).unwrap().unwrap();
                 assert_eq!(loaded.state.position.step, 1, "{damage} {file}");
-                assert_eq!(names(dir.path()), ["damaged-step-0000002", "step-0000001"]);
+                assert_eq!(
+                    sorted_names(dir.path()),
+                    ["damaged-step-0000002", "step-0000001"]
+                );
             }
         }
     }
@@ -400,7 +403,7 @@ mod tests {
             std::os::unix::fs::symlink(&path, &path).unwrap();
             let error = load_newest(dir.path()).unwrap_err();
             assert!(matches!(error, Error::Io { action: "read", .. }), "{error}");
-            assert_eq!(names(dir.path()), ["step-0000001", "step-0000002"]);
+            assert_eq!(sorted_names(dir.path()), ["step-0000001", "step-0000002"]);
             fs::remove_file(&path).unwrap();
             fs::rename(newest.join("kept"), &path).unwrap();
             let loaded = load_newest(dir.path()).unwrap().unwrap();
@@ -421,7 +424,7 @@ mod tests {
             let error = load_newest(dir.path()).unwrap_err().to_string();
             assert!(error.contains("none of the 2 checkpoints"), "{error}");
             assert!(error.contains(WEIGHTS), "{error}");
-            assert_eq!(names(dir.path()), ["step-0000001", "step-0000002"]);
+            assert_eq!(sorted_names(dir.path()), ["step-0000001", "step-0000002"]);
         }
     }
 
@@ -463,7 +466,7 @@ mod tests {
         }
         assert!(was_saved(dir.path()));
         assert!(load_newest(dir.path()).is_err());
-        assert_eq!(names(dir.path()), ["step-0000001", "step-0000002"]);
+        assert_eq!(sorted_names(dir.path()), ["step-0000001", "step-0000002"]);
         fs::remove_dir_all(unknown).unwrap();
         let loaded = load_newest(dir.path()).unwrap().unwrap();
         assert_eq!(loaded.path, path);
@@ -476,7 +479,7 @@ mod tests {
         save(dir.path(), &state(1), b"new", b"m", 2).unwrap();
         let loaded = load_newest(dir.path()).unwrap().unwrap();
         assert_eq!(loaded.weights, b"new");
-        assert_eq!(names(dir.path()), ["step-0000001"]);
+        assert_eq!(sorted_names(dir.path()), ["step-0000001"]);
     }
 
     #[test]

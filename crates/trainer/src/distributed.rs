@@ -90,16 +90,6 @@ impl Together<'_> {
         Ok(count[0] > 0)
     }
 
-    /// The number that rank 0 has.
-    pub(crate) fn of_first(self, number: u64) -> Result<u64> {
-        let Some(group) = self.0 else {
-            return Ok(number);
-        };
-        let mut sum = [if group.is_first() { number } else { 0 }];
-        group.all_reduce_sum(&mut sum)?;
-        Ok(sum[0])
-    }
-
     /// This rank's pictures of an epoch, and how many of them make a batch: of each batch its
     /// contiguous part. All but the last batch give a rank the same number; the last may give it none.
     pub(crate) fn share_of_batches(self, order: Vec<u32>, batch_size: usize) -> (Vec<u32>, usize) {

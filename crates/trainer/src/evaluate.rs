@@ -159,16 +159,20 @@ pub(crate) fn scalar(tensor: &Tensor) -> candle_core::Result<f32> {
 pub(crate) fn count_correct(logits: &Tensor, labels: &Tensor) -> candle_core::Result<u64> {
     let rows = logits.detach().to_dtype(DType::F32)?.to_vec2::<f32>()?;
     let labels = labels.to_vec1::<u32>()?;
-    let right = rows.iter().zip(&labels).filter(|(row, label)| {
-        let mut best = 0;
-        for (class, &logit) in row.iter().enumerate() {
-            if logit > row[best] {
-                best = class;
-            }
-        }
-        best == **label as usize
-    });
+    let right = rows.iter().zip(&labels);
+    let right = right.filter(|(row, label)| first_maximum(row) == **label as usize);
     Ok(right.count() as u64)
+}
+
+/// The class that logits answer: the first of the largest, where a NaN is neither larger nor smaller than another.
+pub fn first_maximum(logits: &[f32]) -> usize {
+    let mut best = 0;
+    for (class, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = class;
+        }
+    }
+    best
 }
 
 #[cfg(test)]

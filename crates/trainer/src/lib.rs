@@ -39,7 +39,7 @@ pub use data::{DataFingerprints, DataSets, SetFingerprint};
 pub use durable::sha256_hex;
 pub use environment::Environment;
 pub use error::{Error, LastCheckpoint, Result};
-pub use evaluate::{Evaluation, evaluate};
+pub use evaluate::{Evaluation, evaluate, first_maximum};
 pub use execution::Execution;
 pub use metrics::{Metric, MetricsPosition};
 pub use model::{AuxiliaryOutput, FixedFeatures, Model, TrainOutput};

@@ -313,9 +313,11 @@ fn cuda_device(number: usize) -> Result<String> {
 #[cfg(feature = "cuda")]
 fn open_cuda(number: usize, precision: Precision) -> Result<Device> {
     let cannot = || format!("cannot use --device cuda:{number}");
+    let device = candle_cnn::cuda::open_device(number).with_context(cannot)?;
+    // Asked of a device that is open, it makes no context of its own.
     let info = candle_cnn::cuda::device_info(number).with_context(cannot)?;
     precision.check_capability(&info.name, info.compute_capability)?;
-    candle_cnn::cuda::open_device(number).with_context(cannot)
+    Ok(device)
 }
 
 #[cfg(not(feature = "cuda"))]

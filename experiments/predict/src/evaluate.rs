@@ -7,6 +7,7 @@ use candle_cnn::{CrossEntropyConfig, cross_entropy};
 use cifar_data::{Batch, Batches, ImageSet, Normalization};
 use experiment_common::bar_of_pictures;
 use serde::Serialize;
+use trainer::first_maximum;
 
 use crate::classifier::Classifier;
 
@@ -93,11 +94,6 @@ pub(crate) fn run(classifier: &Classifier, set: &Arc<ImageSet>) -> Result<Evalua
         loss,
         classes,
     })
-}
-
-fn first_maximum(row: &[f32]) -> usize {
-    let greater = |best: usize, class: usize| if row[class] > row[best] { class } else { best };
-    (1..row.len()).fold(0, greater)
 }
 
 impl Evaluation {

@@ -320,10 +320,8 @@ impl Training<'_> {
         let time = last.elapsed() / unread.len() as u32;
         *last = Instant::now();
         if !self.together.is_alone() {
-            let steps = self
-                .together
-                .of_first(steps_within(READ_EVERY, time) as u64)?;
-            state.read_after = steps as usize;
+            let steps = || Ok(steps_within(READ_EVERY, time));
+            state.read_after = self.together.first_does(steps)?;
         }
         let steps_made = self.position.step + unread.len() as u64;
         let steps = unread.iter().zip(losses).zip(corrects);
