@@ -36,11 +36,16 @@ enum From {
 
 /// Fetches, telling what happens on standard error; the files are listed on standard output.
 pub(crate) fn run(arguments: DownloadData) -> Result<ExitCode> {
-    let source = match arguments.source {
-        From::Hub => Source::Hub,
-        From::Toronto => Source::Toronto,
+    let (source, other) = match arguments.source {
+        From::Hub => (Source::Hub, "toronto"),
+        From::Toronto => (Source::Toronto, "hub"),
     };
-    let request = Request::from_env(source, &arguments.data_dir);
+    let mut request = Request::from_env(source, &arguments.data_dir);
+    request.hints.not_delivered = format!(
+        "{source} did not deliver CIFAR-10 (the other source: `cargo xtask download-data --source {other}`)"
+    )
+    .into();
+    request.hints.other_folder = "choose another folder with `--data-dir`".into();
     for signal in [SIGINT, SIGTERM] {
         // The first one stops at the next bytes, a second one at once.
         flag::register_conditional_shutdown(

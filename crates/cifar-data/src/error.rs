@@ -241,9 +241,7 @@ fn no_data(dir: &Path, looked_for: &[Candidate], found: &[String]) -> String {
     };
     text.push_str(&format!(
         "\nfound in `{}`: {found}\n\
-         ways on: `cargo xtask download-data` fetches and verifies the files; \
-         `--data-dir DIR` names a folder that has them; \
-         `--dataset shapes` draws pictures and needs no file",
+         `cifar_data::download` fetches and verifies the files",
         dir.display()
     ));
     text

@@ -19,7 +19,7 @@ fn error_of(dir: &Path) -> String {
 }
 
 #[test]
-fn an_empty_folder_is_an_error_that_lists_every_layout_and_the_ways_on() {
+fn an_empty_folder_is_an_error_that_lists_every_layout() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(find_layout(dir.path()), None);
     assert_eq!(
@@ -33,7 +33,7 @@ looked for:
   `DIR/plain_text/train/0000.parquet` and `DIR/plain_text/test/0000.parquet`
   `DIR/train/0000.parquet` and `DIR/test/0000.parquet`
 found in `DIR`: nothing
-ways on: `cargo xtask download-data` fetches and verifies the files; `--data-dir DIR` names a folder that has them; `--dataset shapes` draws pictures and needs no file"
+`cifar_data::download` fetches and verifies the files"
     );
 }
 

@@ -203,28 +203,17 @@ impl ProcessGroup {
     /// Gives all ranks the `bytes` of rank 0; what others pass is ignored.
     ///
     /// # Errors
-    /// Those of every call; [`Error::Unsupported`] when memory for them cannot be had.
+    /// Those of every call.
     pub fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
         self.call(Kind::Broadcast, |connections, call| {
             if self.rank == 0 {
                 for link in &connections.star {
-                    link.send(call, &(bytes.len() as u64).to_le_bytes())?;
                     link.send(call, &bytes)?;
                 }
                 return Ok(None);
             }
-            let link = &connections.star[0];
-            let mut len = [0; 8];
-            link.receive(call, &mut len)?;
-            let len = u64::from_le_bytes(len) as usize;
-            let mut received = Vec::new();
-            received
-                .try_reserve_exact(len)
-                .map_err(|error| Error::Unsupported {
-                    what: format!("a broadcast of {len} bytes: {error}"),
-                })?;
-            received.resize(len, 0);
-            link.receive(call, &mut received)?;
+            // Memory is taken as the bytes come, however many the header says.
+            let received = connections.star[0].receive_up_to(call, usize::MAX)?;
             Ok(Some(received))
         })
         .map(|received| received.flatten().unwrap_or(bytes))

@@ -59,8 +59,8 @@ impl Communicator {
         // Recorded steps reduce memory of the graph's own, which NCCL cannot register.
         if std::env::var_os(GRAPH_REGISTER).is_none_or(|value| value != "0") {
             tracing::warn!(
-                "{GRAPH_REGISTER} is not 0: NCCL may refuse the all-reduce of a step that is recorded as a CUDA graph; set it for \
-                 all processes, as --gpus does"
+                "{GRAPH_REGISTER} is not 0: NCCL may refuse the all-reduce of a step that is recorded as a CUDA graph; set it to 0 \
+                 for all processes"
             );
         }
         let comm = Comm::from_rank(stream, group.rank(), group.world_size(), id)

@@ -21,7 +21,7 @@ use crate::ring::Ring;
 use crate::wire::{Call, Kind, Link, MAX_TEXT};
 
 /// Raised with every change of the messages.
-const PROTOCOL_VERSION: u32 = 1;
+const PROTOCOL_VERSION: u32 = 2;
 /// Begins every handshake, so that other programs' connections are told from ranks.
 const HANDSHAKE: Call = Call {
     kind: Kind::Handshake,

@@ -1,8 +1,8 @@
 //! Messages between two ranks.
 //!
 //! A message is a header of 20 bytes (kind, number of the call, length of the body) and a body.
-//! Both ends know what must come next, so nothing is allocated for a length that a peer states,
-//! short texts apart.
+//! Both ends know what must come next, and memory is taken as bytes come: a length that a peer
+//! merely states allocates nothing.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -321,5 +321,34 @@ impl Header {
             number: number(4..12),
             bytes: number(12..20),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_stated_length_that_never_comes_takes_no_memory() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let link = Link::new(1, stream, Duration::from_secs(60)).unwrap();
+        let call = Call {
+            kind: Kind::Broadcast,
+            number: 1,
+        };
+        let header = Header {
+            kind: call.kind as u32,
+            number: call.number,
+            bytes: u64::MAX,
+        };
+        peer.write_all(&header.encode()).unwrap();
+        peer.write_all(&[0; 3]).unwrap();
+        drop(peer);
+        let error = link.receive_up_to(call, usize::MAX).unwrap_err();
+        assert!(matches!(error, Error::Lost { rank: 1, .. }), "{error}");
     }
 }

@@ -32,6 +32,39 @@ impl fmt::Display for LastCheckpoint {
     }
 }
 
+/// Where in a run something failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In a step of the training.
+    Step {
+        /// 1-based.
+        step: u64,
+        /// Images of a whole batch, of all processes together.
+        batch_size: usize,
+    },
+    /// In a batch of what is gone through in order: an evaluation, the computation of features.
+    Batch {
+        /// 1-based.
+        batch: u64,
+        /// Images of this batch.
+        images: u64,
+    },
+    /// With a whole set: `train`, `validation` or `test`.
+    Set(&'static str),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Step { step, batch_size } => {
+                write!(f, "at step {step}, with batches of {batch_size} images")
+            }
+            Self::Batch { batch, images } => write!(f, "at batch {batch}, of {images} images"),
+            Self::Set(set) => write!(f, "for the {set} set"),
+        }
+    }
+}
+
 /// Everything that can go wrong in a run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -92,8 +125,7 @@ pub enum Error {
     },
     /// The folder to resume is no run.
     #[error(
-        "{} is not a run directory: {reason}. A run directory is runs/<experiment>/<time> and \
-         holds config.json",
+        "{} is not a run directory: {reason}. A run directory holds config.json",
         dir.display()
     )]
     NotARun {
@@ -103,7 +135,7 @@ pub enum Error {
         reason: String,
     },
     /// The folder is a run of another experiment.
-    #[error("{} is a run of {found}, not of {expected}: resume it with {found}", dir.display())]
+    #[error("{} is a run of {found}, not of {expected}", dir.display())]
     OtherExperiment {
         /// The folder.
         dir: PathBuf,
@@ -189,14 +221,14 @@ pub enum Error {
         source: Box<cifar_data::DataError>,
     },
     /// A tensor operation failed.
-    #[error("{during} failed at step {step}")]
+    #[error("{during} failed {place}")]
     Tensor {
         /// Which part of the work.
         during: &'static str,
-        /// 1-based.
-        step: u64,
+        /// Where in the run.
+        place: Place,
         /// Candle's error.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
     /// The processes that train together cannot go on together.
     #[error(transparent)]
@@ -210,18 +242,12 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// A device has too little memory.
-    #[error(
-        "{during} ran out of memory at step {step}, with batches of {batch_size} images: a smaller \
-         --batch-size needs less, and so do smaller images where there is --image-size and, on a GPU, \
-         --precision bf16"
-    )]
+    #[error("{during} ran out of memory {place}")]
     OutOfMemory {
         /// Which part of the work.
         during: &'static str,
-        /// 1-based.
-        step: u64,
-        /// Images a batch.
-        batch_size: usize,
+        /// Where in the run.
+        place: Place,
         /// Candle's error.
         source: Box<candle_core::Error>,
     },
@@ -244,24 +270,26 @@ impl Error {
         texts.join(": ")
     }
 
-    /// An operation on tensors failed at `step` (1-based).
+    /// An operation on tensors failed.
     pub(crate) fn tensor(
         during: &'static str,
-        step: u64,
-        batch_size: usize,
+        place: Place,
     ) -> impl Fn(candle_core::Error) -> Self {
-        move |source| match is_out_of_memory(&source) {
-            true => Self::OutOfMemory {
-                during,
-                step,
-                batch_size,
-                source: Box::new(source),
-            },
-            false => Self::Tensor {
-                during,
-                step,
-                source,
-            },
+        move |source| {
+            let lacks_memory = is_out_of_memory(&source);
+            let source = Box::new(source);
+            match lacks_memory {
+                true => Self::OutOfMemory {
+                    during,
+                    place,
+                    source,
+                },
+                false => Self::Tensor {
+                    during,
+                    place,
+                    source,
+                },
+            }
         }
     }
 
@@ -287,14 +315,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lack_of_memory_names_step_and_batch_and_what_to_lower() {
+    fn a_lack_of_memory_names_step_and_batch_size() {
         let cuda = |status: &str| candle_core::Error::Cuda(status.into());
-        let failed = Error::tensor("the forward pass", 7, 512);
+        let place = Place::Step {
+            step: 7,
+            batch_size: 512,
+        };
+        let failed = Error::tensor("the forward pass", place);
         let error = failed(cuda(
             "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
         ));
         let text = error.to_string();
-        for part in ["the forward pass", "step 7", "512", "--batch-size"] {
+        for part in ["the forward pass", "memory", "step 7", "512 images"] {
             assert!(text.contains(part), "{text}");
         }
         let other = failed(cuda("CUDA_ERROR_ILLEGAL_ADDRESS"));

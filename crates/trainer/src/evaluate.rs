@@ -9,7 +9,7 @@ use cifar_data::{ImageSet, Normalization};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Examples, batches};
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 use crate::execution::InARow;
 use crate::model::Model;
 use crate::resident::correct_on_device;
@@ -85,6 +85,11 @@ pub(crate) fn evaluate_examples(
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Option<EvaluationSums>> {
     let (mut tally, mut done, mut in_a_row) = (Tally::default(), 0, InARow::default());
+    // Of the last batch, whose result is waited for after it.
+    let mut place = Place::Batch {
+        batch: 0,
+        images: 0,
+    };
     for (index, batch) in batches.enumerate() {
         let Examples {
             inputs,
@@ -100,15 +105,19 @@ pub(crate) fn evaluate_examples(
             }
             Ok(())
         };
-        let failed = Error::tensor("the evaluation", index as u64 + 1, count as usize);
-        evaluated().map_err(failed)?;
+        place = Place::Batch {
+            batch: index as u64 + 1,
+            images: count,
+        };
+        evaluated().map_err(Error::tensor("the evaluation", place))?;
         done += count;
         if progress(done).is_break() {
             return Ok(None);
         }
     }
-    let failed = Error::tensor("the evaluation", 0, 0);
-    tally.read().map_err(failed)?;
+    tally
+        .read()
+        .map_err(Error::tensor("the evaluation", place))?;
     Ok(Some(tally.sums))
 }
 

@@ -12,8 +12,11 @@ use cifar_data::ImageSet;
 
 use crate::data::Examples;
 use crate::distributed::Together;
-use crate::error::{Error, Result};
+use crate::error::{Error, Place, Result};
 use crate::execution::InARow;
+
+/// As errors call it.
+const COMPUTATION: &str = "the computation of features";
 
 /// Features and labels of the sets that have been asked for.
 #[derive(Debug, Default)]
@@ -49,7 +52,11 @@ impl FeatureCache {
         for (index, batch) in batches.enumerate() {
             let batch = batch?;
             let part = in_a_row.run(batch.count, || features(&batch.inputs));
-            let part = part.map_err(failed(index as u64 + 1))?;
+            let place = Place::Batch {
+                batch: index as u64 + 1,
+                images: batch.count,
+            };
+            let part = part.map_err(Error::tensor(COMPUTATION, place))?;
             parts.push(part.detach());
             done += batch.count;
             if progress(done).is_break() {
@@ -62,7 +69,8 @@ impl FeatureCache {
         }
         let features = group.gather_rows(&parts, begin, set.len(), device)?;
         let labels: Vec<u32> = set.labels().iter().map(|&label| label.into()).collect();
-        let labels = Tensor::new(labels, device).map_err(failed(0))?;
+        let labels = Tensor::new(labels, device);
+        let labels = labels.map_err(Error::tensor(COMPUTATION, Place::Set(name)))?;
         self.0.insert(name, SetFeatures { features, labels });
         Ok(ControlFlow::Continue(()))
     }
@@ -98,16 +106,12 @@ impl FeatureCache {
                         count: (end - index * batch_size) as u64,
                     })
                 };
-                select().map_err(failed(index as u64 + 1))
+                let place = Place::Batch {
+                    batch: index as u64 + 1,
+                    images: (end - index * batch_size) as u64,
+                };
+                select().map_err(Error::tensor("the selection of features", place))
             })
         })
-    }
-}
-
-fn failed(step: u64) -> impl Fn(candle_core::Error) -> Error {
-    move |source| Error::Tensor {
-        during: "the computation of features",
-        step,
-        source,
     }
 }

@@ -38,7 +38,7 @@ pub use config::{ConfigError, TrainingConfig};
 pub use data::{DataFingerprints, DataSets, SetFingerprint};
 pub use durable::sha256_hex;
 pub use environment::Environment;
-pub use error::{Error, LastCheckpoint, Result};
+pub use error::{Error, LastCheckpoint, Place, Result};
 pub use evaluate::{Evaluation, evaluate, first_maximum};
 pub use execution::Execution;
 pub use metrics::{Metric, MetricsPosition};

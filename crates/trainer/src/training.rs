@@ -17,7 +17,7 @@ use crate::config::{TrainingConfig, described, first_change};
 use crate::data::{DataSets, Examples, batches};
 use crate::distributed::Together;
 use crate::durable::{read, sha256_hex, write_atomically};
-use crate::error::{Error, LastCheckpoint, Result};
+use crate::error::{Error, LastCheckpoint, Place, Result};
 use crate::evaluate::{Evaluation, EvaluationSums, count_correct, evaluate_examples, scalar};
 use crate::execution::{Execution, timed_unless};
 use crate::features::FeatureCache;
@@ -321,7 +321,8 @@ impl<'a> Training<'a> {
     /// of it, None where it is so small that this rank has none.
     fn train_step(&mut self, batch: Option<&Examples>, parts: &mut Parts) -> Result<Step> {
         let step = self.position.step;
-        let failed = |during| Error::tensor(during, step + 1, self.config.batch_size);
+        let place = self.place(step + 1);
+        let failed = |during| Error::tensor(during, place);
         let seed = self.dropout_seed(step);
         let output = batch
             .map(|batch| self.forward_train(&batch.inputs, seed))
@@ -442,8 +443,7 @@ impl<'a> Training<'a> {
         stop: &dyn Fn() -> bool,
     ) -> Result<Option<Evaluation>> {
         if let Some(on_device) = &mut self.on_device {
-            let batch_size = self.config.evaluation_batch_size;
-            let failed = Error::tensor("the evaluation", self.position.step, batch_size);
+            let failed = Error::tensor("the evaluation", Place::Set(name));
             on_device.make_room(&self.device).map_err(failed)?;
         }
         if self
@@ -551,11 +551,11 @@ impl<'a> Training<'a> {
         name: &'static str,
         set: &Arc<ImageSet>,
     ) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
-        let failed = |step| Error::tensor("the data of an evaluation", step, 0);
+        let failed = |place| Error::tensor("the upload of pictures", place);
         let upload = || {
             ResidentSet::upload(set, self.data.normalization, DType::F32, &self.device)
                 .map(Arc::new)
-                .map_err(failed(0))
+                .map_err(failed(Place::Set(name)))
         };
         let resident = match self.evaluated.get(name) {
             Some(resident) => resident.clone(),
@@ -569,16 +569,21 @@ impl<'a> Training<'a> {
         if images == 0 {
             return Ok(Box::new(std::iter::empty()));
         }
-        let order = Tensor::new(share, &self.device).map_err(failed(0))?;
+        let order = Tensor::new(share, &self.device).map_err(failed(Place::Set(name)))?;
         let examples = (0..images).step_by(size).map(move |first| {
             let count = size.min(images - first);
             let batch = || resident.batch(&order.narrow(0, first, count)?);
-            let step = (first / size) as u64 + 1;
-            let (inputs, labels) = batch().map_err(failed(step))?;
+            let (number, count) = ((first / size) as u64 + 1, count as u64);
+            let place = Place::Batch {
+                batch: number,
+                images: count,
+            };
+            let (inputs, labels) =
+                batch().map_err(Error::tensor("the data of an evaluation", place))?;
             Ok(Examples {
                 inputs,
                 labels,
-                count: count as u64,
+                count,
             })
         });
         Ok(Box::new(examples))
@@ -737,11 +742,8 @@ impl<'a> Training<'a> {
         self.check_finite(&tensors)?;
         let mut metadata = self.model.metadata();
         metadata.insert("step".into(), self.position.step.to_string());
-        let during_save = |source| Error::Tensor {
-            during: "saving the optimiser",
-            step: self.position.step,
-            source,
-        };
+        let place = self.place(self.position.step);
+        let during_save = Error::tensor("saving the optimiser", place);
         let optimizer = self.optimizer.state().map_err(during_save)?;
         let optimizer_metadata = BTreeMap::from([("optimizer".to_string(), "sgd".to_string())]);
         let state = State {
@@ -808,12 +810,8 @@ impl<'a> Training<'a> {
                     .to_vec1::<f32>()?;
                 Ok(values.iter().all(|value| value.is_finite()))
             };
-            let during_check = |source| Error::Tensor {
-                during: "reading the weights",
-                step: self.position.step,
-                source,
-            };
-            if !finite().map_err(during_check)? {
+            let place = self.place(self.position.step);
+            if !finite().map_err(Error::tensor("reading the weights", place))? {
                 return Err(Error::NonFiniteWeights {
                     name: name.clone(),
                     epoch: self.position.epoch + 1,
@@ -842,6 +840,14 @@ impl<'a> Training<'a> {
             run.write_finished(&summary)?;
         }
         Ok(summary)
+    }
+
+    /// A step of this run, 1-based, as errors tell where they come from.
+    fn place(&self, step: u64) -> Place {
+        Place::Step {
+            step,
+            batch_size: self.config.batch_size,
+        }
     }
 
     fn settings(&self) -> BTreeMap<String, String> {

@@ -180,7 +180,7 @@ pub enum RemoteError {
     },
 
     /// The server asks for a longer wait than we grant.
-    #[error("{url} answered {status} and asks to wait {} s: run the command again then", wait.as_secs())]
+    #[error("{url} answered {status} and asks to wait {} s: try again then", wait.as_secs())]
     AsksToWait {
         /// The address.
         url: String,

@@ -224,7 +224,7 @@ fn load_or_fetch(dir: &Path, way_on: &str) -> Result<TrainTest> {
         download(dir).with_context(|| {
             format!(
                 "{lacking}, and it could not be fetched. Ways on:\n  \
-                 cargo xtask download-data     where there is a network\n  \
+                 cargo xtask download-data     where there is a network; from its authors with --source toronto\n  \
                  --data-dir DIR                a folder that holds CIFAR-10{way_on}\nThe reason"
             )
         })?;
@@ -233,7 +233,8 @@ fn load_or_fetch(dir: &Path, way_on: &str) -> Result<TrainTest> {
 }
 
 fn download(dir: &Path) -> Result<()> {
-    let request = Request::from_env(Source::Hub, dir);
+    let mut request = Request::from_env(Source::Hub, dir);
+    request.hints.other_folder = "choose another folder with `--data-dir`".into();
     let mut progress = DownloadProgress::new();
     fetch(&request, &mut |event| progress.show(&event))?;
     Ok(())

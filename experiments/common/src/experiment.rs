@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use trainer::{DataSets, Environment, Model, RunDirectory, Summary, TrainingConfig};
 
+use crate::advice::advised;
 use crate::compute::ComputeConfig;
 use crate::data::DataConfig;
 use crate::launch::{launch, watch_launcher};
@@ -220,13 +221,15 @@ fn resume<E: Experiment>(
     data_dir: Option<PathBuf>,
     profile: Option<&Profile>,
 ) -> Result<ExitCode> {
-    let config: RunConfig<E::ModelConfig> =
-        RunDirectory::config_of(dir, E::NAME).context("cannot resume")?;
+    let config: RunConfig<E::ModelConfig> = RunDirectory::config_of(dir, E::NAME)
+        .map_err(advised)
+        .context("cannot resume")?;
     let config = moved(config, data_dir)?;
     let role = Role::of(&config.compute)?;
     let mut run = None;
     if role.is_first() {
-        run = Some(RunDirectory::open(dir, E::NAME).context("cannot resume")?);
+        let opened = RunDirectory::open(dir, E::NAME).map_err(advised);
+        run = Some(opened.context("cannot resume")?);
     }
     let finished = run
         .as_ref()

@@ -4,6 +4,7 @@
 //! given can be told from what was not) are resolved into a configuration that can be printed and
 //! saved, and the configuration is run.
 
+mod advice;
 mod arguments;
 mod compute;
 mod data;

@@ -12,6 +12,7 @@ use trainer::{
     TrainingConfig,
 };
 
+use crate::advice::advised;
 use crate::profile::Profile;
 use crate::progress::{Progress, print};
 use crate::signals::StopSignals;
@@ -40,7 +41,7 @@ pub fn train(
         (Some(run), group) => (run, group),
         (None, Some(group)) => {
             let training = Training::distributed(model, data, device, config, None, group);
-            return match run_with(training, &mut Silent)? {
+            return match run_with(training, &mut Silent).map_err(advised)? {
                 Outcome::Finished(_) => Ok(ExitCode::SUCCESS),
                 Outcome::Stopped { .. } => Ok(stopped(&signals).1),
             };
@@ -56,7 +57,7 @@ pub fn train(
     };
     let outcome = run_with(training, &mut progress);
     progress.end();
-    let outcome = outcome?;
+    let outcome = outcome.map_err(advised)?;
     if let Some(profile) = profile {
         print(profile.table().trim_end());
         profile.write(&dir)?;

@@ -284,8 +284,7 @@ impl Plan {
             problem: match self.key.format {
                 MemoryFormat::Contiguous => self.key.to_string(),
                 MemoryFormat::ChannelsLast => format!(
-                    "{}; it may have one for planes: turn Settings::channels_last off \
-                     (--no-channels-last)",
+                    "{}; it may have one for planes: turn Settings::channels_last off",
                     self.key
                 ),
             },

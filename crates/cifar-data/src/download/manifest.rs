@@ -76,22 +76,6 @@ impl Source {
             Source::Toronto => Manifest::Archive(CIFAR10_TORONTO),
         }
     }
-
-    /// The source to turn to when this one fails.
-    pub fn other(self) -> Source {
-        match self {
-            Source::Hub => Source::Toronto,
-            Source::Toronto => Source::Hub,
-        }
-    }
-
-    /// The word for it on the command line.
-    pub fn flag(self) -> &'static str {
-        match self {
-            Source::Hub => "hub",
-            Source::Toronto => "toronto",
-        }
-    }
 }
 
 impl fmt::Display for Source {

@@ -24,8 +24,10 @@ mod manifest;
 use std::path::PathBuf;
 
 use verified_download::hub::{HubFile, HubSettings, RepositoryKind};
-use verified_download::{Downloader, FileRequest, Hints, Options};
-pub use verified_download::{Event, Interrupt, Mismatch, Network, Proxy, RemoteError, Text, Token};
+use verified_download::{Downloader, FileRequest, Options};
+pub use verified_download::{
+    Event, Hints, Interrupt, Mismatch, Network, Proxy, RemoteError, Text, Token,
+};
 
 pub use error::{ArchiveError, DownloadError};
 pub use manifest::{
@@ -63,8 +65,6 @@ pub fn fetch(
 /// What to fetch, whereto and how.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Who publishes it; error messages name it and its alternative.
-    pub source: Source,
     /// The files.
     pub manifest: Manifest,
     /// The data folder; created when missing.
@@ -81,13 +81,14 @@ pub struct Request {
     pub network: Network,
     /// Raise the flag inside to stop soon, with what has arrived kept.
     pub interrupt: Interrupt,
+    /// What error messages say; a program adds how its user takes another source or folder.
+    pub hints: Hints,
 }
 
 impl Request {
     /// CIFAR-10 from `source` into `dir`, whatever the environment says.
     pub fn new(source: Source, dir: impl Into<PathBuf>) -> Request {
         Request {
-            source,
             manifest: source.manifest(),
             dir: dir.into(),
             hub_endpoint: HubSettings::default().endpoint,
@@ -96,6 +97,12 @@ impl Request {
             offline: false,
             network: Network::default(),
             interrupt: Interrupt::default(),
+            hints: Hints {
+                not_delivered: format!("{source} did not deliver CIFAR-10").into(),
+                offline: "HF_HUB_OFFLINE is set: unset it to download the file".into(),
+                other_folder: "choose another folder".into(),
+                refused: "".into(),
+            },
         }
     }
 
@@ -109,20 +116,6 @@ impl Request {
             hub_cache: hub.cache,
             offline: hub.offline,
             ..Request::new(source, dir)
-        }
-    }
-
-    /// What only this crate can say in an error message.
-    fn hints(&self) -> Hints {
-        let (from, other) = (self.source, self.source.other().flag());
-        Hints {
-            not_delivered: format!(
-                "{from} did not deliver CIFAR-10 (the other source: `cargo xtask download-data --source {other}`)"
-            )
-            .into(),
-            offline: "HF_HUB_OFFLINE is set: unset it to download the file".into(),
-            other_folder: "choose another folder with `--data-dir`".into(),
-            refused: "".into(),
         }
     }
 }
@@ -234,7 +227,7 @@ impl Run<'_> {
                 &request.interrupt,
                 self.progress,
             )
-            .map_err(|error| error.with_hints(&request.hints()))?;
+            .map_err(|error| error.with_hints(&request.hints))?;
             for report in reports
                 .iter()
                 .filter(|report| report.origin == Origin::Archive)
@@ -252,7 +245,7 @@ impl Run<'_> {
     fn request_for(&self, pinned: &PinnedFile, url: String) -> FileRequest {
         let path = self.request.dir.join(&*pinned.path);
         FileRequest {
-            hints: self.request.hints(),
+            hints: self.request.hints.clone(),
             ..FileRequest::new(path, url, pinned.pin())
         }
     }

@@ -3,7 +3,7 @@ use std::io::Write;
 use std::path::Path;
 
 use cifar_data::download::{
-    ArchiveError, ArchiveManifest, DownloadError, Manifest, Origin, Request, Source,
+    ArchiveError, ArchiveManifest, DownloadError, Manifest, Origin, Request,
 };
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -90,7 +90,6 @@ fn archive_request(server: &Server, dir: &Path, archive: &[u8]) -> Request {
     // The endpoint and token are the Hub's: this request must not care.
     let hub_token = Some(cifar_data::download::Token::new("hf_secret"));
     Request {
-        source: Source::Toronto,
         manifest,
         hub_token,
         ..request("nonsense", dir, &[])

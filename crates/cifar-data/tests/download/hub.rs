@@ -183,19 +183,16 @@ fn the_pinned_manifests_are_whole() {
 }
 
 #[test]
-fn a_failure_names_the_other_source() {
+fn a_failure_says_what_the_program_knows_of_other_ways() {
     let body = content(1000);
     let server = Server::start([Reply::status(404, "Entry not found")]);
     let dir = temporary();
-    let error = run(&request(&server.url(), dir.path(), &body))
-        .0
-        .unwrap_err();
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.hints.not_delivered = "not delivered; try --source toronto".into();
+    let error = run(&request).0.unwrap_err();
     let text = message(&error);
     assert!(text.contains("404 Not Found: Entry not found"), "{text}");
-    assert!(
-        text.contains("cargo xtask download-data --source toronto"),
-        "{text}"
-    );
+    assert!(text.contains("try --source toronto"), "{text}");
 }
 
 #[test]

@@ -186,7 +186,8 @@ impl Training<'_> {
             images: images as u64,
         };
         let lr = self.learning_rate(step);
-        let failed = |during| Error::tensor(during, step + 1, batch_size);
+        let place = self.place(step + 1);
+        let failed = |during| Error::tensor(during, place);
         let mut parts = Parts::start();
         let row = (batch - epoch.first) as usize;
         let set_inputs = || {
@@ -235,9 +236,8 @@ impl Training<'_> {
         agreed: Option<&[bool]>,
     ) -> Result<Vec<bool>> {
         let unread = state.unread.len() as u64;
-        let step = self.position.step + unread + 1;
-        let batch_size = self.config.batch_size;
-        let failed = |during| Error::tensor(during, step, batch_size);
+        let place = self.place(self.position.step + unread + 1);
+        let failed = |during| Error::tensor(during, place);
         let loss = match batch.own {
             // Of a last batch with fewer images than there are ranks: nothing has a gradient here.
             0 => Tensor::zeros((), DType::F32, &self.device).map_err(failed("the loss"))?,
@@ -404,7 +404,7 @@ impl Training<'_> {
     }
 
     fn failed(&self, during: &'static str) -> impl Fn(candle_core::Error) -> Error + use<> {
-        Error::tensor(during, self.position.step + 1, self.config.batch_size)
+        Error::tensor(during, self.place(self.position.step + 1))
     }
 
     /// No step of this epoch is left to be given to the device.
