@@ -8,7 +8,8 @@
 // Fresh memory and freed memory are NaN.
 //
 // CUDA_EMULATION_MEMORY is the device's size in MiB (8192), CUDA_EMULATION_LOG=1 prints every launch. CUDA_EMULATION_DEVICES is how
-// many there are (1), of which a process computes on one.
+// many there are (1), of which a process computes on one. CUDA_EMULATION_REFUSES_GRAPHS is the number of a device that has no memory for
+// a recorded step.
 
 #include <algorithm>
 #include <atomic>
@@ -744,7 +745,14 @@ API int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long
     of->references++;
     return *exec = of, SUCCESS;
 }
-API int cuGraphUpload(void *exec, void *) { LOCKED; return hold_for(*static_cast<Graph *>(exec)); }
+API int cuGraphUpload(void *exec, void *) {
+    LOCKED;
+    const char *refuses = std::getenv("CUDA_EMULATION_REFUSES_GRAPHS");
+    if (refuses && current_context == &primary_contexts[std::clamp(std::atoi(refuses), 0, MOST_DEVICES - 1)]) {
+        return OUT_OF_MEMORY;
+    }
+    return hold_for(*static_cast<Graph *>(exec));
+}
 API int cuGraphLaunch(void *exec, void *stream) {
     LOCKED;
     if (int status = not_in_capture(stream)) {
@@ -779,6 +787,7 @@ API int cuEventRecord(void *event, void *stream) {
     return *static_cast<Event *>(event) = {&of, of.clock, of.seen}, SUCCESS;
 }
 API int cuEventSynchronize(void *) { return SUCCESS; }
+API int cuEventQuery(void *) { return SUCCESS; }
 API int cuEventDestroy_v2(void *event) { return delete static_cast<Event *>(event), SUCCESS; }
 // All work takes the same time, so that what is chosen by it is the same each time.
 API int cuEventElapsedTime(float *ms, void *start, void *end) {
@@ -988,6 +997,7 @@ API int nvrtcGetPTXSize(void *, size_t *size) { return *size = 9, 0; }
 API int nvrtcGetPTX(void *, char *ptx) { return std::memcpy(ptx, "emulated", 9), 0; }
 API int nvrtcGetProgramLogSize(void *, size_t *size) { return *size = 1, 0; }
 API int nvrtcGetProgramLog(void *, char *log) { return *log = 0, 0; }
+API int nvrtcVersion(int *major, int *minor) { return *major = 13, *minor = 0, 0; }
 API int nvrtcGetNumSupportedArchs(int *count) { return *count = 2, 0; }
 API int nvrtcGetSupportedArchs(int *known) { return known[0] = 75, known[1] = 90, 0; }
 API int nvrtcDestroyProgram(void **program) { return delete static_cast<Program *>(*program), 0; }

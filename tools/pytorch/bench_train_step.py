@@ -43,9 +43,16 @@ def main():
             "images_per_second": arguments.batch / seconds,
             "peak_mib": peak_mib(),
             "threads": torch.get_num_threads(),
-            "framework": "PyTorch " + torch.__version__.split("+")[0],
+            "framework": framework(arguments.device),
         }
         print(json.dumps(answer), flush=True)
+
+
+def framework(device):
+    name = "PyTorch " + torch.__version__.split("+")[0]
+    if device == "cuda":
+        name += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return name
 
 
 def training(arguments):

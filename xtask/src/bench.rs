@@ -135,7 +135,7 @@ pub(crate) struct Answer {
     /// The most memory the process has held so far; absent where the system does not tell.
     peak_mib: Option<f64>,
     threads: usize,
-    framework: String,
+    pub(crate) framework: String,
 }
 
 /// Every side's answer in one round.

@@ -38,7 +38,7 @@ pub(crate) struct CudaEmulate {
 
 /// The tests that use every device there is, and those of the programs that are about CUDA.
 const TESTS: [&str; 2] = [
-    "test --features cuda,nccl --lib --tests --package candle-cnn --package inception-model --package trainer",
+    "test --features cuda,nccl --lib --tests --package candle-cnn --package inception-model --package trainer --package experiment-common",
     "test --features cuda,nccl --package scratch-train --package finetune-full --test cuda",
 ];
 /// The names under which programs are linked with the library.

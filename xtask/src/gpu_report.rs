@@ -1,7 +1,9 @@
 //! `cargo xtask gpu-report`: everything that has to be shown on a GPU, in one command and one record.
 
+mod gpu;
 mod pack;
 mod runs;
+mod suite;
 mod table;
 mod work;
 
@@ -9,12 +11,13 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
+use self::gpu::Gpu;
 use self::runs::{Parity, Round, Runs, pytorch_accuracy};
 use self::table::summary;
 use self::work::{ROW_NAMES, ROWS, Row, SEEDS};
@@ -75,6 +78,8 @@ pub(crate) struct GpuReport {
 struct Report {
     gpu: Gpu,
     rehearsed: bool,
+    /// The device as our programs describe it, and PyTorch's versions.
+    versions: Versions,
     tests: Option<String>,
     parity: Vec<Parity>,
     rows: BTreeMap<String, Vec<Round>>,
@@ -89,123 +94,71 @@ struct Report {
     left_out: Vec<String>,
 }
 
+/// What decides a comparison beside the GPU.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-struct Gpu {
-    name: String,
-    driver: String,
-    memory: String,
+struct Versions {
+    ours: Option<String>,
+    pytorch: Option<String>,
 }
 
 pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
-    let begin = Instant::now();
     if let Some(dir) = &arguments.pack {
         return pack::pack(dir);
     }
-    let gpu = find_gpu()?;
+    let gpu = gpu::find()?;
     // Tests and scripts are looked for where this program was built.
     ensure!(
         repository().join("tools/pytorch").is_dir(),
         "this program was built in {0}, and the repository is not there: link it, as by `ln -s \"$PWD\" {0}`",
         repository().display()
     );
-    eprintln!("GPU: {}, driver {}, {}", gpu.name, gpu.driver, gpu.memory);
+    eprintln!(
+        "GPU: {}, driver {}, {}, compute capability {}",
+        gpu.name, gpu.driver, gpu.memory, gpu.compute_capability
+    );
     let mut environment =
         record::environment(std::thread::available_parallelism().map_or(1, |n| n.get()));
     environment.device = gpu.name.clone();
     let out = record::new_directory(arguments.out.clone(), "gpu", &environment)?;
-    let python = match arguments.rehearse {
-        true => None,
-        false => pytorch(arguments.pytorch.as_deref())?,
-    };
+    let python = arguments.python()?;
     let work = out.join("runs");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
-    let mut report = Report {
-        gpu,
-        rehearsed: arguments.rehearse,
-        ..Report::default()
-    };
     let programs = match &arguments.binaries {
         Some(dir) => dir.clone(),
-        None => build()?,
+        None => build(arguments.skip_tests)?,
     };
-    let runs = Runs {
-        programs: &programs,
-        work: &work,
-        logs: &out.join("logs"),
-        rehearse: arguments.rehearse,
-        skip_other_ways: arguments.skip_other_ways,
-        warnings: RefCell::default(),
-        end: arguments
-            .within
-            .map(|minutes| begin + Duration::from_secs(60 * minutes)),
+    // To build takes minutes, which are not those of the GPU.
+    let begin = Instant::now();
+    let mut session = Session {
+        arguments,
+        runs: Runs {
+            programs: &programs,
+            work: &work,
+            logs: &out.join("logs"),
+            rehearse: arguments.rehearse,
+            skip_other_ways: arguments.skip_other_ways,
+            warnings: RefCell::default(),
+            device: RefCell::default(),
+            end: arguments
+                .within
+                .map(|minutes| begin + Duration::from_secs(60 * minutes)),
+        },
+        report: Report {
+            gpu,
+            rehearsed: arguments.rehearse,
+            ..Report::default()
+        },
+        python,
+        out: &out,
+        environment,
     };
-    // After each part, so that a failure later loses nothing.
-    let write = |report: &mut Report| {
-        report.warnings.append(&mut runs.warnings.borrow_mut());
-        write(&out, report, &environment)
-    };
-    if !arguments.skip_tests && runs.has_time(&mut report, "the tests", TESTS) {
-        attempt(&mut report, "the tests", |report| {
-            report.tests = Some(tests(arguments.binaries.as_deref())?);
-            Ok(())
-        });
-        write(&mut report)?;
-    }
-    let rounds = match arguments.rehearse {
-        true => 1,
-        false => arguments.rounds,
-    };
-    let parity = "the parity of CPU and GPU";
-    if !arguments.skip_parity && runs.has_time(&mut report, parity, PARITY) {
-        attempt(&mut report, parity, |report| {
-            let parity = runs.parity()?;
-            for parity in parity.iter().filter(|parity| !parity.holds()) {
-                report
-                    .failures
-                    .push(format!("{}: beyond the bound", parity.what));
-            }
-            report.parity = parity;
-            Ok(())
-        });
-        write(&mut report)?;
-    }
-    for row in arguments.rows() {
-        eprintln!("{}: {}", row.name, row.what);
-        attempt(&mut report, row.name, |report| {
-            runs.row(row, python.as_deref(), rounds, report)
-        });
-        write(&mut report)?;
-    }
-    if let Some(data) = &arguments.accuracy {
-        for seed in SEEDS {
-            if !runs.has_time(
-                &mut report,
-                &format!("the accuracy of seed {seed}"),
-                ACCURACY,
-            ) {
-                continue;
-            }
-            attempt(&mut report, "the accuracy", |report| {
-                report.accuracy.insert(seed, runs.accuracy(data, seed)?);
-                Ok(())
-            });
-            write(&mut report)?;
-        }
-        let theirs = "PyTorch's accuracy";
-        if let Some(python) = &python
-            && runs.has_time(&mut report, theirs, ACCURACY * SEEDS.len() as u32)
-        {
-            attempt(&mut report, theirs, |report| {
-                pytorch_accuracy(python, data, |seed, accuracy| {
-                    report.pytorch_accuracy.insert(seed, accuracy);
-                    write(report)
-                })
-            });
-            write(&mut report)?;
-        }
-    }
+    session.tests()?;
+    session.parity()?;
+    session.rows()?;
+    session.accuracy()?;
     let _ = fs::remove_dir_all(&work);
-    print!("{}", summary(&report));
+    let report = &session.report;
+    print!("{}", summary(report));
     println!("\nRecorded in {}", out.display());
     ensure!(
         report.failures.is_empty(),
@@ -216,12 +169,138 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
     Ok(())
 }
 
+/// A report in the making. After each part it is written, so that a failure later loses nothing.
+struct Session<'a> {
+    arguments: &'a GpuReport,
+    runs: Runs<'a>,
+    report: Report,
+    python: Option<PathBuf>,
+    out: &'a Path,
+    environment: trainer::Environment,
+}
+
+impl Session<'_> {
+    fn tests(&mut self) -> Result<()> {
+        let what = "the tests";
+        if self.arguments.skip_tests || !self.runs.has_time(&mut self.report, what, TESTS) {
+            return Ok(());
+        }
+        let binaries = self.arguments.binaries.as_deref();
+        let log = self.runs.logs.join("tests.log");
+        attempt(&mut self.report, what, |report| {
+            let outcome = suite::run(binaries, &log)?;
+            report.tests = Some(outcome.counted);
+            let failed = outcome.failed.into_iter();
+            report
+                .failures
+                .extend(failed.map(|name| format!("the test {name}")));
+            Ok(())
+        });
+        self.write()
+    }
+
+    fn parity(&mut self) -> Result<()> {
+        let what = "the parity of CPU and GPU";
+        if self.arguments.skip_parity || !self.runs.has_time(&mut self.report, what, PARITY) {
+            return Ok(());
+        }
+        self.runs.parity(&mut self.report);
+        self.write()
+    }
+
+    fn rows(&mut self) -> Result<()> {
+        let rounds = match self.arguments.rehearse {
+            true => 1,
+            false => self.arguments.rounds,
+        };
+        let rows = self.arguments.rows();
+        for (index, row) in rows.iter().enumerate() {
+            eprintln!("{}: {}", row.name, row.what);
+            let python = self.python.as_deref();
+            // What comes later has a claim to its time before this row has one to another round.
+            let later = rows[index + 1..].iter();
+            let later: Duration = later.map(|row| row.takes(python.is_some())).sum();
+            let later = later + self.accuracy_takes();
+            attempt(&mut self.report, row.name, |report| {
+                self.runs.row(row, python, (rounds, later), report)
+            });
+            self.write()?;
+        }
+        Ok(())
+    }
+
+    /// About what [`Self::accuracy`] takes.
+    fn accuracy_takes(&self) -> Duration {
+        let sides = 1 + u32::from(self.python.is_some());
+        match self.arguments.accuracy {
+            Some(_) => sides * SEEDS.len() as u32 * ACCURACY,
+            None => Duration::ZERO,
+        }
+    }
+
+    fn accuracy(&mut self) -> Result<()> {
+        let Some(data) = &self.arguments.accuracy else {
+            return Ok(());
+        };
+        for seed in SEEDS {
+            let what = format!("the accuracy of seed {seed}");
+            if !self.runs.has_time(&mut self.report, &what, ACCURACY) {
+                continue;
+            }
+            attempt(&mut self.report, &what, |report| {
+                let accuracy = self.runs.accuracy(data, seed)?;
+                report.accuracy.insert(seed, accuracy);
+                Ok(())
+            });
+            self.write()?;
+        }
+        let theirs = "PyTorch's accuracy";
+        let takes = ACCURACY * SEEDS.len() as u32;
+        if let Some(python) = &self.python
+            && self.runs.has_time(&mut self.report, theirs, takes)
+        {
+            let (out, environment) = (self.out, &self.environment);
+            attempt(&mut self.report, theirs, |report| {
+                pytorch_accuracy(python, data, |seed, accuracy| {
+                    report.pytorch_accuracy.insert(seed, accuracy);
+                    write(out, report, environment)
+                })
+            });
+            self.write()?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<()> {
+        let warnings = self.runs.warnings.get_mut();
+        self.report.warnings.append(warnings);
+        self.report
+            .versions
+            .ours
+            .clone_from(self.runs.device.get_mut());
+        write(self.out, &self.report, &self.environment)
+    }
+}
+
 /// About what parts take on an H100.
 const TESTS: Duration = Duration::from_secs(90);
 const PARITY: Duration = Duration::from_secs(75);
 const ACCURACY: Duration = Duration::from_secs(80);
 
 impl GpuReport {
+    /// The Python of PyTorch's sides, if there is one. What it needs is asked before anything is measured.
+    fn python(&self) -> Result<Option<PathBuf>> {
+        let python = match self.rehearse || (self.skip_timing && self.accuracy.is_none()) {
+            true => None,
+            false => pytorch(self.pytorch.as_deref())?,
+        };
+        if let Some(python) = &python {
+            let torchvision = self.rows().iter().any(|row| row.model == "torchvision");
+            check_python(python, torchvision, self.accuracy.is_some())?;
+        }
+        Ok(python)
+    }
+
     /// What is to be timed, in this order.
     fn rows(&self) -> Vec<&'static Row> {
         let mut names: Vec<&str> = Vec::new();
@@ -256,46 +335,39 @@ fn attempt(report: &mut Report, part: &str, f: impl FnOnce(&mut Report) -> Resul
     }
 }
 
-fn find_gpu() -> Result<Gpu> {
-    let none = "this machine has no NVIDIA GPU that can be used, and gpu-report shows nothing without one \
-                (`cargo xtask cuda-check` needs none)";
-    let output = Command::new("nvidia-smi")
-        .args([
-            "--query-gpu=name,driver_version,memory.total",
-            "--format=csv,noheader",
-        ])
-        .output()
-        .with_context(|| format!("{none}: cannot start nvidia-smi"))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    if !output.status.success() {
-        bail!("{none}: nvidia-smi says {:?}", text.trim());
-    }
-    parse_gpu(&text).with_context(|| format!("{none}: nvidia-smi lists {:?}", text.trim()))
-}
-
-/// The first line of nvidia-smi's list.
-fn parse_gpu(text: &str) -> Option<Gpu> {
-    let mut fields = text
-        .lines()
-        .next()?
-        .split(',')
-        .map(|f| f.trim().to_string());
-    let gpu = Gpu {
-        name: fields.next().filter(|name| !name.is_empty())?,
-        driver: fields.next()?,
-        memory: fields.next()?,
-    };
-    Some(gpu)
-}
-
 fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(repository());
     command
 }
 
-/// Builds the experiments and says where they are.
-fn build() -> Result<PathBuf> {
+/// Asks for a GPU that PyTorch can use, and for the packages that its scripts import.
+fn check_python(python: &Path, torchvision: bool, accuracy: bool) -> Result<()> {
+    let mut packages = vec!["torch"];
+    packages.extend(torchvision.then_some("torchvision"));
+    if accuracy {
+        packages.extend(["numpy", "PIL", "pyarrow"]);
+    }
+    let script = format!(
+        "import {}\nif not torch.cuda.is_available(): raise SystemExit('PyTorch finds no GPU')",
+        packages.join(", ")
+    );
+    let output = Command::new(python)
+        .args(["-c", &script])
+        .output()
+        .with_context(|| format!("cannot start {}", python.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = said.lines().last().unwrap_or_default();
+    ensure!(
+        output.status.success(),
+        "{} cannot do PyTorch's side: {last}. tools/pytorch/README.md says how to install what it needs",
+        python.display()
+    );
+    Ok(())
+}
+
+/// Builds the experiments, and the tests unless they are left out, and says where the experiments are.
+fn build(skip_tests: bool) -> Result<PathBuf> {
     let status = cargo()
         .args(["build", "--features", "cuda", "--package", "scratch-train"])
         .args(["--package", "finetune-full", "--package", "finetune-frozen"])
@@ -305,74 +377,33 @@ fn build() -> Result<PathBuf> {
         status.success(),
         "the programs cannot be built for CUDA: see above, and CONTRIBUTING.md for what it needs"
     );
+    if !skip_tests {
+        suite::build()?;
+    }
     let target = std::env::var_os("CARGO_TARGET_DIR");
     let target = target.map_or_else(|| repository().join("target"), PathBuf::from);
     Ok(target.join("debug"))
 }
 
-/// Runs the CUDA tests and counts them.
-fn tests(binaries: Option<&Path>) -> Result<String> {
-    let mut commands = Vec::new();
-    match binaries {
-        None => {
-            let mut command = cargo();
-            command
-                .args(["test", "--features", "cuda", "--package", "candle-cnn"])
-                .args(["--package", "inception-model", "--package", "trainer"]);
-            commands.push(command);
-        }
-        Some(dir) => {
-            let dir = dir.join("tests");
-            let entries =
-                fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
-            for entry in entries {
-                commands.push(Command::new(entry?.path()));
-            }
-        }
+fn versions(versions: &Versions) -> String {
+    let sides = [("Ours", &versions.ours), ("PyTorch", &versions.pytorch)];
+    let known = sides
+        .into_iter()
+        .filter_map(|(side, said)| Some((side, said.as_ref()?)));
+    let lines: String = known
+        .map(|(side, said)| format!("- {side}: {said}\n"))
+        .collect();
+    match lines.is_empty() {
+        true => lines,
+        false => lines + "\n",
     }
-    let (mut text, mut success) = (String::new(), true);
-    for mut command in commands {
-        let output = command
-            // A test must not pass because it found no device.
-            .env("CUDA_TESTS_MUST_RUN", "1")
-            .stderr(Stdio::inherit())
-            .output()
-            .with_context(|| format!("cannot start {command:?}"))?;
-        text += &String::from_utf8_lossy(&output.stdout);
-        success &= output.status.success();
-    }
-    let counted = count_tests(&text);
-    print!("{text}");
-    ensure!(success, "{counted}: see above");
-    ensure!(
-        !text.contains("skipped: CUDA"),
-        "the tests found no GPU: {counted}"
-    );
-    Ok(counted)
-}
-
-/// Sums up the lines `test result: …`.
-fn count_tests(text: &str) -> String {
-    let (mut passed, mut failed) = (0, 0);
-    for line in text.lines().filter(|line| line.starts_with("test result:")) {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        for pair in words.windows(2) {
-            let number = pair[0].parse().unwrap_or(0);
-            match pair[1] {
-                "passed;" => passed += number,
-                "failed;" => failed += number,
-                _ => {}
-            }
-        }
-    }
-    format!("{passed} passed, {failed} failed")
 }
 
 const REHEARSED: &str = "**A rehearsal**, of a few steps of a few pictures: every part runs, and speeds mean nothing.\n\n";
 
 fn write(out: &Path, report: &Report, environment: &trainer::Environment) -> Result<()> {
     let readme = format!(
-        "# CUDA on {}\n\n{}, driver {}, {}\n\n{}{}\n\
+        "# CUDA on {}\n\n{}, driver {}, {}\n\n{}{}{}\n\
          Our speed is that of a run's second epoch, data and logging included; PyTorch's that of steps on one batch that is\n\
          on the GPU already. Sides take turns; ratios are of the same round, as the median of the rounds: above 1 we are faster.\n\
          Memory is the most that nvidia-smi showed beyond what was taken before; it is looked at in the first of our runs of a row, which\n\
@@ -382,6 +413,7 @@ fn write(out: &Path, report: &Report, environment: &trainer::Environment) -> Res
         record::origin(environment),
         report.gpu.driver,
         report.gpu.memory,
+        versions(&report.versions),
         if report.rehearsed { REHEARSED } else { "" },
         summary(report),
     );
@@ -411,14 +443,18 @@ mod tests {
     }
 
     #[test]
-    fn tests_are_counted_and_the_gpu_is_read() {
-        let tests = "test result: ok. 5 passed; 0 failed; 0 ignored\ntest result: FAILED. 2 passed; 1 failed;";
-        assert_eq!(count_tests(tests), "7 passed, 1 failed");
-        let gpu = parse_gpu("NVIDIA H200, 580.1, 143771 MiB\n").unwrap();
-        assert_eq!(
-            (gpu.name.as_str(), gpu.driver.as_str()),
-            ("NVIDIA H200", "580.1")
-        );
-        assert_eq!(parse_gpu(""), None);
+    fn a_python_without_what_the_scripts_import_is_refused_with_its_reason() {
+        let error = check_python(Path::new("/nonexistent/python"), true, true).unwrap_err();
+        assert!(format!("{error:#}").contains("cannot start"), "{error:#}");
+        let folder = tempfile::tempdir().unwrap();
+        let python = folder.path().join("python");
+        let script =
+            "#!/bin/sh\necho 'Traceback' >&2\necho \"No module named 'pyarrow'\" >&2\nexit 1\n";
+        fs::write(&python, script).unwrap();
+        let mut permissions = fs::metadata(&python).unwrap().permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o755);
+        fs::set_permissions(&python, permissions).unwrap();
+        let error = check_python(&python, true, true).unwrap_err().to_string();
+        assert!(error.contains("No module named 'pyarrow'"), "{error}");
     }
 }

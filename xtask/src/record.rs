@@ -18,17 +18,25 @@ pub(crate) fn environment(threads: usize) -> Environment {
     environment
 }
 
+/// Flags that take a path, and what stands in a record in its place.
+const PATHS: [(&str, &str); 4] = [
+    ("--pytorch", "PYTHON"),
+    ("--out", "DIR"),
+    ("--binaries", "DIR"),
+    ("--accuracy", "DIR"),
+];
+
 fn recorded_command(arguments: impl Iterator<Item = String>) -> Vec<String> {
     let mut command = vec!["cargo".to_string(), "xtask".to_string()];
     for argument in arguments {
         let flag = command.last().map(String::as_str);
-        command.push(match argument.split_once('=') {
-            _ if flag == Some("--pytorch") => "PYTHON".to_string(),
-            _ if flag == Some("--out") => "DIR".to_string(),
-            _ if flag == Some("--binaries") || flag == Some("--accuracy") => "DIR".to_string(),
-            Some(("--pytorch", _)) => "--pytorch=PYTHON".to_string(),
-            Some(("--out", _)) => "--out=DIR".to_string(),
-            _ => argument,
+        let after = PATHS.iter().find(|(path, _)| flag == Some(path));
+        let within = argument.split_once('=');
+        let within = within.and_then(|(flag, _)| PATHS.iter().find(|(path, _)| *path == flag));
+        command.push(match (after, within) {
+            (Some((_, placeholder)), _) => placeholder.to_string(),
+            (None, Some((flag, placeholder))) => format!("{flag}={placeholder}"),
+            (None, None) => argument,
         });
     }
     command
@@ -140,6 +148,12 @@ mod tests {
             command(&["--pytorch=/home/a/python", "--out", "/home/a/b"]),
             "cargo xtask --pytorch=PYTHON --out DIR"
         );
+        for (flag, placeholder) in PATHS {
+            assert_eq!(
+                command(&[&format!("{flag}=/home/a"), flag, "/home/b", "--rounds=2"]),
+                format!("cargo xtask {flag}={placeholder} {flag} {placeholder} --rounds=2")
+            );
+        }
     }
 
     #[test]

@@ -102,6 +102,12 @@ pub enum Error {
         /// For how long.
         timeout: Duration,
     },
+    /// The device does not get on, which waits for a rank.
+    #[error("work of the device that all ranks take part in did not end within {} s: a rank is silent", timeout.as_secs_f64())]
+    Stuck {
+        /// How long it was waited for.
+        timeout: Duration,
+    },
     /// Another rank stopped with an error and said so.
     #[error("rank {rank} gave up: {reason}")]
     GaveUp {

@@ -18,6 +18,10 @@ const BUCKET: usize = (25 << 20) / size_of::<f32>();
 /// How long a rank that gives up waits for the others to hear it.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// How often a rank that waits for its device asks it, and how often it looks whether the others are still there.
+const ASK_EVERY: Duration = Duration::from_micros(50);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
 /// How processes connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -81,6 +85,7 @@ pub struct ProcessGroup {
     connections: Option<Connections>,
     #[cfg(feature = "nccl")]
     nccl: Option<crate::nccl::Communicator>,
+    timeout: Duration,
     calls: Cell<u64>,
     failed: RefCell<Option<String>>,
 }
@@ -106,6 +111,7 @@ impl ProcessGroup {
             connections,
             #[cfg(feature = "nccl")]
             nccl: None,
+            timeout: options.timeout,
             calls: Cell::new(0),
             failed: RefCell::new(None),
         };
@@ -198,6 +204,45 @@ impl ProcessGroup {
     /// Those of every call.
     pub fn barrier(&self) -> Result<()> {
         self.all_reduce_sum(&mut [])
+    }
+
+    /// Waits until `is_done` for work of the device that other ranks take part in, as an all-reduce over NCCL. Where one of them is
+    /// gone that work never ends, and a plain wait for the device would not either.
+    ///
+    /// # Errors
+    /// That of `is_done`; [`Error::Lost`], [`Error::GaveUp`], [`Error::Failed`], and [`Error::Stuck`] when the timeout of the group's
+    /// [`Options`] is over.
+    pub fn wait_until<E: From<Error>>(
+        &self,
+        mut is_done: impl FnMut() -> std::result::Result<bool, E>,
+    ) -> std::result::Result<(), E> {
+        self.check_usable()?;
+        let begin = Instant::now();
+        let mut looked = begin;
+        while !is_done()? {
+            if looked.elapsed() < LOOK_EVERY {
+                std::thread::sleep(ASK_EVERY);
+                continue;
+            }
+            looked = Instant::now();
+            self.look(begin).inspect_err(|error| self.fail(error))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the other ranks are still there, and the device has not been waited for too long.
+    fn look(&self, begin: Instant) -> Result<()> {
+        let call = Call {
+            kind: Kind::AllReduce,
+            number: self.calls.get(),
+        };
+        self.links().try_for_each(|link| link.look(call))?;
+        match begin.elapsed() > self.timeout {
+            true => Err(Error::Stuck {
+                timeout: self.timeout,
+            }),
+            false => Ok(()),
+        }
     }
 
     /// Gives all ranks the `bytes` of rank 0; what others pass is ignored.
@@ -347,17 +392,25 @@ impl ProcessGroup {
         };
         let number = self.calls.get() + 1;
         self.calls.set(number);
-        match work(connections, Call { kind, number }) {
-            Ok(result) => Ok(Some(result)),
-            Err(error) => {
-                let (first, reason) = match &error {
-                    Error::GaveUp { rank, reason } => (*rank, reason.clone()),
-                    error => (self.rank, error.to_string()),
-                };
-                self.end(first, reason);
-                Err(error)
-            }
-        }
+        let result = work(connections, Call { kind, number });
+        result.map(Some).inspect_err(|error| self.fail(error))
+    }
+
+    /// Ends the group for a reason that others have given or this rank has.
+    fn fail(&self, error: &Error) {
+        let (first, reason) = match error {
+            Error::GaveUp { rank, reason } => (*rank, reason.clone()),
+            error => (self.rank, error.to_string()),
+        };
+        self.end(first, reason);
+    }
+
+    /// All connections of this rank.
+    fn links(&self) -> impl Iterator<Item = &Link> {
+        self.connections.iter().flat_map(|connections| {
+            let ring = [&connections.ring.next, &connections.ring.previous];
+            connections.star.iter().chain(ring)
+        })
     }
 
     fn check_usable(&self) -> Result<()> {
@@ -369,11 +422,7 @@ impl ProcessGroup {
 
     /// Passes the reason on to all neighbours, who pass it on to theirs.
     fn end(&self, first: usize, reason: String) {
-        let links = self.connections.iter().flat_map(|connections| {
-            let ring = [&connections.ring.next, &connections.ring.previous];
-            connections.star.iter().chain(ring)
-        });
-        let links: Vec<&Link> = links.collect();
+        let links: Vec<&Link> = self.links().collect();
         links.iter().for_each(|link| link.give_up(first, &reason));
         let deadline = Instant::now() + LINGER;
         links.iter().for_each(|link| link.linger(deadline));

@@ -1,8 +1,7 @@
 //! Gradients from GPU to GPU with NVIDIA's library.
 //!
-//! Nothing here waits for the GPU: the sum is one more piece of work on the device's stream. That is
-//! also the limit of what is noticed: a rank that dies while the others' GPUs wait for it leaves them
-//! waiting, until their next exchange over TCP or until their launcher ends them.
+//! Nothing here waits for the GPU: the sum is one more piece of work on the device's stream. A rank that dies while
+//! the others' GPUs wait for it leaves them waiting, which [`ProcessGroup::wait_until`] notices.
 
 use candle_core::cuda_backend::cudarc::nccl::result::NcclError;
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp};

@@ -252,6 +252,27 @@ impl Link {
         while reader.read(&mut discarded).is_ok_and(|bytes| bytes > 0) {}
     }
 
+    /// Looks at what has arrived, and takes nothing: an error where the peer has given up or is gone. What else there is belongs to a
+    /// later `call`.
+    pub(crate) fn look(&self, call: Call) -> Result<()> {
+        let mut bytes = [0; Header::BYTES];
+        let mut peek = || {
+            self.stream.set_nonblocking(true)?;
+            let peeked = self.stream.peek(&mut bytes);
+            self.stream.set_nonblocking(false)?;
+            peeked
+        };
+        match peek() {
+            Ok(0) => Err(self.failed(call, io::ErrorKind::UnexpectedEof.into())),
+            Ok(Header::BYTES) if Header::decode(bytes).kind == Kind::GaveUp as u32 => {
+                self.receive_header(call).map(drop)
+            }
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(self.failed(call, error)),
+        }
+    }
+
     fn receive_header(&self, call: Call) -> Result<u64> {
         let mut bytes = [0; Header::BYTES];
         let mut stream = self.reader();

@@ -205,6 +205,58 @@ fn a_silent_rank_is_an_error_after_the_timeout() {
     );
 }
 
+/// What rank 0 hears while its device waits for rank 1, which does `ending`.
+fn while_waiting(ending: impl Fn(ProcessGroup) + Sync, timeout: Duration) -> String {
+    let port = free_port();
+    let connect = |rank, timeout| {
+        let ranks = Ranks::new(rank, 2, "127.0.0.1", port).unwrap();
+        let options = Options {
+            timeout,
+            ..Options::default()
+        };
+        ProcessGroup::connect(&ranks, &options, Backend::Tcp).unwrap()
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| ending(connect(1, Duration::from_secs(60))));
+        let group = connect(0, timeout);
+        let waited = group.wait_until(|| Ok::<_, Error>(false));
+        assert!(matches!(group.barrier(), Err(Error::Failed(_))));
+        waited.unwrap_err().to_string()
+    })
+}
+
+#[test]
+fn a_device_that_waits_for_a_rank_that_is_gone_is_waited_for_no_longer() {
+    let long = Duration::from_secs(60);
+    let lost = while_waiting(drop, long);
+    assert!(lost.contains("lost rank 1 during the all-reduce"), "{lost}");
+    let gave_up = while_waiting(|group| group.give_up("the disk is full"), long);
+    assert_eq!(gave_up, "rank 1 gave up: the disk is full");
+}
+
+#[test]
+fn a_device_that_does_not_get_on_is_given_up_after_the_timeout() {
+    // A rank that is there and does not help; it hears of the end.
+    let hangs = |group: ProcessGroup| drop(group.barrier());
+    let error = while_waiting(hangs, Duration::from_secs(5));
+    assert!(error.contains("did not end within 5 s"), "{error}");
+}
+
+#[test]
+fn a_rank_that_is_ahead_is_no_reason_to_stop_waiting() {
+    let sums = on_ranks(2, |group| {
+        if group.rank() == 0 {
+            let end = Instant::now() + Duration::from_millis(200);
+            let is_done = || Ok::<_, Error>(Instant::now() > end);
+            group.wait_until(is_done).unwrap();
+        }
+        let mut sum = [1];
+        group.all_reduce_sum(&mut sum).unwrap();
+        sum[0]
+    });
+    assert_eq!(sums, [2, 2]);
+}
+
 #[test]
 fn ranks_that_make_different_calls_or_sizes_are_told_so() {
     let errors = on_ranks(2, |group| match group.rank() {

@@ -115,6 +115,19 @@ impl Together<'_> {
         self.0.is_none_or(ProcessGroup::reduces_on_gpu)
     }
 
+    /// Waits for what the device was given, as far as other ranks take part in that: one that is gone is an error here, while the
+    /// device would wait for it for ever.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn wait_for(self, device: &Device) -> Result<()> {
+        let Some(group) = self.0.filter(|group| group.reduces_on_gpu()) else {
+            return Ok(());
+        };
+        let during = "the wait for the device";
+        let failed = |source| Error::Group(data_parallel::Error::Tensor { during, source });
+        let marker = candle_cnn::cuda::Marker::after_all(device).map_err(failed)?;
+        group.wait_until(|| marker.is_reached().map_err(failed))
+    }
+
     /// This rank's part of a set that is gone through in order: whole batches, so that each is the
     /// same as for a process that is alone.
     pub(crate) fn share_of_set(self, images: usize, batch_size: usize) -> std::ops::Range<usize> {

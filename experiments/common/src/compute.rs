@@ -89,13 +89,11 @@ impl Precision {
         }
     }
 
-    /// Refuses what a GPU of this compute capability has no arithmetic for. TF32 is no such case: an older one computes in f32.
-    #[cfg(any(test, feature = "cuda"))]
-    fn check_capability(self, name: &str, capability: (i32, i32)) -> Result<()> {
-        /// Of the first GPUs for which cuDNN has convolutions in bf16.
-        const AMPERE: (i32, i32) = (8, 0);
-        if self == Self::Bf16 && capability < AMPERE {
-            let (major, minor) = capability;
+    /// Refuses what a GPU has no arithmetic for. TF32 is no such case: an older one computes in f32.
+    #[cfg(feature = "cuda")]
+    fn check(self, gpu: &candle_cnn::cuda::DeviceInfo) -> Result<()> {
+        if self == Self::Bf16 && !gpu.has_bf16() {
+            let (name, (major, minor)) = (&gpu.name, gpu.compute_capability);
             bail!(
                 "--precision bf16 needs a GPU of compute capability 8.0 or more, and {name} has {major}.{minor}: leave \
                  --precision out, or name another GPU with --device"
@@ -297,14 +295,49 @@ fn automatic_device(local_rank: usize) -> DeviceChoice {
     }
 }
 
+/// A GPU that has been opened and computes, and what it is.
+#[cfg(feature = "cuda")]
+fn opened_cuda(number: usize) -> Result<(Device, candle_cnn::cuda::DeviceInfo)> {
+    use std::collections::BTreeMap;
+    use std::sync::{Mutex, PoisonError};
+
+    use candle_cnn::cuda;
+
+    /// To open one takes a good part of a second, and what it keeps does not go away with it.
+    static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let cannot = || format!("cannot use --device cuda:{number}");
+    if let Some(device) = opened.get(&number) {
+        let info = cuda::device_info(number).with_context(cannot)?;
+        return Ok((device.clone(), info));
+    }
+    let device = cuda::open_device(number).with_context(cannot)?;
+    // Asked of a device that is open, it makes no context of its own.
+    let info = cuda::device_info(number).with_context(cannot)?;
+    let (major, minor) = info.compute_capability;
+    cuda::try_out(&device).with_context(|| {
+        format!(
+            "{}: {} does not run this program's kernels: build it with CUDA_COMPUTE_CAP={major}{minor}, by a CUDA that its \
+             driver knows",
+            cannot(),
+            info.name
+        )
+    })?;
+    opened.insert(number, device.clone());
+    Ok((device, info))
+}
+
 /// Describes a GPU that can be used.
 #[cfg(feature = "cuda")]
 fn cuda_device(number: usize) -> Result<String> {
-    let info = candle_cnn::cuda::device_info(number)
-        .with_context(|| format!("cannot use --device cuda:{number}"))?;
+    let (_, info) = opened_cuda(number)?;
     let (major, minor) = info.compute_capability;
+    let versions = candle_cnn::cuda::versions()?;
+    let ((nvrtc, nvrtc_minor), (driver, driver_minor)) = (versions.nvrtc, versions.driver);
+    let (cudnn, cudnn_minor, cudnn_patch) = versions.cudnn;
     Ok(format!(
-        "cuda:{number}, {} with {:.1} GiB, compute capability {major}.{minor}",
+        "cuda:{number}, {} with {:.1} GiB, compute capability {major}.{minor}; CUDA {nvrtc}.{nvrtc_minor}, driver for \
+         {driver}.{driver_minor}, cuDNN {cudnn}.{cudnn_minor}.{cudnn_patch}",
         info.name,
         info.memory as f64 / (1u64 << 30) as f64
     ))
@@ -312,11 +345,8 @@ fn cuda_device(number: usize) -> Result<String> {
 
 #[cfg(feature = "cuda")]
 fn open_cuda(number: usize, precision: Precision) -> Result<Device> {
-    let cannot = || format!("cannot use --device cuda:{number}");
-    let device = candle_cnn::cuda::open_device(number).with_context(cannot)?;
-    // Asked of a device that is open, it makes no context of its own.
-    let info = candle_cnn::cuda::device_info(number).with_context(cannot)?;
-    precision.check_capability(&info.name, info.compute_capability)?;
+    let (device, info) = opened_cuda(number)?;
+    precision.check(&info)?;
     Ok(device)
 }
 
@@ -427,11 +457,16 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "cuda")]
     fn bf16_is_refused_where_the_gpu_has_none() {
-        let check = |precision: Precision, capability| {
-            precision
-                .check_capability("a GPU", capability)
-                .map_err(|e| e.to_string())
+        let check = |precision: Precision, compute_capability| {
+            let gpu = candle_cnn::cuda::DeviceInfo {
+                ordinal: 0,
+                name: "a GPU".into(),
+                memory: 1 << 30,
+                compute_capability,
+            };
+            precision.check(&gpu).map_err(|error| error.to_string())
         };
         let error = check(Precision::Bf16, (7, 5)).unwrap_err();
         assert!(

@@ -70,6 +70,29 @@ fn two_gpus_make_the_steps_of_one_over_nccl() {
     assert_close(&recorded, &losses(&format!("--device cuda {both}")));
 }
 
+/// NCCL wants all ranks to replay a step that they have recorded together, or none.
+#[cfg(feature = "nccl")]
+#[test]
+fn where_one_rank_cannot_record_the_step_none_replays_it() {
+    if devices().len() == 1 {
+        return;
+    }
+    if !is_emulated() {
+        println!("skipped: a GPU's driver cannot be made to refuse a graph");
+        return;
+    }
+    let out = tempfile::tempdir().unwrap();
+    let line = "--gpus 2 --precision f32 --lr 1e-7 --dataset shapes --train-limit 8 --test-limit 2 --epochs 1 --batch-size 2 --out";
+    let mut command = program(line);
+    command
+        .arg(out.path())
+        .env("CUDA_EMULATION_REFUSES_GRAPHS", "1");
+    let assert = command.assert().success();
+    let said = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
+    assert!(said.contains("another rank could not record it"), "{said}");
+    assert_eq!(step_losses(out.path(), "scratch-train").len(), 4);
+}
+
 fn assert_close(some: &[f64], others: &[f64]) {
     assert_eq!(some.len(), others.len());
     for (step, (one, other)) in some.iter().zip(others).enumerate() {

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::Report;
-use super::work::{OURS, Row, SEEDS, VARIANTS, WAYS};
+use super::work::{OURS, ROUND, Row, SEEDS, WAYS};
+use super::{Report, gpu};
 use crate::bench::{Side, repository};
 
 /// Speed of a side in a round, and the GPU memory that it took beyond what was taken before.
@@ -69,6 +69,47 @@ impl Parity {
     }
 }
 
+const BF16: &str = "bf16";
+/// Runs of the same steps, and their arguments.
+const CURVES: [(&str, &str); 6] = [
+    ("cpu", "--device cpu"),
+    ("f32", "--device cuda --precision f32 --deterministic"),
+    (
+        "eager",
+        "--device cuda --precision f32 --deterministic --no-cuda-graph",
+    ),
+    (
+        "planes",
+        "--device cuda --precision f32 --deterministic --no-channels-last",
+    ),
+    ("default", "--device cuda"),
+    (BF16, "--device cuda --precision bf16"),
+];
+/// Which of them are compared, and how far apart they may be.
+///
+/// Rounding grows from step to step: at the lesson's rate two instruction sets of a CPU are 1e-1 apart after
+/// five steps, at this one 4e-5 after twenty, while the loss falls by half; on the emulated device TF32 sets them
+/// 5e-4 apart and bf16 3e-3. The bounds leave room for that and none for a wrong gradient.
+const COMPARISONS: [(&str, f64, [&str; 2]); 5] = [
+    ("STEPS, GPU in f32 against the CPU", 1e-3, ["cpu", "f32"]),
+    (
+        "the same, GPU in f32 with a plane per channel against the CPU",
+        1e-3,
+        ["cpu", "planes"],
+    ),
+    (
+        "the same, CUDA graph against one operation at a time",
+        0.0,
+        ["eager", "f32"],
+    ),
+    (
+        "the same, GPU with TF32 in convolutions against the CPU",
+        1e-2,
+        ["cpu", "default"],
+    ),
+    ("the same, GPU in bf16 against the CPU", 5e-2, ["cpu", BF16]),
+];
+
 /// Our programs and where they may work.
 pub(super) struct Runs<'a> {
     pub(super) programs: &'a Path,
@@ -79,6 +120,8 @@ pub(super) struct Runs<'a> {
     pub(super) skip_other_ways: bool,
     /// What programs warned of.
     pub(super) warnings: RefCell<Vec<String>>,
+    /// How a program described the GPU and what it is used through.
+    pub(super) device: RefCell<Option<String>>,
     /// When all is to be done.
     pub(super) end: Option<Instant>,
 }
@@ -104,13 +147,16 @@ impl Runs<'_> {
             .and_then(|()| fs::write(&path, log))
             .with_context(|| format!("cannot write {}", path.display()))?;
         self.warnings.borrow_mut().extend(warnings(name, log));
+        if let Some(device) = device_of(log) {
+            self.device.replace(Some(device));
+        }
         Ok(())
     }
 
     /// Runs a program to its end; its run directory.
     fn train(&self, program: &str, name: &str, arguments: &[OsString]) -> Result<PathBuf> {
         let out = self.work.join(name);
-        let output = Command::new(self.programs.join(program))
+        let output = gpu::in_order(&mut Command::new(self.programs.join(program)))
             .args(arguments)
             .arg("--out")
             .arg(&out)
@@ -129,11 +175,15 @@ impl Runs<'_> {
     }
 
     /// The losses of the same steps on both devices, and with and without the graph. Epochs end with a smaller batch and an
-    /// evaluation, for which a recorded step gives its memory back; in the second it is replayed after that.
-    pub(super) fn parity(&self) -> Result<Vec<Parity>> {
-        let pictures = match self.rehearse {
-            true => "--train-limit 7 --test-limit 2 --batch-size 2",
-            false => "--train-limit 304 --test-limit 70",
+    /// evaluation, for which a recorded step gives its memory back; in the second it is replayed after that. A run that fails is
+    /// noted, and keeps no others from being compared.
+    pub(super) fn parity(&self, report: &mut Report) {
+        let (pictures, steps) = match self.rehearse {
+            true => (
+                "--train-limit 7 --test-limit 2 --batch-size 2",
+                "8 steps of 2 pictures",
+            ),
+            false => ("--train-limit 304 --test-limit 70", "20 steps"),
         };
         let losses = |name: &str, extra: &str| -> Result<Vec<f64>> {
             let arguments =
@@ -144,82 +194,59 @@ impl Runs<'_> {
                 .with_context(|| format!("cannot read {}", path.display()))?;
             step_losses(&text)
         };
-        let cpu = losses("parity-cpu", "--device cpu")?;
-        let f32 = losses(
-            "parity-f32",
-            "--device cuda --precision f32 --deterministic",
-        )?;
-        let eager = losses(
-            "parity-eager",
-            "--device cuda --precision f32 --deterministic --no-cuda-graph",
-        )?;
-        let planes = losses(
-            "parity-planes",
-            "--device cuda --precision f32 --deterministic --no-channels-last",
-        )?;
-        let default = losses("parity-default", "--device cuda")?;
-        let bf16 = losses("parity-bf16", "--device cuda --precision bf16")?;
-        // Rounding grows from step to step: at the lesson's rate two instruction sets of a CPU are 1e-1 apart after
-        // five steps, at this one 4e-5 after twenty, while the loss falls by half; on the emulated device TF32 sets them
-        // 5e-4 apart and bf16 3e-3. The bounds leave room for that and none for a wrong gradient.
-        Ok(vec![
-            Parity::new(
-                match self.rehearse {
-                    true => "8 steps of 2 pictures, GPU in f32 against the CPU",
-                    false => "20 steps, GPU in f32 against the CPU",
-                },
-                1e-3,
-                cpu.clone(),
-                f32.clone(),
-            )?,
-            Parity::new(
-                "the same, GPU in f32 with a plane per channel against the CPU",
-                1e-3,
-                cpu.clone(),
-                planes,
-            )?,
-            Parity::new(
-                "the same, CUDA graph against one operation at a time",
-                0.0,
-                eager,
-                f32,
-            )?,
-            Parity::new(
-                "the same, GPU with TF32 in convolutions against the CPU",
-                1e-2,
-                cpu.clone(),
-                default,
-            )?,
-            Parity::new("the same, GPU in bf16 against the CPU", 5e-2, cpu, bf16)?,
-        ])
+        let mut curves = BTreeMap::new();
+        for (name, arguments) in CURVES {
+            if name == BF16 && !report.gpu.has_bf16() {
+                let capability = &report.gpu.compute_capability;
+                let why = format!("bf16, which compute capability {capability} does not have");
+                report.left_out.push(why);
+                continue;
+            }
+            match losses(&format!("parity-{name}"), arguments) {
+                Ok(losses) => drop(curves.insert(name, losses)),
+                Err(error) => report.fail(&format!("parity, {name}"), &error),
+            }
+        }
+        for (what, bound, [first, second]) in COMPARISONS {
+            let (Some(first), Some(second)) = (curves.get(first), curves.get(second)) else {
+                continue;
+            };
+            let what = what.replace("STEPS", steps);
+            match Parity::new(&what, bound, first.clone(), second.clone()) {
+                Ok(parity) => {
+                    if !parity.holds() {
+                        report.failures.push(format!("{what}: beyond the bound"));
+                    }
+                    report.parity.push(parity);
+                }
+                Err(error) => report.fail(&what, &error),
+            }
+        }
     }
 
     pub(super) fn row(
         &self,
         row: &Row,
         python: Option<&Path>,
-        rounds: u32,
+        (rounds, later): (u32, Duration),
         report: &mut Report,
     ) -> Result<()> {
-        // About what it takes to start PyTorch's sides, and to compile one, on an H100.
-        let begin_takes = match row.targets.1 {
-            Some(_) if python.is_some() => Duration::from_secs(100),
-            _ => Duration::from_secs(10),
-        };
-        let mut longest = Duration::from_secs(30);
-        if !self.has_time(report, row.name, begin_takes + longest) {
+        if row.bf16 && !report.gpu.has_bf16() {
+            let capability = &report.gpu.compute_capability;
+            let why = format!("{}: compute capability {capability} has no bf16", row.name);
+            report.left_out.push(why);
             return Ok(());
         }
+        if !self.has_time(report, row.name, row.takes(python.is_some())) {
+            return Ok(());
+        }
+        let mut longest = ROUND;
         let side_of = |name: &str| format!("{}, {name}", row.name);
         // PyTorch's processes live through all rounds, since to compile takes a minute.
-        let variants = match row.targets.1 {
-            Some(_) => &VARIANTS[..],
-            None => &VARIANTS[..1],
-        };
         let mut sides = Vec::new();
-        for &(name, flags) in variants {
+        for &(name, flags) in row.variants() {
             let Some(python) = python else { break };
-            let idle = gpu_mib()?;
+            let idle = gpu::memory_in_use()?;
             match with_peak_memory(|| pytorch_side(row, python, name, flags)) {
                 Ok((side, peak)) => sides.push((name, side, peak.saturating_sub(idle))),
                 Err(error) => report.fail(&side_of(name), &error),
@@ -229,12 +256,16 @@ impl Runs<'_> {
         let mut taken = BTreeMap::new();
         for number in 0..rounds {
             let part = format!("{}, round {}", row.name, number + 1);
-            if !self.has_time(report, &part, longest) {
+            let claims = match number {
+                0 => Duration::ZERO,
+                _ => later,
+            };
+            if !self.has_time(report, &part, longest + claims) {
                 continue;
             }
             let begin = Instant::now();
             let mut round = Round::new();
-            let idle = gpu_mib()?;
+            let idle = gpu::memory_in_use()?;
             for (name, flags) in WAYS {
                 if name != OURS && (number > 0 || self.skip_other_ways) {
                     continue;
@@ -267,6 +298,7 @@ impl Runs<'_> {
                             gpu_mib: *gpu_mib,
                         };
                         round.insert((*name).to_string(), timing);
+                        report.versions.pytorch.get_or_insert(answer.framework);
                     }
                     Err(error) => report.fail(&side_of(name), &error),
                 }
@@ -324,6 +356,12 @@ impl Runs<'_> {
     }
 }
 
+/// The GPU that a program said it runs on.
+fn device_of(log: &str) -> Option<String> {
+    let device = log.lines().find_map(|line| line.strip_prefix("Device: "))?;
+    device.starts_with("cuda").then(|| device.to_string())
+}
+
 /// The lines of a log that warn.
 fn warnings(name: &str, log: &str) -> Vec<String> {
     let lines = log.lines().filter(|line| line.contains(" WARN "));
@@ -367,7 +405,7 @@ fn last_speed(text: &str) -> Result<f64> {
 /// A process of PyTorch's that has warmed up.
 fn pytorch_side(row: &Row, python: &Path, name: &str, flags: &[&str]) -> Result<Side> {
     let mut command = Command::new(python);
-    command
+    gpu::in_order(&mut command)
         .arg(repository().join("tools/pytorch/bench_train_step.py"))
         .args(["--device", "cuda", "--model", row.model])
         .args(["--batch", &row.batch.to_string()])
@@ -392,7 +430,7 @@ pub(super) fn pytorch_accuracy(
     mut f: impl FnMut(u32, f64) -> Result<()>,
 ) -> Result<()> {
     let mut command = Command::new(python);
-    command
+    gpu::in_order(&mut command)
         .arg(repository().join("tools/pytorch/train_lesson.py"))
         .args(["--device", "cuda", "--compile", "--data-dir"])
         .arg(data)
@@ -426,26 +464,13 @@ struct Trained {
     accuracy: f64,
 }
 
-/// What all processes hold of the first GPU.
-fn gpu_mib() -> Result<u64> {
-    let output = Command::new("nvidia-smi")
-        .args(["--query-gpu=memory.used", "--format=csv,noheader,nounits"])
-        .output()
-        .context("cannot start nvidia-smi")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let first = text.lines().next().unwrap_or_default().trim();
-    first
-        .parse()
-        .with_context(|| format!("nvidia-smi says {first:?} of the memory in use"))
-}
-
 /// The most that is held of the GPU while `f` runs, looked at five times a second.
 fn with_peak_memory<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     let (done, peak) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                if let Ok(mib) = gpu_mib() {
+                if let Ok(mib) = gpu::memory_in_use() {
                     peak.fetch_max(mib, Ordering::Relaxed);
                 }
                 std::thread::sleep(Duration::from_millis(200));
@@ -481,6 +506,7 @@ mod tests {
             rehearse: false,
             skip_other_ways: false,
             warnings: RefCell::default(),
+            device: RefCell::default(),
             end: end.map(|end| Instant::now() + end),
         };
         let (long, short) = (Duration::from_secs(1000), Duration::from_secs(1));
@@ -498,6 +524,11 @@ mod tests {
             warnings("lesson-32-0", log),
             ["lesson-32-0: WARN it cannot be recorded"]
         );
+
+        let log = "x\nDevice: cuda:0, NVIDIA H200 with 139.8 GiB\nData: y\n";
+        let device = device_of(log).unwrap();
+        assert_eq!(device, "cuda:0, NVIDIA H200 with 139.8 GiB");
+        assert_eq!(device_of("Device: the CPU; no GPU can be used\n"), None);
 
         let csv = "epoch,images_per_second,x\n1,10.5,0\n2,20.25,0\n";
         assert_eq!(last_speed(csv).unwrap(), 20.25);

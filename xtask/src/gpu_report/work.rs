@@ -1,5 +1,7 @@
 //! The kinds of work that are timed, and the sides that do it.
 
+use std::time::Duration;
+
 /// One kind of work.
 pub(super) struct Row {
     pub(super) name: &'static str,
@@ -14,6 +16,28 @@ pub(super) struct Row {
     pub(super) bf16: bool,
     /// Least images/s as a multiple of PyTorch eager's, and of the fastest PyTorch's.
     pub(super) targets: (Option<f64>, Option<f64>),
+}
+
+/// About what a round of any row takes on an H100.
+pub(super) const ROUND: Duration = Duration::from_secs(30);
+
+impl Row {
+    /// The variants of PyTorch that it is held against.
+    pub(super) fn variants(&self) -> &'static [(&'static str, &'static [&'static str])] {
+        match self.targets.1 {
+            Some(_) => &VARIANTS,
+            None => &VARIANTS[..1],
+        }
+    }
+
+    /// About what it takes on an H100 with one round: to start PyTorch's sides, of which one is compiled, and to run them.
+    pub(super) fn takes(&self, pytorch: bool) -> Duration {
+        let start = match self.targets.1 {
+            Some(_) if pytorch => 100,
+            _ => 10,
+        };
+        Duration::from_secs(start) + ROUND
+    }
 }
 
 pub(super) const ROWS: [Row; 4] = [

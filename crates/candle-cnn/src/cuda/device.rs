@@ -5,12 +5,14 @@
 use std::ffi::c_void;
 
 use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::cudnn::result::get_version;
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUgraphMem_attribute, CUmemPool_attribute, CUmemoryPool, CUresult,
-    cuDeviceGetGraphMemAttribute, cuDeviceGraphMemTrim, cuMemPoolGetAttribute,
+    CUdevice_attribute, CUgraphMem_attribute, CUmemPool_attribute, CUmemoryPool, CUresult,
+    cuDeviceGetGraphMemAttribute, cuDeviceGraphMemTrim, cuDriverGetVersion, cuMemPoolGetAttribute,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, result};
-use candle_core::{Device, Result};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaEvent, result};
+use candle_core::cuda_backend::cudarc::nvrtc::sys::nvrtcVersion;
+use candle_core::{Device, Result, Tensor};
 
 use super::lanes;
 
@@ -27,6 +29,13 @@ pub struct DeviceInfo {
     pub compute_capability: (i32, i32),
 }
 
+impl DeviceInfo {
+    /// Whether cuDNN has convolutions in bf16 for it: from compute capability 8.0 on.
+    pub fn has_bf16(&self) -> bool {
+        self.compute_capability >= (8, 0)
+    }
+}
+
 /// What the driver says of GPU number `ordinal`. Allocates nothing on it.
 ///
 /// # Errors
@@ -39,6 +48,52 @@ pub fn device_info(ordinal: usize) -> Result<DeviceInfo> {
         memory: context.total_mem().w()?,
         compute_capability: context.compute_capability().w()?,
     })
+}
+
+/// Versions of what computes on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Versions {
+    /// The newest CUDA that the driver knows, major and minor.
+    pub driver: (i32, i32),
+    /// NVRTC's, major and minor.
+    pub nvrtc: (i32, i32),
+    /// cuDNN's, such as (9, 19, 0).
+    pub cudnn: (usize, usize, usize),
+}
+
+/// The versions of the driver and the libraries that this process has loaded.
+///
+/// # Errors
+/// A driver or an NVRTC that does not tell.
+pub fn versions() -> Result<Versions> {
+    let (mut driver, mut major, mut minor) = (0, 0, 0);
+    // SAFETY: each writes numbers to where it is told.
+    unsafe { cuDriverGetVersion(&raw mut driver) }
+        .result()
+        .w()?;
+    // SAFETY: as above.
+    let said = unsafe { nvrtcVersion(&raw mut major, &raw mut minor) }.result();
+    said.map_err(candle_core::Error::wrap)?;
+    let cudnn = get_version();
+    Ok(Versions {
+        driver: (driver / 1000, driver % 1000 / 10),
+        nvrtc: (major, minor),
+        cudnn: (cudnn / 10_000, cudnn % 10_000 / 100, cudnn % 100),
+    })
+}
+
+/// Runs a kernel of Candle's and one of this crate's, and asks cuDNN for a handle. A GPU that the program was not built for, or a
+/// driver that is older than the CUDA that built it, refuses only then.
+///
+/// # Errors
+/// What the driver, NVRTC or cuDNN says, and results that are wrong.
+pub fn try_out(device: &Device) -> Result<()> {
+    let doubled = (Tensor::new(&[-1f32, 2.0], device)? * 2.0)?;
+    let found = crate::relu(&doubled)?.to_vec1::<f32>()?;
+    if found != [0.0, 4.0] {
+        candle_core::bail!("relu of [-2, 4] is {found:?} there");
+    }
+    super::cudnn::with_cudnn(device.as_cuda_device()?, 0, "conv2d", |_| Ok(()))
 }
 
 /// Memory of a device that is free now and all that it has, in bytes, other processes' included.
@@ -106,6 +161,29 @@ pub fn make_lasting_memory(device: &Device) -> Result<()> {
     })
 }
 
+/// A point in the work given to a device.
+#[derive(Debug)]
+pub struct Marker(CudaEvent);
+
+impl Marker {
+    /// Behind all work that the device's stream was given until now.
+    ///
+    /// # Errors
+    /// A tensor device that is no GPU, or what the driver says.
+    pub fn after_all(device: &Device) -> Result<Self> {
+        let event = device.as_cuda_device()?.cuda_stream().record_event(None);
+        Ok(Self(event.w()?))
+    }
+
+    /// Whether the device has come so far. Does not wait.
+    ///
+    /// # Errors
+    /// A kernel that failed since the last wait.
+    pub fn is_reached(&self) -> Result<bool> {
+        self.0.try_is_complete().w()
+    }
+}
+
 /// Waits until all work given to the device is done.
 ///
 /// # Errors
@@ -157,8 +235,14 @@ pub fn release_graph_memory(device: &Device) -> Result<()> {
         .w()
 }
 
-/// Tells the pool from which streams allocate never to give memory back.
+/// Tells the pool from which streams allocate never to give memory back. Some virtual GPUs have none.
 fn keep_freed_memory(device: &Device) -> Result<()> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let has_pools = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED;
+    if stream.context().attribute(has_pools).w()? == 0 {
+        tracing::debug!("the GPU has no memory pools: each tensor's memory is the driver's");
+        return Ok(());
+    }
     let pool = pool(device)?;
     let mut threshold = u64::MAX;
     let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;

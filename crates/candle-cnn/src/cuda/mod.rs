@@ -30,8 +30,9 @@ mod training;
 
 #[cfg(feature = "cuda")]
 pub use device::{
-    DeviceInfo, HeldMemory, device_info, held_memory, make_lasting_memory, memory, open_device,
-    release_freed_memory, release_graph_memory, synchronize,
+    DeviceInfo, HeldMemory, Marker, Versions, device_info, held_memory, make_lasting_memory,
+    memory, open_device, release_freed_memory, release_graph_memory, synchronize, try_out,
+    versions,
 };
 pub use settings::{F32Math, Settings, set_settings, settings, without_benchmark};
 #[cfg(feature = "cuda")]

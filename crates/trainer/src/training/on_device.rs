@@ -41,8 +41,7 @@ pub(super) struct OnDevice {
     read_after: usize,
     #[cfg(feature = "cuda")]
     graph: graph::StepGraph,
-    /// The parameters whose gradients a recorded step averages, as the ranks agreed in the steps before. Nobody is asked after that:
-    /// a rank that replays would not answer one whose recording failed.
+    /// The parameters whose gradients a recorded step averages, as the ranks agreed in the steps before: a recorded step asks nobody.
     #[cfg(feature = "cuda")]
     agreed: Vec<bool>,
 }
@@ -207,6 +206,7 @@ impl Training<'_> {
         if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
             self.replay_or_record(state, share, seed)?;
         } else {
+            self.together.wait_for(&self.device)?;
             state.make_room(&self.device).map_err(failed("the step"))?;
             timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
         }
@@ -310,6 +310,8 @@ impl Training<'_> {
         if unread.is_empty() {
             return Ok(());
         }
+        #[cfg(feature = "cuda")]
+        self.together.wait_for(&self.device)?;
         let read = || {
             Ok((
                 state.losses.to_vec1::<f32>()?,

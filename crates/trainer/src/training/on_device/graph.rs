@@ -90,15 +90,14 @@ impl Training<'_> {
                 state.graph = StepGraph::WarmingUp(steps + 1);
                 return Ok(());
             }
-            StepGraph::WarmingUp(_) => match self.record(state, batch, seed) {
+            StepGraph::WarmingUp(_) => match self.record_together(state, batch, seed)? {
                 Ok(graph) => {
                     state.graph = StepGraph::Recorded {
                         graph,
                         keeps_memory: true,
                     };
                 }
-                Err(error) => {
-                    let reason = error.with_sources();
+                Err(reason) => {
                     tracing::warn!(
                         "the training step cannot be recorded as a CUDA graph, and is launched operation by operation: \
                          {reason}"
@@ -114,6 +113,27 @@ impl Training<'_> {
         state.graph.replay(&self.device).map_err(failed)
     }
 
+    /// Records the step on all ranks, or says why not: NCCL wants all of them to replay what they have recorded together, or none.
+    fn record_together(
+        &mut self,
+        state: &OnDevice,
+        batch: Share,
+        seed: u64,
+    ) -> Result<std::result::Result<CudaGraph, String>> {
+        let recorded = self.record(state, batch, seed);
+        let failed_somewhere = self.together.any(recorded.is_err())?;
+        Ok(match recorded {
+            Ok(graph) if failed_somewhere => {
+                drop(graph);
+                let failed = self.failed("the recording");
+                candle_cnn::cuda::release_graph_memory(&self.device).map_err(failed)?;
+                Err("another rank could not record it".to_string())
+            }
+            Ok(graph) => Ok(graph),
+            Err(error) => Err(error.with_sources()),
+        })
+    }
+
     fn record(&mut self, state: &OnDevice, batch: Share, seed: u64) -> Result<CudaGraph> {
         let failed = self.failed("the recording");
         let device = self.device.clone();
@@ -121,6 +141,7 @@ impl Training<'_> {
         let stream = cuda.cuda_stream();
         // The graph takes memory of its own for a step. What the steps before it took would lie idle beside it, and so would what
         // graphs of another run have left.
+        self.together.wait_for(&device)?;
         log_memory(&device, "after the warm-up");
         candle_cnn::cuda::release_freed_memory(&device).map_err(&failed)?;
         candle_cnn::cuda::release_graph_memory(&device).map_err(&failed)?;

@@ -1,0 +1,132 @@
+//! The CUDA tests: which are run, and what came of them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{cargo, gpu};
+
+/// Cargo's arguments: the tests of the packages that compute on a GPU, and those of the programs that are about it. A test that
+/// fails keeps no other from being run.
+const TESTS: [&str; 2] = [
+    "test --no-fail-fast --features cuda --lib --tests --package candle-cnn --package inception-model --package trainer",
+    "test --no-fail-fast --features cuda --package scratch-train --package finetune-full --test cuda",
+];
+
+/// What the tests said.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Outcome {
+    /// In words.
+    pub(super) counted: String,
+    /// The names of those that failed.
+    pub(super) failed: Vec<String>,
+}
+
+/// Builds them, so that it counts for no time limit.
+pub(super) fn build() -> Result<()> {
+    for arguments in TESTS {
+        let status = cargo()
+            .args(arguments.split(' '))
+            .arg("--no-run")
+            .status()
+            .context("cannot start cargo")?;
+        ensure!(
+            status.success(),
+            "the tests cannot be built for CUDA: see above"
+        );
+    }
+    Ok(())
+}
+
+/// Runs those that `build` built, or the programs in a folder; all that they print is kept in the file `log`.
+pub(super) fn run(binaries: Option<&Path>, log: &Path) -> Result<Outcome> {
+    let mut commands = Vec::new();
+    match binaries {
+        None => commands.extend(TESTS.map(|arguments| {
+            let mut command = cargo();
+            command.args(arguments.split(' '));
+            command
+        })),
+        Some(dir) => {
+            let dir = dir.join("tests");
+            let entries =
+                fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+            for entry in entries {
+                commands.push(Command::new(entry?.path()));
+            }
+        }
+    }
+    let (mut text, mut ended_well) = (String::new(), true);
+    for mut command in commands {
+        let output = gpu::in_order(&mut command)
+            // A test must not pass because it found no device.
+            .env("CUDA_TESTS_MUST_RUN", "1")
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot start {command:?}"))?;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        print!("{printed}");
+        text += &printed;
+        ended_well &= output.status.success();
+    }
+    let parent = log.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(parent)
+        .and_then(|()| fs::write(log, &text))
+        .with_context(|| format!("cannot write {}", log.display()))?;
+    let outcome = read(&text);
+    ensure!(
+        !text.contains("skipped: CUDA"),
+        "the tests found no GPU: {}",
+        outcome.counted
+    );
+    ensure!(
+        ended_well || !outcome.failed.is_empty(),
+        "a program of tests ended before its end: {}",
+        outcome.counted
+    );
+    Ok(outcome)
+}
+
+/// Sums up the lines `test result: …`, and takes the names from those like `test NAME ... FAILED`.
+fn read(text: &str) -> Outcome {
+    let (mut passed, mut failed) = (0, 0);
+    let mut names = Vec::new();
+    for line in text.lines() {
+        let name = line.strip_prefix("test ");
+        if let Some(name) = name.and_then(|line| line.strip_suffix(" ... FAILED")) {
+            names.push(name.to_string());
+        }
+        if !line.starts_with("test result:") {
+            continue;
+        }
+        let words: Vec<&str> = line.split_whitespace().collect();
+        for pair in words.windows(2) {
+            let number = pair[0].parse().unwrap_or(0);
+            match pair[1] {
+                "passed;" => passed += number,
+                "failed;" => failed += number,
+                _ => {}
+            }
+        }
+    }
+    Outcome {
+        counted: format!("{passed} passed, {failed} failed"),
+        failed: names,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_counted_and_those_that_failed_are_named() {
+        let text = "running 3 tests\ntest a::b ... ok\ntest a::c ... FAILED\n\
+                    test result: FAILED. 5 passed; 1 failed; 0 ignored\ntest result: ok. 2 passed; 0 failed;";
+        let outcome = read(text);
+        assert_eq!(outcome.counted, "7 passed, 1 failed");
+        assert_eq!(outcome.failed, ["a::c"]);
+    }
+}
