@@ -198,8 +198,11 @@ impl<T: Element> Arena<T> {
         buffer
     }
 
+    /// Keeps a buffer for the next time; one without memory serves nobody, and would be looked at in each search.
     pub(super) fn give_back(&mut self, layout: Layout, buffer: Vec<T>) {
-        self.buffers.push((layout, buffer));
+        if !buffer.is_empty() {
+            self.buffers.push((layout, buffer));
+        }
     }
 
     /// Memory of at least `len` elements, with arbitrary values.
@@ -209,6 +212,12 @@ impl<T: Element> Arena<T> {
 
     pub(super) fn give_back_flat(&mut self, memory: Vec<T>) {
         self.give_back(Layout::flat(memory.len()), memory);
+    }
+
+    /// How many buffers are free.
+    #[cfg(test)]
+    pub(super) fn free(&self) -> usize {
+        self.buffers.len()
     }
 }
 

@@ -915,3 +915,33 @@ fn fewer_images_than_threads_are_cut_into_lines_and_give_the_same_bits() -> Resu
     }
     Ok(())
 }
+
+#[test]
+fn as_many_buffers_are_free_after_twenty_steps_as_after_two() -> Result<()> {
+    for (stem, trains) in [(Stem::Bias, true), (Stem::Norm, true), (Stem::Bias, false)] {
+        let example = example::<f32>(stem, 3, (9, 9), false);
+        // Every third convolution is frozen, or all are, and the image alone gets its gradient.
+        let tensors: Vec<Vec<Tensor>> = example
+            .parameters
+            .iter()
+            .enumerate()
+            .map(|(i, p)| {
+                let tensor = |var: &Var| match trains && i % 3 != 1 {
+                    true => var.as_tensor().clone(),
+                    false => var.as_detached_tensor(),
+                };
+                p.iter().map(tensor).collect()
+            })
+            .collect();
+        let given: Vec<_> = tensors.iter().map(|p| from_tensors(p)).collect();
+        let images = Var::from_tensor(&example.images)?;
+        let mut free = Vec::new();
+        for _ in 0..20 {
+            let features = example.graph.forward(&images, &given)?.features;
+            features.sum_all()?.backward()?;
+            free.push(example.graph.inner.arenas.of::<f32>().free());
+        }
+        assert_eq!(free[1], free[19], "{stem:?} {trains}: {free:?}");
+    }
+    Ok(())
+}
