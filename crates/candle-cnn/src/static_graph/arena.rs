@@ -131,6 +131,27 @@ impl Arenas {
         }
     }
 
+    /// A buffer of at least `images` images. What lies inside of the halo is arbitrary.
+    pub(super) fn take<T: Element>(&self, layout: Layout, images: usize) -> Vec<T> {
+        let found = self.of().find(layout, images);
+        // Behind the lock: a worker that waits for others in a parallel loop may take up another pass through the
+        // same graph, which would wait for a lock that its own thread holds.
+        match found {
+            None => vec![T::ZERO; images * layout.image()],
+            Some((of, buffer)) if of == layout => buffer,
+            Some((_, mut buffer)) => {
+                clear_halos(layout, &mut buffer);
+                buffer
+            }
+        }
+    }
+
+    /// Memory of at least `len` elements, with arbitrary values.
+    pub(super) fn take_flat<T: Element>(&self, len: usize) -> Vec<T> {
+        self.take(Layout::flat(len), 1)
+    }
+
+    /// Locked until the guard is dropped: nothing parallel may run so long.
     pub(super) fn of<T: Element>(&self) -> MutexGuard<'_, Arena<T>> {
         let f64: &dyn Any = &self.f64;
         let arena = match f64.downcast_ref::<Mutex<Arena<T>>>() {
@@ -176,8 +197,8 @@ impl<T: Element> Drop for Lent<'_, T> {
 }
 
 impl<T: Element> Arena<T> {
-    /// A buffer of at least `images` images. What lies inside of the halo is arbitrary.
-    pub(super) fn take(&mut self, layout: Layout, images: usize) -> Vec<T> {
+    /// What is free for at least `images` images, and the layout that it was last used with.
+    fn find(&mut self, layout: Layout, images: usize) -> Option<(Layout, Vec<T>)> {
         let len = images * layout.image();
         // The same layout, or else the smallest that would not waste half of itself.
         let same = |(of, buffer): &(Layout, Vec<T>)| *of == layout && buffer.len() >= len;
@@ -187,15 +208,8 @@ impl<T: Element> Arena<T> {
             let candidates = candidates.filter(|(_, (_, buffer))| fits(buffer));
             let smallest = candidates.min_by_key(|(_, (_, buffer))| buffer.len());
             smallest.map(|(index, _)| index)
-        });
-        let Some(found) = found else {
-            return vec![T::ZERO; len];
-        };
-        let (of, mut buffer) = self.buffers.swap_remove(found);
-        if of != layout {
-            clear_halos(layout, &mut buffer);
-        }
-        buffer
+        })?;
+        Some(self.buffers.swap_remove(found))
     }
 
     /// Keeps a buffer for the next time; one without memory serves nobody, and would be looked at in each search.
@@ -203,11 +217,6 @@ impl<T: Element> Arena<T> {
         if !buffer.is_empty() {
             self.buffers.push((layout, buffer));
         }
-    }
-
-    /// Memory of at least `len` elements, with arbitrary values.
-    pub(super) fn take_flat(&mut self, len: usize) -> Vec<T> {
-        self.take(Layout::flat(len), 1)
     }
 
     pub(super) fn give_back_flat(&mut self, memory: Vec<T>) {
@@ -252,12 +261,12 @@ mod tests {
             width: 16,
         };
         let (from, to) = (layout(6, 5, 1), layout(4, 3, 2));
-        let mut arena = Arena::<f32>::default();
-        let mut dirty = arena.take(from, 3);
+        let arenas = Arenas::default();
+        let mut dirty = arenas.take::<f32>(from, 3);
         dirty.fill(1.0);
         let (address, len) = (dirty.as_ptr(), dirty.len());
-        arena.give_back(from, dirty);
-        let buffer = arena.take(to, 3);
+        arenas.of().give_back(from, dirty);
+        let buffer = arenas.take::<f32>(to, 3);
         assert_eq!(
             (buffer.as_ptr(), buffer.len()),
             (address, len),
@@ -311,10 +320,10 @@ mod tests {
             halo: 0,
             width: 16,
         };
-        let mut arena = Arena::<f32>::default();
-        let large = arena.take(layout(8), 4);
-        arena.give_back(layout(8), large);
-        assert_eq!(arena.take(layout(4), 4).len(), 4 * 256);
-        assert_eq!(arena.buffers.len(), 1);
+        let arenas = Arenas::default();
+        let large = arenas.take::<f32>(layout(8), 4);
+        arenas.of().give_back(layout(8), large);
+        assert_eq!(arenas.take::<f32>(layout(4), 4).len(), 4 * 256);
+        assert_eq!(arenas.of::<f32>().free(), 1);
     }
 }

@@ -130,11 +130,7 @@ impl<'a, T: Element> Backward<'a, T> {
 
     fn take(&self, buffer: usize) -> Vec<T> {
         let layout = self.forward.graph.gradient_layout(buffer);
-        self.forward
-            .graph
-            .arenas
-            .of::<T>()
-            .take(layout, self.forward.batch)
+        self.forward.graph.arenas.take(layout, self.forward.batch)
     }
 
     /// The gradient of the global average: to every pixel its share.
@@ -381,7 +377,7 @@ impl<'a, T: Element> Backward<'a, T> {
         let len = c.c_in.next_multiple_of(kernels.lanes) * taps * c.c_out;
         let packed = needs_input.then(|| {
             let shape = (taps, c.c_out, c.c_in);
-            let memory = arenas.of::<T>().take_flat(len);
+            let memory = arenas.take_flat(len);
             PackedWeight::turned(numbers.weight, shape, kernels, memory)
         });
         let size = graph.gradient_layout(c.input).size;
@@ -389,7 +385,7 @@ impl<'a, T: Element> Backward<'a, T> {
             .as_ref()
             .filter(|_| pays::<T>(c, size, batch))
             .map(|packed| {
-                let memory = arenas.of::<T>().take_flat(4 * len);
+                let memory = arenas.take_flat(4 * len);
                 winograd::transform_weight(isa, packed, memory)
             });
         let pool = graph.pooled[branch.index].map(|index| &graph.operations[index]);

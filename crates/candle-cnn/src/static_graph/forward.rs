@@ -349,7 +349,7 @@ impl<'a, T: Element> Forward<'a, T> {
     /// A weight as the tiles read it, for this time.
     fn pack(&self, wanted: &Wanted<'_, T>) -> Arc<Packed<T>> {
         let arenas = &self.graph.arenas;
-        Arc::new(wanted.pack(|len| arenas.of::<T>().take_flat(len)))
+        Arc::new(wanted.pack(|len| arenas.take_flat(len)))
     }
 
     /// What the sums of each convolution start from.
@@ -365,7 +365,7 @@ impl<'a, T: Element> Forward<'a, T> {
 
     fn take(&self, buffer: usize) -> Vec<T> {
         let layout = self.graph.layout(buffer);
-        self.graph.arenas.of::<T>().take(layout, self.batch)
+        self.graph.arenas.take(layout, self.batch)
     }
 
     /// Gives the memory of weights back that nobody keeps.
@@ -466,7 +466,7 @@ impl<'a, T: Element> Forward<'a, T> {
         }
         let z_span = self.graph.normalised_span(c);
         let z_layout = z_span.layout;
-        let mut z = self.graph.arenas.of::<T>().take(z_layout, self.batch);
+        let mut z = self.graph.arenas.take(z_layout, self.batch);
         let moments = self.convolve_and_measure(c, x, (numbers, packed), (&mut z, z_span));
         let affine = Affine::new(&moments, weight, bias, eps);
         let between = Between {

@@ -1,4 +1,8 @@
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
+
 use candle_core::{Device, Result, Tensor, Var};
+use rayon::prelude::*;
 use test_support::{check_gradients, relative_error, seeded_values};
 
 use super::arena::{Layout, Part};
@@ -942,6 +946,80 @@ fn as_many_buffers_are_free_after_twenty_steps_as_after_two() -> Result<()> {
             free.push(example.graph.inner.arenas.of::<f32>().free());
         }
         assert_eq!(free[1], free[19], "{stem:?} {trains}: {free:?}");
+    }
+    Ok(())
+}
+
+/// Convolutions one after the other, each with an output of another size and with padding, so that buffers serve
+/// layouts that they were not made for.
+struct Chain {
+    graph: StaticGraph,
+    parameters: Vec<[Var; 2]>,
+}
+
+impl Chain {
+    const SIZE: (usize, usize) = (26, 25);
+
+    fn new() -> Result<Self> {
+        let mut builder = StaticGraphBuilder::new(16, Self::SIZE);
+        let mut x = builder.input();
+        let mut parameters = Vec::new();
+        for i in 0..8 {
+            x = builder.conv2d_relu(x, 16, 4, 1)?;
+            let weight = tensor::<f32>(&format!("w{i}"), &[16, 16, 4, 4], 0.3);
+            let bias = tensor::<f32>(&format!("b{i}"), &[16], 1.0);
+            parameters.push([Var::from_tensor(&weight)?, Var::from_tensor(&bias)?]);
+        }
+        let graph = builder.global_avg_pool2d(x)?;
+        Ok(Self { graph, parameters })
+    }
+
+    /// The features of so many images, and where they are asked for all gradients.
+    fn pass(&self, batch: usize, gradients: bool) -> Result<Vec<f32>> {
+        let (height, width) = Self::SIZE;
+        let images = tensor::<f32>("images", &[batch, 16, height, width], 2.0);
+        let of = |var: &Var| match gradients {
+            true => var.as_tensor().clone(),
+            false => var.as_detached_tensor(),
+        };
+        let tensors: Vec<_> = self
+            .parameters
+            .iter()
+            .map(|p| p.each_ref().map(of))
+            .collect();
+        let given: Vec<_> = tensors.iter().map(|p| from_tensors(p)).collect();
+        let features = self.graph.clone().forward(&images, &given)?.features;
+        let mut all = values::<f32>(&features);
+        if gradients {
+            let gradients = features.sqr()?.sum_all()?.backward()?;
+            for var in self.parameters.iter().flatten() {
+                all.extend(values::<f32>(gradients.get(var).unwrap()));
+            }
+        }
+        Ok(all)
+    }
+}
+
+#[test]
+fn passes_through_clones_of_one_graph_at_once_give_the_bits_that_each_gives_alone() -> Result<()> {
+    let chain = Chain::new()?;
+    let (tell, heard) = std::sync::mpsc::channel();
+    // Passes that wait for each other never end: so they have a thread that can be left behind.
+    let thread = std::thread::spawn(move || {
+        let pass = |i: usize| chain.pass(2 + i % 5, i.is_multiple_of(3)).unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build();
+        pool.unwrap().install(|| {
+            let alone: Vec<_> = (0..15).map(pass).collect();
+            for _ in 0..30 {
+                let at_once: Vec<_> = (0..15).into_par_iter().map(pass).collect();
+                assert!(at_once == alone);
+            }
+        });
+        tell.send(()).unwrap();
+    });
+    match heard.recv_timeout(Duration::from_secs(300)) {
+        Err(RecvTimeoutError::Timeout) => panic!("passes wait for each other"),
+        _ => thread.join().unwrap(),
     }
     Ok(())
 }

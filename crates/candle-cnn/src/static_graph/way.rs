@@ -119,7 +119,7 @@ impl<T: Element> Way<'_, T> {
         match self {
             Self::Convolution(way) => {
                 let len = way.weight.as_ref().map(AnyOuterPass::sums_len);
-                let memory = len.map(|len| graph.arenas.of::<T>().take_flat(len));
+                let memory = len.map(|len| graph.arenas.take_flat(len));
                 Sums::new(memory.unwrap_or_default(), way.prepared.c.c_out)
             }
             Self::MaxPool { .. } => Sums::new(Vec::new(), 0),
