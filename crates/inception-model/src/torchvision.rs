@@ -291,6 +291,18 @@ impl GoogLeNet {
         self.frozen.is_none() || parameter.starts_with("fc.")
     }
 
+    /// Whether a state-dict key is of an auxiliary head.
+    pub fn is_auxiliary(key: &str) -> bool {
+        key.starts_with("aux1.") || key.starts_with("aux2.")
+    }
+
+    /// Whether a state-dict key is of a layer with an output for each class: `fc`, and the last of
+    /// each auxiliary head, which [`Self::reset_head`] replaces.
+    pub fn is_head(key: &str) -> bool {
+        let heads = ["fc.", "aux1.fc2.", "aux2.fc2."];
+        heads.iter().any(|head| key.starts_with(head))
+    }
+
     /// Names, shapes and dtypes of torchvision's state dict, in its order.
     pub fn state_dict_shapes(config: &GoogLeNetConfig) -> Vec<(String, Vec<usize>, DType)> {
         let mut shapes = Vec::new();

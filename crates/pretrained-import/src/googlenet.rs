@@ -49,7 +49,7 @@ pub struct Matched {
 /// How a file compares with torchvision's GoogLeNet.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Report {
-    /// Outputs of the head.
+    /// Outputs of the head; 0 where [`match_backbone`] asked for none.
     pub classes: usize,
     /// Whether the auxiliary heads are among the loaded.
     pub aux_heads: bool,
@@ -61,7 +61,7 @@ pub struct Report {
     pub unexpected: Vec<String>,
     /// Tensors of another shape.
     pub misshapen: Vec<Misshapen>,
-    /// Keys of auxiliary heads that were left out on request.
+    /// Keys that were left out on request: of auxiliary heads, or of heads.
     pub dropped: Vec<String>,
     /// How many tensors were of another type, by type: they are f32 (counters: i64) now.
     pub converted: BTreeMap<String, usize>,
@@ -146,10 +146,6 @@ fn listed(report: &Report) -> String {
     lines
 }
 
-fn is_aux(name: &str) -> bool {
-    name.starts_with("aux1.") || name.starts_with("aux2.")
-}
-
 fn is_counter(name: &str) -> bool {
     name.ends_with(".num_batches_tracked")
 }
@@ -171,17 +167,45 @@ pub fn match_googlenet(
             }));
         }
     };
+    compare(state, options, Some(classes))
+}
+
+/// As [`match_googlenet`] without the layers that have an output for each class
+/// ([`GoogLeNet::is_head`]): what the file has of them plays no part.
+///
+/// # Errors
+/// As [`match_googlenet`], but that a file may have no head.
+pub fn match_backbone(
+    state: &StateDict,
+    options: MatchOptions,
+) -> Result<Matched, Box<MatchError>> {
+    compare(state, options, None)
+}
+
+/// `classes` is what the head has; None: no head is asked for.
+fn compare(
+    state: &StateDict,
+    options: MatchOptions,
+    classes: Option<usize>,
+) -> Result<Matched, Box<MatchError>> {
+    let is_left_out = |name: &str| {
+        (classes.is_none() && GoogLeNet::is_head(name))
+            || (options.aux_heads == AuxHeads::Drop && GoogLeNet::is_auxiliary(name))
+    };
     let config = GoogLeNetConfig {
-        num_classes: classes,
+        num_classes: classes.unwrap_or(1),
         aux_heads: match options.aux_heads {
-            AuxHeads::AsInFile => state.tensors.keys().any(|name| is_aux(name)),
+            AuxHeads::AsInFile => state
+                .tensors
+                .keys()
+                .any(|name| GoogLeNet::is_auxiliary(name)),
             AuxHeads::Keep => true,
             AuxHeads::Drop => false,
         },
         ..GoogLeNetConfig::default()
     };
     let mut report = Report {
-        classes,
+        classes: classes.unwrap_or_default(),
         aux_heads: config.aux_heads,
         ignored: state.ignored.clone(),
         ..Report::default()
@@ -189,7 +213,8 @@ pub fn match_googlenet(
     let has_counters = state.tensors.keys().any(|name| is_counter(name));
     let mut tensors = Vec::new();
     let mut expected_names = BTreeSet::new();
-    for (name, shape, dtype) in GoogLeNet::state_dict_shapes(&config) {
+    let shapes = GoogLeNet::state_dict_shapes(&config).into_iter();
+    for (name, shape, dtype) in shapes.filter(|(name, ..)| !is_left_out(name)) {
         expected_names.insert(name.clone());
         match state.tensors.get(&name) {
             None if !has_counters && is_counter(&name) => {
@@ -213,7 +238,7 @@ pub fn match_googlenet(
         }
     }
     for name in state.tensors.keys() {
-        if options.aux_heads == AuxHeads::Drop && is_aux(name) {
+        if is_left_out(name) {
             report.dropped.push(name.clone());
         } else if !expected_names.contains(name) {
             report.unexpected.push(name.clone());

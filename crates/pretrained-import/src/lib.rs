@@ -25,7 +25,7 @@ mod torch;
 pub use error::ImportError;
 pub use export::{ExportError, can_be_written, write_safetensors};
 pub use googlenet::{
-    AuxHeads, MatchError, MatchOptions, Matched, Misshapen, Report, match_googlenet,
+    AuxHeads, MatchError, MatchOptions, Matched, Misshapen, Report, match_backbone, match_googlenet,
 };
 pub use source::{FetchError, FetchOptions, FoundFile, Source};
 pub use state_dict::{Format, StateDict};

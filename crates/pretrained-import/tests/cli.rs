@@ -8,7 +8,10 @@ use candle_core::{DType, Device, Tensor};
 use inception_model::{GoogLeNet, GoogLeNetConfig};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
-use pretrained_import::{MatchError, MatchOptions, StateDict, match_googlenet, write_safetensors};
+use pretrained_import::{
+    AuxHeads, MatchError, MatchOptions, StateDict, match_backbone, match_googlenet,
+    write_safetensors,
+};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -311,4 +314,34 @@ fn small_floats_become_f32_and_absent_counters_0_as_in_pytorch() {
     headless.tensors.remove("fc.weight");
     let error = match_googlenet(&headless, MatchOptions::default()).unwrap_err();
     assert!(matches!(*error, MatchError::NoHead { .. }));
+}
+
+#[test]
+fn a_backbone_is_matched_whatever_head_is_on_it() {
+    let mut state = StateDict {
+        tensors: googlenet(3, true).into_iter().collect(),
+        ignored: Vec::new(),
+        metadata: BTreeMap::new(),
+        format: pretrained_import::Format::TorchZip,
+    };
+    let names = |state: &StateDict, options| {
+        let matched = match_backbone(state, options).unwrap().tensors.into_iter();
+        matched.map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    let with_aux = names(&state, MatchOptions::default());
+    assert_eq!(with_aux.len(), 364 - 3 * 2);
+    assert!(with_aux.contains(&"aux1.fc1.weight".to_owned()));
+    let without = MatchOptions {
+        aux_heads: AuxHeads::Drop,
+        ..MatchOptions::default()
+    };
+    assert_eq!(names(&state, without).len(), 344 - 2);
+
+    state.tensors.remove("fc.weight");
+    let bias = state.tensors.remove("fc.bias").unwrap();
+    state.tensors.insert("fc.1.bias".into(), bias.clone());
+    assert_eq!(names(&state, MatchOptions::default()), with_aux);
+    state.tensors.insert("head.bias".into(), bias);
+    let error = match_backbone(&state, without).unwrap_err().to_string();
+    assert!(error.contains("unexpected (1): head.bias"), "{error}");
 }

@@ -196,7 +196,9 @@ fn weights_that_do_not_fit_are_refused_with_every_difference() {
         .assert()
         .failure()
         .stderr(
-            contains("missing: conv2.conv.weight").and(contains("unexpected: conv9.conv.weight")),
+            contains("missing (1): conv2.conv.weight")
+                .and(contains("unexpected (1): conv9.conv.weight"))
+                .and(contains("other.safetensors")),
         );
 
     let head = vec![0u8; 4 * 1024];
@@ -281,6 +283,41 @@ fn weights_come_from_a_pth_file_of_half_precision() {
         b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R.",
         "googlenet.pth",
     );
+}
+
+#[test]
+fn a_file_from_before_batch_norms_counted_batches_is_taken_as_pytorch_takes_it() {
+    let (first_out, first) = finished("--weights random");
+    let model = run_directory(first_out.path()).join("model.safetensors");
+    let mut tensors: BTreeMap<String, Tensor> =
+        candle_core::safetensors::load(&model, &Device::Cpu)
+            .unwrap()
+            .into_iter()
+            .collect();
+    tensors.retain(|name, _| !name.ends_with("num_batches_tracked"));
+    let write = |name: &str, tensors: &BTreeMap<String, Tensor>| {
+        let file = first_out.path().join(name);
+        fs::write(&file, test_support::legacy_pth(tensors).unwrap()).unwrap();
+        file.display().to_string()
+    };
+    let whole = write("old.pth", &tensors);
+    tensors.retain(|name, _| !name.starts_with("fc."));
+    let headless = write("headless.pth", &tensors);
+    for begin in [
+        format!("--init {whole}"),
+        format!("--weights {whole}"),
+        format!("--weights {headless}"),
+    ] {
+        let (_out, trained) = finished(&format!("{begin} --lr 0"));
+        let name = "conv1.conv.weight";
+        assert_eq!(trained.tensors[name], first.tensors[name], "{begin}");
+        let counted = &trained.tensors["conv1.bn.num_batches_tracked"].1;
+        assert_eq!(counted[..], 2i64.to_le_bytes(), "{begin}");
+    }
+    let refused = tiny(&format!("--init {headless}"), first_out.path()).assert();
+    refused
+        .code(1)
+        .stderr(contains("headless.pth").and(contains("fc.weight")));
 }
 
 /// The Hub's answers for a repository with one file of weights.

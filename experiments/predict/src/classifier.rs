@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_cnn::Mode;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use experiment_common::Dataset;
 use inception_model::{CifarConfig, CifarGoogLeNet};
 use rand_chacha::ChaCha8Rng;
@@ -78,8 +78,12 @@ impl Classifier {
         };
         let mut rng: ChaCha8Rng = random::stream(0, random::INIT, 0);
         let network = CifarGoogLeNet::new(&config, device, &mut rng)?;
-        let class_names = class_names(&weights, config.num_classes);
-        weights::assign(network.named_parameters(), weights.tensors, &weights.path)?;
+        let said = weights.state.metadata.get("class_names");
+        let class_names = class_names(said.map(String::as_str), config.num_classes);
+        let as_f32 = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
+        let tensors = weights.state.tensors.into_iter().map(as_f32);
+        let tensors = tensors.collect::<candle_core::Result<_>>()?;
+        weights::assign(network.named_parameters(), tensors, &weights.path)?;
         Ok(Self {
             network: Kind::Cifar(Box::new(network)),
             preprocessing: Preprocessing::Cifar,
@@ -92,7 +96,7 @@ impl Classifier {
 
     fn torchvision(weights: Weights, device: &Device) -> Result<Self> {
         let classes = classes(&weights)?;
-        let said = |key: &str| weights.metadata.get(key).map(String::as_str);
+        let said = |key: &str| weights.state.metadata.get(key).map(String::as_str);
         let image_size: Option<usize> = said("image_size").and_then(|size| size.parse().ok());
         // Ours say how large their pictures are. Of others, those with ten classes can only have
         // been fine-tuned, and all else is torchvision's.
@@ -118,9 +122,9 @@ impl Classifier {
             trained: Trained::Everything,
             class_names: String::new(),
         };
-        let class_names = class_names(&weights, classes);
+        let class_names = class_names(said("class_names"), classes);
         let network = Network::new(settings, 0, device)?;
-        network.load_state(weights.tensors, &weights.path)?;
+        network.load_state(&weights)?;
         Ok(Self {
             network: Kind::Torchvision(Box::new(network)),
             preprocessing,
@@ -219,8 +223,12 @@ impl Classifier {
 
 /// Which network it is.
 fn architecture(weights: &Weights) -> Result<&'static str> {
-    let said = weights.metadata.get("architecture").map(String::as_str);
-    let has = |name: &str| weights.tensors.contains_key(name);
+    let said = weights
+        .state
+        .metadata
+        .get("architecture")
+        .map(String::as_str);
+    let has = |name: &str| weights.state.tensors.contains_key(name);
     match said {
         Some(CIFAR_ARCHITECTURE) => Ok(CIFAR_ARCHITECTURE),
         Some(ARCHITECTURE) => Ok(ARCHITECTURE),
@@ -240,7 +248,7 @@ fn architecture(weights: &Weights) -> Result<&'static str> {
 
 /// Outputs of the head.
 fn classes(weights: &Weights) -> Result<usize> {
-    let head = weights.tensors.get("fc.weight");
+    let head = weights.state.tensors.get("fc.weight");
     let dims = head.map(Tensor::dims);
     match dims {
         Some(&[classes, FEATURES]) if classes > 0 => Ok(classes),
@@ -251,12 +259,12 @@ fn classes(weights: &Weights) -> Result<usize> {
     }
 }
 
-fn class_names(weights: &Weights, classes: usize) -> Vec<String> {
+/// `said` is which names the weights say that their classes have.
+fn class_names(said: Option<&str>, classes: usize) -> Vec<String> {
     let imagenet = IMAGENET_CLASSES
         .lines()
         .filter(|line| !line.starts_with('#'));
     let imagenet: Vec<&str> = imagenet.collect();
-    let said = weights.metadata.get("class_names").map(String::as_str);
     let known: &[&str] = match said {
         Some("shapes") => &cifar_data::shapes::CLASS_NAMES,
         _ if classes == imagenet.len() => &imagenet,
@@ -274,17 +282,12 @@ mod tests {
 
     #[test]
     fn imagenet_has_a_thousand_names_in_the_order_of_their_index() {
-        let weights = Weights {
-            path: "w".into(),
-            tensors: Default::default(),
-            metadata: Default::default(),
-        };
-        let names = class_names(&weights, 1000);
+        let names = class_names(None, 1000);
         assert_eq!(names.len(), 1000);
         for (index, name) in [(0, "tench"), (281, "tabby"), (999, "toilet tissue")] {
             assert_eq!(names[index], name);
         }
-        assert_eq!(class_names(&weights, 10)[3], "cat");
-        assert_eq!(class_names(&weights, 3), ["class 0", "class 1", "class 2"]);
+        assert_eq!(class_names(None, 10)[3], "cat");
+        assert_eq!(class_names(None, 3), ["class 0", "class 1", "class 2"]);
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
@@ -90,11 +90,40 @@ fn a_pth_file_names_what_the_same_weights_name_in_safetensors() {
     let dir = tempfile::tempdir().unwrap();
     let safetensors = torchvision(dir.path(), 10, 3, &[]);
     let tensors = candle_core::safetensors::load(&safetensors, &Device::Cpu).unwrap();
+    let mut tensors: BTreeMap<String, Tensor> = tensors.into_iter().collect();
     let pth = dir.path().join("googlenet.pth");
-    let content = test_support::legacy_pth(&tensors.into_iter().collect()).unwrap();
-    fs::write(&pth, content).unwrap();
-    let run = predict(&pth).arg(format!("{PICTURES}/tiny.bmp")).assert();
-    run.success().stdout(contains("  99.70 %  cat"));
+    let names_a_cat = |tensors: &BTreeMap<String, Tensor>| {
+        fs::write(&pth, test_support::legacy_pth(tensors).unwrap()).unwrap();
+        let run = predict(&pth).arg(format!("{PICTURES}/tiny.bmp")).assert();
+        run.success().stdout(contains("  99.70 %  cat"));
+    };
+    names_a_cat(&tensors);
+    // As PyTorch wrote it before 0.4.1.
+    tensors.retain(|name, _| !name.ends_with("num_batches_tracked"));
+    names_a_cat(&tensors);
+}
+
+#[test]
+fn weights_of_half_precision_name_the_same_whichever_network_they_are_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = [
+        torchvision(dir.path(), 10, 3, &[]),
+        cifar(dir.path(), 3, &[]),
+    ];
+    for path in weights {
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        let half = tensors.into_iter().map(|(name, tensor)| {
+            let half = match tensor.dtype() {
+                DType::F32 => tensor.to_dtype(DType::F16).unwrap(),
+                _ => tensor,
+            };
+            (name, half)
+        });
+        let half: HashMap<String, Tensor> = half.collect();
+        candle_core::safetensors::save(&half, &path).unwrap();
+        let run = predict(&path).arg(format!("{PICTURES}/tiny.bmp")).assert();
+        run.success().stdout(contains("  99.70 %  cat"));
+    }
 }
 
 #[test]

@@ -1,11 +1,10 @@
 //! Fine-tuning, whole or of the head alone, as an experiment.
 
-use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use cifar_data::CLASSES;
 use experiment_common::{DataConfig, Dataset, Experiment, InitFile, RunConfig, print};
 use inception_model::{GoogLeNet, GoogLeNetConfig, LARGEST_OF_ONE_PIXEL};
@@ -13,7 +12,7 @@ use serde::Deserialize;
 use trainer::{DataSets, RunDirectory};
 
 use crate::config::{Begin, BeginConfig, Request, Trained, TransferConfig};
-use crate::network::{ARCHITECTURE, Network, NetworkSettings, is_aux};
+use crate::network::{ARCHITECTURE, Network, NetworkSettings};
 use crate::source::{FoundWeights, Weights, WeightsSource, weights_file};
 
 /// One of the two experiments.
@@ -94,12 +93,12 @@ impl<S: Stage> Experiment for FineTune<S> {
             BeginConfig::Random => Ok(()),
             BeginConfig::Backbone { file, .. } => {
                 let weights = Weights::read(file)?;
-                let loaded = network.load_backbone(weights.tensors, &weights.path);
+                let loaded = network.load_backbone(&weights);
                 loaded.context("cannot use --weights")
             }
             BeginConfig::State { file } => {
                 let weights = Weights::read(file)?;
-                let loaded = network.load_state(weights.tensors, &weights.path);
+                let loaded = network.load_state(&weights);
                 loaded.context("cannot use --init")
             }
         }
@@ -168,9 +167,11 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
     let weights = Weights::read(&file).context("cannot use --weights")?;
     check_architecture(&weights, "--weights")?;
     ensure!(
-        !request.aux_heads || weights.tensors.keys().any(|name| is_aux(name)),
+        !request.aux_heads || weights.has_aux(),
         "--aux cannot be combined with --weights {source}: these weights have no auxiliary heads"
     );
+    let fits = weights.backbone(request.aux_heads);
+    fits.context("cannot use --weights")?;
     let known = Known {
         // How the features were trained decides; the size of the pictures is free.
         transform_input: transform_input(&weights),
@@ -190,6 +191,7 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     check_architecture(&weights, "--init")?;
     let shown = path.display();
     let classes = weights
+        .state
         .tensors
         .get("fc.weight")
         .and_then(|head| head.dim(0).ok());
@@ -199,7 +201,7 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
          takes its backbone under a fresh head",
         classes.unwrap_or_default()
     );
-    if let Some(other) = weights.metadata.get("class_names")
+    if let Some(other) = weights.state.metadata.get("class_names")
         && other != dataset.class_names()
     {
         print(&format!(
@@ -207,7 +209,7 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
             dataset.class_names()
         ));
     }
-    match (has_aux(&weights.tensors), request.aux_heads) {
+    match (weights.has_aux(), request.aux_heads) {
         (false, true) => bail!(
             "--aux cannot be combined with --init {shown}: that state has no auxiliary heads, and \
              --init adds nothing to it"
@@ -220,9 +222,12 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
         ),
         _ => {}
     }
+    let fits = weights.whole(request.aux_heads);
+    fits.context("cannot use --init")?;
     let known = Known {
         transform_input: transform_input(&weights),
         image_size: weights
+            .state
             .metadata
             .get("image_size")
             .and_then(|n| n.parse().ok()),
@@ -230,24 +235,16 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     Ok((BeginConfig::State { file }, known))
 }
 
-fn has_aux(tensors: &BTreeMap<String, Tensor>) -> bool {
-    tensors.keys().any(|name| is_aux(name))
-}
-
 fn transform_input(weights: &Weights) -> Option<bool> {
-    weights.metadata.get("transform_input")?.parse().ok()
+    weights.state.metadata.get("transform_input")?.parse().ok()
 }
 
-/// A state dict of another network would otherwise be an error of hundreds of lines.
 fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {
-    let shown = weights.path.display();
-    match weights.metadata.get("architecture") {
-        Some(other) if other != ARCHITECTURE => {
-            bail!("cannot use {flag}: {shown} is a {other}, this experiment trains {ARCHITECTURE}")
-        }
-        None if !weights.tensors.contains_key("conv1.conv.weight") => {
-            bail!("cannot use {flag}: {shown} is no state dict of torchvision's GoogLeNet")
-        }
+    match weights.state.metadata.get("architecture") {
+        Some(other) if other != ARCHITECTURE => bail!(
+            "cannot use {flag}: {} is a {other}, this experiment trains {ARCHITECTURE}",
+            weights.path.display()
+        ),
         _ => Ok(()),
     }
 }

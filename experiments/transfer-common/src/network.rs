@@ -1,7 +1,6 @@
 //! torchvision's GoogLeNet as the trainer sees it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_cnn::Mode;
@@ -12,6 +11,7 @@ use trainer::{AuxiliaryOutput, FixedFeatures, Model, TrainOutput, random, weight
 
 use crate::config::Trained;
 use crate::resize::Resizer;
+use crate::source::Weights;
 
 /// What `model.safetensors` calls this network in its metadata.
 pub const ARCHITECTURE: &str = "googlenet-torchvision";
@@ -84,28 +84,26 @@ impl Network {
         })
     }
 
-    /// Takes everything but the head from `tensors`, a state dict of the same network with any
-    /// number of classes. Its auxiliary heads are dropped where the network has none. `path` names
-    /// the file in errors.
+    /// Takes everything but the head from a file of the same network with any number of classes.
+    /// Its auxiliary heads are dropped where the network has none.
     ///
     /// # Errors
-    /// One error lists everything missing, unexpected and misshapen; nothing is changed then.
-    pub fn load_backbone(&self, mut tensors: BTreeMap<String, Tensor>, path: &Path) -> Result<()> {
-        let aux_heads = self.settings.aux_heads;
-        tensors.retain(|name, _| !is_head(name) && (aux_heads || !is_aux(name)));
+    /// As [`Weights::backbone`]; nothing is changed then.
+    pub fn load_backbone(&self, weights: &Weights) -> Result<()> {
+        let tensors = weights.backbone(self.settings.aux_heads)?;
         let mut own = weights::state_dict(self);
-        own.retain(|(name, _)| !is_head(name));
-        Ok(weights::assign(own, tensors, path)?)
+        own.retain(|(name, _)| !GoogLeNet::is_head(name));
+        Ok(weights::assign(own, tensors, &weights.path)?)
     }
 
-    /// Takes everything from `tensors`, head included; auxiliary heads as [`Self::load_backbone`].
+    /// Takes everything from a file, head included; auxiliary heads as [`Self::load_backbone`].
     ///
     /// # Errors
-    /// As [`Self::load_backbone`].
-    pub fn load_state(&self, mut tensors: BTreeMap<String, Tensor>, path: &Path) -> Result<()> {
-        let aux_heads = self.settings.aux_heads;
-        tensors.retain(|name, _| aux_heads || !is_aux(name));
-        Ok(weights::assign(weights::state_dict(self), tensors, path)?)
+    /// As [`Weights::whole`], and another number of classes; nothing is changed then.
+    pub fn load_state(&self, weights: &Weights) -> Result<()> {
+        let tensors = weights.whole(self.settings.aux_heads)?;
+        let own = weights::state_dict(self);
+        Ok(weights::assign(own, tensors, &weights.path)?)
     }
 
     /// What it is made of.
@@ -119,18 +117,6 @@ impl Network {
             None => Ok(images.clone()),
         }
     }
-}
-
-/// Of an auxiliary head.
-pub(crate) fn is_aux(name: &str) -> bool {
-    name.starts_with("aux1.") || name.starts_with("aux2.")
-}
-
-/// Of the layers that answer, which have one output for each class.
-fn is_head(name: &str) -> bool {
-    ["fc.", "aux1.fc2.", "aux2.fc2."]
-        .iter()
-        .any(|head| name.starts_with(head))
 }
 
 impl Model for Network {
@@ -209,6 +195,8 @@ impl FixedFeatures for Network {
 
 #[cfg(test)]
 mod tests {
+    use pretrained_import::{Format, StateDict};
+
     use super::*;
 
     fn settings(trained: Trained) -> NetworkSettings {
@@ -300,7 +288,15 @@ mod tests {
         let loaded = network(settings(Trained::Everything));
         let state = weights::state_dict(&other).into_iter();
         let state = state.map(|(name, var)| (name, var.as_detached_tensor()));
-        loaded.load_backbone(state.collect(), Path::new("other"))?;
+        loaded.load_backbone(&Weights {
+            path: "other".into(),
+            state: StateDict {
+                tensors: state.collect(),
+                ignored: Vec::new(),
+                metadata: BTreeMap::new(),
+                format: Format::Safetensors,
+            },
+        })?;
         assert_eq!(head(&loaded), head(&fresh));
         // U(±1/√1024), as nn.Linear.
         let bound = 1.0 / 32.0;

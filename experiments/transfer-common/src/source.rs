@@ -5,10 +5,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Result, bail};
-use candle_core::{DType, Tensor};
+use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
 use experiment_common::{DownloadProgress, InitFile, say};
-use pretrained_import::{FetchOptions, Source, StateDict};
+use inception_model::GoogLeNet;
+use pretrained_import::{
+    AuxHeads, FetchOptions, MatchError, MatchOptions, Matched, Source, StateDict, match_backbone,
+    match_googlenet,
+};
 
 /// The value of `--weights`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,30 +135,59 @@ pub fn weights_file(path: &Path, flag: &str) -> Result<PathBuf> {
 pub struct Weights {
     /// Where it is.
     pub path: PathBuf,
-    /// By state-dict key.
-    pub tensors: BTreeMap<String, Tensor>,
-    /// What the file says of itself; empty for files that are not ours.
-    pub metadata: BTreeMap<String, String>,
+    /// What it holds.
+    pub state: StateDict,
 }
 
 impl Weights {
-    /// Reads a file of any format, which must be the one that was resolved. Floating-point numbers
-    /// of other types become f32.
+    /// Reads a file of any format, which must be the one that was resolved.
     ///
     /// # Errors
     /// A file that has changed, or that holds no weights.
     pub fn read(file: &InitFile) -> Result<Self> {
-        let state = StateDict::from_bytes(&file.read()?, &file.path)?;
-        let as_f32 = |(name, tensor): (String, Tensor)| match tensor.dtype().is_float() {
-            true => Ok((name, tensor.to_dtype(DType::F32)?)),
-            false => Ok((name, tensor)),
-        };
-        let tensors = state.tensors.into_iter().map(as_f32);
         Ok(Self {
             path: file.path.clone(),
-            tensors: tensors.collect::<candle_core::Result<_>>()?,
-            metadata: state.metadata,
+            state: StateDict::from_bytes(&file.read()?, &file.path)?,
         })
+    }
+
+    /// Whether there are auxiliary heads in it.
+    pub fn has_aux(&self) -> bool {
+        let mut names = self.state.tensors.keys();
+        names.any(|name| GoogLeNet::is_auxiliary(name))
+    }
+
+    /// torchvision's GoogLeNet, head included, as `pretrained-import` takes it from the same file; with auxiliary heads or without.
+    ///
+    /// # Errors
+    /// What is missing, unexpected or misshapen.
+    pub fn whole(&self, aux_heads: bool) -> Result<BTreeMap<String, Tensor>> {
+        self.matched(match_googlenet, aux_heads)
+    }
+
+    /// The same without the head, which the file need not have.
+    ///
+    /// # Errors
+    /// As [`Self::whole`].
+    pub fn backbone(&self, aux_heads: bool) -> Result<BTreeMap<String, Tensor>> {
+        self.matched(match_backbone, aux_heads)
+    }
+
+    fn matched(
+        &self,
+        how: impl FnOnce(&StateDict, MatchOptions) -> Result<Matched, Box<MatchError>>,
+        aux_heads: bool,
+    ) -> Result<BTreeMap<String, Tensor>> {
+        let options = MatchOptions {
+            aux_heads: match aux_heads {
+                true => AuxHeads::Keep,
+                false => AuxHeads::Drop,
+            },
+            strict: true,
+        };
+        let matched = how(&self.state, options)
+            .with_context(|| format!("{} does not fit", self.path.display()))?;
+        Ok(matched.tensors.into_iter().collect())
     }
 }
 
