@@ -2,11 +2,9 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{DType, Device, Tensor};
-use candle_datasets::vision::Dataset;
 use sha2::{Digest, Sha256};
 
-use crate::{CLASSES, DataError, IMAGE_BYTES, SIDE};
+use crate::{CLASSES, DataError, IMAGE_BYTES};
 
 /// Pictures (`u8`, CHW, 3 × 32 × 32) with their labels (0 to 9).
 #[derive(Clone)]
@@ -147,15 +145,6 @@ impl ImageSet {
         self.labels.extend_from_slice(&other.labels);
         self.fingerprint = OnceLock::new();
     }
-
-    /// `f32` images in 0 to 1, (N, 3, 32, 32), and `u8` labels, (N,), as `candle-datasets` has them.
-    fn to_candle(&self) -> candle_core::Result<(Tensor, Tensor)> {
-        let shape = (self.len(), 3, SIDE, SIDE);
-        let images = Tensor::from_slice(&self.pixels, shape, &Device::Cpu)?;
-        let images = (images.to_dtype(DType::F32)? / 255.)?;
-        let labels = Tensor::from_slice(&self.labels, self.len(), &Device::Cpu)?;
-        Ok((images, labels))
-    }
 }
 
 impl std::fmt::Debug for ImageSet {
@@ -176,26 +165,6 @@ pub struct TrainTest {
     pub test: ImageSet,
     /// Where they come from, for people: "CIFAR-10, binary files in data/cifar-10-batches-bin".
     pub source: String,
-}
-
-impl TrainTest {
-    /// The same pictures as Candle's [`Dataset`]: `f32` images in 0 to 1 of shape (N, 3, 32, 32),
-    /// `u8` labels of shape (N,), bit for bit what `candle_datasets::vision::cifar::load_dir`
-    /// reads. All of CIFAR-10 takes 737 MB in this form.
-    ///
-    /// # Errors
-    /// [`DataError::Tensor`] if a tensor cannot be made.
-    pub fn to_candle(&self) -> Result<Dataset, DataError> {
-        let (train_images, train_labels) = self.train.to_candle()?;
-        let (test_images, test_labels) = self.test.to_candle()?;
-        Ok(Dataset {
-            train_images,
-            train_labels,
-            test_images,
-            test_labels,
-            labels: CLASSES,
-        })
-    }
 }
 
 #[cfg(test)]

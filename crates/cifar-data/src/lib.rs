@@ -30,8 +30,7 @@
 //!
 //! # Beside `candle-datasets`
 //!
-//! [`TrainTest::to_candle`] gives Candle's own [`Dataset`](candle_datasets::vision::Dataset), for
-//! code written against it. **Do not use `candle_datasets::vision::cifar::load()`** (as of 0.11.1):
+//! **Do not use `candle_datasets::vision::cifar::load()`** (as of 0.11.1):
 //! it transposes every image (rows become columns), skips rows that it cannot read and panics on a
 //! picture that it cannot decode. `candle_datasets::vision::cifar::load_dir()` has the right
 //! orientation, but checks no label and reads only files of exactly 10,000 records.

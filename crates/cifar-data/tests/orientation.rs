@@ -4,8 +4,8 @@ mod pictures;
 
 use std::path::Path;
 
-use candle_core::{IndexOp, Tensor};
-use cifar_data::{ImageSet, TrainTest, binary};
+use candle_core::{DType, Device, IndexOp, Tensor};
+use cifar_data::{ImageSet, binary};
 use image::RgbImage;
 use pictures::{asymmetric, png, set_of, write_hub_parquet};
 
@@ -123,6 +123,14 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
+/// As `candle-datasets` has them: `f32` images in 0 to 1, (N, 3, 32, 32), and `u8` labels, (N,).
+fn as_candle(set: &ImageSet) -> (Tensor, Tensor) {
+    let pixels: Vec<u8> = (0..set.len()).flat_map(|i| set.image(i).to_vec()).collect();
+    let images = Tensor::from_vec(pixels, (set.len(), 3, 32, 32), &Device::Cpu).unwrap();
+    let images = (images.to_dtype(DType::F32).unwrap() / 255.).unwrap();
+    (images, Tensor::new(set.labels(), &Device::Cpu).unwrap())
+}
+
 /// `load_dir` reads files of exactly 10,000 records, so sparse files are filled up with zeros.
 #[test]
 fn candle_datasets_load_dir_reads_the_same_from_binary_files() {
@@ -145,22 +153,16 @@ fn candle_datasets_load_dir_reads_the_same_from_binary_files() {
     let picked: Vec<usize> = (0..5)
         .flat_map(|f| [0, 1, 2].map(|i| f * RECORDS + i))
         .collect();
-    let few = TrainTest {
-        train: ours.train.select(&picked),
-        ..ours
-    };
-    let ours = few.to_candle().unwrap();
+    let (images, labels) = as_candle(&ours.train.select(&picked));
     for (i, &index) in picked.iter().enumerate() {
-        let (a, b) = (theirs.train_images.i(index), ours.train_images.i(i));
+        let (a, b) = (theirs.train_images.i(index), images.i(i));
         assert_eq!(bits(&a.unwrap()), bits(&b.unwrap()), "picture {index}");
-        let (a, b) = (theirs.train_labels.i(index), ours.train_labels.i(i));
+        let (a, b) = (theirs.train_labels.i(index), labels.i(i));
         let [a, b] = [a, b].map(|label| label.unwrap().to_scalar::<u8>().unwrap());
         assert_eq!(a, b, "label {index}");
     }
-    assert_eq!(bits(&theirs.test_images), bits(&ours.test_images));
-    assert_eq!(
-        theirs.test_labels.to_vec1::<u8>().unwrap(),
-        ours.test_labels.to_vec1::<u8>().unwrap()
-    );
-    assert_eq!((theirs.labels, ours.labels), (10, 10));
+    let (images, labels) = as_candle(&ours.test);
+    assert_eq!(bits(&theirs.test_images), bits(&images));
+    let [theirs, ours] = [theirs.test_labels, labels].map(|labels| labels.to_vec1::<u8>().unwrap());
+    assert_eq!(theirs, ours);
 }
