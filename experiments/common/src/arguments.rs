@@ -414,7 +414,7 @@ pub fn flags_without_default(command: &Command) -> Vec<&str> {
 }
 
 /// The flags on the command line, as `--lr`.
-pub fn flags_given(command: &Command, matches: &ArgMatches) -> Vec<String> {
+pub(crate) fn flags_given(command: &Command, matches: &ArgMatches) -> Vec<String> {
     command
         .get_arguments()
         .filter(|argument| {
@@ -430,7 +430,12 @@ pub fn flags_given(command: &Command, matches: &ArgMatches) -> Vec<String> {
 ///
 /// # Errors
 /// Names the flags and the reason.
-pub fn refuse_all_but(flag: &str, allowed: &[&str], given: &[String], reason: &str) -> Result<()> {
+pub(crate) fn refuse_all_but(
+    flag: &str,
+    allowed: &[&str],
+    given: &[String],
+    reason: &str,
+) -> Result<()> {
     let refused: Vec<&str> = given
         .iter()
         .map(String::as_str)

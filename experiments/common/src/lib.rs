@@ -6,6 +6,7 @@
 
 mod advice;
 mod arguments;
+mod command_line;
 mod compute;
 mod data;
 mod experiment;
@@ -22,8 +23,9 @@ mod signals;
 pub use arguments::{
     ComputeArguments, DataArguments, DeviceArguments, LrSchedule, ParallelArguments, RunArguments,
     TrainingArguments, TrainingDefaults, at_least_one, common_defaults, describe_defaults,
-    device_defaults, flags_given, flags_without_default, probability, refuse_all_but, threads,
+    device_defaults, flags_without_default, probability, threads,
 };
+pub use command_line::{CommandLine, CommonArguments, Presets, command, parse, parse_from};
 pub use compute::{ComputeConfig, DeviceChoice, Precision, start_threads};
 pub use data::{DataConfig, Dataset};
 pub use experiment::{Action, Experiment, RunConfig, conclude, run_experiment};

@@ -1,11 +1,9 @@
 //! The command line.
 
 use anyhow::Result;
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
+use clap::{Args, Parser};
 use experiment_common::{
-    Action, ComputeArguments, DataArguments, Dataset, ParallelArguments, RunArguments, RunConfig,
-    TrainingArguments, TrainingDefaults, common_defaults, describe_defaults, flags_given,
-    refuse_all_but,
+    Action, CommandLine, CommonArguments, Presets, TrainingDefaults, common_defaults,
 };
 use trainer::{Schedule, SgdConfig};
 use transfer_common::{Begin, Request, Trained, TransferArguments, transfer_defaults};
@@ -17,30 +15,23 @@ use transfer_common::{Begin, Request, Trained, TransferArguments, transfer_defau
 /// is not there. A run can be stopped with Ctrl-C at any time and resumed with --resume.
 #[derive(Debug, Parser)]
 #[command(name = "finetune-frozen", version, max_term_width = 100)]
-struct Arguments {
+pub(crate) struct Arguments {
     /// In seconds, on drawn shapes: begins with the newest finished run of finetune-full under --out,
     /// as `finetune-full --quick` makes one
     #[arg(long)]
     quick: bool,
-    /// Print the network layer by layer and exit
-    #[arg(long)]
-    summary: bool,
     #[command(flatten)]
-    data: DataArguments,
+    common: CommonArguments<NetworkArguments>,
+}
+
+#[derive(Debug, Args)]
+struct NetworkArguments {
     #[command(flatten)]
-    training: TrainingArguments,
-    #[command(flatten)]
-    network: TransferArguments,
+    transfer: TransferArguments,
     /// Let batch norm use its running statistics and leave them as they are. The backbone's features
     /// are then computed once, and epochs after the first take next to no time
     #[arg(long, help_heading = "Network")]
     bn_eval: bool,
-    #[command(flatten)]
-    run: RunArguments,
-    #[command(flatten)]
-    compute: ComputeArguments,
-    #[command(flatten)]
-    parallel: ParallelArguments,
 }
 
 /// The lesson's: batch 32, SGD without momentum, 2 epochs.
@@ -62,78 +53,51 @@ const LESSON: TrainingDefaults = TrainingDefaults {
 /// Pictures of `--quick`: (train, test).
 const QUICK_SHAPES: (u64, u64) = (1_600, 400);
 
-/// Reads the command line. Help and malformed arguments end the process here, as clap does it.
-pub(crate) fn parse() -> Result<Action<Request>> {
-    let matches = command().get_matches();
-    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    resolve(arguments, &matches)
-}
+impl CommandLine for Arguments {
+    type Request = Request;
 
-fn command() -> clap::Command {
-    let mut defaults = common_defaults(&LESSON);
-    defaults.extend(transfer_defaults());
-    let init = "the newest finished run of finetune-full under --out";
-    defaults.push(("init", init.into()));
-    describe_defaults(Arguments::command(), &defaults)
-}
+    fn defaults() -> Vec<(&'static str, String)> {
+        let mut defaults = common_defaults(&LESSON);
+        defaults.extend(transfer_defaults());
+        let init = "the newest finished run of finetune-full under --out";
+        defaults.push(("init", init.into()));
+        defaults
+    }
 
-fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action<Request>> {
-    let given = flags_given(&command(), matches);
-    if let Some(action) = arguments.run.to_resume(&given, &arguments.data)? {
-        return Ok(action);
+    fn resolve(self, given: &[String]) -> Result<Action<Request>> {
+        let presets = Presets {
+            training: &LESSON,
+            quick_shapes: self.quick.then_some(QUICK_SHAPES),
+            summary_flags: &["--dropout", "--image-size"],
+        };
+        self.common.resolve(given, presets, |network| {
+            let trained = match network.bn_eval {
+                true => Trained::HeadWithFixedStatistics,
+                false => Trained::Head,
+            };
+            let aux_heads = false; // they only ever train the backbone
+            let begin = Begin::NewestRunOf("finetune-full");
+            network.transfer.request(begin, aux_heads, trained)
+        })
     }
-    let trained = match arguments.bn_eval {
-        true => Trained::HeadWithFixedStatistics,
-        false => Trained::Head,
-    };
-    let aux_heads = false; // they only ever train the backbone
-    let begin = Begin::NewestRunOf("finetune-full");
-    let request = arguments.network.request(begin, aux_heads, trained)?;
-    if arguments.summary {
-        let reason = "it prints the network and trains nothing";
-        let allowed = ["--dropout", "--image-size"];
-        refuse_all_but("--summary", &allowed, &given, reason)?;
-        return Ok(Action::Summary(request));
-    }
-    let data = match arguments.quick {
-        true => arguments.data.quick(QUICK_SHAPES)?,
-        false => arguments.data,
-    };
-    let data = data.resolve(Dataset::Cifar10)?;
-    let compute = arguments.compute.resolve_for(&arguments.parallel)?;
-    let config = RunConfig {
-        model: request,
-        data,
-        training: arguments
-            .training
-            .resolve(&arguments.run, &LESSON, &compute)?,
-        compute,
-    };
-    config.training.validate()?;
-    Ok(Action::Start {
-        config: Box::new(config),
-        out: arguments.run.out(),
-        profile: arguments.run.profile,
-    })
 }
 
 #[cfg(test)]
 mod tests {
+    use experiment_common::{Dataset, RunConfig, command, flags_without_default, parse_from};
+
     use super::*;
 
     fn action(line: &str) -> Result<Action<Request>> {
-        let line = ["finetune-frozen"]
-            .into_iter()
-            .chain(line.split_whitespace());
-        let matches = command().try_get_matches_from(line)?;
-        resolve(Arguments::from_arg_matches(&matches)?, &matches)
+        parse_from::<Arguments>(
+            ["finetune-frozen"]
+                .into_iter()
+                .chain(line.split_whitespace()),
+        )
     }
 
     fn config(line: &str) -> RunConfig<Request> {
-        match action(line).unwrap() {
-            Action::Start { config, .. } => *config,
-            other => panic!("{other:?}"),
-        }
+        action(line).unwrap().started()
     }
 
     #[test]
@@ -179,10 +143,7 @@ mod tests {
     #[test]
     fn the_help_gives_a_default_for_each_flag_that_takes_a_value() {
         let expected = ["weights", "resume"];
-        assert_eq!(
-            experiment_common::flags_without_default(&command()),
-            expected
-        );
+        assert_eq!(flags_without_default(&command::<Arguments>()), expected);
     }
 
     #[test]

@@ -5,14 +5,16 @@ mod arguments;
 
 use std::process::ExitCode;
 
-use experiment_common::run_experiment;
+use experiment_common::{parse, run_experiment};
 use transfer_common::{FineTune, Stage};
+
+use crate::arguments::Arguments;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    run_experiment::<FineTune<Frozen>>(arguments::parse)
+    run_experiment::<FineTune<Frozen>>(parse::<Arguments>)
 }
 
 struct Frozen;

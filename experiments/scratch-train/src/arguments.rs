@@ -3,14 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
+use clap::{Args, Parser};
 use experiment_common::{
-    ComputeArguments, DataArguments, Dataset, InitFile, ParallelArguments, RunArguments,
-    TrainingArguments, common_defaults, describe_defaults, flags_given, probability,
-    refuse_all_but,
+    Action, CommandLine, CommonArguments, InitFile, Presets, common_defaults, probability,
 };
 
-use crate::config::{Config, LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
+use crate::config::{LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
 
 /// Train GoogLeNet on CIFAR-10 from scratch, as the lesson does
 ///
@@ -18,26 +16,13 @@ use crate::config::{Config, LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
 /// is not there. A run can be stopped with Ctrl-C at any time and resumed with --resume.
 #[derive(Debug, Parser)]
 #[command(name = "scratch-train", version, max_term_width = 100)]
-struct Arguments {
+pub(crate) struct Arguments {
     /// The whole thing in minutes: the same network on drawn shapes, with settings that learn fast
     /// (the defaults below are those without it)
     #[arg(long)]
     quick: bool,
-    /// Print the network layer by layer and exit
-    #[arg(long)]
-    summary: bool,
     #[command(flatten)]
-    data: DataArguments,
-    #[command(flatten)]
-    training: TrainingArguments,
-    #[command(flatten)]
-    model: ModelArguments,
-    #[command(flatten)]
-    run: RunArguments,
-    #[command(flatten)]
-    compute: ComputeArguments,
-    #[command(flatten)]
-    parallel: ParallelArguments,
+    common: CommonArguments<ModelArguments>,
 }
 
 #[derive(Debug, Args)]
@@ -52,51 +37,28 @@ struct ModelArguments {
     init: Option<PathBuf>,
 }
 
-type Action = experiment_common::Action<ModelConfig>;
+impl CommandLine for Arguments {
+    type Request = ModelConfig;
 
-/// Reads the command line. Help and malformed arguments end the process here, as clap does it.
-pub(crate) fn parse() -> Result<Action> {
-    let matches = command().get_matches();
-    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    resolve(arguments, &matches)
-}
-
-fn command() -> clap::Command {
-    let mut defaults = common_defaults(&LESSON.training);
-    defaults.push(("dropout", LESSON.dropout.to_string()));
-    describe_defaults(Arguments::command(), &defaults)
-}
-
-fn resolve(arguments: Arguments, matches: &ArgMatches) -> Result<Action> {
-    let given = flags_given(&command(), matches);
-    if let Some(action) = arguments.run.to_resume(&given, &arguments.data)? {
-        return Ok(action);
+    fn defaults() -> Vec<(&'static str, String)> {
+        let mut defaults = common_defaults(&LESSON.training);
+        defaults.push(("dropout", LESSON.dropout.to_string()));
+        defaults
     }
-    if arguments.summary {
-        let reason = "it prints the network and trains nothing";
-        refuse_all_but("--summary", &["--dropout"], &given, reason)?;
-        return Ok(Action::Summary(model(arguments.model, &LESSON)));
+
+    fn resolve(self, given: &[String]) -> Result<Action<ModelConfig>> {
+        let preset = match self.quick {
+            true => QUICK,
+            false => LESSON,
+        };
+        let presets = Presets {
+            training: &preset.training,
+            quick_shapes: self.quick.then_some(QUICK_SHAPES),
+            summary_flags: &["--dropout"],
+        };
+        let request = |network| Ok(model(network, &preset));
+        self.common.resolve(given, presets, request)
     }
-    let (preset, data) = match arguments.quick {
-        true => (QUICK, arguments.data.quick(QUICK_SHAPES)?),
-        false => (LESSON, arguments.data),
-    };
-    let data = data.resolve(Dataset::Cifar10)?;
-    let compute = arguments.compute.resolve_for(&arguments.parallel)?;
-    let config = Config {
-        model: model(arguments.model, &preset),
-        data,
-        training: arguments
-            .training
-            .resolve(&arguments.run, &preset.training, &compute)?,
-        compute,
-    };
-    config.training.validate()?;
-    Ok(Action::Start {
-        config: Box::new(config),
-        out: arguments.run.out(),
-        profile: arguments.run.profile,
-    })
 }
 
 fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
@@ -109,19 +71,17 @@ fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use experiment_common::{Dataset, command, flags_without_default, parse_from};
 
-    fn action(line: &[&str]) -> Result<Action> {
-        let line = ["scratch-train"].iter().chain(line);
-        let matches = command().try_get_matches_from(line)?;
-        resolve(Arguments::from_arg_matches(&matches)?, &matches)
+    use super::*;
+    use crate::config::Config;
+
+    fn action(line: &[&str]) -> Result<Action<ModelConfig>> {
+        parse_from::<Arguments>(["scratch-train"].iter().chain(line))
     }
 
     fn config(line: &[&str]) -> Config {
-        match action(line).unwrap() {
-            Action::Start { config, .. } => *config,
-            other => panic!("{other:?}"),
-        }
+        action(line).unwrap().started()
     }
 
     #[test]
@@ -184,10 +144,7 @@ mod tests {
     #[test]
     fn the_help_gives_a_default_for_each_flag_that_takes_a_value() {
         let expected = ["init", "resume"];
-        assert_eq!(
-            experiment_common::flags_without_default(&command()),
-            expected
-        );
+        assert_eq!(flags_without_default(&command::<Arguments>()), expected);
     }
 
     #[test]

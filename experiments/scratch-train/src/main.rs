@@ -9,8 +9,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_core::Device;
-use experiment_common::{DataConfig, Experiment, InitFile, run_experiment};
+use experiment_common::{DataConfig, Experiment, InitFile, parse, run_experiment};
 
+use crate::arguments::Arguments;
 use crate::config::{Config, ModelConfig};
 use crate::network::Network;
 
@@ -18,7 +19,7 @@ use crate::network::Network;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    run_experiment::<ScratchTrain>(arguments::parse)
+    run_experiment::<ScratchTrain>(parse::<Arguments>)
 }
 
 struct ScratchTrain;
