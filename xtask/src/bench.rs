@@ -8,7 +8,6 @@
 mod cpu;
 
 use std::collections::BTreeMap;
-use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -19,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use trainer::Environment;
 
 use crate::record;
+use crate::workspace::{cargo, repository};
 
 /// What can be timed.
 #[derive(Debug, Subcommand)]
@@ -220,9 +220,8 @@ fn alternate(sides: &mut [Side], rounds: u32, steps: u32) -> Result<Vec<Round>> 
 }
 
 fn our_side(arguments: &TrainStep, threads: u32) -> Command {
-    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = cargo();
     command
-        .current_dir(repository())
         .args(["run", "--quiet", "--package", "step-bench", "--"])
         .args(common_arguments(arguments, threads))
         // Candle sizes its own pools by this variable.
@@ -412,11 +411,6 @@ fn describe(arguments: &TrainStep, environment: &Environment, table: &str) -> St
         record::processor(environment),
         arguments.steps,
     )
-}
-
-pub(crate) fn repository() -> &'static Path {
-    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().unwrap_or(xtask)
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
-use crate::bench::repository;
 use crate::cuda_stand_in::StandIn;
+use crate::workspace::repository;
 
 /// Type-check and lint the CUDA build; needs neither a GPU nor CUDA
 ///

@@ -10,8 +10,8 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::bench::repository;
 use crate::cuda_stand_in::{StandIn, before};
+use crate::workspace::repository;
 
 /// Run what is built with `--features cuda` on a device that the CPU emulates; needs neither a GPU nor CUDA
 ///

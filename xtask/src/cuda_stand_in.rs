@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::bench::repository;
+use crate::workspace::{cargo, repository};
 
 /// A toolkit under `target/` whose compiler writes empty kernels. Its libraries are those that others put there.
 pub(crate) struct StandIn {
@@ -43,9 +43,8 @@ impl StandIn {
 
     /// Cargo with CUDA's place taken.
     pub(crate) fn cargo(&self) -> Result<Command> {
-        let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut command = cargo();
         command
-            .current_dir(repository())
             .env("PATH", before("PATH", [self.tools()])?)
             .env("NVCC", self.tools().join("nvcc"))
             .env("CUDA_HOME", &self.home)

@@ -21,8 +21,9 @@ use self::gpu::Gpu;
 use self::runs::{Parity, Round, Runs, pytorch_accuracy};
 use self::table::summary;
 use self::work::{ROW_NAMES, ROWS, Row, SEEDS};
-use crate::bench::{pytorch, repository};
+use crate::bench::pytorch;
 use crate::record;
+use crate::workspace::{cargo, repository};
 
 /// Run the CUDA tests, compare CPU and GPU, time us beside PyTorch, and record it all
 ///
@@ -333,12 +334,6 @@ fn attempt(report: &mut Report, part: &str, f: impl FnOnce(&mut Report) -> Resul
     if let Err(error) = f(report) {
         report.fail(part, &error);
     }
-}
-
-fn cargo() -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(repository());
-    command
 }
 
 /// Asks for a GPU that PyTorch can use, and for the packages that its scripts import.

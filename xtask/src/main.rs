@@ -1,4 +1,4 @@
-//! `cargo xtask <command>`: the project's own commands, one file each.
+//! `cargo xtask <command>`: the project's own commands, a file or folder each.
 
 mod bench;
 mod cuda_check;
@@ -7,6 +7,7 @@ mod cuda_stand_in;
 mod download_data;
 mod gpu_report;
 mod record;
+mod workspace;
 
 use std::process::ExitCode;
 

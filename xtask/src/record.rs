@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use trainer::Environment;
 
-use crate::bench::repository;
+use crate::workspace::repository;
 
 /// This process' own, with a command that names no path of the machine.
 pub(crate) fn environment(threads: usize) -> Environment {

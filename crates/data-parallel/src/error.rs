@@ -129,14 +129,14 @@ pub enum Error {
     /// An earlier call failed.
     #[error("the group of processes has failed before: {0}")]
     Failed(String),
-    /// Two lists of counters or tensors cannot be combined.
+    /// Something that this group cannot do.
     #[error("{what}")]
     Unsupported {
         /// What was asked for and what is possible.
         what: String,
     },
     /// A tensor cannot be read or made.
-    #[error("a tensor of {during} cannot be handled")]
+    #[error("a tensor cannot be read or made during {during}")]
     Tensor {
         /// The call.
         during: &'static str,

@@ -373,7 +373,7 @@ fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T> {
 
 fn unreadable(source: candle_core::Error) -> Error {
     Error::Group(data_parallel::Error::Tensor {
-        during: "the ranks",
+        during: "the exchange with the other ranks",
         source,
     })
 }

@@ -14,9 +14,10 @@ use trainer::Environment;
 
 use super::{
     Mode, Model, OURS, Round, Side, TrainStep, alternate, maximum, median, minimum, our_side,
-    pytorch, pytorch_side, repository, table,
+    pytorch, pytorch_side, table,
 };
 use crate::record;
+use crate::workspace::repository;
 
 #[derive(Debug, Args)]
 pub(crate) struct Cpu {

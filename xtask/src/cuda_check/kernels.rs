@@ -7,14 +7,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::workspace::repository;
+
 /// The GPU to compile for: Hopper.
 const ARCH: &str = "sm_90";
 
 /// Prints registers, shared memory and what did not fit into registers ("spilled") by kernel, as a table in Markdown.
 pub(super) fn run() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("xtask lies in the workspace")?;
+    let root = repository();
     let sources = root.join("crates/candle-cnn/src");
     let prelude = fs::read_to_string(sources.join("cuda/prelude.cuh"))?;
     let nvcc = nvcc();

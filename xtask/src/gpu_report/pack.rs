@@ -8,8 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::cargo;
-use crate::bench::repository;
+use crate::workspace::{cargo, repository};
 
 /// What is built, and where the programs go below the folder. Tests that compile something themselves are left out.
 const PARTS: [(&str, &str); 3] = [

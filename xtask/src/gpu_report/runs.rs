@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::work::{OURS, ROUND, Row, SEEDS, WAYS};
 use super::{Report, gpu};
-use crate::bench::{Side, repository};
+use crate::bench::Side;
+use crate::workspace::repository;
 
 /// Speed of a side in a round, and the GPU memory that it took beyond what was taken before.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

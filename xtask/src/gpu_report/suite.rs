@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{cargo, gpu};
+use super::gpu;
+use crate::workspace::cargo;
 
 /// Cargo's arguments: the tests of the packages that compute on a GPU, and those of the programs that are about it. A test that
 /// fails keeps no other from being run.
