@@ -76,6 +76,16 @@ pub enum OpError {
         /// Padding on each side, vertical and horizontal.
         padding: (usize, usize),
     },
+    /// More elements than memory can be addressed for.
+    #[error("{op}: {what} of shape {found:?} has more elements than memory can hold")]
+    Elements {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The tensor, or what is made of it on the way.
+        what: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+    },
     /// An element type without an implementation.
     #[error("{op}: dtype {found:?} is not supported, expected F32 or F64 (or on CUDA BF16)")]
     DType {
@@ -222,6 +232,23 @@ impl OpError {
             expected,
         }
         .into()
+    }
+
+    /// Refuses shapes whose elements no memory holds, so that nobody who counts them overflows.
+    pub(crate) fn check_elements(
+        op: &'static str,
+        what: &'static str,
+        shape: &[usize],
+    ) -> Result<(), Error> {
+        const MOST: usize = isize::MAX as usize / size_of::<f64>();
+        let count = shape
+            .iter()
+            .try_fold(1usize, |count, &size| count.checked_mul(size));
+        if count.is_some_and(|count| count <= MOST) {
+            return Ok(());
+        }
+        let found = shape.to_vec();
+        Err(Self::Elements { op, what, found }.into())
     }
 
     pub(crate) fn setting(

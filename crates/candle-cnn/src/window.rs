@@ -24,19 +24,26 @@ impl Axis {
         padding: usize,
         ceil_mode: bool,
     ) -> Option<Self> {
-        // Rounding up also makes a window of an input that is smaller than
-        // the kernel by less than the stride, as in PyTorch.
-        let reach = if ceil_mode { stride - 1 } else { 0 };
-        let steps = (input + 2 * padding + reach).checked_sub(kernel)? / stride;
+        let padded = input.checked_add(padding.checked_mul(2)?)?;
+        let steps = match padded.checked_sub(kernel) {
+            Some(rest) if ceil_mode => rest.div_ceil(stride),
+            Some(rest) => rest / stride,
+            // Rounding up also makes a window of an input that is smaller than
+            // the kernel by less than the stride, as in PyTorch.
+            None if ceil_mode && kernel - padded < stride => 0,
+            None => return None,
+        };
         // With ceil_mode, a last window that would start in the right
         // padding is left out, as in PyTorch.
-        let starts_outside = ceil_mode && steps * stride >= input + padding;
+        let starts_outside = ceil_mode && steps.saturating_mul(stride) >= input + padding;
         let output = if starts_outside { steps } else { steps + 1 };
         Some(Self {
             input,
             output,
-            kernel,
-            stride,
+            // A window sees nothing beyond the padding, and a single one takes no step: however large they are,
+            // what is counted from them stays as small as the input.
+            kernel: kernel.min(padded),
+            stride: if output > 1 { stride } else { 1 },
             padding,
         })
     }
@@ -89,12 +96,19 @@ impl Planes {
             axis(height, kernel.0, stride.0, padding.0),
             axis(width, kernel.1, stride.1, padding.1),
         ) {
-            (Some(h), Some(w)) if height > 0 && width > 0 => Ok(Self {
-                batch,
-                channels,
-                h,
-                w,
-            }),
+            (Some(h), Some(w)) if height > 0 && width > 0 => {
+                for (what, size) in [("input", (height, width)), ("output", (h.output, w.output))] {
+                    // What is counted of one plane must not overflow where there is none, either.
+                    let shape = [batch.max(1), channels.max(1), size.0, size.1];
+                    OpError::check_elements(op, what, &shape)?;
+                }
+                Ok(Self {
+                    batch,
+                    channels,
+                    h,
+                    w,
+                })
+            }
             _ => Err(OpError::Window {
                 op,
                 window: kernel,

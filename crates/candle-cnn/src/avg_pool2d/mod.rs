@@ -94,7 +94,7 @@ pub fn avg_pool2d(x: &Tensor, config: AvgPool2dConfig) -> Result<Tensor> {
 pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor> {
     const OP: &str = "adaptive_avg_pool2d";
     float_dtype(OP, &[x])?;
-    let Ok((_, _, height, width)) = x.dims4() else {
+    let Ok((batch, channels, height, width)) = x.dims4() else {
         return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
     };
     if output.0 == 0 || output.1 == 0 {
@@ -102,6 +102,10 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
     }
     if height == 0 || width == 0 {
         return Err(OpError::rank(OP, "input", x, "at least one pixel"));
+    }
+    for (what, size) in [("input", (height, width)), ("output", output)] {
+        let shape = [batch.max(1), channels.max(1), size.0, size.1];
+        OpError::check_elements(OP, what, &shape)?;
     }
     let rule = |input: usize, output: usize| Rule::Adaptive { input, output };
     let pool = AvgPool2d::new(OP, rule(height, output.0), rule(width, output.1));
@@ -122,6 +126,11 @@ pub fn global_avg_pool2d(x: &Tensor) -> Result<Tensor> {
 struct Bin {
     range: Range<usize>,
     count: usize,
+}
+
+/// As a real number: the border alone may have more pixels than can be counted.
+fn divisor<T: Element>(h: &Bin, w: &Bin) -> T {
+    T::real(h.count as f64 * w.count as f64)
 }
 
 /// How an axis is cut into bins.
@@ -200,7 +209,7 @@ impl AvgPool2d {
                     let rows = h.range.clone();
                     let sum =
                         rows.map(|ih| x[ih * width..][w.range.clone()].iter().copied().sum::<T>());
-                    *y = sum.sum::<T>() / T::real((h.count * w.count) as f64);
+                    *y = sum.sum::<T>() / divisor(h, w);
                 }
             });
         y
@@ -215,7 +224,7 @@ impl AvgPool2d {
             .with_min_len(16)
             .for_each(|(dx, dy)| {
                 for (&dy, (h, w)) in dy.iter().zip(self.bins()) {
-                    let share = dy / T::real((h.count * w.count) as f64);
+                    let share = dy / divisor(h, w);
                     for ih in h.range.clone() {
                         for dx in &mut dx[ih * width..][w.range.clone()] {
                             *dx += share;

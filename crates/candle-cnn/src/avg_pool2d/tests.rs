@@ -34,3 +34,22 @@ fn bad_sizes_are_errors() -> Result<()> {
     assert!(text.contains("[1, 2, 2]"), "{text}");
     Ok(())
 }
+
+#[test]
+fn sizes_that_overflow_are_errors_and_a_border_of_2_to_the_80_pixels_counts() -> Result<()> {
+    let x = Tensor::ones((1, 1, 4, 4), DType::F64, &Device::Cpu)?;
+    let wide = AvgPool2dConfig::square(1 << 40, 4, 1 << 39);
+    let y = avg_pool2d(&x, wide)?.flatten_all()?.to_vec1::<f64>()?;
+    assert_eq!(y, [16.0 / (2f64).powi(80); 4]);
+    // Nothing in memory, but 2⁶⁴ pixels in each of no planes.
+    let nothing = Tensor::zeros((0, 1, 1 << 32, 1 << 32), DType::F32, &Device::Cpu)?;
+    for result in [
+        avg_pool2d(&nothing, AvgPool2dConfig::square(2, 2, 0)),
+        adaptive_avg_pool2d(&nothing, (1, 1)),
+        adaptive_avg_pool2d(&x, (1 << 32, 1 << 32)),
+    ] {
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains("more elements"), "{text}");
+    }
+    Ok(())
+}

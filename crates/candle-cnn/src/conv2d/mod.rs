@@ -101,7 +101,8 @@ impl Conv2dGeometry {
     ///
     /// # Errors
     /// Ranks other than 4, channel counts that differ, a zero stride, dilation
-    /// or kernel, and a dilated kernel that is larger than the padded input.
+    /// or kernel, a dilated kernel that is larger than the padded input, and
+    /// sizes, padded or not, that no memory holds.
     pub fn new(x: &Tensor, weight: &Tensor, config: Conv2dConfig) -> Result<Self> {
         let Ok((batch, c_in, height, width)) = x.dims4() else {
             return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
@@ -150,15 +151,15 @@ impl Conv2dGeometry {
             return Err(OpError::Window {
                 op: OP,
                 window: (
-                    config.dilation.0 * r.saturating_sub(1) + 1,
-                    config.dilation.1 * s.saturating_sub(1) + 1,
+                    reach(r, config.dilation.0).saturating_add(1),
+                    reach(s, config.dilation.1).saturating_add(1),
                 ),
                 input: (height, width),
                 padding: config.padding,
             }
             .into());
         };
-        Ok(Self {
+        let geometry = Self {
             batch,
             c_in,
             input: (height, width),
@@ -166,7 +167,38 @@ impl Conv2dGeometry {
             kernel: (r, s),
             output: (h_out, w_out),
             config,
-        })
+        };
+        geometry.check_elements()?;
+        Ok(geometry)
+    }
+
+    /// Refuses what no memory holds: the tensors, and the buffers in which the passes lay out the padded input and the
+    /// output gradient between its own zeros.
+    fn check_elements(&self) -> Result<()> {
+        let Conv2dConfig {
+            padding, dilation, ..
+        } = self.config;
+        let padded = |size: usize, padding: usize| size.saturating_add(padding.saturating_mul(2));
+        let between = |size: usize, kernel: usize, padding: usize, dilation: usize| {
+            size.saturating_add(padding.max(reach(kernel, dilation)))
+        };
+        let (input, output, kernel) = (self.input, self.output, self.kernel);
+        let padded = (padded(input.0, padding.0), padded(input.1, padding.1));
+        let between = (
+            between(input.0, kernel.0, padding.0, dilation.0),
+            between(input.1, kernel.1, padding.1, dilation.1),
+        );
+        for (what, channels, size) in [
+            ("input", self.c_in, input),
+            ("output", self.c_out, output),
+            ("padded input", self.c_in, padded),
+            ("padded gradient of the output", self.c_out, between),
+        ] {
+            // What is counted of one image must not overflow where there is none, either.
+            let shape = [self.batch.max(1), channels, size.0, size.1];
+            OpError::check_elements(OP, what, &shape)?;
+        }
+        OpError::check_elements(OP, "weight", &[self.c_out, self.c_in, kernel.0, kernel.1])
     }
 
     fn output_shape(&self) -> Shape {
@@ -203,8 +235,14 @@ impl Conv2dGeometry {
     /// Multiply-accumulate operations of the forward pass.
     pub fn macs(&self) -> u64 {
         let per_pixel = self.c_in * self.kernel.0 * self.kernel.1 * self.c_out;
-        (self.batch * self.output.0 * self.output.1) as u64 * per_pixel as u64
+        let pixels = self.batch * self.output.0 * self.output.1;
+        (pixels as u64).saturating_mul(per_pixel as u64)
     }
+}
+
+/// `dilation·(kernel − 1)`: pixels from the first tap of a kernel to the last.
+fn reach(kernel: usize, dilation: usize) -> usize {
+    dilation.saturating_mul(kernel.saturating_sub(1))
 }
 
 /// `⌊(size + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1`, if there is one.

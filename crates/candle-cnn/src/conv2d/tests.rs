@@ -282,6 +282,52 @@ fn bad_arguments_are_errors_that_name_both_shapes() -> Result<()> {
 }
 
 #[test]
+fn sizes_that_overflow_are_errors_and_not_read_beyond_their_end() -> Result<()> {
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+    let config = |stride: usize, padding: usize| Conv2dConfig {
+        stride: (stride, stride),
+        padding: (padding, padding),
+        ..Default::default()
+    };
+    // Padded 2⁶³ + 1 by 2⁶³ + 3 pixels, whose product modulo 2⁶⁴ is 3, and 5 by 5 outputs.
+    let (x, weight) = (zeros(&[1, 1, 1, 3])?, zeros(&[1, 1, 1, 1])?);
+    let text = conv2d(&x, &weight, None, config(1 << 61, 1 << 62)).unwrap_err();
+    let text = text.to_string();
+    assert!(
+        text.contains("padded input") && text.contains("9223372036854775809"),
+        "{text}"
+    );
+    // The padded input would fit, the gradient of 64 channels as far apart would not.
+    let weight = zeros(&[64, 1, 1, 1])?;
+    let text = conv2d(&x, &weight, None, config(1 << 28, 1 << 28)).unwrap_err();
+    let text = text.to_string();
+    assert!(
+        text.contains("gradient of the output") && text.contains("64"),
+        "{text}"
+    );
+    // Nothing in memory, but 2⁶⁴ pixels in each of no images.
+    let x = zeros(&[0, 1, 1 << 32, 1 << 32])?;
+    let text = conv2d(&x, &weight, None, config(1, 0))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.contains("input") && text.contains("4294967296"),
+        "{text}"
+    );
+    let text = conv2d(
+        &zeros(&[1, 1, 1, 3])?,
+        &zeros(&[1, 1, 2, 2])?,
+        None,
+        Conv2dConfig {
+            dilation: (usize::MAX, 1),
+            ..Default::default()
+        },
+    );
+    assert!(text.unwrap_err().to_string().contains("does not fit"));
+    Ok(())
+}
+
+#[test]
 fn empty_batch_gives_an_empty_result_and_zero_gradients() -> Result<()> {
     let x = Tensor::zeros((0, 3, 4, 4), DType::F32, &Device::Cpu)?;
     let weight = Var::ones((5, 3, 3, 3), DType::F32, &Device::Cpu)?;

@@ -20,6 +20,9 @@ use crate::window::{Axis, Planes};
 /// Planes that one task handles.
 const PLANES_PER_TASK: usize = 16;
 
+/// Windows of a run at most: they fill an AVX-512 register.
+pub(super) const MOST_LANES: usize = 16;
+
 pub(super) fn forward<T: Element>(planes: &Planes, isa: Isa, x: &[T]) -> Vec<T> {
     let mut y = vec![T::ZERO; planes.batch * planes.channels * planes.output_plane()];
     if y.is_empty() {
@@ -60,9 +63,9 @@ fn forward_planes<T: Element>(planes: &Planes, x: &[T], y: &mut [T]) {
         }
         return;
     }
-    // A run of 16 fills an AVX-512 register; narrow images would waste half.
+    // Narrow images would waste half of the longest run.
     if planes.w.output > 8 {
-        forward_runs::<T, 16>(planes, x, y);
+        forward_runs::<T, MOST_LANES>(planes, x, y);
     } else {
         forward_runs::<T, 8>(planes, x, y);
     }
@@ -82,7 +85,7 @@ fn backward_planes<T: Element>(planes: &Planes, x: &[T], dy: &[T], dx: &mut [T])
         return;
     }
     if planes.w.output > 8 {
-        backward_runs::<T, 16>(planes, x, dy, dx);
+        backward_runs::<T, MOST_LANES>(planes, x, dy, dx);
     } else {
         backward_runs::<T, 8>(planes, x, dy, dx);
     }

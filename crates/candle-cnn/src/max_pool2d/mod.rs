@@ -12,8 +12,9 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
 use crate::element::{dispatch, float_dtype, slice, with_slice};
+use crate::error::OpError;
 use crate::simd::Isa;
-use crate::window::Planes;
+use crate::window::{Axis, Planes};
 
 const OP: &str = "max_pool2d";
 
@@ -59,7 +60,7 @@ impl MaxPool2dConfig {
 /// padding). f32 and f64, on CUDA bf16 too; any strides.
 ///
 /// # Errors
-/// [`crate::OpError`] for shapes, settings, dtypes and devices that do not fit.
+/// [`OpError`] for shapes, settings, dtypes and devices that do not fit.
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -81,7 +82,25 @@ pub fn max_pool2d(x: &Tensor, config: MaxPool2dConfig) -> Result<Tensor> {
         ceil_mode,
     } = config;
     let planes = Planes::new(OP, x, kernel_size, stride, padding, ceil_mode)?;
+    check_border(&planes)?;
     x.contiguous()?.apply_op1(MaxPool2d { planes })
+}
+
+/// Refuses a border that no memory holds, and more pixels in a window than the winners' numbers tell apart.
+fn check_border(planes: &Planes) -> Result<()> {
+    let window = (planes.h.kernel, planes.w.kernel);
+    let side = |axis: &Axis| axis.input + 2 * axis.padding;
+    // A run of windows reaches further than the last of them.
+    let border = [
+        side(&planes.h),
+        side(&planes.w).saturating_mul(1 + cpu::MOST_LANES),
+    ];
+    OpError::check_elements(OP, "padded input, a run of windows further,", &border)?;
+    if u32::try_from(window.0 * window.1).is_err() {
+        let expected = "below 2³² pixels";
+        return Err(OpError::setting(OP, "kernel_size", window, expected));
+    }
+    Ok(())
 }
 
 struct MaxPool2d {

@@ -108,3 +108,43 @@ fn rounding_up_makes_a_window_of_an_image_smaller_than_the_kernel() -> Result<()
     assert!(max_pool2d(&x.narrow(2, 0, 1)?, window.ceil()).is_err());
     Ok(())
 }
+
+#[test]
+fn windows_and_steps_beyond_the_image_are_as_good_as_ones_that_end_with_it() -> Result<()> {
+    let x = tied("x", (2, 3, 6, 7))?;
+    let flat = |y: &Tensor| y.flatten_all()?.to_vec1::<f32>();
+    let config = |kernel: usize, stride: usize| MaxPool2dConfig::square(kernel, stride, 0);
+    let one = flat(&max_pool2d(&x, config(5, 7))?)?;
+    for stride in [1 << 62, usize::MAX] {
+        assert_eq!(flat(&max_pool2d(&x, config(5, stride))?)?, one);
+        assert_eq!(flat(&max_pool2d(&x, config(5, stride).ceil())?)?, one);
+    }
+    let all = flat(&x.max_keepdim(3)?.max_keepdim(2)?)?;
+    let y = max_pool2d(&x, config(1 << 62, 1 << 63).ceil())?;
+    assert_eq!((y.dims(), flat(&y)?), (&[2, 3, 1, 1][..], all));
+    Ok(())
+}
+
+#[test]
+fn sizes_that_overflow_are_errors() -> Result<()> {
+    let x = Tensor::zeros((1, 1, 5, 5), DType::F32, &Device::Cpu)?;
+    for (config, expected) in [
+        (
+            MaxPool2dConfig::square(1 << 40, 1 << 30, 1 << 39),
+            "padded input",
+        ),
+        (
+            MaxPool2dConfig::square(1 << 17, 1 << 10, 1 << 16),
+            "kernel_size",
+        ),
+        (MaxPool2dConfig::square(1 << 40, 1, 1 << 39), "padded input"),
+    ] {
+        let text = max_pool2d(&x, config).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+    // Nothing in memory, but 2⁶⁴ pixels in each of no planes.
+    let x = Tensor::zeros((1, 0, 1 << 32, 1 << 32), DType::F32, &Device::Cpu)?;
+    let text = max_pool2d(&x, MaxPool2dConfig::square(2, 2, 0)).unwrap_err();
+    assert!(text.to_string().contains("input of shape"), "{text}");
+    Ok(())
+}

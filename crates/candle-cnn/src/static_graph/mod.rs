@@ -155,7 +155,7 @@ impl StaticGraphBuilder {
     /// ReLU: [`crate::conv2d_relu`].
     ///
     /// # Errors
-    /// A kernel that does not fit the padded input, or a padding that it cannot reach.
+    /// A kernel that does not fit the padded input, or a padding that it cannot reach; what no memory holds.
     pub fn conv2d_relu(
         &mut self,
         input: Node,
@@ -209,6 +209,13 @@ impl StaticGraphBuilder {
                 expected,
             ));
         }
+        let from = Map {
+            halo: map.halo.max(padding),
+            is_read: true,
+            ..map
+        };
+        from.check_elements(1)?;
+        OpError::check_elements(OP, "weight", &[c_out, map.channels, kernel, kernel])?;
         let fits = |size: usize| {
             (size + 2 * padding)
                 .checked_sub(kernel)
@@ -223,14 +230,14 @@ impl StaticGraphBuilder {
             }
             .into());
         };
-        let output = self.nodes.len();
-        self.nodes.push(Map {
+        let to = Map {
             gradient_halo: kernel - 1 - padding,
             ..Map::new(c_out, (height, width))
-        });
-        let from = &mut self.nodes[input.number];
-        from.halo = from.halo.max(padding);
-        from.is_read = true;
+        };
+        to.check_elements(1)?;
+        let output = self.nodes.len();
+        self.nodes.push(to);
+        self.nodes[input.number] = from;
         self.operations.push(Operation::Convolution(Convolution {
             input: input.number,
             output,
@@ -247,7 +254,7 @@ impl StaticGraphBuilder {
     /// Max-pooling: [`crate::max_pool2d`].
     ///
     /// # Errors
-    /// A window that does not fit the padded input.
+    /// A window that does not fit the padded input; what no memory holds.
     pub fn max_pool2d(&mut self, input: Node, config: MaxPool2dConfig) -> Result<Node> {
         let map = self.readable(input)?;
         let (kernel, stride, padding) = (config.kernel_size, config.stride, config.padding);
@@ -275,9 +282,11 @@ impl StaticGraphBuilder {
             }
             .into());
         };
+        let to = Map::new(map.channels, (h.output, w.output));
+        map.check_elements(1)?;
+        to.check_elements(1)?;
         let output = self.nodes.len();
-        self.nodes
-            .push(Map::new(map.channels, (h.output, w.output)));
+        self.nodes.push(to);
         self.nodes[input.number].is_read = true;
         self.operations.push(Operation::MaxPool(MaxPool {
             input: input.number,
@@ -351,17 +360,19 @@ impl StaticGraphBuilder {
                 ));
             }
             begins.push(channels);
-            channels += map.channels;
+            channels = channels.saturating_add(map.channels);
             gradient_halo = gradient_halo.max(map.gradient_halo);
         }
+        let map = Map {
+            gradient_halo,
+            ..Map::new(channels, size)
+        };
+        map.check_elements(1)?;
         // Once nothing can be refused any more.
         for (part, begin) in parts.iter().zip(begins) {
             self.nodes[part.number].within = Some((whole, begin));
         }
-        self.nodes.push(Map {
-            gradient_halo,
-            ..Map::new(channels, size)
-        });
+        self.nodes.push(map);
         Ok(self.node(whole))
     }
 
@@ -411,6 +422,15 @@ impl Map {
             gradient_halo: 0,
             is_read: false,
         }
+    }
+
+    /// Refuses so many images of what no memory holds with a border of zeros, its own or that of its gradient.
+    fn check_elements(&self, images: usize) -> Result<()> {
+        let border = self.halo.max(self.gradient_halo).saturating_mul(2);
+        let side = |size: usize| size.saturating_add(border);
+        let channels = self.channels.saturating_add(ALIGNMENT - 1);
+        let shape = [images, channels, side(self.size.0), side(self.size.1)];
+        OpError::check_elements(OP, "map, bordered and in whole vectors,", &shape)
     }
 }
 
@@ -521,7 +541,8 @@ fn pooled(operations: &[Operation]) -> Vec<Option<usize>> {
         let readers = operations.iter().filter(|o| o.input() == node).count();
         operations.iter().position(|operation| match operation {
             Operation::MaxPool(MaxPool { output, h, w, .. }) => {
-                *output == node && readers == 1 && h.kernel * w.kernel <= pool::MOST_TAPS
+                let taps = h.kernel.saturating_mul(w.kernel);
+                *output == node && readers == 1 && taps <= pool::MOST_TAPS
             }
             Operation::Convolution(_) => false,
         })
@@ -711,6 +732,9 @@ impl StaticGraph {
                 rule: "(N, C, H, W) with the C, H and W that the graph was made for",
             }
             .into());
+        }
+        for map in &self.inner.nodes {
+            map.check_elements(images.dims()[0])?;
         }
         let convolutions = self.inner.convolutions();
         if images.track_op() && convolutions.iter().any(|c| c.stride > 1) {

@@ -1023,3 +1023,39 @@ fn passes_through_clones_of_one_graph_at_once_give_the_bits_that_each_gives_alon
     }
     Ok(())
 }
+
+#[test]
+fn sizes_that_overflow_are_refused_when_they_are_described() -> Result<()> {
+    let text = |node: Result<Node>| node.unwrap_err().to_string();
+    let mut builder = StaticGraphBuilder::new(3, (8, 8));
+    let images = builder.input();
+    // 8 + 2·2⁶³ is 8 again, modulo 2⁶⁴; (2³³ + 8)² is below 2³⁸.
+    for (kernel, padding) in [((1 << 63) + 1, 1 << 63), (1 << 33, 1 << 32), (1 << 32, 0)] {
+        let found = text(builder.conv2d_relu(images, 16, kernel, padding));
+        assert!(found.contains("more elements"), "{found}");
+    }
+    let found = text(builder.conv2d_relu(images, 1 << 62, 1, 0));
+    assert!(found.contains("weight"), "{found}");
+    // What was refused has left nothing behind.
+    let x = builder.conv2d_relu(images, 16, 3, 1)?;
+    let graph = builder.clone().global_avg_pool2d(x)?;
+    let none = tensor::<f32>("images", &[0, 3, 8, 8], 1.0);
+    let weight = tensor::<f32>("w", &[16, 3, 3, 3], 1.0);
+    let bias = tensor::<f32>("b", &[16], 1.0);
+    let parameters = [ConvParameters::Bias {
+        weight: &weight,
+        bias: &bias,
+    }];
+    assert_eq!(graph.forward(&none, &parameters)?.features.dims(), [0, 16]);
+
+    // A window of 2⁶⁴ taps, which are too many for a convolution's winners.
+    let pool = builder.max_pool2d(x, MaxPool2dConfig::square(1 << 32, 1, 1 << 31))?;
+    let last = builder.conv2d_relu(pool, 4, 1, 0)?;
+    assert_eq!(builder.global_avg_pool2d(last)?.inner.pooled, [None; 3]);
+
+    let mut builder = StaticGraphBuilder::new(1, (1 << 31, 1 << 31));
+    let images = builder.input();
+    let found = text(builder.max_pool2d(images, MaxPool2dConfig::square(2, 2, 0)));
+    assert!(found.contains("more elements"), "{found}");
+    Ok(())
+}
