@@ -393,13 +393,6 @@ pub(super) fn forward<T: Element>(
     if let Some(bias) = bias {
         init[..g.c_out].copy_from_slice(bias);
     }
-    if g.c_in == 0 {
-        // No channel, no product: the bias alone.
-        for (i, y) in y.iter_mut().enumerate() {
-            *y = init[i / pixels % g.c_out];
-        }
-        return y;
-    }
     let taps = window.taps(g);
     let images = images_per_task(g, pixels);
     let x_len = g.c_in * g.input.0 * g.input.1;
@@ -441,10 +434,9 @@ pub(super) fn backward<T: Element>(
     // gradients are summed in this order.
     let threads = rayon::current_num_threads().clamp(1, g.batch.max(1));
     let images_per_part = g.batch.div_ceil(threads).max(1);
-    let mut dx_parts: Vec<&mut [T]> = if needs.input && x_len > 0 {
-        dx.chunks_mut(images_per_part * x_len).collect()
-    } else {
-        Vec::new()
+    let mut dx_parts: Vec<&mut [T]> = match needs.input {
+        true => dx.chunks_mut(images_per_part * x_len).collect(),
+        false => Vec::new(),
     };
     dx_parts.resize_with(g.batch.div_ceil(images_per_part), Default::default);
 
@@ -473,9 +465,7 @@ pub(super) fn backward<T: Element>(
                 if needs.bias {
                     sums.add_bias(dy, pixels);
                 }
-                if let Some(pass) = &input_pass
-                    && !dx.is_empty()
-                {
+                if let Some(pass) = &input_pass {
                     let dx = &mut dx[(start - first) * x_len..(end - first) * x_len];
                     scratch.prepare(kernels, &pass.window, dy, end - start, kernels.height);
                     scratch.convolve(
@@ -548,9 +538,6 @@ impl<T: Element> Part<T> {
     }
 
     fn add_bias(&mut self, dy: &[T], pixels: usize) {
-        if pixels == 0 {
-            return;
-        }
         let c_out = self.bias.len();
         for (plane, dy) in dy.chunks_exact(pixels).enumerate() {
             // Eight partial sums: fast, and less rounding than one.
@@ -656,9 +643,6 @@ impl<T: Element> Part<T> {
         let taps = g.kernel.0 * g.kernel.1;
         let width = g.c_out.div_ceil(lanes) * lanes;
         let mut weight = vec![T::ZERO; g.c_out * g.c_in * taps];
-        if weight.is_empty() {
-            return weight;
-        }
         weight
             .par_chunks_mut(g.c_in * taps)
             .enumerate()

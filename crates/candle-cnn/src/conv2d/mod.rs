@@ -100,9 +100,10 @@ impl Conv2dGeometry {
     /// Derives the output size of `x` (N, C, H, W) under `weight` (K, C, R, S).
     ///
     /// # Errors
-    /// Ranks other than 4, channel counts that differ, a zero stride, dilation
-    /// or kernel, a dilated kernel that is larger than the padded input, and
-    /// sizes, padded or not, that no memory holds.
+    /// Ranks other than 4, no channels or pixels (a batch may be empty), channel
+    /// counts that differ, a zero stride, dilation or kernel, a dilated kernel
+    /// that is larger than the padded input, and sizes, padded or not, that no
+    /// memory holds.
     pub fn new(x: &Tensor, weight: &Tensor, config: Conv2dConfig) -> Result<Self> {
         let Ok((batch, c_in, height, width)) = x.dims4() else {
             return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
@@ -115,6 +116,25 @@ impl Conv2dGeometry {
                 "(C_out, C_in, kernel height, kernel width)",
             ));
         };
+        // Padding alone, or a sum over no channels, is no convolution.
+        for (name, tensor, sizes, expected) in [
+            (
+                "input",
+                x,
+                &x.dims()[1..],
+                "(N, C, H, W) with at least one channel and pixel",
+            ),
+            (
+                "weight",
+                weight,
+                weight.dims(),
+                "(C_out, C_in, kernel height, kernel width), each at least 1",
+            ),
+        ] {
+            if sizes.contains(&0) {
+                return Err(OpError::rank(OP, name, tensor, expected));
+            }
+        }
         if c_in != weight_c_in {
             return Err(OpError::Shapes {
                 op: OP,

@@ -328,14 +328,43 @@ fn sizes_that_overflow_are_errors_and_not_read_beyond_their_end() -> Result<()> 
 }
 
 #[test]
+fn no_channels_or_pixels_are_errors_that_name_the_shape() -> Result<()> {
+    let zeros = |dims: &[usize]| Var::zeros(dims, DType::F32, &Device::Cpu);
+    for (x, weight, found) in [
+        ([1, 3, 0, 4], [2, 3, 1, 1], "input has shape [1, 3, 0, 4]"),
+        ([1, 3, 4, 0], [2, 3, 1, 1], "input has shape [1, 3, 4, 0]"),
+        ([1, 0, 4, 4], [5, 0, 3, 3], "input has shape [1, 0, 4, 4]"),
+        ([0, 0, 4, 4], [5, 0, 3, 3], "input has shape [0, 0, 4, 4]"),
+        ([1, 3, 4, 4], [0, 3, 3, 3], "weight has shape [0, 3, 3, 3]"),
+        ([1, 3, 4, 4], [5, 0, 3, 3], "weight has shape [5, 0, 3, 3]"),
+        ([1, 3, 4, 4], [5, 3, 3, 0], "weight has shape [5, 3, 3, 0]"),
+    ] {
+        for op in [conv2d, conv2d_relu] {
+            let (x, weight) = (zeros(&x)?, zeros(&weight)?);
+            let result = op(&x, &weight, None, Conv2dConfig::padded(1));
+            let text = result.and_then(|y| y.sum_all()?.backward()).err();
+            let text = text.map(|error| error.to_string()).unwrap_or_default();
+            assert!(text.contains(found) && text.contains("at least"), "{text}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn empty_batch_gives_an_empty_result_and_zero_gradients() -> Result<()> {
-    let x = Tensor::zeros((0, 3, 4, 4), DType::F32, &Device::Cpu)?;
+    let x = Var::zeros((0, 3, 4, 4), DType::F32, &Device::Cpu)?;
     let weight = Var::ones((5, 3, 3, 3), DType::F32, &Device::Cpu)?;
-    let y = conv2d(&x, &weight, None, Conv2dConfig::padded(1))?;
-    assert_eq!(y.dims(), [0, 5, 4, 4]);
-    let gradients = y.sum_all()?.backward()?;
-    let gradient = gradients.get(&weight).unwrap().abs()?.sum_all()?;
-    assert_eq!(gradient.to_scalar::<f32>()?, 0.0);
+    let bias = Var::ones(5, DType::F32, &Device::Cpu)?;
+    for op in [conv2d, conv2d_relu] {
+        let y = op(&x, &weight, Some(&bias), Conv2dConfig::padded(1))?;
+        assert_eq!(y.dims(), [0, 5, 4, 4]);
+        let gradients = y.sum_all()?.backward()?;
+        assert_eq!(gradients.get(&x).unwrap().dims(), [0, 3, 4, 4]);
+        for parameter in [&weight, &bias] {
+            let gradient = gradients.get(parameter).unwrap().abs()?.sum_all()?;
+            assert_eq!(gradient.to_scalar::<f32>()?, 0.0);
+        }
+    }
     Ok(())
 }
 

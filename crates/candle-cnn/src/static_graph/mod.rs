@@ -155,7 +155,7 @@ impl StaticGraphBuilder {
     /// ReLU: [`crate::conv2d_relu`].
     ///
     /// # Errors
-    /// A kernel that does not fit the padded input, or a padding that it cannot reach; what no memory holds.
+    /// No channels; a kernel that does not fit the padded input, or a padding that it cannot reach; what no memory holds.
     pub fn conv2d_relu(
         &mut self,
         input: Node,
@@ -200,6 +200,9 @@ impl StaticGraphBuilder {
         eps: Option<f64>,
     ) -> Result<Node> {
         let map = self.readable(input)?;
+        if c_out == 0 {
+            return Err(OpError::setting(OP, "c_out", c_out, "at least 1"));
+        }
         if kernel == 0 || padding >= kernel {
             let expected = "a kernel of at least 1 and a padding below it";
             return Err(OpError::setting(

@@ -849,6 +849,10 @@ fn only_what_can_be_written_in_place_is_joined() {
         empty.conv2d_relu(empty.input(), 4, 1, 0).is_err(),
         "no channels"
     );
+    assert!(
+        builder.clone().conv2d_relu(whole, 0, 1, 0).is_err(),
+        "no channels"
+    );
     assert!(builder.global_avg_pool2d(whole).is_ok());
 }
 
