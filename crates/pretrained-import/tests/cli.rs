@@ -20,7 +20,8 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn import(arguments: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("pretrained-import").unwrap();
+    let path = env!("CARGO_BIN_EXE_pretrained-import");
+    let mut command = Command::from_std(test_support::program(path, ""));
     command.args(arguments);
     command
 }
@@ -43,7 +44,7 @@ fn what_is_no_file_is_not_replaced_and_a_report_that_is_lost_is_an_error() {
     assert!(!pipe.metadata().unwrap().is_file());
     let to = dir.path().join("to.safetensors");
     let full = std::fs::File::create("/dev/full").unwrap();
-    let status = std::process::Command::new(env!("CARGO_BIN_EXE_pretrained-import"))
+    let status = test_support::program(env!("CARGO_BIN_EXE_pretrained-import"), "")
         .args([text(&from), "--out", text(&to), "--json"])
         .stdout(full)
         .status();
@@ -203,7 +204,6 @@ fn a_cache_dir_holds_the_files_of_the_hub_too() {
     write(&file, &googlenet(10, false));
     let offline = |arguments: &[&str]| {
         let mut command = import(arguments);
-        command.env("HF_HUB_OFFLINE", "1");
         command.env("HF_HUB_CACHE", dir.path().join("empty"));
         command.assert()
     };

@@ -1,7 +1,8 @@
 //! What the tests of several crates share: fixtures made by PyTorch,
 //! comparisons with a tolerance, gradients by finite differences, an HTTP server
-//! that misbehaves, `.pth` files, and what programs under test write.
+//! that misbehaves, `.pth` files, programs under test and what they write.
 
+pub mod files;
 pub mod http;
 
 mod devices;
@@ -14,7 +15,7 @@ mod torch_file;
 pub use devices::devices;
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
-pub use runs::step_losses;
+pub use runs::{free_port, only_run, program, run_begun, step_losses};
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
 pub use torch_file::legacy_pth;
 

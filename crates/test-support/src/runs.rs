@@ -1,23 +1,93 @@
-//! What a program under test has written.
+//! Programs under test, and what they have written.
 
 use std::fs;
-use std::path::Path;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
+
+/// Which rank of whose group a program is, what it logs, and whose the Hub's cache is: nothing that a test may inherit.
+const INHERITED: [&str; 19] = [
+    "RUST_LOG",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "DATA_PARALLEL_TIMEOUT",
+    "DATA_PARALLEL_LAUNCHED",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_TOKEN",
+    "HF_TOKEN_PATH",
+    "HUGGINGFACE_HUB_CACHE",
+    "NO_PROXY",
+    "no_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
+
+/// The program at `path` with these arguments, parted by spaces, in an environment that is the same on every machine: it is
+/// alone, logs what it logs by default, and reaches neither the network nor the caches of whoever runs the tests.
+pub fn program(path: &str, arguments: &str) -> Command {
+    let mut command = Command::new(path);
+    command.args(arguments.split_whitespace());
+    for variable in INHERITED {
+        command.env_remove(variable);
+    }
+    command.env("HF_HUB_OFFLINE", "1");
+    for cache in ["HF_HUB_CACHE", "TORCH_HOME"] {
+        command.env(cache, "no-such-cache");
+    }
+    // Nobody listens there.
+    for proxy in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"] {
+        command.env(proxy, "http://127.0.0.1:9");
+    }
+    command
+}
+
+/// A port of loopback on which nobody listens.
+///
+/// # Panics
+/// Where there is none.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("no free port");
+    listener.local_addr().expect("no address").port()
+}
+
+/// The only run of `experiment` below `out`; None before it has begun.
+///
+/// # Panics
+/// Where there is more than one.
+#[track_caller]
+pub fn run_begun(out: &Path, experiment: &str) -> Option<PathBuf> {
+    let runs = fs::read_dir(out.join(experiment)).ok()?;
+    let runs: Vec<PathBuf> = runs
+        .map(|entry| entry.expect("unreadable folder").path())
+        .collect();
+    assert!(runs.len() < 2, "not one run: {runs:?}");
+    runs.into_iter().next()
+}
+
+/// The only run of `experiment` below `out`.
+///
+/// # Panics
+/// Where there is none, or more than one.
+#[track_caller]
+pub fn only_run(out: &Path, experiment: &str) -> PathBuf {
+    run_begun(out, experiment).expect("no run")
+}
 
 /// Losses of the steps of the only run of `experiment` below `out`.
 ///
 /// # Panics
 /// Where there is none, or more than one, or its `metrics.jsonl` is not what the trainer writes.
 pub fn step_losses(out: &Path, experiment: &str) -> Vec<f64> {
-    let runs: Vec<_> = fs::read_dir(out.join(experiment))
-        .expect("no run")
-        .map(|entry| entry.expect("unreadable folder").path())
-        .collect();
-    let [run] = &runs[..] else {
-        panic!("not one run: {runs:?}");
-    };
-    let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("no metrics.jsonl");
+    let metrics = only_run(out, experiment).join("metrics.jsonl");
+    let metrics = fs::read_to_string(metrics).expect("no metrics.jsonl");
     let events = metrics
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).expect("no JSON"));

@@ -12,14 +12,8 @@ use safetensors::SafeTensors;
 const TINY: &str = "--dataset shapes --train-limit 8 --test-limit 4 --epochs 2 --batch-size 4";
 
 fn program(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_finetune-frozen"));
-    command.args(arguments.split_whitespace());
-    command.env_remove("RUST_LOG");
-    // No test may reach the network.
-    command.env("HF_HUB_OFFLINE", "1");
-    command.env("HF_HUB_CACHE", "no-such-cache");
-    command.env("TORCH_HOME", "no-such-cache");
-    command
+    let path = env!("CARGO_BIN_EXE_finetune-frozen");
+    Command::from_std(test_support::program(path, arguments))
 }
 
 fn tiny(more: &str, out: &Path) -> Command {
@@ -28,10 +22,8 @@ fn tiny(more: &str, out: &Path) -> Command {
     command
 }
 
-/// The only run below `out`.
 fn run_directory(out: &Path) -> PathBuf {
-    let mut runs = fs::read_dir(out.join("finetune-frozen")).unwrap();
-    runs.next().unwrap().unwrap().path()
+    test_support::only_run(out, "finetune-frozen")
 }
 
 fn tensors(run: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -15,17 +15,8 @@ use test_support::http::{Reply, Server};
 const TINY: &str = "--dataset shapes --train-limit 8 --test-limit 4 --max-steps 2 --batch-size 4";
 
 fn program(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_finetune-full"));
-    command.args(arguments.split_whitespace());
-    command.env_remove("RUST_LOG");
-    // No test may reach the network.
-    command.env("HF_HUB_OFFLINE", "1");
-    command.env("HF_HUB_CACHE", "no-such-cache");
-    command.env("TORCH_HOME", "no-such-cache");
-    for proxy in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"] {
-        command.env(proxy, "http://127.0.0.1:9");
-    }
-    command
+    let path = env!("CARGO_BIN_EXE_finetune-full");
+    Command::from_std(test_support::program(path, arguments))
 }
 
 fn tiny(more: &str, out: &Path) -> Command {
@@ -34,10 +25,8 @@ fn tiny(more: &str, out: &Path) -> Command {
     command
 }
 
-/// The only run below `out`.
 fn run_directory(out: &Path) -> PathBuf {
-    let mut runs = fs::read_dir(out.join("finetune-full")).unwrap();
-    runs.next().unwrap().unwrap().path()
+    test_support::only_run(out, "finetune-full")
 }
 
 struct Weights {

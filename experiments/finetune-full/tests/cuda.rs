@@ -2,21 +2,17 @@
 #![cfg(feature = "cuda")]
 
 use assert_cmd::Command;
-use test_support::{devices, step_losses};
+use test_support::{devices, program, step_losses};
 
 /// Losses of a run's steps; warnings are failures.
 fn losses(arguments: &str) -> Vec<f64> {
     let line =
         "--weights random --dataset shapes --train-limit 16 --test-limit 2 --batch-size 4 --seed 3";
     let out = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_finetune-full"));
-    command
-        .args(line.split(' '))
-        .args(["--epochs", "1", "--out"])
-        .arg(out.path())
-        .args(arguments.split(' '))
-        .env_remove("RUST_LOG");
-    let assert = command.assert().success();
+    let path = env!("CARGO_BIN_EXE_finetune-full");
+    let line = format!("{line} --epochs 1 {arguments}");
+    let mut command = Command::from_std(program(path, &line));
+    let assert = command.arg("--out").arg(out.path()).assert().success();
     let said = String::from_utf8_lossy(&assert.get_output().stderr).into_owned();
     assert!(!said.contains("WARN"), "{said}");
     step_losses(out.path(), "finetune-full")

@@ -17,8 +17,9 @@ use safetensors::tensor::TensorView;
 const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures");
 
 fn predict(weights: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_predict"));
-    command.arg("--weights").arg(weights).env_remove("RUST_LOG");
+    let path = env!("CARGO_BIN_EXE_predict");
+    let mut command = Command::from_std(test_support::program(path, ""));
+    command.arg("--weights").arg(weights);
     command
 }
 
@@ -131,7 +132,6 @@ fn without_network_the_error_names_what_helps_here() {
     let dir = tempfile::tempdir().unwrap();
     for weights in ["torchvision", "owner/name@v1:w.pth"] {
         let mut command = predict(Path::new(weights));
-        command.env("HF_HUB_OFFLINE", "1");
         for cache in ["TORCH_HOME", "HF_HUB_CACHE"] {
             command.env(cache, dir.path().join("cache"));
         }
@@ -183,7 +183,7 @@ fn a_result_that_is_lost_is_an_error_unless_its_reader_has_gone_away() {
         (full.into(), 1, "cannot write to standard output: No space"),
         (std::process::Stdio::from(gone), 0, ""),
     ] {
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_predict"))
+        let output = test_support::program(env!("CARGO_BIN_EXE_predict"), "")
             .arg("--weights")
             .arg(&weights)
             .arg(format!("{PICTURES}/tiny.bmp"))

@@ -19,13 +19,7 @@ const SMALL_RUN: &str = "--dataset shapes --train-limit 7 --test-limit 3 --valid
                          --batch-size 2 --lr 1e-7 --checkpoint-every 3 --seed 5 --threads 2";
 
 fn program(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_scratch-train"));
-    command.args(arguments.split_whitespace());
-    // No test may reach the network.
-    command.env("HF_HUB_OFFLINE", "1");
-    command.env("HF_HUB_CACHE", "no-such-cache");
-    command.env_remove("RUST_LOG");
-    command
+    test_support::program(env!("CARGO_BIN_EXE_scratch-train"), arguments)
 }
 
 fn small_run(out: &Path) -> Command {
@@ -49,10 +43,8 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&both).into_owned()
 }
 
-/// The only run below `out`.
-fn run_directory(out: &Path) -> Option<PathBuf> {
-    let mut runs = fs::read_dir(out.join("scratch-train")).ok()?;
-    runs.next().map(|entry| entry.unwrap().path())
+fn run_directory(out: &Path) -> PathBuf {
+    test_support::only_run(out, "scratch-train")
 }
 
 /// What the seed decides: hash of the final weights, and metrics.
@@ -71,7 +63,7 @@ fn finished() -> (TempDir, PathBuf) {
     let out = tempfile::tempdir().unwrap();
     let finished = output(small_run(out.path()));
     assert!(finished.status.success(), "{}", text(&finished));
-    let run = run_directory(out.path()).unwrap();
+    let run = run_directory(out.path());
     (out, run)
 }
 
@@ -90,7 +82,8 @@ fn uninterrupted() -> (TempDir, (String, String)) {
 fn wait_for_steps(child: &mut Child, out: &Path, steps: usize) -> bool {
     let deadline = Instant::now() + Duration::from_secs(300);
     while Instant::now() < deadline {
-        let metrics = run_directory(out).map(|run| run.join("metrics.jsonl"));
+        let run = test_support::run_begun(out, "scratch-train");
+        let metrics = run.map(|run| run.join("metrics.jsonl"));
         let metrics = metrics.and_then(|path| fs::read_to_string(path).ok());
         let made = metrics.map_or(0, |text| text.matches("\"event\":\"step\"").count());
         if made >= steps {
@@ -126,11 +119,11 @@ fn a_run_killed_again_and_again_ends_with_the_weights_and_metrics_of_one_never_s
         sleep(Duration::from_millis(jitter));
         child.kill().unwrap();
         child.wait().unwrap();
-        child = start(resume(&run_directory(out.path()).unwrap()));
+        child = start(resume(&run_directory(out.path())));
     }
     let finished = child.wait_with_output().unwrap();
     assert!(finished.status.success(), "{}", text(&finished));
-    assert_eq!(traces(&run_directory(out.path()).unwrap()), expected);
+    assert_eq!(traces(&run_directory(out.path())), expected);
 }
 
 #[cfg(unix)]
@@ -148,7 +141,7 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
         let stopped = child.wait_with_output().unwrap();
         let said = text(&stopped);
         assert_eq!(stopped.status.code(), Some(code), "{said}");
-        let run = run_directory(out.path()).unwrap();
+        let run = run_directory(out.path());
         let hint = format!("cargo run -p scratch-train -- --resume {}", run.display());
         assert!(said.contains(&hint), "{said}");
         assert!(said.contains(&format!("Stopped by SIG{signal}")), "{said}");
@@ -156,7 +149,7 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
     }
     let finished = child.wait_with_output().unwrap();
     assert!(finished.status.success(), "{}", text(&finished));
-    let run = run_directory(out.path()).unwrap();
+    let run = run_directory(out.path());
     assert_eq!(traces(&run), expected);
 
     let again = output(resume(&run));
@@ -175,7 +168,7 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
 #[test]
 fn a_finished_run_reports_epochs_and_leaves_weights_under_pytorchs_names() {
     let (out, (hash, metrics)) = uninterrupted();
-    let run = run_directory(out.path()).unwrap();
+    let run = run_directory(out.path());
     let bytes = fs::read(run.join("model.safetensors")).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
     let metadata = header.metadata().clone().unwrap();
@@ -197,7 +190,7 @@ fn a_finished_run_reports_epochs_and_leaves_weights_under_pytorchs_names() {
 #[test]
 fn a_run_begins_with_the_weights_of_init_and_refuses_others_listing_every_difference() {
     let (out, _) = uninterrupted();
-    let weights = run_directory(out.path()).unwrap().join("model.safetensors");
+    let weights = run_directory(out.path()).join("model.safetensors");
     // No learning: what comes out is what went in.
     let line = "--dataset shapes --train-limit 2 --test-limit 1 --max-steps 1 --batch-size 2 --lr 0 \
                 --eval-every 0";
@@ -209,9 +202,7 @@ fn a_run_begins_with_the_weights_of_init_and_refuses_others_listing_every_differ
     let second = tempfile::tempdir().unwrap();
     let finished = output(with_init(&weights, second.path()));
     assert!(finished.status.success(), "{}", text(&finished));
-    let copied = run_directory(second.path())
-        .unwrap()
-        .join("model.safetensors");
+    let copied = run_directory(second.path()).join("model.safetensors");
     let tensors = |path: &Path| -> BTreeMap<String, Vec<u8>> {
         let bytes = fs::read(path).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -417,7 +408,7 @@ fn a_run_names_its_classes_and_the_commit_of_the_program_wherever_it_is_started(
     run.arg("--max-steps=1").current_dir(out.path());
     let finished = output(run);
     assert!(finished.status.success(), "{}", text(&finished));
-    let run = run_directory(out.path()).unwrap();
+    let run = run_directory(out.path());
     let environment = fs::read_to_string(run.join("environment.json")).unwrap();
     let source = Path::new(env!("CARGO_MANIFEST_DIR"));
     let expected = git(source, &["ls-files", "--error-unmatch", "Cargo.toml"])
@@ -460,7 +451,7 @@ fn a_run_on_other_data_is_not_resumed() {
     assert!(wait_for_steps(&mut child, out.path(), 1));
     child.kill().unwrap();
     child.wait().unwrap();
-    let run = run_directory(out.path()).unwrap();
+    let run = run_directory(out.path());
     let config = fs::read_to_string(run.join("config.json")).unwrap();
     let changed = config.replace("\"test_limit\": 3", "\"test_limit\": 4");
     assert_ne!(config, changed);

@@ -6,20 +6,9 @@ use predicates::str::contains;
 use test_support::{devices, step_losses};
 
 fn program(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_scratch-train"));
-    command.args(arguments.split_whitespace());
-    command.env("HF_HUB_OFFLINE", "1");
+    let path = env!("CARGO_BIN_EXE_scratch-train");
+    let mut command = Command::from_std(test_support::program(path, arguments));
     command.env("CUDA_EMULATION_DEVICES", "2");
-    // Nor one of somebody else's ranks.
-    for variable in [
-        "RUST_LOG",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-    ] {
-        command.env_remove(variable);
-    }
     command
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
+use test_support::free_port;
 
 /// Two epochs of three steps, the last of each of one image: the second rank has none of it. Without
 /// dropout, whose masks are a rank's own.
@@ -16,19 +17,7 @@ const SMALL_RUN: &str = "--dataset shapes --train-limit 7 --test-limit 3 --epoch
                          --lr 1e-7 --dropout 0 --checkpoint-every 2 --seed 5 --threads 1";
 
 fn program(arguments: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_scratch-train"));
-    command.args(arguments.split_whitespace());
-    // No test may reach the network, nor be one of somebody else's ranks.
-    command.env("HF_HUB_OFFLINE", "1");
-    for variable in [
-        "RUST_LOG",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-    ] {
-        command.env_remove(variable);
-    }
+    let mut command = test_support::program(env!("CARGO_BIN_EXE_scratch-train"), arguments);
     command.stdin(Stdio::null());
     command
 }
@@ -55,12 +44,8 @@ fn finished(command: Command) -> String {
     text(&output)
 }
 
-/// The only run below `out`.
 fn run_directory(out: &Path) -> PathBuf {
-    let runs = fs::read_dir(out.join("scratch-train")).unwrap();
-    let runs: Vec<PathBuf> = runs.map(|entry| entry.unwrap().path()).collect();
-    assert_eq!(runs.len(), 1, "{runs:?}");
-    runs[0].clone()
+    test_support::only_run(out, "scratch-train")
 }
 
 fn weights(run: &Path) -> Vec<f32> {
@@ -104,8 +89,7 @@ fn rank(arguments: &str, out: &Path, place: (usize, usize), port: u16) -> Child 
 fn wait_for_a_step(out: &Path) {
     let deadline = Instant::now() + Duration::from_secs(120);
     let begun = || {
-        let runs = fs::read_dir(out.join("scratch-train")).ok();
-        let run = runs.and_then(|mut runs| runs.find_map(|run| Some(run.ok()?.path())));
+        let run = test_support::run_begun(out, "scratch-train");
         let metrics = run.and_then(|run| fs::read_to_string(run.join("metrics.jsonl")).ok());
         metrics.is_some_and(|metrics| metrics.contains("\"step\":1"))
     };
@@ -113,11 +97,6 @@ fn wait_for_a_step(out: &Path) {
         assert!(Instant::now() < deadline, "no step was made");
         sleep(Duration::from_millis(5));
     }
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 #[test]

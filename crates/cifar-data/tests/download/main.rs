@@ -4,7 +4,6 @@
 mod archive;
 mod hub;
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,21 +13,10 @@ use cifar_data::download::{
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use test_support::files::{content, listing, message, put};
 
 const REVISION: &str = "0123456789abcdef0123456789abcdef01234567";
 const FILE: &str = "plain_text/train.parquet";
-
-/// Bytes that no two offsets share by chance.
-fn content(bytes: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..bytes).map(|_| next()).collect()
-}
 
 fn pinned(path: &str, content: &[u8]) -> PinnedFile {
     let sha256: String = Sha256::digest(content)
@@ -76,45 +64,6 @@ fn run(request: &Request) -> (Result<Report, DownloadError>, Vec<String>) {
     (result, events)
 }
 
-/// The whole message, as a program prints it.
-fn message(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text.push_str(&format!(": {error}"));
-        next = error.source();
-    }
-    text
-}
-
-/// Every file and folder below `dir`.
-fn listing(dir: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut folders = vec![dir.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).expect("a readable folder") {
-            let path = entry.expect("an entry").path();
-            found.push(
-                path.strip_prefix(dir)
-                    .expect("below")
-                    .to_string_lossy()
-                    .into_owned(),
-            );
-            if path.is_dir() {
-                folders.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
 fn temporary() -> TempDir {
     tempfile::tempdir().expect("a temporary folder")
-}
-
-/// Puts a file at a path whose folders may not exist yet.
-fn put(path: &Path, content: &[u8]) {
-    fs::create_dir_all(path.parent().expect("a parent")).expect("folders");
-    fs::write(path, content).expect("written");
 }

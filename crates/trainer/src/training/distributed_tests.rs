@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -11,6 +10,7 @@ use std::time::Duration;
 use cifar_data::{Normalization, Split, shapes};
 use data_parallel::{Backend, Options, Ranks};
 use tempfile::TempDir;
+use test_support::free_port;
 
 use super::*;
 use crate::distributed::Share;
@@ -160,11 +160,6 @@ impl Run<'_> {
             images_seen: model.pictures_seen.get(),
         }
     }
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 fn connect(rank: usize, ranks: usize, port: u16) -> ProcessGroup {

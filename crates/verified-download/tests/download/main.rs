@@ -4,30 +4,18 @@ mod disk;
 mod http;
 mod size;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use test_support::files::{content, listing, message, put};
 use verified_download::{
     DownloadError, Downloader, Event, Fetched, FileRequest, Network, Options, Pin, Proxy,
     RemoteError,
 };
 
 const FILE: &str = "folder/file.bin";
-
-/// Bytes that no two offsets share by chance.
-fn content(bytes: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..bytes).map(|_| next()).collect()
-}
 
 fn sha256(content: &[u8]) -> String {
     let hash = Sha256::digest(content);
@@ -93,49 +81,10 @@ fn cause(result: Result<Fetched, DownloadError>) -> RemoteError {
     }
 }
 
-/// The whole message, as a program prints it.
-fn message(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text.push_str(&format!(": {error}"));
-        next = error.source();
-    }
-    text
-}
-
-/// Every file and folder below `dir`.
-fn listing(dir: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut folders = vec![dir.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).expect("a readable folder") {
-            let path = entry.expect("an entry").path();
-            found.push(
-                path.strip_prefix(dir)
-                    .expect("below")
-                    .to_string_lossy()
-                    .into_owned(),
-            );
-            if path.is_dir() {
-                folders.push(path);
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
 fn part_path(dir: &Path, body: &[u8]) -> PathBuf {
     dir.join(format!("{FILE}.{}.part", &sha256(body)[..12]))
 }
 
 fn temporary() -> TempDir {
     tempfile::tempdir().expect("a temporary folder")
-}
-
-/// Puts a file at a path whose folders may not exist yet.
-fn put(path: &Path, content: &[u8]) {
-    fs::create_dir_all(path.parent().expect("a parent")).expect("folders");
-    fs::write(path, content).expect("written");
 }
