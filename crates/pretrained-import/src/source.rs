@@ -62,7 +62,7 @@ pub struct ParseSourceError {
     pub text: String,
 }
 
-/// Endings of files of weights; what has one of them is no repository.
+/// Endings of files of weights. A source that has one of them is no repository.
 const EXTENSIONS: [&str; 4] = [".safetensors", ".pth", ".pt", ".bin"];
 
 impl FromStr for Source {

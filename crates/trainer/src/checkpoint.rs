@@ -38,21 +38,21 @@ const SUMS: &str = "SHA256SUMS";
 /// With the seed it is all that randomness depends on. The sums are exact: JSON holds an f64 as the
 /// shortest decimal that reads back to the same bits.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct Position {
+pub(crate) struct Position {
     /// Steps made.
-    pub step: u64,
+    pub(crate) step: u64,
     /// Epochs completed, their evaluation included.
-    pub epoch: u64,
+    pub(crate) epoch: u64,
     /// Batches made of the epoch under way.
-    pub batch_in_epoch: u64,
+    pub(crate) batch_in_epoch: u64,
     /// Σ loss × images over those batches.
-    pub epoch_loss_sum: f64,
+    pub(crate) epoch_loss_sum: f64,
     /// Images classified correctly in those batches.
-    pub epoch_correct: u64,
+    pub(crate) epoch_correct: u64,
     /// Images in those batches.
-    pub epoch_images: u64,
+    pub(crate) epoch_images: u64,
     /// Time they took; the only field that differs between equal runs.
-    pub epoch_seconds: f64,
+    pub(crate) epoch_seconds: f64,
 }
 
 /// Contents of `state.json`.

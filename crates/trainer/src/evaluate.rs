@@ -186,7 +186,31 @@ pub fn first_maximum(logits: &[f32]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use cifar_data::{Split, shapes};
+
     use super::*;
+    use crate::tiny_model::TinyModel;
+
+    #[test]
+    fn a_set_is_evaluated_whole_in_batches_until_progress_breaks_off() {
+        let model = TinyModel::new(3);
+        let set = Arc::new(shapes::generate(1, Split::Test, 11));
+        let evaluated = |batch_size, progress: &mut dyn FnMut(u64) -> ControlFlow<()>| {
+            let (half, cpu) = (Normalization::HALF, &Device::Cpu);
+            evaluate(&model, ("test", &set), batch_size, half, cpu, progress).unwrap()
+        };
+        let mut heard = Vec::new();
+        let in_batches = evaluated(4, &mut |done| {
+            heard.push(done);
+            ControlFlow::Continue(())
+        });
+        assert_eq!(heard, [4, 8, 11]);
+        let at_once = evaluated(11, &mut |_| ControlFlow::Continue(()));
+        let (in_batches, at_once) = (in_batches.unwrap(), at_once.unwrap());
+        assert_eq!(in_batches.correct, at_once.correct);
+        assert!((in_batches.loss - at_once.loss).abs() < 1e-6);
+        assert_eq!(evaluated(4, &mut |_| ControlFlow::Break(())), None);
+    }
 
     #[test]
     fn the_first_of_equal_logits_is_the_answer() {

@@ -33,7 +33,6 @@ mod tiny_model;
 mod training;
 pub mod weights;
 
-pub use checkpoint::Position;
 pub use config::{ConfigError, TrainingConfig};
 pub use data::{DataFingerprints, DataSets, SetFingerprint};
 pub use durable::sha256_hex;
@@ -41,7 +40,7 @@ pub use environment::Environment;
 pub use error::{Error, LastCheckpoint, Place, Result};
 pub use evaluate::{Evaluation, evaluate, first_maximum};
 pub use execution::Execution;
-pub use metrics::{Metric, MetricsPosition};
+pub use metrics::Metric;
 pub use model::{AuxiliaryOutput, FixedFeatures, Model, TrainOutput};
 pub use observer::{EpochReport, Observer, Silent, StartReport, StepReport};
 pub use profile::PROFILE_TARGET;

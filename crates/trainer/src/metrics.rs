@@ -92,11 +92,11 @@ pub(crate) struct CsvRow {
 
 /// How much of the metrics files a checkpoint covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct MetricsPosition {
+pub(crate) struct MetricsPosition {
     /// Bytes of `metrics.jsonl`.
-    pub jsonl_bytes: u64,
+    pub(crate) jsonl_bytes: u64,
     /// Bytes of `metrics.csv`.
-    pub csv_bytes: u64,
+    pub(crate) csv_bytes: u64,
 }
 
 /// The open metrics files of a run.

@@ -37,8 +37,6 @@ pub struct StartReport {
     pub steps_done: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
-    /// Steps of a whole epoch.
-    pub steps_per_epoch: u64,
     /// Epochs of the run.
     pub epochs: u64,
 }

@@ -34,7 +34,6 @@ pub struct RunDirectory {
     dir: PathBuf,
     experiment: String,
     data: DataFingerprints,
-    config: serde_json::Value,
     /// To be recorded.
     resumed_in: Option<Environment>,
     /// Locked until dropped; a killed process loses its lock.
@@ -128,7 +127,6 @@ impl RunDirectory {
             dir,
             experiment: file.experiment,
             data: file.data,
-            config: file.config,
             resumed_in: None,
             _lock: lock,
         })
@@ -144,7 +142,6 @@ impl RunDirectory {
             dir: dir.to_path_buf(),
             experiment: file.experiment,
             data: file.data,
-            config: file.config,
             resumed_in: None,
             _lock: lock(dir)?,
         })
@@ -155,7 +152,11 @@ impl RunDirectory {
     /// # Errors
     /// [`Error::NotARun`], [`Error::OtherExperiment`], [`Error::Io`].
     pub fn config_of<C: DeserializeOwned>(dir: &Path, experiment: &str) -> Result<C> {
-        config(&ConfigFile::read(dir, experiment)?.config, dir)
+        let file = ConfigFile::read(dir, experiment)?;
+        C::deserialize(file.config).map_err(|error| Error::NotARun {
+            dir: dir.to_path_buf(),
+            reason: format!("its config.json does not fit this experiment ({error})"),
+        })
     }
 
     /// The run of `experiment` under `out` that began last among those that are finished and `is_wanted`, by their configuration. One that
@@ -199,14 +200,6 @@ impl RunDirectory {
     /// The experiment's name.
     pub fn experiment(&self) -> &str {
         &self.experiment
-    }
-
-    /// The configuration that the run began with.
-    ///
-    /// # Errors
-    /// [`Error::NotARun`] when it is not one of this experiment's.
-    pub fn config<C: DeserializeOwned>(&self) -> Result<C> {
-        config(&self.config, &self.dir)
     }
 
     /// Where the run is resumed: recorded in `environment-<time>.json` once it has found what it goes on from.
@@ -257,13 +250,6 @@ impl RunDirectory {
     pub(crate) fn check_data(&self, data: &DataSets) -> Result<()> {
         self.data.check(&data.fingerprints())
     }
-}
-
-fn config<C: DeserializeOwned>(value: &serde_json::Value, dir: &Path) -> Result<C> {
-    C::deserialize(value).map_err(|error| Error::NotARun {
-        dir: dir.to_path_buf(),
-        reason: format!("its config.json does not fit this experiment ({error})"),
-    })
 }
 
 /// A time as a folder's name: to the second, in UTC, without the colons that Windows refuses.

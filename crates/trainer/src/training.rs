@@ -36,7 +36,7 @@ use on_device::OnDevice;
 /// A run in progress.
 ///
 /// Its whole state between two steps is the model's weights, the optimiser's buffers and a
-/// [`Position`]; a checkpoint holds these three, so that going on from one gives the same bits as
+/// position; a checkpoint holds these three, so that going on from one gives the same bits as
 /// never having stopped.
 pub struct Training<'a> {
     model: &'a dyn Model,
@@ -220,7 +220,6 @@ impl<'a> Training<'a> {
         observer.started(&StartReport {
             steps_done: self.position.step,
             total_steps: self.total_steps(),
-            steps_per_epoch: self.steps_per_epoch(),
             epochs: self.config.epochs,
         });
         self.make_lasting_memory()?;
@@ -238,16 +237,6 @@ impl<'a> Training<'a> {
         }
         let summary = self.together.first_does(|| self.finish())?;
         Ok(Outcome::Finished(summary))
-    }
-
-    /// Where the run stands.
-    pub fn position(&self) -> &Position {
-        &self.position
-    }
-
-    /// The run's folder; None on all ranks but the first.
-    pub fn run_directory(&self) -> Option<&RunDirectory> {
-        self.run.as_ref()
     }
 
     /// The steps of the current epoch that are still to be made.

@@ -142,19 +142,6 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, Wei
     Ok(tensors)
 }
 
-/// The metadata of a safetensors file, such as what [`Model::metadata`] put there; `path` only names
-/// the file in errors.
-///
-/// # Errors
-/// Bytes that are no safetensors file.
-pub fn metadata(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|source| WeightsError::Parse {
-        path: path.to_path_buf(),
-        source,
-    })?;
-    Ok(header.metadata().clone().into_iter().flatten().collect())
-}
-
 /// A file of weights that cannot be read, or does not fit the model.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
@@ -346,6 +333,18 @@ mod tests {
         assert_eq!(saved.bits(), loaded.bits());
         let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
         assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn a_file_is_loaded_whole_and_an_absent_one_is_named() {
+        let (saved, loaded) = (TinyModel::new(1), TinyModel::new(2));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("w.safetensors");
+        std::fs::write(&path, encoded(&tensors(&saved))).unwrap();
+        load(&loaded, &path).unwrap();
+        assert_eq!(saved.bits(), loaded.bits());
+        let error = load(&loaded, &dir.path().join("absent")).unwrap_err();
+        assert!(matches!(&error, WeightsError::Read { path, .. } if path.ends_with("absent")));
     }
 
     #[test]

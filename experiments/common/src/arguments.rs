@@ -490,19 +490,15 @@ fn not_negative(text: &str) -> Result<f64, String> {
     }
 }
 
-fn below_one(text: &str) -> Result<f64, String> {
+/// Reads a share, or the probability of being dropped; for `value_parser`.
+///
+/// # Errors
+/// What it must be.
+pub fn below_one(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
         _ => Err("it must be a number of at least 0 and below 1".into()),
     }
-}
-
-/// Reads the probability of being dropped; for `value_parser`.
-///
-/// # Errors
-/// What it must be.
-pub fn probability(text: &str) -> Result<f64, String> {
-    below_one(text)
 }
 
 #[cfg(test)]

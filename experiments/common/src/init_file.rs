@@ -53,13 +53,12 @@ impl InitFile {
         Ok(bytes)
     }
 
-    /// Fills every parameter and buffer of `model` with the file's, which must hold exactly those.
+    /// Fills every parameter and buffer of `model` with those of the file of `--init`, which must hold exactly those.
     ///
     /// # Errors
     /// As [`Self::read`]; weights that do not fit, with every difference.
-    pub fn load_into(&self, model: &dyn Model, flag: &str) -> Result<()> {
+    pub fn load_into(&self, model: &dyn Model) -> Result<()> {
         let bytes = self.read()?;
-        weights::load_from_bytes(model, &bytes, &self.path)
-            .with_context(|| format!("cannot use {flag}"))
+        weights::load_from_bytes(model, &bytes, &self.path).context("cannot use --init")
     }
 }

@@ -22,8 +22,8 @@ mod signals;
 
 pub use arguments::{
     ComputeArguments, DataArguments, DeviceArguments, LrSchedule, ParallelArguments, RunArguments,
-    TrainingArguments, TrainingDefaults, at_least_one, common_defaults, describe_defaults,
-    device_defaults, flags_without_default, probability, threads,
+    TrainingArguments, TrainingDefaults, at_least_one, below_one, common_defaults,
+    describe_defaults, device_defaults, flags_without_default, threads,
 };
 pub use command_line::{CommandLine, CommonArguments, Presets, command, parse, parse_from};
 pub use compute::{ComputeConfig, DeviceChoice, Precision, start_threads};
@@ -33,6 +33,4 @@ pub use init_file::InitFile;
 pub use logging::start_logging;
 pub use memory::keep_freed_pages;
 pub use profile::Profile;
-pub use progress::{DownloadProgress, Progress, bar_of_pictures, print, say};
-pub use session::{print_finished, train};
-pub use signals::{Signal, StopSignals};
+pub use progress::{DownloadProgress, bar_of_pictures, print, say};

@@ -54,7 +54,7 @@ pub fn say(line: &str) {
 
 /// Shows a training run: the epochs' results on standard output, the way there on standard error.
 #[derive(Debug)]
-pub struct Progress {
+pub(crate) struct Progress {
     bar: Option<ProgressBar>,
     epochs: u64,
     pace: Pace,
@@ -71,7 +71,7 @@ struct Pace {
 
 impl Progress {
     /// A bar if standard error is a terminal that can show one, else lines.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             bar: shows_bars().then(|| bar(STEP_TEMPLATE)),
             epochs: 0,
@@ -81,7 +81,7 @@ impl Progress {
     }
 
     /// Removes the bar.
-    pub fn end(&self) {
+    pub(crate) fn end(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -95,12 +95,6 @@ impl Progress {
             self.last_line = Some(Instant::now());
         }
         due
-    }
-}
-
-impl Default for Progress {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

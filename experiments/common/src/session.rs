@@ -23,7 +23,7 @@ use crate::signals::StopSignals;
 ///
 /// # Errors
 /// The trainer's.
-pub fn train(
+pub(crate) fn train(
     model: &dyn Model,
     data: DataSets,
     (device, execution): (&Device, Execution),
@@ -105,7 +105,7 @@ fn stopped(signals: &StopSignals) -> (&'static str, ExitCode) {
 const INTERRUPTED: u8 = 130;
 
 /// Prints the results of a finished run.
-pub fn print_finished(dir: &str, summary: &Summary) {
+pub(crate) fn print_finished(dir: &str, summary: &Summary) {
     for (set, evaluation) in &summary.evaluations {
         print(&format!(
             "Final {set} accuracy: {:.2}% ({} of {}), loss {:.4}",

@@ -9,7 +9,7 @@ use signal_hook::flag;
 
 /// Whether SIGINT or SIGTERM has arrived.
 #[derive(Debug)]
-pub struct StopSignals {
+pub(crate) struct StopSignals {
     /// The signal's number; 0: none.
     received: Arc<AtomicUsize>,
 }
@@ -19,7 +19,7 @@ impl StopSignals {
     ///
     /// # Errors
     /// The system's refusal.
-    pub fn install() -> Result<Self> {
+    pub(crate) fn install() -> Result<Self> {
         let received = Arc::new(AtomicUsize::new(0));
         let armed = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
@@ -33,7 +33,7 @@ impl StopSignals {
     }
 
     /// The signal that arrived, with its exit code.
-    pub fn received(&self) -> Option<Signal> {
+    pub(crate) fn received(&self) -> Option<Signal> {
         match self.received.load(Ordering::Relaxed) as i32 {
             0 => None,
             number => Some(Signal {
@@ -50,11 +50,11 @@ impl StopSignals {
 
 /// A signal that asked to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Signal {
+pub(crate) struct Signal {
     /// `SIGINT` or `SIGTERM`.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// 128 + its number, the shell's convention: 130 or 143.
-    pub exit_code: u8,
+    pub(crate) exit_code: u8,
 }
 
 fn exit_code(signal: i32) -> i32 {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Parser};
 use experiment_common::{
-    Action, CommandLine, CommonArguments, InitFile, Presets, common_defaults, probability,
+    Action, CommandLine, CommonArguments, InitFile, Presets, below_one, common_defaults,
 };
 
 use crate::config::{LESSON, ModelConfig, Preset, QUICK, QUICK_SHAPES};
@@ -29,7 +29,7 @@ pub(crate) struct Arguments {
 #[command(next_help_heading = "Network")]
 struct ModelArguments {
     /// Probability that a feature is dropped before the last layer, in training
-    #[arg(long, value_name = "PROBABILITY", value_parser = probability, allow_negative_numbers = true)]
+    #[arg(long, value_name = "PROBABILITY", value_parser = below_one, allow_negative_numbers = true)]
     dropout: Option<f64>,
     /// Begin with these weights instead of random ones. The file must hold exactly the network's
     /// tensors, under PyTorch's names

@@ -43,7 +43,7 @@ impl Experiment for ScratchTrain {
 
     fn load_initial_weights(network: &Network, config: &Config) -> Result<()> {
         let file: Option<&InitFile> = config.model.init_file.as_ref();
-        file.map_or(Ok(()), |file| file.load_into(network, "--init"))
+        file.map_or(Ok(()), |file| file.load_into(network))
     }
 
     fn summary(model: &ModelConfig) -> Result<String> {

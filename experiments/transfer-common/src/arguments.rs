@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use experiment_common::probability;
+use experiment_common::below_one;
 use inception_model::SMALLEST_IMAGE;
 
 use crate::config::{Begin, Request, Trained};
@@ -27,7 +27,7 @@ pub struct TransferArguments {
     #[arg(long, value_name = "N", value_parser = image_size, allow_negative_numbers = true)]
     pub image_size: Option<usize>,
     /// Probability that a feature is dropped before the last layer, in training
-    #[arg(long, value_name = "PROBABILITY", value_parser = probability, allow_negative_numbers = true)]
+    #[arg(long, value_name = "PROBABILITY", value_parser = below_one, allow_negative_numbers = true)]
     pub dropout: Option<f64>,
 }
 

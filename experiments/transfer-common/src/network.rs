@@ -106,11 +106,6 @@ impl Network {
         Ok(weights::assign(own, tensors, &weights.path)?)
     }
 
-    /// What it is made of.
-    pub fn settings(&self) -> &NetworkSettings {
-        &self.settings
-    }
-
     fn resized(&self, images: &Tensor) -> candle_core::Result<Tensor> {
         match &self.resizer {
             Some(resizer) => resizer.resize(images),

@@ -13,16 +13,13 @@ use hf_hub::{HFClient, HFError};
 use verified_download::hub::{HubFile, RepositoryKind, pin_from};
 use verified_download::{Event, FileRequest, Hints, Mismatch, Pin, Proxy};
 
-use super::{FetchError, FetchOptions, FoundFile, OFFLINE};
+use super::{EXTENSIONS, FetchError, FetchOptions, FoundFile, OFFLINE};
 
 /// Branch of those who name no revision.
 const MAIN: &str = "main";
 
 /// The name that is taken where there are several and none is asked for.
 const USUAL_NAME: &str = "model.safetensors";
-
-/// Endings of files that may hold weights.
-const WEIGHTS: [&str; 4] = [".safetensors", ".pth", ".pt", ".bin"];
 
 /// What is looked for, and where.
 pub(super) struct Wanted<'a> {
@@ -497,7 +494,7 @@ fn is_commit(revision: &str) -> bool {
 }
 
 fn is_weights(file: &str) -> bool {
-    WEIGHTS.iter().any(|ending| file.ends_with(ending))
+    EXTENSIONS.iter().any(|ending| file.ends_with(ending))
 }
 
 /// Names of the files below a snapshot, as the repository has them.

@@ -54,10 +54,14 @@ fn create(out: &Path, config: &TrainingConfig) -> RunDirectory {
     RunDirectory::create(out, EXPERIMENT, config, &data(), environment).unwrap()
 }
 
+fn config_in(run: &RunDirectory) -> TrainingConfig {
+    RunDirectory::config_of(run.path(), EXPERIMENT).unwrap()
+}
+
 /// Runs a new process' worth of training: a fresh model, all state from the folder.
 fn go_on(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
     let model = TinyModel::new(config().seed);
-    let config = run.config().unwrap();
+    let config = config_in(&run);
     let outcome = Training::new(&model, data(), &Device::Cpu, config, run)
         .and_then(|mut training| training.run(&mut Silent, stop));
     (model, outcome)
@@ -66,7 +70,7 @@ fn go_on(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outco
 /// [`go_on`] with the data resident on the device, and nothing read before it must be.
 fn go_on_resident(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
     let model = TinyModel::new(config().seed);
-    let config = run.config().unwrap();
+    let config = config_in(&run);
     let resident = Execution {
         resident: true,
         ..Execution::on(&Device::Cpu)
@@ -380,6 +384,25 @@ fn an_infinite_loss_stops_before_the_update() {
 }
 
 #[test]
+fn an_observer_hears_of_each_checkpoint_once_it_is_there() {
+    #[derive(Default)]
+    struct Saved(Vec<u64>);
+    impl Observer for Saved {
+        fn checkpoint_saved(&mut self, path: &Path, step: u64) {
+            assert!(path.join("model.safetensors").is_file());
+            self.0.push(step);
+        }
+    }
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let model = TinyModel::new(config().seed);
+    let mut training = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
+    let mut saved = Saved::default();
+    training.run(&mut saved, &|| false).unwrap();
+    assert_eq!(saved.0, [3, 4, 6, 8]);
+}
+
+#[test]
 fn an_evaluation_that_is_not_finite_leaves_a_run_that_can_go_on() {
     let out = tempfile::tempdir().unwrap();
     let run = create(out.path(), &config());
@@ -510,7 +533,7 @@ fn the_configuration_is_on_disk_before_the_first_step() {
     assert_eq!(file["config"]["optimizer"]["lr"], json!(0.05));
     assert_eq!(file["data"]["train"]["images"], json!(14));
     assert!(run.path().join("environment.json").is_file());
-    assert_eq!(run.config::<TrainingConfig>().unwrap(), config());
+    assert_eq!(config_in(&run), config());
 }
 
 #[test]
@@ -556,7 +579,7 @@ fn the_newest_finished_run_that_is_wanted_is_found_by_its_time_and_number() {
 fn go_on_frozen(run: RunDirectory, stop: &dyn Fn() -> bool) -> (TinyModel, Result<Outcome>) {
     let mut model = TinyModel::new(config().seed);
     model.frozen = true;
-    let config = run.config().unwrap();
+    let config = config_in(&run);
     let outcome = Training::new(&model, data(), &Device::Cpu, config, run)
         .and_then(|mut training| training.run(&mut Silent, stop));
     (model, outcome)
