@@ -54,6 +54,9 @@ const HALVING_POOL: MaxPool2dConfig = MaxPool2dConfig {
 };
 
 impl CifarGoogLeNet {
+    /// What a file of its weights calls it, under `architecture` in the metadata.
+    pub const ARCHITECTURE: &str = "googlenet-cifar";
+
     /// A freshly initialised network; parameters are drawn in the state dict's order.
     ///
     /// # Errors

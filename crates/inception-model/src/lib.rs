@@ -32,7 +32,7 @@ pub use error::ModelError;
 pub use init::Init;
 pub use layers::{Conv, Inception, Linear};
 pub use summary::{Summary, SummaryRow};
-pub use table::{BLOCKS, BlockName, BlockWidths, Entry, STEM_WIDTH};
+pub use table::{BLOCKS, BlockName, BlockWidths, Entry, FEATURES, STEM_WIDTH};
 pub use torchvision::{
     BatchNorm, ConvNorm, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, GoogLeNetOutputs,
     LARGEST_OF_ONE_PIXEL, SMALLEST_IMAGE,

@@ -80,3 +80,9 @@ pub const BLOCKS: [Entry; 11] = [
     block("a5", "inception5a", [256,  160, 320,  32, 128, 128]),
     block("b5", "inception5b", [384,  192, 384,  48, 128, 128]),
 ];
+
+/// Channels that leave the last block. The heads of both networks read their means.
+pub const FEATURES: usize = match BLOCKS[BLOCKS.len() - 1] {
+    Entry::Block(_, widths) => widths.output(),
+    Entry::MaxPool => panic!("the table ends with a block"),
+};

@@ -112,6 +112,9 @@ const fn halving_pool(kernel: usize) -> MaxPool2dConfig {
 }
 
 impl GoogLeNet {
+    /// What a file of its weights calls it, under `architecture` in the metadata.
+    pub const ARCHITECTURE: &str = "googlenet-torchvision";
+
     /// A freshly initialised network, as torchvision's with `init_weights=True`:
     /// weights normal with a standard deviation of 0.01, cut off at ±2; batch
     /// norms 1 and 0; biases U(±1/√fan_in). Drawn in the state dict's order.

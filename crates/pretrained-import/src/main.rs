@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use inception_model::GoogLeNet;
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use pretrained_import::{
     AuxHeads, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
@@ -99,7 +100,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         _ => (!arguments.no_transform_input).to_string(),
     };
     let metadata = BTreeMap::from([
-        ("architecture".into(), "googlenet-torchvision".into()),
+        ("architecture".into(), GoogLeNet::ARCHITECTURE.into()),
         ("classes".into(), matched.report.classes.to_string()),
         ("transform_input".into(), transform_input),
         ("source".into(), found.origin),

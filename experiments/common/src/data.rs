@@ -6,8 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use cifar_data::download::{Request, Source, fetch};
 use cifar_data::{
-    ImageSet, Normalization, TrainTest, find_layout, incomplete_layout, load, shapes,
-    stratified_split,
+    CLASS_NAMES, CLASSES, ImageSet, Normalization, TrainTest, find_layout, incomplete_layout, load,
+    shapes, stratified_split,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -28,11 +28,19 @@ pub enum Dataset {
 }
 
 impl Dataset {
-    /// `class_names` of a file of weights: whose classes the outputs are.
-    pub fn class_names(self) -> &'static str {
+    /// Its value of `--dataset`; what weights that were trained on it say under `class_names`.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Cifar10 => "cifar10",
             Self::Shapes => "shapes",
+        }
+    }
+
+    /// What its classes are called, in the order of their labels.
+    pub fn classes(self) -> &'static [&'static str; CLASSES] {
+        match self {
+            Self::Cifar10 => &CLASS_NAMES,
+            Self::Shapes => &shapes::CLASS_NAMES,
         }
     }
 }

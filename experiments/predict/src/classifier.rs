@@ -6,25 +6,19 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_cnn::Mode;
 use candle_core::{DType, Device, Tensor};
 use experiment_common::Dataset;
-use inception_model::{CifarConfig, CifarGoogLeNet};
+use inception_model::{CifarConfig, CifarGoogLeNet, FEATURES, GoogLeNet};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use trainer::{Model, random, weights};
-use transfer_common::{ARCHITECTURE, Network, NetworkSettings, Trained, Weights, WeightsSource};
+use transfer_common::{Network, NetworkSettings, Trained, Weights, WeightsSource};
 
 use crate::preprocess::{Preprocessing, read};
-
-/// What `scratch-train` calls its network in the metadata of its weights.
-const CIFAR_ARCHITECTURE: &str = "googlenet-cifar";
 
 /// What `--weights` takes where there is no network.
 const WAYS_ON: &[&str] = &[
     "--weights FILE        a .pth or .safetensors file of torchvision's GoogLeNet",
     "--weights RUN         a finished run of scratch-train, finetune-full or finetune-frozen",
 ];
-
-/// What the heads of both networks read. Sizes are not believed beyond that, since a tensor without elements may claim any.
-const FEATURES: usize = 1024;
 
 /// ImageNet's classes; lines with `#` say where they are from.
 const IMAGENET_CLASSES: &str = include_str!("imagenet_classes.txt");
@@ -63,7 +57,7 @@ impl Classifier {
         let path = weights.path.display().to_string();
         let shown = found.origin.unwrap_or(path);
         let classifier = match architecture(&weights)? {
-            CIFAR_ARCHITECTURE => Self::cifar(weights, device),
+            CifarGoogLeNet::ARCHITECTURE => Self::cifar(weights, device),
             _ => Self::torchvision(weights, device),
         };
         let mut classifier = classifier.context("cannot use --weights")?;
@@ -177,14 +171,11 @@ impl Classifier {
 
     /// Refuses pictures whose classes are not those of the network.
     pub(crate) fn check_set(&self, set: Dataset) -> Result<()> {
-        let classes: &[&str] = match set {
-            Dataset::Cifar10 => &cifar_data::CLASS_NAMES,
-            Dataset::Shapes => &cifar_data::shapes::CLASS_NAMES,
-        };
+        let classes = set.classes();
         ensure!(
             self.class_names == classes,
             "cannot use --evaluate {}: its classes are {}, …, and those of the weights {} are {}, …",
-            set.class_names(),
+            set.name(),
             classes[0],
             self.from,
             self.class_names[0]
@@ -223,6 +214,8 @@ impl Classifier {
 
 /// Which network it is.
 fn architecture(weights: &Weights) -> Result<&'static str> {
+    const CIFAR: &str = CifarGoogLeNet::ARCHITECTURE;
+    const TORCHVISION: &str = GoogLeNet::ARCHITECTURE;
     let said = weights
         .state
         .metadata
@@ -230,15 +223,14 @@ fn architecture(weights: &Weights) -> Result<&'static str> {
         .map(String::as_str);
     let has = |name: &str| weights.state.tensors.contains_key(name);
     match said {
-        Some(CIFAR_ARCHITECTURE) => Ok(CIFAR_ARCHITECTURE),
-        Some(ARCHITECTURE) => Ok(ARCHITECTURE),
+        Some(CIFAR) => Ok(CIFAR),
+        Some(TORCHVISION) => Ok(TORCHVISION),
         Some(other) => bail!(
-            "cannot use --weights {}: it is a {other}; {CIFAR_ARCHITECTURE} and {ARCHITECTURE} are \
-             known",
+            "cannot use --weights {}: it is a {other}; {CIFAR} and {TORCHVISION} are known",
             weights.path.display()
         ),
-        None if has("conv1.conv.weight") => Ok(ARCHITECTURE),
-        None if has("pre_layers.0.weight") => Ok(CIFAR_ARCHITECTURE),
+        None if has("conv1.conv.weight") => Ok(TORCHVISION),
+        None if has("pre_layers.0.weight") => Ok(CIFAR),
         None => bail!(
             "cannot use --weights {}: it is no state dict of the lesson's or torchvision's GoogLeNet",
             weights.path.display()
@@ -246,7 +238,7 @@ fn architecture(weights: &Weights) -> Result<&'static str> {
     }
 }
 
-/// Outputs of the head.
+/// Outputs of the head. Sizes are not believed beyond what it reads, since a tensor without elements may claim any.
 fn classes(weights: &Weights) -> Result<usize> {
     let head = weights.state.tensors.get("fc.weight");
     let dims = head.map(Tensor::dims);
@@ -266,9 +258,9 @@ fn class_names(said: Option<&str>, classes: usize) -> Vec<String> {
         .filter(|line| !line.starts_with('#'));
     let imagenet: Vec<&str> = imagenet.collect();
     let known: &[&str] = match said {
-        Some("shapes") => &cifar_data::shapes::CLASS_NAMES,
+        Some(said) if said == Dataset::Shapes.name() => Dataset::Shapes.classes(),
         _ if classes == imagenet.len() => &imagenet,
-        _ => &cifar_data::CLASS_NAMES,
+        _ => Dataset::Cifar10.classes(),
     };
     match known.len() == classes {
         true => known.iter().map(ToString::to_string).collect(),

@@ -31,7 +31,7 @@ impl Network {
         let network = CifarGoogLeNet::new(&settings, device, &mut rng);
         Ok(Self {
             network: network.context("cannot make the network")?,
-            class_names: config.data.dataset.class_names(),
+            class_names: config.data.dataset.name(),
         })
     }
 
@@ -64,7 +64,7 @@ impl Model for Network {
 
     fn metadata(&self) -> BTreeMap<String, String> {
         BTreeMap::from([
-            ("architecture".into(), "googlenet-cifar".into()),
+            ("architecture".into(), CifarGoogLeNet::ARCHITECTURE.into()),
             ("classes".into(), CLASSES.to_string()),
             ("class_names".into(), self.class_names.into()),
         ])

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use trainer::{DataSets, RunDirectory};
 
 use crate::config::{Begin, BeginConfig, Request, Trained, TransferConfig};
-use crate::network::{ARCHITECTURE, Network, NetworkSettings};
+use crate::network::{Network, NetworkSettings};
 use crate::source::{FoundWeights, Weights, WeightsSource, weights_file};
 
 /// One of the two experiments.
@@ -83,7 +83,7 @@ impl<S: Stage> Experiment for FineTune<S> {
             dropout: model.dropout,
             aux_heads: model.aux_heads,
             trained: model.trained,
-            class_names: config.data.dataset.class_names().into(),
+            class_names: config.data.dataset.name().into(),
         };
         Network::new(settings, config.training.seed, device)
     }
@@ -202,11 +202,11 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
         classes.unwrap_or_default()
     );
     if let Some(other) = weights.state.metadata.get("class_names")
-        && other != dataset.class_names()
+        && other != dataset.name()
     {
         print(&format!(
             "The head of these weights knows the classes of {other}, and now it is to learn those of {}",
-            dataset.class_names()
+            dataset.name()
         ));
     }
     match (weights.has_aux(), request.aux_heads) {
@@ -241,9 +241,10 @@ fn transform_input(weights: &Weights) -> Option<bool> {
 
 fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {
     match weights.state.metadata.get("architecture") {
-        Some(other) if other != ARCHITECTURE => bail!(
-            "cannot use {flag}: {} is a {other}, this experiment trains {ARCHITECTURE}",
-            weights.path.display()
+        Some(other) if other != GoogLeNet::ARCHITECTURE => bail!(
+            "cannot use {flag}: {} is a {other}, this experiment trains {}",
+            weights.path.display(),
+            GoogLeNet::ARCHITECTURE
         ),
         _ => Ok(()),
     }
@@ -258,7 +259,7 @@ fn newest_run(out: &Path, experiment: &str, dataset: Dataset) -> Result<PathBuf>
     }
     let is_on_them = |config: &OfPictures| config.data.dataset == dataset;
     RunDirectory::newest_finished(out, experiment, is_on_them)?.with_context(|| {
-        let pictures = dataset.class_names();
+        let pictures = dataset.name();
         let given = match dataset {
             Dataset::Cifar10 => "",
             Dataset::Shapes => " -- --quick",

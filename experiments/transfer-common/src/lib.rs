@@ -11,6 +11,6 @@ mod source;
 pub use arguments::{TransferArguments, transfer_defaults};
 pub use config::{Begin, BeginConfig, Request, Trained, TransferConfig};
 pub use experiment::{FineTune, Stage};
-pub use network::{ARCHITECTURE, Network, NetworkSettings};
+pub use network::{Network, NetworkSettings};
 pub use resize::{Resampling, Resizer, resize_batch};
 pub use source::{FoundWeights, Weights, WeightsSource, weights_file};

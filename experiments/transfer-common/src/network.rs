@@ -13,9 +13,6 @@ use crate::config::Trained;
 use crate::resize::Resizer;
 use crate::source::Weights;
 
-/// What `model.safetensors` calls this network in its metadata.
-pub const ARCHITECTURE: &str = "googlenet-torchvision";
-
 /// Factor of each auxiliary head's loss: 0.3, as the paper has it (section 5).
 const AUX_WEIGHT: f64 = 0.3;
 
@@ -163,7 +160,7 @@ impl Model for Network {
     fn metadata(&self) -> BTreeMap<String, String> {
         let settings = &self.settings;
         let mut metadata = BTreeMap::from([
-            ("architecture".into(), ARCHITECTURE.into()),
+            ("architecture".into(), GoogLeNet::ARCHITECTURE.into()),
             ("classes".into(), settings.classes.to_string()),
             ("class_names".into(), settings.class_names.clone()),
             (
@@ -222,7 +219,7 @@ mod tests {
         let frozen = network(settings(Trained::HeadWithFixedStatistics));
         let fixed = frozen.fixed_features().unwrap();
         let features = fixed.features(&images(4))?;
-        assert_eq!(features.dims(), [4, 1024]);
+        assert_eq!(features.dims(), [4, inception_model::FEATURES]);
         for mode in [Mode::Eval, TRAIN] {
             let logits = fixed.classify(&features, mode)?;
             let expected = frozen.forward(&images(4), mode)?;
