@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::Duration;
@@ -41,6 +42,8 @@ pub struct Reply {
     sends: usize,
     /// Silence after these bytes.
     then_waits: Duration,
+    /// And until something comes, or cannot come any more.
+    until: Option<Arc<Mutex<Receiver<()>>>>,
 }
 
 impl Reply {
@@ -54,6 +57,7 @@ impl Reply {
             body: body.into(),
             sends: usize::MAX,
             then_waits: Duration::ZERO,
+            until: None,
         }
     }
 
@@ -86,6 +90,15 @@ impl Reply {
         Reply {
             sends,
             then_waits,
+            ..self
+        }
+    }
+
+    /// The same after a silence that ends when `released` has something to receive, or its sender is gone.
+    pub fn stalled_until(self, sends: usize, released: Receiver<()>) -> Reply {
+        Reply {
+            sends,
+            until: Some(Arc::new(Mutex::new(released))),
             ..self
         }
     }
@@ -136,6 +149,9 @@ impl Reply {
         }
         stream.flush()?;
         sleep(self.then_waits);
+        if let Some(released) = self.until {
+            let _ = released.lock().unwrap().recv();
+        }
         Ok(())
     }
 }

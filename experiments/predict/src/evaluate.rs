@@ -142,12 +142,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_of_equal_logits_is_the_answer_as_in_training() {
-        assert_eq!(first_maximum(&[0.0, 2.0, 2.0]), 1);
-        assert_eq!(first_maximum(&[5.0, 5.0]), 0);
-    }
-
-    #[test]
     fn each_class_is_told_with_what_it_is_taken_for_most() {
         let of_class = |class: &str, taken_for: [u64; 3]| OfClass {
             class: class.into(),

@@ -25,13 +25,15 @@ fn predict(weights: &Path) -> Command {
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
-fn write(path: &Path, mut tensors: Tensors, answer: usize, metadata: &[(&str, &str)]) {
-    // A head that answers one class whatever the picture.
+fn write(path: &Path, mut tensors: Tensors, answers: &[usize], metadata: &[(&str, &str)]) {
+    // A head that answers one class, or several alike, whatever the picture.
     let (_, _, weight) = tensors.get_mut("fc.weight").unwrap();
     weight.fill(0);
     let (_, _, bias) = tensors.get_mut("fc.bias").unwrap();
     bias.fill(0);
-    bias[4 * answer..4 * answer + 4].copy_from_slice(&8f32.to_le_bytes());
+    for answer in answers {
+        bias[4 * answer..4 * answer + 4].copy_from_slice(&8f32.to_le_bytes());
+    }
     let views = tensors.iter().map(|(name, (dtype, shape, data))| {
         (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
     });
@@ -57,11 +59,16 @@ fn torchvision(dir: &Path, classes: usize, answer: usize, metadata: &[(&str, &st
         }
     });
     let path = dir.join(format!("torchvision-{classes}-{answer}.safetensors"));
-    write(&path, tensors.collect(), answer, metadata);
+    write(&path, tensors.collect(), &[answer], metadata);
     path
 }
 
 fn cifar(dir: &Path, answer: usize, metadata: &[(&str, &str)]) -> PathBuf {
+    undecided(dir, &[answer], metadata)
+}
+
+/// The lesson's network, which finds these classes equally likely.
+fn undecided(dir: &Path, answers: &[usize], metadata: &[(&str, &str)]) -> PathBuf {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let network = CifarGoogLeNet::new(&CifarConfig::default(), &Device::Cpu, &mut rng).unwrap();
     let tensors = network.named_parameters().into_iter().map(|(name, var)| {
@@ -69,8 +76,8 @@ fn cifar(dir: &Path, answer: usize, metadata: &[(&str, &str)]) -> PathBuf {
         let values = vec![0; 4 * var.elem_count()];
         (name, (Dtype::F32, shape, values))
     });
-    let path = dir.join(format!("cifar-{answer}.safetensors"));
-    write(&path, tensors.collect(), answer, metadata);
+    let path = dir.join(format!("cifar-{answers:?}.safetensors"));
+    write(&path, tensors.collect(), answers, metadata);
     path
 }
 
@@ -296,6 +303,22 @@ fn a_test_set_is_evaluated_class_by_class() {
         "",
     ] {
         evaluate(line).code(2);
+    }
+}
+
+#[test]
+fn of_classes_that_are_equally_likely_an_evaluation_takes_the_first_as_training_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = undecided(dir.path(), &[2, 5], &[("class_names", "shapes")]);
+    let mut command = predict(&weights);
+    command.args(["--evaluate", "shapes", "--test-limit", "10", "--json"]);
+    let run = command.assert().success();
+    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+    let line: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(line["correct"], 1, "{line}");
+    for class in line["classes"].as_array().unwrap() {
+        let taken_for = &class["taken_for"];
+        assert_eq!((&taken_for[2], &taken_for[5]), (&1.into(), &0.into()));
     }
 }
 

@@ -135,13 +135,15 @@ fn a_read_only_folder_is_named_before_any_request() {
 #[test]
 fn a_second_process_waits_and_finds_the_file_complete() {
     let body = content(100_000);
-    let pause = Duration::from_millis(400);
+    let (release, released) = mpsc::channel();
     let server = Server::start([
-        Reply::file(&body).stalled_after(50_000, pause),
+        Reply::file(&body).stalled_until(50_000, released),
         Reply::file(&body),
     ]);
     let dir = temporary();
-    let request = request(&server.url(), dir.path(), &body);
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.options.network.read_timeout = Duration::from_secs(60);
+    let request = &request;
     let (under_way, wait_for_it) = mpsc::channel();
     let (first, second, events) = thread::scope(|scope| {
         // A lock belongs to the opened file, so threads compete for it just as processes do.
@@ -156,7 +158,15 @@ fn a_second_process_waits_and_finds_the_file_complete() {
             })
         });
         wait_for_it.recv().unwrap();
-        let (second, events) = run(&request);
+        // The first goes on once the second waits for it, or has ended without.
+        let mut events = Vec::new();
+        let second = request.fetch(&mut |event| {
+            if matches!(event, Event::WaitingForOtherProcess { .. }) {
+                release.send(()).unwrap();
+            }
+            events.push(format!("{event:?}"));
+        });
+        drop(release);
         (first.join().unwrap(), second, events)
     });
     assert_eq!(first.unwrap().origin, Origin::Network { received: 100_000 });
