@@ -1,7 +1,7 @@
 //! The loop: steps, epochs, evaluations, checkpoints.
 
 use std::collections::BTreeMap;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,20 +12,19 @@ use cifar_data::{ImageSet, shuffled_order};
 use data_parallel::ProcessGroup;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{self, Checkpoint, Position, State};
-use crate::config::{TrainingConfig, described, first_change};
+use crate::checkpoint::{self, Position};
+use crate::config::{TrainingConfig, described};
 use crate::data::{DataSets, Examples, batches};
 use crate::distributed::Together;
-use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, LastCheckpoint, Place, Result};
-use crate::evaluate::{Evaluation, EvaluationSums, count_correct, evaluate_examples, scalar};
+use crate::evaluate::{Evaluation, count_correct, scalar};
 use crate::execution::{Execution, timed_unless};
 use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric, MetricsFiles};
 use crate::model::{Model, TrainOutput};
 use crate::observer::{EpochReport, Observer, StartReport, StepReport};
 use crate::profile::Parts;
-use crate::random::{self, STREAM_SCHEME};
+use crate::random;
 use crate::resident::ResidentSet;
 use crate::run_directory::RunDirectory;
 use crate::schedule::ResolvedSchedule;
@@ -424,160 +423,6 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    /// Evaluates on one set, by its features where those never change.
-    fn evaluate(
-        &mut self,
-        (name, set): (&'static str, &Arc<ImageSet>),
-        observer: &mut dyn Observer,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<Option<Evaluation>> {
-        if let Some(on_device) = &mut self.on_device {
-            let failed = Error::tensor("the evaluation", Place::Set(name));
-            on_device.make_room(&self.device).map_err(failed)?;
-        }
-        if self
-            .compute_features((name, set), observer, stop)?
-            .is_break()
-        {
-            return Ok(None);
-        }
-        self.together.share_buffers(self.model)?;
-        let share = self.share_of_set(set);
-        let images = share.len() as u64;
-        let mut progress = |done| {
-            observer.evaluation_progress(name, done, images);
-            break_if(stop())
-        };
-        let part = match self.model.fixed_features() {
-            Some(fixed) => {
-                let order = share.collect();
-                let batch_size = self.config.evaluation_batch_size;
-                let batches = self.features.batches(name, order, batch_size, 0);
-                let logits = |features: &Tensor| fixed.classify(features, Mode::Eval);
-                evaluate_examples(batches, logits, &mut progress)?
-            }
-            None => {
-                let batches = self.batches_in_order(name, set)?;
-                let logits = |images: &Tensor| self.model.forward(images, Mode::Eval);
-                evaluate_examples(batches, logits, &mut progress)?
-            }
-        };
-        let sums = self.together.sum_evaluation(part)?;
-        Ok(sums.map(EvaluationSums::mean))
-    }
-
-    /// Computes the features of a set, unless they are there or are none.
-    fn compute_features(
-        &mut self,
-        (name, set): (&'static str, &Arc<ImageSet>),
-        observer: &mut dyn Observer,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<ControlFlow<()>> {
-        let Some(fixed) = self.model.fixed_features() else {
-            return Ok(ControlFlow::Continue(()));
-        };
-        if self.features.contains(name) {
-            return Ok(ControlFlow::Continue(()));
-        }
-        let batches = self.batches_in_order(name, set)?;
-        let features = |images: &Tensor| fixed.features(images);
-        let share = self.share_of_set(set);
-        let images = share.len() as u64;
-        let mut progress = |done| {
-            observer.features_progress(name, done, images);
-            break_if(stop())
-        };
-        self.features.fill(
-            (name, set),
-            (self.together, share.start as usize),
-            batches,
-            features,
-            &self.device,
-            &mut progress,
-        )
-    }
-
-    /// Whether it pays to keep the training set's features: a run that does not see all of it
-    /// would compute more than it uses.
-    fn caches_training_features(&self) -> bool {
-        self.model.fixed_features().is_some() && self.total_steps() >= self.steps_per_epoch()
-    }
-
-    /// The pictures of a set that are this rank's to evaluate.
-    fn share_of_set(&self, set: &ImageSet) -> Range<u32> {
-        let batch_size = self.config.evaluation_batch_size;
-        let share = self.together.share_of_set(set.len(), batch_size);
-        share.start as u32..share.end as u32
-    }
-
-    /// This rank's pictures of a set, in batches of the evaluation: made on the device where the run
-    /// is resident, else by the host.
-    fn batches_in_order(
-        &mut self,
-        name: &'static str,
-        set: &Arc<ImageSet>,
-    ) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
-        if self.execution.resident {
-            return self.resident_batches(name, set);
-        }
-        let batches = batches(
-            name,
-            set,
-            self.share_of_set(set).collect(),
-            self.config.evaluation_batch_size,
-            self.data.normalization,
-            &self.device,
-            0,
-        )?;
-        let examples =
-            batches.map(move |batch| batch.map(Examples::from).map_err(Error::data(name)));
-        Ok(Box::new(examples))
-    }
-
-    /// The set stays on the device for the next evaluation, unless its features are all that is needed of it.
-    fn resident_batches(
-        &mut self,
-        name: &'static str,
-        set: &Arc<ImageSet>,
-    ) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
-        let failed = |place| Error::tensor("the upload of pictures", place);
-        let upload = || {
-            ResidentSet::upload(set, self.data.normalization, DType::F32, &self.device)
-                .map(Arc::new)
-                .map_err(failed(Place::Set(name)))
-        };
-        let resident = match self.evaluated.get(name) {
-            Some(resident) => resident.clone(),
-            None => upload()?,
-        };
-        if self.model.fixed_features().is_none() {
-            self.evaluated.insert(name, resident.clone());
-        }
-        let share: Vec<u32> = self.share_of_set(set).collect();
-        let (images, size) = (share.len(), self.config.evaluation_batch_size);
-        if images == 0 {
-            return Ok(Box::new(std::iter::empty()));
-        }
-        let order = Tensor::new(share, &self.device).map_err(failed(Place::Set(name)))?;
-        let examples = (0..images).step_by(size).map(move |first| {
-            let count = size.min(images - first);
-            let batch = || resident.batch(&order.narrow(0, first, count)?);
-            let (number, count) = ((first / size) as u64 + 1, count as u64);
-            let place = Place::Batch {
-                batch: number,
-                images: count,
-            };
-            let (inputs, labels) =
-                batch().map_err(Error::tensor("the data of an evaluation", place))?;
-            Ok(Examples {
-                inputs,
-                labels,
-                count,
-            })
-        });
-        Ok(Box::new(examples))
-    }
-
     /// Evaluates, writes the epoch's metrics and moves on to the next epoch. Broken off, it leaves
     /// everything as it was, and is done again when the run is resumed.
     fn end_epoch(
@@ -716,121 +561,6 @@ impl<'a> Training<'a> {
         ResidentSet::upload(set, self.data.normalization, activations, &self.device)
     }
 
-    /// Rank 0 saves for all; the others have no path to tell.
-    fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
-        let (Some(run), Some(metrics)) = (&self.run, &mut self.metrics) else {
-            return Ok(PathBuf::new());
-        };
-        let checkpoints = run.checkpoints();
-        // What a checkpoint counts on is on disk before it.
-        let covered = metrics.sync()?;
-        let tensors: Vec<(String, Tensor)> = weights::state_dict(self.model)
-            .into_iter()
-            .map(|(name, var)| (name, var.as_detached_tensor()))
-            .collect();
-        self.check_finite(&tensors)?;
-        let mut metadata = self.model.metadata();
-        metadata.insert("step".into(), self.position.step.to_string());
-        let place = self.place(self.position.step);
-        let during_save = Error::tensor("saving the optimiser", place);
-        let optimizer = self.optimizer.state().map_err(during_save)?;
-        let optimizer_metadata = BTreeMap::from([("optimizer".to_string(), "sgd".to_string())]);
-        let state = State {
-            format_version: checkpoint::FORMAT_VERSION,
-            seed: self.config.seed,
-            stream_scheme: STREAM_SCHEME.into(),
-            position: self.position.clone(),
-            schedule: self.schedule,
-            settings: self.settings(),
-            metrics: covered,
-            data: self.data.fingerprints(),
-            last_evaluation: self.last_evaluation.clone(),
-        };
-        let path = checkpoint::save(
-            &checkpoints,
-            &state,
-            &weights::encode(&tensors, &metadata)?,
-            &weights::encode(&optimizer, &optimizer_metadata)?,
-            self.config.keep_checkpoints,
-        )?;
-        observer.checkpoint_saved(&path, self.position.step);
-        Ok(path)
-    }
-
-    fn load_checkpoint(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let Checkpoint { path, state, .. } = checkpoint;
-        let incompatible = |reason: String| Error::IncompatibleCheckpoint {
-            path: path.clone(),
-            reason,
-        };
-        if state.seed != self.config.seed {
-            let reason = format!("its seed is {}, the run's {}", state.seed, self.config.seed);
-            return Err(incompatible(reason));
-        }
-        if state.schedule != self.schedule {
-            let reason = format!(
-                "its schedule is {:?}, the run's {:?}",
-                state.schedule, self.schedule
-            );
-            return Err(incompatible(reason));
-        }
-        if let Some((name, was, is)) = first_change(&state.settings, &self.settings()) {
-            return Err(incompatible(format!("its {name} is {was}, the run's {is}")));
-        }
-        state.data.check(&self.data.fingerprints())?;
-        weights::load_from_bytes(self.model, &checkpoint.weights, &checkpoint.weights_path())?;
-        let optimizer = weights::decode(&checkpoint.optimizer, &checkpoint.optimizer_path())?;
-        self.optimizer.load_state(optimizer)?;
-        self.position = state.position.clone();
-        self.last_evaluation = state.last_evaluation.clone();
-        Ok(())
-    }
-
-    /// A finite loss can still leave weights that are not; they must not replace good ones on disk.
-    fn check_finite(&self, tensors: &[(String, Tensor)]) -> Result<()> {
-        for (name, tensor) in tensors
-            .iter()
-            .filter(|(_, tensor)| tensor.dtype().is_float())
-        {
-            let finite = || {
-                let values = tensor
-                    .to_dtype(DType::F32)?
-                    .flatten_all()?
-                    .to_vec1::<f32>()?;
-                Ok(values.iter().all(|value| value.is_finite()))
-            };
-            let place = self.place(self.position.step);
-            if !finite().map_err(Error::tensor("reading the weights", place))? {
-                return Err(Error::NonFiniteWeights {
-                    name: name.clone(),
-                    epoch: self.position.epoch + 1,
-                    step: self.position.step,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts the last checkpoint's weights at the root of the run and writes `finished.json`.
-    fn finish(&self) -> Result<Summary> {
-        let mut summary = Summary {
-            steps: self.position.step,
-            epochs: self.position.epoch,
-            evaluations: self.last_evaluation.clone(),
-            weights_sha256: String::new(),
-        };
-        // Only a rank that has a run is asked to finish it.
-        if let Some(run) = &self.run {
-            let newest = checkpoint::newest_path(&run.checkpoints());
-            let source = newest.unwrap_or_else(|| run.checkpoints());
-            let weights = read(&source.join("model.safetensors"))?;
-            write_atomically(&run.path().join("model.safetensors"), &weights)?;
-            summary.weights_sha256 = sha256_hex(&weights);
-            run.write_finished(&summary)?;
-        }
-        Ok(summary)
-    }
-
     /// A step of this run, 1-based, as errors tell where they come from.
     fn place(&self, step: u64) -> Place {
         Place::Step {
@@ -879,13 +609,6 @@ impl<'a> Training<'a> {
     }
 }
 
-fn break_if(stop: bool) -> ControlFlow<()> {
-    match stop {
-        true => ControlFlow::Break(()),
-        false => ControlFlow::Continue(()),
-    }
-}
-
 /// The numbers of one step.
 struct Step {
     loss: f32,
@@ -894,7 +617,9 @@ struct Step {
     lr: f64,
 }
 
+mod evaluation;
 mod on_device;
+mod saving;
 
 #[cfg(test)]
 mod distributed_tests;

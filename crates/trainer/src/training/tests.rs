@@ -8,6 +8,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
+use crate::durable::sha256_hex;
 use crate::environment::Environment;
 use crate::observer::Silent;
 use crate::sgd::SgdConfig;

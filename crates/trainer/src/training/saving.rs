@@ -1,0 +1,132 @@
+//! What a run leaves on disk to go on from, and at its end.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Tensor};
+
+use super::{Summary, Training};
+use crate::checkpoint::{self, Checkpoint, State};
+use crate::config::first_change;
+use crate::durable::{read, sha256_hex, write_atomically};
+use crate::error::{Error, Result};
+use crate::observer::Observer;
+use crate::random::STREAM_SCHEME;
+use crate::weights;
+
+impl Training<'_> {
+    /// Rank 0 saves for all; the others have no path to tell.
+    pub(super) fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
+        let (Some(run), Some(metrics)) = (&self.run, &mut self.metrics) else {
+            return Ok(PathBuf::new());
+        };
+        let checkpoints = run.checkpoints();
+        // What a checkpoint counts on is on disk before it.
+        let covered = metrics.sync()?;
+        let tensors: Vec<(String, Tensor)> = weights::state_dict(self.model)
+            .into_iter()
+            .map(|(name, var)| (name, var.as_detached_tensor()))
+            .collect();
+        self.check_finite(&tensors)?;
+        let mut metadata = self.model.metadata();
+        metadata.insert("step".into(), self.position.step.to_string());
+        let place = self.place(self.position.step);
+        let during_save = Error::tensor("saving the optimiser", place);
+        let optimizer = self.optimizer.state().map_err(during_save)?;
+        let optimizer_metadata = BTreeMap::from([("optimizer".to_string(), "sgd".to_string())]);
+        let state = State {
+            format_version: checkpoint::FORMAT_VERSION,
+            seed: self.config.seed,
+            stream_scheme: STREAM_SCHEME.into(),
+            position: self.position.clone(),
+            schedule: self.schedule,
+            settings: self.settings(),
+            metrics: covered,
+            data: self.data.fingerprints(),
+            last_evaluation: self.last_evaluation.clone(),
+        };
+        let path = checkpoint::save(
+            &checkpoints,
+            &state,
+            &weights::encode(&tensors, &metadata)?,
+            &weights::encode(&optimizer, &optimizer_metadata)?,
+            self.config.keep_checkpoints,
+        )?;
+        observer.checkpoint_saved(&path, self.position.step);
+        Ok(path)
+    }
+
+    pub(super) fn load_checkpoint(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let Checkpoint { path, state, .. } = checkpoint;
+        let incompatible = |reason: String| Error::IncompatibleCheckpoint {
+            path: path.clone(),
+            reason,
+        };
+        if state.seed != self.config.seed {
+            let reason = format!("its seed is {}, the run's {}", state.seed, self.config.seed);
+            return Err(incompatible(reason));
+        }
+        if state.schedule != self.schedule {
+            let reason = format!(
+                "its schedule is {:?}, the run's {:?}",
+                state.schedule, self.schedule
+            );
+            return Err(incompatible(reason));
+        }
+        if let Some((name, was, is)) = first_change(&state.settings, &self.settings()) {
+            return Err(incompatible(format!("its {name} is {was}, the run's {is}")));
+        }
+        state.data.check(&self.data.fingerprints())?;
+        weights::load_from_bytes(self.model, &checkpoint.weights, &checkpoint.weights_path())?;
+        let optimizer = weights::decode(&checkpoint.optimizer, &checkpoint.optimizer_path())?;
+        self.optimizer.load_state(optimizer)?;
+        self.position = state.position.clone();
+        self.last_evaluation = state.last_evaluation.clone();
+        Ok(())
+    }
+
+    /// A finite loss can still leave weights that are not; they must not replace good ones on disk.
+    fn check_finite(&self, tensors: &[(String, Tensor)]) -> Result<()> {
+        for (name, tensor) in tensors
+            .iter()
+            .filter(|(_, tensor)| tensor.dtype().is_float())
+        {
+            let finite = || {
+                let values = tensor
+                    .to_dtype(DType::F32)?
+                    .flatten_all()?
+                    .to_vec1::<f32>()?;
+                Ok(values.iter().all(|value| value.is_finite()))
+            };
+            let place = self.place(self.position.step);
+            if !finite().map_err(Error::tensor("reading the weights", place))? {
+                return Err(Error::NonFiniteWeights {
+                    name: name.clone(),
+                    epoch: self.position.epoch + 1,
+                    step: self.position.step,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the last checkpoint's weights at the root of the run and writes `finished.json`.
+    pub(super) fn finish(&self) -> Result<Summary> {
+        let mut summary = Summary {
+            steps: self.position.step,
+            epochs: self.position.epoch,
+            evaluations: self.last_evaluation.clone(),
+            weights_sha256: String::new(),
+        };
+        // Only a rank that has a run is asked to finish it.
+        if let Some(run) = &self.run {
+            let newest = checkpoint::newest_path(&run.checkpoints());
+            let source = newest.unwrap_or_else(|| run.checkpoints());
+            let weights = read(&source.join("model.safetensors"))?;
+            write_atomically(&run.path().join("model.safetensors"), &weights)?;
+            summary.weights_sha256 = sha256_hex(&weights);
+            run.write_finished(&summary)?;
+        }
+        Ok(summary)
+    }
+}
