@@ -4,7 +4,7 @@
 //! with another file's, numbers set to their extremes, or a program of random opcodes; half of the
 //! zip files are mutated inside of their entries, under the right checksums. A panic ends the run
 //! with the input's seed, from which it can be made again; so does an input that makes the reader
-//! allocate more than it may. `fuzz/` is for cargo-fuzz, which needs a nightly compiler.
+//! allocate more than it may.
 
 use std::io::{Cursor, Read, Write};
 use std::path::{Path, PathBuf};
