@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use candle_cnn::{ConvParameters, MaxPool2dConfig, PROFILE_TARGET, StaticGraphBuilder};
+use candle_cnn::{
+    ConvParameters, MaxPool2dConfig, PROFILE_TARGET, StaticGraph, StaticGraphBuilder,
+};
 use candle_core::{Device, Tensor, Var};
 use test_support::seeded_values;
 use tracing_subscriber::Layer;
@@ -38,6 +40,32 @@ impl<S: tracing::Subscriber> Layer<S> for Told {
     }
 }
 
+/// What both passes through a graph of two 8×8 images tell, in order.
+fn told_of_a_step(graph: &StaticGraph, parameters: &[ConvParameters<'_>]) -> Vec<String> {
+    // The one thread of a pool: a subscriber for tests is one thread's.
+    let told = Told::default();
+    let subscriber = tracing_subscriber::registry().with(told.clone());
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
+    let dispatch = tracing::Dispatch::new(subscriber);
+    let pool = pool.build().unwrap();
+    pool.install(|| {
+        tracing::dispatcher::with_default(&dispatch, || {
+            let images = tensor("images", &[2, 3, 8, 8]);
+            let features = graph.forward(&images, parameters).unwrap().features;
+            features.sum_all().unwrap().backward().unwrap();
+        })
+    });
+    let told = told.0.lock().unwrap();
+    told.iter()
+        .map(|t| {
+            format!(
+                "{}, {}: {} flop, {} bytes",
+                t["layer"], t["pass"], t["flop"], t["bytes"]
+            )
+        })
+        .collect()
+}
+
 #[test]
 fn a_profile_names_every_layer_and_pass_with_the_cost_of_a_direct_computation() {
     let mut builder = StaticGraphBuilder::new(3, (8, 8));
@@ -54,30 +82,7 @@ fn a_profile_names_every_layer_and_pass_with_the_cost_of_a_direct_computation() 
     let parameters = [(&weight1, &bias1), (&weight2, &bias2)]
         .map(|(weight, bias)| ConvParameters::Bias { weight, bias });
 
-    // One thread, which is this one: a subscriber for tests is one thread's.
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(1)
-        .use_current_thread();
-    let pool = pool.build().unwrap();
-    let told = Told::default();
-    let subscriber = tracing_subscriber::registry().with(told.clone());
-    tracing::subscriber::with_default(subscriber, || {
-        pool.install(|| {
-            let images = tensor("images", &[2, 3, 8, 8]);
-            let features = graph.forward(&images, &parameters).unwrap().features;
-            features.sum_all().unwrap().backward().unwrap();
-        })
-    });
-    let told = told.0.lock().unwrap();
-    let lines: Vec<String> = told
-        .iter()
-        .map(|t| {
-            format!(
-                "{}, {}: {} flop, {} bytes",
-                t["layer"], t["pass"], t["flop"], t["bytes"]
-            )
-        })
-        .collect();
+    let lines = told_of_a_step(&graph, &parameters);
     // 2·N·H·W·C_out·C_in·k² operations; 4 bytes of each value of input, output and weight.
     let (stem_flop, last_flop) = (2 * 2 * 64 * 16 * 27, 2 * 2 * 16 * 4 * 16);
     let stem_bytes = 4 * (2 * 64 * 3 + 2 * 64 * 16 + 16 * 27);
@@ -100,6 +105,24 @@ fn a_profile_names_every_layer_and_pass_with_the_cost_of_a_direct_computation() 
             format!("1: max pool 2×2 to 4 × 4, input gradient: 0 flop, {pool_bytes} bytes"),
             format!("stem, weight gradient: {stem_flop} flop, {stem_bytes} bytes"),
             "stem, other gradient: 0 flop, 0 bytes".to_string(),
+        ]
+    );
+
+    // Frozen weights cost no gradient of theirs, though their biases train.
+    let frozen = [weight1.as_detached_tensor(), weight2.as_detached_tensor()];
+    let parameters = [(&frozen[0], &bias1), (&frozen[1], &bias2)]
+        .map(|(weight, bias)| ConvParameters::Bias { weight, bias });
+    let lines = told_of_a_step(&graph, &parameters);
+    let passes = lines[3..]
+        .iter()
+        .filter_map(|line| line.rsplit(": ").nth(1));
+    assert_eq!(
+        passes.collect::<Vec<_>>(),
+        [
+            "convolution 1×1 to 4 × 4 × 4, input gradient",
+            "convolution 1×1 to 4 × 4 × 4, other gradient",
+            "max pool 2×2 to 4 × 4, input gradient",
+            "stem, other gradient",
         ]
     );
 }

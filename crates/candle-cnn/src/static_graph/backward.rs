@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::forward::Forward;
 use super::norm::{self, Affine, GradientSpans, GradientSums, InputGradient, Span};
 use super::pass::{
-    After, Maps, Normalised, Numbers, give_back, give_back_gradient, max_pool_of, pays,
+    After, Maps, Normalised, Numbers, Trains, give_back, give_back_gradient, max_pool_of, pays,
 };
 use super::profile::{self, Times, Watch};
 use super::way::{
@@ -19,7 +19,7 @@ use crate::simd::Isa;
 /// The backward pass.
 pub(super) struct Backward<'a, T: 'static> {
     forward: Forward<'a, T>,
-    trainable: &'a [bool],
+    trainable: &'a [Trains],
     /// Whether the gradient of each buffer is needed.
     needed: Vec<bool>,
 }
@@ -30,17 +30,18 @@ impl<'a, T: Element> Backward<'a, T> {
         isa: Isa,
         batch: usize,
         needs_input: bool,
-        trainable: &'a [bool],
+        trainable: &'a [Trains],
     ) -> Self {
+        let any: Vec<bool> = trainable.iter().map(|trains| trains.any).collect();
         Self {
             forward: Forward::new(graph, isa, batch),
             trainable,
-            needed: graph.needed(needs_input, trainable),
+            needed: graph.needed(needs_input, &any),
         }
     }
 
     /// Gradients of the images, if they are needed, and of every parameter of
-    /// the convolutions that train, in order.
+    /// the convolutions that train, in order, but for frozen weights.
     pub(super) fn run(
         &self,
         maps: Maps<T>,
@@ -63,8 +64,9 @@ impl<'a, T: Element> Backward<'a, T> {
             let mut outputs: Vec<(usize, Vec<T>)> = Vec::new();
             for &index in group.iter().rev() {
                 let (buffer, channel) = graph.place(graph.operations[index].output());
-                let trains = graph.numbers[index].is_some_and(|n| self.trainable[n]);
-                if !trains && !self.needed[input] {
+                let trains = graph.numbers[index].map(|n| self.trainable[n]);
+                let trains = trains.filter(|trains| trains.any);
+                if trains.is_none() && !self.needed[input] {
                     continue;
                 }
                 outputs.extend(gradients[buffer].take().map(|dy| (buffer, dy)));
@@ -122,7 +124,10 @@ impl<'a, T: Element> Backward<'a, T> {
         });
         let d_parameters = d_numbers.into_iter().zip(numbers);
         let d_parameters = d_parameters.flat_map(|(d, numbers)| match d {
-            Some(d) => d.into_iter().map(Some).collect(),
+            Some(d) => d
+                .into_iter()
+                .map(|d| (!d.is_empty()).then_some(d))
+                .collect(),
             None => vec![None; 1 + numbers.per_channel()],
         });
         (d_images, d_parameters.collect())
@@ -207,8 +212,8 @@ impl<'a, T: Element> Backward<'a, T> {
                 Operation::Convolution(c) => {
                     let (number, needs) = (graph.numbers[branch.index], dx.is_some());
                     let number = number.unwrap_or_default();
-                    if branch.trains {
-                        d_numbers[number] = Some(read.numbers[number].gradients(c));
+                    if let Some(trains) = branch.trains {
+                        d_numbers[number] = Some(read.numbers[number].gradients(c, trains));
                     }
                     let d_numbers = d_numbers[number].as_mut();
                     let way = self.prepare(
@@ -235,7 +240,9 @@ impl<'a, T: Element> Backward<'a, T> {
                 PreparedWay::Convolution(prepared) => Way::Convolution(Box::new(ConvolutionWay {
                     prepared,
                     input: prepared.input_pass(&self.forward),
-                    weight: prepared.trains.then(|| prepared.weight_pass(&self.forward)),
+                    weight: prepared
+                        .trains_weight
+                        .then(|| prepared.weight_pass(&self.forward)),
                 })),
                 PreparedWay::MaxPool { pool, is_first } => Way::MaxPool {
                     pool,
@@ -309,10 +316,9 @@ impl<'a, T: Element> Backward<'a, T> {
             times.other += *preparation;
             let watch = Watch::start();
             if let Way::Convolution(way) = way
-                && let Some(pass) = &way.weight
+                && branch.trains.is_some()
                 && let Some(d) = graph.numbers[branch.index].and_then(|n| d_numbers[n].as_mut())
             {
-                pass.unpack(&parts, &mut d[0]);
                 if way.prepared.norm.is_none() {
                     for part in &parts {
                         for (to, &from) in d[1].iter_mut().zip(&part.bias) {
@@ -320,7 +326,12 @@ impl<'a, T: Element> Backward<'a, T> {
                         }
                     }
                 }
-                times.weight += watch.elapsed();
+                times.other += watch.elapsed();
+                if let Some(pass) = &way.weight {
+                    let watch = Watch::start();
+                    pass.unpack(&parts, &mut d[0]);
+                    times.weight += watch.elapsed();
+                }
             }
             for part in parts {
                 arenas.of::<T>().give_back_flat(part.weight);
@@ -402,7 +413,7 @@ impl<'a, T: Element> Backward<'a, T> {
             transformed,
             zeros: vec![T::ZERO; c.c_in.next_multiple_of(ALIGNMENT)],
             is_first,
-            trains: branch.trains,
+            trains_weight: branch.trains.is_some_and(|trains| trains.weight),
         }
     }
 
@@ -485,5 +496,6 @@ struct Branch {
     channel: usize,
     /// Which of the group's gradients is that of the whole buffer.
     dy: usize,
-    trains: bool,
+    /// If anything of it does.
+    trains: Option<Trains>,
 }

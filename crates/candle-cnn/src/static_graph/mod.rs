@@ -42,7 +42,7 @@ use candle_core::{
 use self::arena::Arenas;
 use self::backward::Backward;
 use self::forward::Forward;
-use self::pass::{Maps, Numbers};
+use self::pass::{Maps, Numbers, Trains};
 pub use self::profile::PROFILE_TARGET;
 use crate::backward::aside;
 use crate::batch_norm::{BatchStatistics, Moments};
@@ -633,11 +633,8 @@ impl StaticGraph {
             .collect();
         let dtype = float_dtype(OP, &all)?;
         let images = images.contiguous()?;
-        let trainable: Vec<bool> = parameters
-            .iter()
-            .map(|p| p.tensors().iter().any(|tensor| tensor.track_op()))
-            .collect();
-        if !images.track_op() && !trainable.contains(&true) {
+        let mut tensors = parameters.iter().flat_map(ConvParameters::tensors);
+        if !images.track_op() && !tensors.any(Tensor::track_op) {
             return self.infer(&images, parameters, dtype);
         }
 
@@ -648,10 +645,16 @@ impl StaticGraph {
         let gradients = Arc::new(Mutex::new(Vec::new()));
         let mut token = Tensor::zeros(1, dtype, images.device())?;
         let mut values = Vec::with_capacity(parameters.len());
+        let mut trainable = Vec::with_capacity(parameters.len());
         let mut count = 0;
         for (c, parameters) in convolutions.iter().zip(parameters) {
             let mut contiguous = Vec::with_capacity(3);
-            for tensor in parameters.folded(c.eps.unwrap_or(0.0))? {
+            let tensors = parameters.folded(c.eps.unwrap_or(0.0))?;
+            trainable.push(Trains {
+                any: tensors.iter().any(Tensor::track_op),
+                weight: tensors[0].track_op(),
+            });
+            for tensor in tensors {
                 if tensor.track_op() {
                     let gradients = Arc::clone(&gradients);
                     let index = count;
@@ -916,8 +919,8 @@ struct Run {
     graph: Arc<Inner>,
     dtype: DType,
     needs_input: bool,
-    /// Whether each convolution's parameters need their gradient.
-    trainable: Vec<bool>,
+    /// Which of each convolution's parameters need their gradient.
+    trainable: Vec<Trains>,
     /// Of each convolution; running statistics are a part of weight and bias.
     parameters: Vec<Vec<Tensor>>,
     /// Where the backward pass leaves their gradients for the tokens.

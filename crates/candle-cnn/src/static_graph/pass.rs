@@ -27,6 +27,15 @@ pub(super) struct Normalised<T> {
     pub(super) moments: Vec<Moments>,
 }
 
+/// Which parameters of a convolution need their gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Trains {
+    /// One of them or more.
+    pub(super) any: bool,
+    /// The weight, whose gradient is the work; those of the others are sums that the way back takes anyway.
+    pub(super) weight: bool,
+}
+
 /// The parameters of one convolution.
 pub(super) struct Numbers<'a, T> {
     pub(super) weight: &'a [T],
@@ -79,10 +88,11 @@ impl<'a, T: Element> Numbers<'a, T> {
         }
     }
 
-    /// Zeros for the gradient of the weight and of what follows.
-    pub(super) fn gradients(&self, c: &Convolution) -> Vec<Vec<T>> {
+    /// Zeros for the gradient of the weight and of what follows; nothing for a weight that is frozen.
+    pub(super) fn gradients(&self, c: &Convolution, trains: Trains) -> Vec<Vec<T>> {
+        let weight = if trains.weight { self.weight.len() } else { 0 };
         let channels = std::iter::repeat_n(c.c_out, self.per_channel());
-        std::iter::once(self.weight.len())
+        std::iter::once(weight)
             .chain(channels)
             .map(|len| vec![T::ZERO; len])
             .collect()

@@ -8,7 +8,7 @@ use test_support::{check_gradients, relative_error, seeded_values};
 use super::arena::{Layout, Part};
 use super::backward::Backward;
 use super::forward::Forward;
-use super::pass::Numbers;
+use super::pass::{Numbers, Trains};
 use super::*;
 use crate::element::Element;
 use crate::{
@@ -244,6 +244,14 @@ fn values<T: Element>(tensor: &Tensor) -> Vec<T> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// Of each convolution's parameters.
+fn numbers<'a, T: Element>(inner: &Inner, owned: &'a [Vec<Vec<T>>]) -> Vec<Numbers<'a, T>> {
+    let convolutions = inner.convolutions().into_iter().zip(owned);
+    convolutions
+        .map(|(c, p)| Numbers::new(&c, &p.iter().map(Vec::as_slice).collect::<Vec<_>>()))
+        .collect()
+}
+
 /// Every instruction set of this machine against ordinary operations; twice,
 /// so that the second pass finds used buffers.
 fn check<T: Element>(
@@ -262,13 +270,12 @@ fn check<T: Element>(
         .iter()
         .map(|p| p.iter().map(|p| values::<T>(p)).collect())
         .collect();
-    let convolutions = inner.convolutions();
-    let numbers: Vec<Numbers<'_, T>> = convolutions
-        .iter()
-        .zip(&owned)
-        .map(|(c, p)| Numbers::new(c, &p.iter().map(Vec::as_slice).collect::<Vec<_>>()))
-        .collect();
-    let trainable = vec![true; numbers.len()];
+    let numbers = numbers(inner, &owned);
+    let all = Trains {
+        any: true,
+        weight: true,
+    };
+    let trainable = vec![all; numbers.len()];
     for isa in Isa::available() {
         for _ in 0..2 {
             let images = values::<T>(&example.images);
@@ -1062,4 +1069,103 @@ fn sizes_that_overflow_are_refused_when_they_are_described() -> Result<()> {
     let found = text(builder.max_pool2d(images, MaxPool2dConfig::square(2, 2, 0)));
     assert!(found.contains("more elements"), "{found}");
     Ok(())
+}
+
+#[test]
+fn a_frozen_weight_gets_no_gradient_and_the_bias_or_batch_norm_behind_it_the_same() {
+    for stem in [Stem::Bias, Stem::Norm] {
+        for needs_input in [false, true] {
+            let example = example::<f32>(stem, 3, (9, 9), false);
+            let inner = &example.graph.inner;
+            let owned = example.parameters.iter();
+            let owned: Vec<Vec<Vec<f32>>> = owned
+                .map(|p| p.iter().map(|p| values::<f32>(p)).collect())
+                .collect();
+            let numbers = numbers(inner, &owned);
+            let upstream = seeded_values("upstream", 3 * (16 + 32 + 64 + 7), 2.0);
+            let gradients = |trains: &dyn Fn(usize) -> Trains| {
+                let trainable: Vec<Trains> = (0..numbers.len()).map(trains).collect();
+                let images = values::<f32>(&example.images);
+                let isa = Isa::detect();
+                let maps = Forward::new(inner, isa, 3)
+                    .run(&images, &numbers, true)
+                    .maps;
+                Backward::new(inner, isa, 3, needs_input, &trainable).run(
+                    maps.unwrap(),
+                    &numbers,
+                    &upstream,
+                )
+            };
+            let all = gradients(&|_| Trains {
+                any: true,
+                weight: true,
+            });
+            // The first convolution's too, which nothing before it needs a gradient of, and the first block's fourth.
+            let weight = |i: usize| !matches!(i, 0 | 4 | 6);
+            let some = gradients(&|i| Trains {
+                any: true,
+                weight: weight(i),
+            });
+            assert!(some.0 == all.0 && some.0.is_some() == needs_input);
+            let mut at = 0;
+            for (i, of_one) in owned.iter().enumerate() {
+                for j in 0..of_one.len() {
+                    let (some, all) = (&some.1[at], &all.1[at]);
+                    match j == 0 && !weight(i) {
+                        true => assert!(some.is_none(), "{stem:?} {i}"),
+                        false => assert!(some == all && some.is_some(), "{stem:?} {i} {j}"),
+                    }
+                    at += 1;
+                }
+            }
+            assert_eq!((at, at), (some.1.len(), all.1.len()));
+        }
+    }
+}
+
+#[test]
+fn a_frozen_weight_of_running_statistics_trains_while_the_norm_does_that_is_a_part_of_it()
+-> Result<()> {
+    let example = example::<f64>(Stem::Norm, 2, (9, 9), false);
+    let running = running::<f64>(&example);
+    // Of each parameter: the weights are frozen; where `norms` are as well, the biases alone train.
+    let check = |norms: bool| -> Result<()> {
+        let all = example.parameters.iter();
+        let tensors: Vec<[Tensor; 3]> = all
+            .map(|p| {
+                let norm = match norms {
+                    true => p[1].as_tensor().clone(),
+                    false => p[1].as_detached_tensor(),
+                };
+                [p[0].as_detached_tensor(), norm, p[2].as_tensor().clone()]
+            })
+            .collect();
+        let pairs = tensors.iter().zip(&running);
+        let given = pairs.map(|([weight, norm_weight, norm_bias], [mean, variance])| {
+            ConvParameters::Running {
+                weight,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+            }
+        });
+        let given: Vec<_> = given.collect();
+        let expected = composed(Stem::Norm, &example.images, &given, false)?;
+        let expected = expected.sqr()?.sum_all()?.backward()?;
+        let features = example.graph.forward(&example.images, &given)?.features;
+        let actual = features.sqr()?.sum_all()?.backward()?;
+        for p in &example.parameters {
+            assert!(actual.get(&p[0]).is_none());
+            assert_eq!(actual.get(&p[1]).is_some(), norms);
+            for var in &p[if norms { 1 } else { 2 }..] {
+                let (actual, expected) = (actual.get(var).unwrap(), expected.get(var).unwrap());
+                let error = relative_error(actual, expected)?;
+                assert!(error <= 1e-11, "{norms} {error:.1e}");
+            }
+        }
+        Ok(())
+    };
+    check(true)?;
+    check(false)
 }

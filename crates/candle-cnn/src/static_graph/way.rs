@@ -36,7 +36,7 @@ pub(super) struct Prepared<'a, T> {
     pub(super) zeros: Vec<T>,
     /// Whether nothing has been added up yet in the gradient of the input.
     pub(super) is_first: bool,
-    pub(super) trains: bool,
+    pub(super) trains_weight: bool,
 }
 
 impl<T: Element> Prepared<'_, T> {
@@ -180,9 +180,16 @@ impl<T: Element> ConvolutionWay<'_, T> {
         let Images { range, x, dy, dx } = images;
         let prepared = self.prepared;
         let count = range.len();
-        let watch = Watch::start();
-        self.mask(isa, range, dy, sums);
-        sums.times.other += watch.elapsed();
+        // Nobody may need more than the sums over the gradient: those of a bias are taken here, a batch norm's before.
+        let goes_on = self.input.is_some() || self.weight.is_some();
+        if goes_on || prepared.norm.is_none() {
+            let watch = Watch::start();
+            self.mask(isa, range, dy, sums);
+            sums.times.other += watch.elapsed();
+        }
+        if !goes_on {
+            return;
+        }
         let Some(pool) = &prepared.pool else {
             self.gradients(x, dy, dx, (sums, fresh), scratch);
             return;
