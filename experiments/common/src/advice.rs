@@ -10,10 +10,19 @@ pub(crate) fn advised(error: Error) -> anyhow::Error {
             place: Place::Set(_),
             ..
         } => "fewer pictures need less (--train-limit, --test-limit)".to_string(),
+        Error::OutOfMemory {
+            place: Place::Batch { .. },
+            ..
+        } => "smaller images need less, where there is --image-size, and so does a --batch-size below 64"
+            .to_string(),
         Error::OutOfMemory { .. } => {
             "a smaller --batch-size needs less, and so do smaller images where there is --image-size \
              and, on a GPU, --precision bf16"
                 .to_string()
+        }
+        // An error of candle-cnn's within one of Candle's, of which only the text is left.
+        Error::Tensor { source, .. } if source.to_string().contains("Settings::channels_last") => {
+            "--no-channels-last turns it off".to_string()
         }
         Error::NotARun { .. } => {
             "--resume takes the folder of a run, runs/<experiment>/<time>".to_string()
@@ -23,7 +32,9 @@ pub(crate) fn advised(error: Error) -> anyhow::Error {
     };
     let text = format!("{error}: {advice}");
     match error {
-        Error::OutOfMemory { source, .. } => anyhow::Error::new(source).context(text),
+        Error::OutOfMemory { source, .. } | Error::Tensor { source, .. } => {
+            anyhow::Error::new(source).context(text)
+        }
         _ => anyhow!(text),
     }
 }
@@ -49,6 +60,14 @@ mod tests {
         for part in ["step 7", "512 images", "--batch-size", "CUDA_ERROR"] {
             assert!(step.contains(part), "{step}");
         }
+        let batch = lack(Place::Batch {
+            batch: 3,
+            images: 64,
+        });
+        assert!(
+            batch.contains("batch 3") && !batch.contains("bf16"),
+            "{batch}"
+        );
         let set = lack(Place::Set("test"));
         assert!(set.contains("--test-limit"), "{set}");
         assert!(!set.contains("--batch-size"), "{set}");

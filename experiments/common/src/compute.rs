@@ -315,16 +315,32 @@ fn opened_cuda(number: usize) -> Result<(Device, candle_cnn::cuda::DeviceInfo)> 
     // Asked of a device that is open, it makes no context of its own.
     let info = cuda::device_info(number).with_context(cannot)?;
     let (major, minor) = info.compute_capability;
-    cuda::try_out(&device).with_context(|| {
-        format!(
-            "{}: {} does not run this program's kernels: build it with CUDA_COMPUTE_CAP={major}{minor}, by a CUDA that its \
-             driver knows",
-            cannot(),
-            info.name
-        )
-    })?;
+    if let Err(error) = cuda::try_out(&device) {
+        let advice = match refuses_kernels(&error) {
+            true => format!(
+                ": it does not run this program's kernels; build it with CUDA_COMPUTE_CAP={major}{minor}, by a CUDA that its \
+                 driver knows"
+            ),
+            false => String::new(),
+        };
+        let cannot = format!("{}, {}{advice}", cannot(), info.name);
+        return Err(anyhow::Error::new(error).context(cannot));
+    }
     opened.insert(number, device.clone());
     Ok((device, info))
+}
+
+/// Whether a driver says that a program was built for other GPUs, or by a newer CUDA.
+#[cfg(feature = "cuda")]
+fn refuses_kernels(error: &candle_core::Error) -> bool {
+    let text = format!("{error:?}");
+    let statuses = [
+        "NO_BINARY_FOR_GPU",
+        "UNSUPPORTED_PTX_VERSION",
+        "INVALID_PTX",
+        "INVALID_IMAGE",
+    ];
+    statuses.iter().any(|status| text.contains(status))
 }
 
 /// Describes a GPU that can be used.
@@ -454,6 +470,18 @@ mod tests {
         assert_eq!(math(Precision::Tf32), (F32Math::Tf32, F32Math::Tf32));
         assert_eq!(Precision::Bf16.activations(), DType::BF16);
         assert!(Precision::F32.settings(true, true, 4).deterministic);
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn a_gpu_that_refuses_kernels_is_told_from_one_that_lacks_memory() {
+        let said = |status: &str| candle_core::Error::Cuda(status.into());
+        assert!(refuses_kernels(&said(
+            "DriverError(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, \"…\")"
+        )));
+        assert!(!refuses_kernels(&said(
+            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"…\")"
+        )));
     }
 
     #[test]

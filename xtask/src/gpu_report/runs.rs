@@ -133,7 +133,7 @@ impl Runs<'_> {
         let is_late = self.end.is_some_and(|end| Instant::now() + needs > end);
         if is_late {
             eprintln!("left out, for want of time: {part}");
-            report.left_out.push(part.to_string());
+            report.left_out.push(format!("{part} (for want of time)"));
         }
         !is_late
     }
@@ -515,7 +515,7 @@ mod tests {
         assert!(ending(None).has_time(&mut report, "a", long));
         assert!(ending(Some(long)).has_time(&mut report, "b", short));
         assert!(!ending(Some(short)).has_time(&mut report, "c", long));
-        assert_eq!(report.left_out, ["c"]);
+        assert_eq!(report.left_out, ["c (for want of time)"]);
     }
 
     #[test]

@@ -88,11 +88,7 @@ pub(super) fn summary(report: &Report) -> String {
         let _ = writeln!(text, "\nWarned of in {warning}");
     }
     if !report.left_out.is_empty() {
-        let _ = writeln!(
-            text,
-            "\nLeft out, for want of time: {}.",
-            report.left_out.join("; ")
-        );
+        let _ = writeln!(text, "\nLeft out: {}.", report.left_out.join("; "));
     }
     text
 }

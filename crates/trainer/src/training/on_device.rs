@@ -206,7 +206,10 @@ impl Training<'_> {
         if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
             self.replay_or_record(state, share, seed)?;
         } else {
-            self.together.wait_for(&self.device)?;
+            if state.graph.keeps_memory() {
+                // Which is given back when the device has come so far.
+                self.together.wait_for(&self.device)?;
+            }
             state.make_room(&self.device).map_err(failed("the step"))?;
             timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
         }

@@ -31,6 +31,17 @@ impl Default for StepGraph {
 }
 
 impl StepGraph {
+    /// Whether it has memory that other work could use.
+    pub(super) fn keeps_memory(&self) -> bool {
+        matches!(
+            self,
+            Self::Recorded {
+                keeps_memory: true,
+                ..
+            }
+        )
+    }
+
     /// Lets other work have the memory of a recorded step, which would lie idle beside its own.
     pub(super) fn make_room(&mut self, device: &Device) -> candle_core::Result<()> {
         if let Self::Recorded { keeps_memory, .. } = self
@@ -120,6 +131,8 @@ impl Training<'_> {
         batch: Share,
         seed: u64,
     ) -> Result<std::result::Result<CudaGraph, String>> {
+        // Whose steps before are waited for.
+        self.together.wait_for(&self.device)?;
         let recorded = self.record(state, batch, seed);
         let failed_somewhere = self.together.any(recorded.is_err())?;
         Ok(match recorded {
@@ -141,7 +154,6 @@ impl Training<'_> {
         let stream = cuda.cuda_stream();
         // The graph takes memory of its own for a step. What the steps before it took would lie idle beside it, and so would what
         // graphs of another run have left.
-        self.together.wait_for(&device)?;
         log_memory(&device, "after the warm-up");
         candle_cnn::cuda::release_freed_memory(&device).map_err(&failed)?;
         candle_cnn::cuda::release_graph_memory(&device).map_err(&failed)?;
