@@ -302,11 +302,19 @@ struct BatchNorm {
     activation: Activation,
 }
 
-/// The gradients of one pass.
+/// Which gradients somebody needs.
+#[derive(Clone, Copy)]
+struct Needs {
+    x: bool,
+    /// That of the weight, of the bias, or of both.
+    parameters: bool,
+}
+
+/// The gradients of one pass, as far as they were needed.
 struct Gradients<T> {
     x: Option<Vec<T>>,
-    weight: Vec<T>,
-    bias: Vec<T>,
+    /// Of weight and bias. Where the batch's own statistics normalise, the input's gradient takes their sums as well.
+    parameters: Option<(Vec<T>, Vec<T>)>,
 }
 
 impl BatchNorm {
@@ -351,39 +359,42 @@ impl BatchNorm {
         isa: Isa,
         (x, dy): (&[T], &[T]),
         (weight, bias): (&[T], &[T]),
-        need_x: bool,
+        needs: Needs,
     ) -> Gradients<T> {
         let moments = self.moments();
         let affine = self.affine(weight, bias);
         let relu = self.activation == Activation::Relu;
         let masks = relu.then_some(affine.as_slice());
-        let sums = cpu::gradient_sums(&self.sizes, isa, (x, dy), moments, masks);
-        let (dbias, dweight): (Vec<f64>, Vec<f64>) = sums
-            .iter()
-            .zip(moments)
-            .map(|(sums, &moments)| (sums.dy, sums.dy_x * self.inverse_std(moments)))
-            .unzip();
-        let dx = need_x.then(|| {
-            // Of the corrections nothing is left with running statistics.
-            let of_batch = matches!(self.source, Source::Batch(_));
+        // Of the corrections nothing is left with running statistics.
+        let of_batch = matches!(self.source, Source::Batch(_));
+        let sums = (needs.parameters || of_batch).then(|| {
+            let sums = cpu::gradient_sums(&self.sizes, isa, (x, dy), moments, masks);
+            let both = sums.iter().zip(moments);
+            both.map(|(sums, &moments)| (sums.dy_x * self.inverse_std(moments), sums.dy))
+                .unzip()
+        });
+        let sums: Option<(Vec<f64>, Vec<f64>)> = sums;
+        let dx = needs.x.then(|| {
             let share = 1.0 / self.sizes.count() as f64;
             let numbers: Vec<InputGradient<T>> = (0..self.sizes.channels)
                 .map(|c| {
                     let inverse_std = self.inverse_std(moments[c]);
+                    let sums = sums.as_ref();
+                    let (dweight, dbias) = sums.map_or((0.0, 0.0), |(w, b)| (w[c], b[c]));
                     InputGradient {
                         scale: affine[c].scale,
-                        offset: T::real(dbias[c] * share),
-                        slope: T::real(dweight[c] * share * inverse_std),
+                        offset: T::real(dbias * share),
+                        slope: T::real(dweight * share * inverse_std),
                         affine: affine[c],
                     }
                 })
                 .collect();
             cpu::input_gradient(&self.sizes, isa, (x, dy), &numbers, of_batch, relu)
         });
+        let narrow = |values: Vec<f64>| values.into_iter().map(T::real).collect();
         Gradients {
             x: dx,
-            weight: dweight.into_iter().map(T::real).collect(),
-            bias: dbias.into_iter().map(T::real).collect(),
+            parameters: sums.map(|(dweight, dbias)| (narrow(dweight), narrow(dbias))),
         }
     }
 }
@@ -423,27 +434,32 @@ impl CustomOp3 for BatchNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         dispatch!(OP, x.dtype(), T => {
+            let needs = Needs {
+                x: x.track_op(),
+                parameters: weight.track_op() || bias.track_op(),
+            };
             let gradients = with_slice::<T, _>(OP, x, |x_data| {
                 with_slice::<T, _>(OP, weight, |weight| {
                     with_slice::<T, _>(OP, bias, |bias| {
                         with_slice::<T, _>(OP, &dy, |dy| {
                             let parameters = (weight, bias);
                             let isa = Isa::detect();
-                            Ok(self.backward(isa, (x_data, dy), parameters, x.track_op()))
+                            Ok(self.backward(isa, (x_data, dy), parameters, needs))
                         })
                     })
                 })
             })?;
-            let channels = |values, needed: bool| {
-                needed
-                    .then(|| Tensor::from_vec(values, self.sizes.channels, x.device()))
-                    .transpose()
+            let channels = |values: Option<Vec<T>>, needed: bool| {
+                let values = values.filter(|_| needed);
+                let tensor = values.map(|v| Tensor::from_vec(v, self.sizes.channels, x.device()));
+                tensor.transpose()
             };
+            let (dweight, dbias) = gradients.parameters.unzip();
             let dx = gradients.x.map(|dx| Tensor::from_vec(dx, x.shape(), x.device()));
             Ok((
                 dx.transpose()?,
-                aside(weight, channels(gradients.weight, weight.track_op())?),
-                aside(bias, channels(gradients.bias, bias.track_op())?),
+                aside(weight, channels(dweight, weight.track_op())?),
+                aside(bias, channels(dbias, bias.track_op())?),
             ))
         })
     }

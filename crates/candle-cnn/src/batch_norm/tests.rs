@@ -116,11 +116,16 @@ fn check_against_plain_loops<T: Element>(isa: Isa, shape: [usize; 4], tolerance:
         let pair = (exact_x.as_slice(), exact_dy.as_slice());
         let (dx, dweight, dbias) =
             reference::backward(&sizes, pair, &exact_weight, &moments, EPS, mask);
-        let ours = op.backward(isa, (&x, &dy), (&weight, &bias), true);
+        let needs = Needs {
+            x: true,
+            parameters: true,
+        };
+        let ours = op.backward(isa, (&x, &dy), (&weight, &bias), needs);
         close("dx", &ours.x.unwrap(), &dx);
+        let (ours_weight, ours_bias) = ours.parameters.unwrap();
         // Sums of many values: their rounding is that of the one stored result.
-        close("dweight", &ours.weight, &dweight);
-        close("dbias", &ours.bias, &dbias);
+        close("dweight", &ours_weight, &dweight);
+        close("dbias", &ours_bias, &dbias);
     }
 }
 
@@ -208,4 +213,44 @@ fn with_given_statistics_the_input_gradient_does_not_depend_on_the_input() -> Re
         assert_eq!(gradient(y)?, [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]);
     }
     Ok(())
+}
+
+#[test]
+fn frozen_parameters_and_running_statistics_take_no_sums_and_the_input_gradient_is_the_same() {
+    for [batch, channels, h, w] in SHAPES {
+        for activation in [Activation::Identity, Activation::Relu] {
+            let sizes = Sizes {
+                batch,
+                channels,
+                pixels: h * w,
+            };
+            let values = |name: &str, count: usize| seeded_values(name, count, 2.0);
+            let elements = batch * channels * h * w;
+            let (x, dy) = (values("x", elements), values("dy", elements));
+            let (weight, bias) = (values("w", channels), values("b", channels));
+            let exact: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            let moments = reference::moments(&sizes, &exact);
+            let gradients = |source: Source, parameters: bool| {
+                let op = BatchNorm {
+                    sizes,
+                    eps: 1e-3,
+                    source,
+                    activation,
+                };
+                let needs = Needs {
+                    x: true,
+                    parameters,
+                };
+                op.backward(Isa::detect(), (&x, &dy), (&weight, &bias), needs)
+            };
+            let running = || Source::Running(moments.clone());
+            let (all, some) = (gradients(running(), true), gradients(running(), false));
+            assert!(all.parameters.is_some() && some.parameters.is_none());
+            assert_eq!(all.x, some.x);
+            // The batch's own statistics have gradients, which are these sums.
+            let batch = || Source::Batch(std::sync::Arc::new(moments.clone().into()));
+            let (all, some) = (gradients(batch(), true), gradients(batch(), false));
+            assert_eq!(all.x, some.x);
+        }
+    }
 }
