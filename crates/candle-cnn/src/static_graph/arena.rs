@@ -133,7 +133,15 @@ impl Arenas {
 
     /// A buffer of at least `images` images. What lies inside of the halo is arbitrary.
     pub(super) fn take<T: Element>(&self, layout: Layout, images: usize) -> Vec<T> {
-        let found = self.of().find(layout, images);
+        let (found, shorter) = {
+            let mut arena = self.of();
+            match arena.find(layout, images) {
+                Some(found) => (Some(found), None),
+                None => (None, arena.remove_longest(layout)),
+            }
+        };
+        // Its place is taken by one that is long enough; otherwise batches of growing size would each leave theirs.
+        drop(shorter);
         // Behind the lock: a worker that waits for others in a parallel loop may take up another pass through the
         // same graph, which would wait for a lock that its own thread holds.
         match found {
@@ -212,6 +220,14 @@ impl<T: Element> Arena<T> {
         Some(self.buffers.swap_remove(found))
     }
 
+    /// The longest free buffer of a layout.
+    fn remove_longest(&mut self, layout: Layout) -> Option<Vec<T>> {
+        let buffers = self.buffers.iter().enumerate();
+        let buffers = buffers.filter(|(_, (of, _))| *of == layout);
+        let (index, _) = buffers.max_by_key(|(_, (_, buffer))| buffer.len())?;
+        Some(self.buffers.swap_remove(index).1)
+    }
+
     /// Keeps a buffer for the next time; one without memory serves nobody, and would be looked at in each search.
     pub(super) fn give_back(&mut self, layout: Layout, buffer: Vec<T>) {
         if !buffer.is_empty() {
@@ -221,6 +237,12 @@ impl<T: Element> Arena<T> {
 
     pub(super) fn give_back_flat(&mut self, memory: Vec<T>) {
         self.give_back(Layout::flat(memory.len()), memory);
+    }
+
+    /// How many elements are.
+    #[cfg(test)]
+    fn free_elements(&self) -> usize {
+        self.buffers.iter().map(|(_, buffer)| buffer.len()).sum()
     }
 
     /// How many buffers are free.
@@ -311,6 +333,33 @@ mod tests {
             }
             assert_eq!(next, layout.image());
         }
+    }
+
+    #[test]
+    fn a_longer_buffer_takes_the_place_of_a_shorter_one_of_its_layout() {
+        let layout = |side| Layout {
+            size: (side, side),
+            halo: 1,
+            width: 16,
+        };
+        let arenas = Arenas::default();
+        let (one, other) = (layout(4), layout(9));
+        let kept = arenas.take::<f32>(other, 1);
+        arenas.of().give_back(other, kept);
+        for images in 1..=20 {
+            // Two at a time, as two maps of a graph.
+            let pair = [(); 2].map(|()| arenas.take::<f32>(one, images));
+            for buffer in pair {
+                assert!(buffer.len() >= images * one.image());
+                arenas.of().give_back(one, buffer);
+            }
+        }
+        // What was free for another layout may serve this one, once; the rest is the last two.
+        let most = other.image() + 2 * 20 * one.image();
+        let free = arenas.of::<f32>().free_elements();
+        assert!((2 * 20 * one.image()..=most).contains(&free), "{free}");
+        // Fewer images go into what is there.
+        assert_eq!(arenas.take::<f32>(one, 3).len(), 20 * one.image());
     }
 
     #[test]
