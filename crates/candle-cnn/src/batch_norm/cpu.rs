@@ -13,7 +13,7 @@
 use rayon::prelude::*;
 
 use super::{Moments, Sizes};
-use crate::conv2d::keep_positive;
+use crate::conv2d::{keep_positive, relu};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
 
@@ -170,17 +170,17 @@ pub(super) fn apply<T: Element>(
 }
 
 multiversion! {
-    fn apply_run<T: Element>(x: &[T], affine: Channels<Affine<T>>, relu: bool, y: &mut [T]) = apply_run_body
+    fn apply_run<T: Element>(x: &[T], affine: Channels<Affine<T>>, with_relu: bool, y: &mut [T]) = apply_run_body
 }
 
 #[inline(always)]
-fn apply_run_body<T: Element>(x: &[T], affine: Channels<Affine<T>>, relu: bool, y: &mut [T]) {
-    match (affine, relu) {
+fn apply_run_body<T: Element>(x: &[T], affine: Channels<Affine<T>>, with_relu: bool, y: &mut [T]) {
+    match (affine, with_relu) {
         (Channels::One(a), false) => y.iter_mut().zip(x).for_each(|(y, &x)| *y = a.apply(x)),
-        (Channels::One(a), true) => y.iter_mut().zip(x).for_each(|(y, &x)| {
-            let value = a.apply(x);
-            *y = keep_positive(value, value);
-        }),
+        (Channels::One(a), true) => y
+            .iter_mut()
+            .zip(x)
+            .for_each(|(y, &x)| *y = relu(a.apply(x))),
         (Channels::Each(a), false) => {
             for (y, (&x, a)) in y.iter_mut().zip(x.iter().zip(a)) {
                 *y = a.apply(x);
@@ -188,8 +188,7 @@ fn apply_run_body<T: Element>(x: &[T], affine: Channels<Affine<T>>, relu: bool, 
         }
         (Channels::Each(a), true) => {
             for (y, (&x, a)) in y.iter_mut().zip(x.iter().zip(a)) {
-                let value = a.apply(x);
-                *y = keep_positive(value, value);
+                *y = relu(a.apply(x));
             }
         }
     }

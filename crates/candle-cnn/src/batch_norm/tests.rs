@@ -149,12 +149,13 @@ fn fused_relu_equals_the_two_operations_bit_for_bit() -> Result<()> {
         let (mean, variance) = (parameter("m")?, parameter("v")?.abs()?);
         let weight = candle_core::Var::from_tensor(&weight)?;
         let bias = candle_core::Var::from_tensor(&bias)?;
-        let bits = |y: Tensor| -> Result<Vec<Vec<f32>>> {
+        let bits = |y: Tensor| -> Result<Vec<u32>> {
             let gradients = (&y * &dy)?.sum_all()?.backward()?;
-            let mut all = vec![y.flatten_all()?.to_vec1()?];
-            for var in [&x, &weight, &bias] {
-                let gradient = gradients.get(var).unwrap();
-                all.push(gradient.flatten_all()?.to_vec1()?);
+            let gradients = [&x, &weight, &bias].map(|var| gradients.get(var).unwrap());
+            let mut all = Vec::new();
+            for values in [&y].into_iter().chain(gradients) {
+                let values = values.flatten_all()?.to_vec1::<f32>()?;
+                all.extend(values.into_iter().map(f32::to_bits));
             }
             Ok(all)
         };
@@ -253,4 +254,27 @@ fn frozen_parameters_and_running_statistics_take_no_sums_and_the_input_gradient_
             assert_eq!(all.x, some.x);
         }
     }
+}
+
+#[test]
+fn fused_relu_keeps_the_sign_of_zero_over_small_and_large_planes() -> Result<()> {
+    let row = [-0.0f32, 0.0, -1.0, 2.0];
+    let (one, zero) = (
+        Tensor::ones(1, DType::F32, &Device::Cpu)?,
+        Tensor::zeros(1, DType::F32, &Device::Cpu)?,
+    );
+    let bias = Tensor::new(&[-0.0f32], &Device::Cpu)?;
+    for pixels in [4, 400] {
+        let values: Vec<f32> = row.into_iter().cycle().take(pixels).collect();
+        let x = Tensor::from_vec(values, (1, 1, 1, pixels), &Device::Cpu)?;
+        let y = batch_norm_relu_eval(&x, &one, &bias, &zero, &one, 0.0)?;
+        let apart = relu(&batch_norm_eval(&x, &one, &bias, &zero, &one, 0.0)?)?;
+        for y in [y, apart] {
+            let values = y.flatten_all()?.to_vec1::<f32>()?;
+            for (y, expected) in values.iter().zip([-0.0f32, 0.0, 0.0, 2.0].iter().cycle()) {
+                assert_eq!(y.to_bits(), expected.to_bits(), "{pixels}");
+            }
+        }
+    }
+    Ok(())
 }

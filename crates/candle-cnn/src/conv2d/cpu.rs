@@ -509,6 +509,12 @@ pub(crate) fn keep_positive<T: Element>(dy: T, y: T) -> T {
     if y <= T::ZERO { T::ZERO } else { dy }
 }
 
+/// PyTorch's forward: what is below zero is zero, and −0 stays as it is, as a NaN does.
+#[inline(always)]
+pub(crate) fn relu<T: Element>(value: T) -> T {
+    if value < T::ZERO { T::ZERO } else { value }
+}
+
 /// What the input gradient needs besides the output gradient.
 struct InputPass<T> {
     window: Window,

@@ -33,7 +33,7 @@ use crate::error::OpError;
 use crate::simd::Isa;
 
 pub(crate) use cpu::{
-    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, keep_positive, panels, transpose,
+    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, keep_positive, panels, relu, transpose,
 };
 pub(crate) use packed_weight::PackedWeight;
 pub use reference::{conv2d_backward_reference, conv2d_reference};

@@ -195,6 +195,36 @@ fn fused_relu_has_the_bits_of_convolution_then_relu() -> Result<()> {
 }
 
 #[test]
+fn fused_relu_keeps_the_sign_of_zero_in_every_instruction_set() -> Result<()> {
+    fn check<T: Element>() -> Result<()> {
+        // A sum is −0 where the bias and all products are.
+        let x = [-0.0, 0.0, -1.0, 2.0, f64::NAN, -0.0, -3.0].map(T::real);
+        let expected = [-0.0, 0.0, 0.0, 2.0, f64::NAN, -0.0, 0.0];
+        // In tiles of one, two and three vectors.
+        for c_out in [1, 20, 40, 48] {
+            let g = geometry(1, (1, c_out), (1, 7), (1, 1), Conv2dConfig::default())?;
+            let (weight, bias) = (vec![T::real(1.0); c_out], vec![T::real(-0.0); c_out]);
+            for isa in Isa::available() {
+                let y = cpu::forward(&g, isa, &x, &weight, Some(&bias), true);
+                let apart = cpu::forward(&g, isa, &x, &weight, Some(&bias), false);
+                for (at, (y, apart)) in y.iter().zip(apart).enumerate() {
+                    let (y, expected) = (y.as_f64(), expected[at % 7]);
+                    let relu = cpu::relu(apart).as_f64();
+                    assert!(y.is_nan() == expected.is_nan() && relu.is_nan() == y.is_nan());
+                    if !y.is_nan() {
+                        assert_eq!(y.to_bits(), expected.to_bits(), "{isa:?} {c_out} {at}");
+                        assert_eq!(relu.to_bits(), y.to_bits(), "{isa:?} {c_out} {at}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+    check::<f32>()?;
+    check::<f64>()
+}
+
+#[test]
 fn strided_inputs_give_the_result_of_contiguous_ones() -> Result<()> {
     on_each_device(|device| {
         let x = Tensor::randn(0f32, 1.0, (2, 6, 5, 3), device)?.permute((0, 3, 1, 2))?;

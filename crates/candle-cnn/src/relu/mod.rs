@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::conv2d::keep_positive;
+use crate::conv2d::{keep_positive, relu as relu_of};
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
 
 #[cfg(feature = "cuda")]
@@ -15,7 +15,7 @@ mod tests;
 const OP: &str = "relu";
 const CHUNK: usize = 1 << 15;
 
-/// `max(x, 0)` element by element, any shape; NaN stays NaN.
+/// `max(x, 0)` element by element, any shape; NaN stays NaN, and on the CPU −0 is −0, as in PyTorch.
 ///
 /// The gradient at exactly 0 is 0, as in `torch.nn.functional.relu`
 /// (Candle's own `relu` lets it pass).
@@ -48,7 +48,7 @@ impl CustomOp1 for Relu {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         dispatch!(OP, x.dtype(), T => {
             let x = slice::<T>(OP, x, layout)?;
-            let y = map2(x, x, keep_positive);
+            let y = map2(x, x, |x, _| relu_of(x));
             Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
         })
     }

@@ -32,3 +32,15 @@ fn a_view_of_nothing_may_begin_anywhere() -> Result<()> {
     assert_eq!(relu(&nothing.narrow(2, 2, 4)?)?.dims(), [5, 0, 4]);
     Ok(())
 }
+
+#[test]
+fn a_zero_keeps_its_sign_and_what_is_below_becomes_plus_zero() -> Result<()> {
+    let x = Tensor::new(&[-0.0f32, 0.0, -1.0, -f32::MIN_POSITIVE, 2.0], &Device::Cpu)?;
+    let bits: Vec<u32> = relu(&x)?
+        .to_vec1::<f32>()?
+        .iter()
+        .map(|y| y.to_bits())
+        .collect();
+    assert_eq!(bits, [-0.0f32, 0.0, 0.0, 0.0, 2.0].map(f32::to_bits));
+    Ok(())
+}

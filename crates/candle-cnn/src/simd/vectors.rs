@@ -22,7 +22,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(to: *mut Self::Elem, value: Self::Vector);
     /// `a * b + c`.
     unsafe fn mul_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
-    /// `max(value, 0)` that keeps NaN, as PyTorch's relu does.
+    /// `max(value, 0)` that keeps NaN and −0, as PyTorch's relu does.
     unsafe fn relu(value: Self::Vector) -> Self::Vector;
     /// Asks for the cache line of `at`, which need not be readable.
     unsafe fn prefetch(at: *const Self::Elem);
@@ -73,7 +73,7 @@ macro_rules! x86_vector {
             }
             #[inline(always)]
             unsafe fn relu(value: $vector) -> $vector {
-                // The instruction returns its second operand when one is NaN.
+                // The instruction returns its second operand when one is NaN or both are zeros.
                 // SAFETY: see above.
                 unsafe { $max($zero(), value) }
             }
@@ -140,7 +140,7 @@ macro_rules! portable_vector {
             }
             #[inline(always)]
             unsafe fn relu(value: [$elem; 4]) -> [$elem; 4] {
-                value.map(|v| if v <= 0.0 { 0.0 } else { v })
+                value.map(|v| if v < 0.0 { 0.0 } else { v })
             }
             #[inline(always)]
             unsafe fn prefetch(_: *const $elem) {}

@@ -10,7 +10,7 @@
 
 use super::arena::Layout;
 use crate::batch_norm::Moments;
-use crate::conv2d::keep_positive;
+use crate::conv2d::{keep_positive, relu};
 use crate::element::Element;
 use crate::simd::multiversion;
 
@@ -144,8 +144,7 @@ fn in_place_body<T: Element>(span: &Span, affine: &Affine<T>, x: &mut [T]) {
         for w in 0..width {
             let x = &mut x[span.at(h, w)][..channels];
             for c in 0..channels {
-                let value = (x[c] - mean[c]) * scale[c] + bias[c];
-                x[c] = keep_positive(value, value);
+                x[c] = relu((x[c] - mean[c]) * scale[c] + bias[c]);
             }
         }
     }
@@ -173,8 +172,7 @@ fn normalise_body<T: Element>(between: &Between, affine: &Affine<T>, x: &[T], y:
             let x = &x[between.x.at(h, w)][..channels];
             let y = &mut y[between.y.at(h, w)][..channels];
             for c in 0..channels {
-                let value = (x[c] - mean[c]) * scale[c] + bias[c];
-                y[c] = keep_positive(value, value);
+                y[c] = relu((x[c] - mean[c]) * scale[c] + bias[c]);
             }
         }
     }

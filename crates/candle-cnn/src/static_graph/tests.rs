@@ -1169,3 +1169,39 @@ fn a_frozen_weight_of_running_statistics_trains_while_the_norm_does_that_is_a_pa
     check(true)?;
     check(false)
 }
+
+#[test]
+fn the_relu_behind_a_batch_norm_keeps_the_sign_of_zero() {
+    let layout = Layout {
+        size: (1, 4),
+        halo: 0,
+        width: 16,
+    };
+    let span = norm::Span {
+        layout,
+        channel: 0,
+        channels: 5,
+    };
+    let affine = norm::Affine {
+        mean: vec![0f32; 5],
+        scale: vec![1.0; 5],
+        bias: vec![-0.0; 5],
+    };
+    let x: Vec<f32> = [-0.0, 0.0, -1.0, 2.0].map(|x| [x; 16]).concat();
+    for isa in Isa::available() {
+        let (mut in_place, mut y) = (x.clone(), vec![7f32; x.len()]);
+        norm::normalise_in_place(isa, &span, &affine, &mut in_place);
+        let between = norm::Between { x: span, y: span };
+        norm::normalise(isa, &between, &affine, &x, &mut y);
+        for (pixel, expected) in [-0.0f32, 0.0, 0.0, 2.0].into_iter().enumerate() {
+            for at in pixel * 16..pixel * 16 + 5 {
+                let both = (in_place[at].to_bits(), y[at].to_bits());
+                assert_eq!(
+                    both,
+                    (expected.to_bits(), expected.to_bits()),
+                    "{isa:?} {at}"
+                );
+            }
+        }
+    }
+}

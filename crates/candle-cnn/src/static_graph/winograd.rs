@@ -21,7 +21,7 @@ use super::ALIGNMENT;
 use super::arena::{Layout, Part};
 use super::gather::Start;
 use super::outer::turn_sums;
-use crate::conv2d::{PackedWeight, panels};
+use crate::conv2d::{PackedWeight, panels, relu};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, Tap, multiversion};
 
@@ -308,11 +308,7 @@ fn output_body<T: Element>(finish: &Finish<'_, T>, from: &[T], y: &mut [T]) {
                     };
                     for i in 0..ALIGNMENT {
                         let value = pixels[row][column][i] + start[i];
-                        to[i] = if finish.relu && value <= T::ZERO {
-                            T::ZERO
-                        } else {
-                            value
-                        };
+                        to[i] = if finish.relu { relu(value) } else { value };
                     }
                 }
             }
