@@ -199,6 +199,19 @@ impl Window {
         self.source.0 * self.source.1
     }
 
+    /// Elements of one image's buffer up to the end of the last output pixel's last tap. Those of all other pixels
+    /// lie before it: a pixel further right or down begins further on.
+    fn end(&self, taps: &[Tap]) -> usize {
+        let (h, w) = (
+            self.output.0.saturating_sub(1),
+            self.output.1.saturating_sub(1),
+        );
+        let line = (self.first.0 + h * self.stride.0) * self.buffer.1 + self.first.1;
+        let last = (line + w * self.stride.1) * self.channels;
+        let reach = taps.iter().map(|tap| tap.offset).max().unwrap_or(0);
+        last + reach + self.channels
+    }
+
     /// Appends a pointer to the first tap of every output pixel of one image.
     fn push_rows<T>(&self, image: *const T, rows: &mut Vec<*const T>) {
         for h in 0..self.output.0 {
@@ -250,13 +263,20 @@ fn gather<T: Element>(
     out: &mut [T],
 ) {
     let height = kernels.height;
-    debug_assert_eq!(rows.len() % height, 0);
-    debug_assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
+    let weight_rows = taps.len() * channels;
+    // What the tiles rely on, once for all of them; the rows are looked at where they are listed.
+    assert!(rows.len().is_multiple_of(height));
+    assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
+    assert!(taps.iter().all(|tap| tap.number < taps.len()));
+    for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
+        let width = panel.vectors * kernels.lanes;
+        assert!(panel.start + width <= weight.width);
+        assert!(weight.data.len() >= offset + weight_rows * width);
+    }
     let tiles = rows.len() / height;
     for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
         let width = panel.vectors * kernels.lanes;
         let ahead_step = width.div_ceil(tiles.max(1));
-        let weight_rows = taps.len() * channels;
         for (tile, rows) in rows.chunks_exact(height).enumerate() {
             let args = Gather {
                 rows: rows.as_ptr(),
@@ -277,10 +297,11 @@ fn gather<T: Element>(
                 out_stride: weight.width,
             };
             // SAFETY: `rows` holds `height` pointers into a buffer laid out by
-            // `Window`, where every tap of every output pixel is inside; the
-            // panel was packed for these taps and channels; `init` and each
-            // output row hold `width` elements, which the panels partition;
-            // the kernels are those of an instruction set that is available.
+            // `Window`, where every tap of every output pixel is inside, as
+            // `Scratch::prepare` has asserted; the panel holds `width` weights
+            // for each of these taps and channels, and ends inside of
+            // `weight.width`, of which `init` holds one and `out` one for each
+            // row: asserted above. The kernels are available.
             unsafe { kernels.gather[panel.vectors - 1](&args) };
         }
     }
@@ -305,16 +326,19 @@ impl<T> Default for Scratch<T> {
 
 impl<T: Element> Scratch<T> {
     /// Lays out the images and lists the rows of all their output pixels,
-    /// repeating the last one up to a multiple of `height`.
+    /// repeating the last one up to a multiple of `height`. All `taps` of a row lie inside of its image.
+    #[allow(clippy::too_many_arguments)]
     fn prepare(
         &mut self,
         kernels: &Kernels<T>,
         window: &Window,
+        taps: &[Tap],
         planes: &[T],
         images: usize,
         height: usize,
     ) {
         let buffer_len = window.buffer_len();
+        assert!(window.end(taps) <= buffer_len);
         self.image.resize(images * buffer_len, T::ZERO);
         self.rows.clear();
         let source_len = window.channels * window.output_pixels_of_source();
@@ -399,7 +423,7 @@ pub(super) fn forward<T: Element>(
     y.par_chunks_mut(images * g.c_out * pixels)
         .zip(x.par_chunks(images * x_len))
         .for_each_init(Scratch::default, |scratch, (y, x)| {
-            scratch.prepare(kernels, &window, x, x.len() / x_len, kernels.height);
+            scratch.prepare(kernels, &window, &taps, x, x.len() / x_len, kernels.height);
             scratch.convolve(kernels, &window, &taps, &packed, &init, relu, g.c_out, y);
         });
     y
@@ -467,7 +491,14 @@ pub(super) fn backward<T: Element>(
                 }
                 if let Some(pass) = &input_pass {
                     let dx = &mut dx[(start - first) * x_len..(end - first) * x_len];
-                    scratch.prepare(kernels, &pass.window, dy, end - start, kernels.height);
+                    scratch.prepare(
+                        kernels,
+                        &pass.window,
+                        &pass.taps,
+                        dy,
+                        end - start,
+                        kernels.height,
+                    );
                     scratch.convolve(
                         kernels,
                         &pass.window,
@@ -570,12 +601,13 @@ impl<T: Element> Part<T> {
     ) {
         let window = Window::forward(g);
         let taps = window.taps(g);
-        scratch.prepare(kernels, &window, x, images, 1);
+        scratch.prepare(kernels, &window, &taps, x, images, 1);
         let rows = &scratch.rows;
         let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
         let panels = panels(g.c_out, kernels.lanes);
         let pixels = rows.len();
         self.packed_dy.resize(pixels * width, T::ZERO);
+        assert!(self.weight.len() >= taps.len() * g.c_in * width);
         for panel in &panels {
             pack_panel(
                 g,
@@ -612,10 +644,12 @@ impl<T: Element> Part<T> {
                         };
                         // SAFETY: the rows point into a buffer laid out by
                         // `Window`, where every tap's `c_in` channels are
-                        // inside and c + height <= c_in; `dy` holds `block`
-                        // rows of the panel; rows c .. c + height of this tap
-                        // in `weight` hold the panel's columns, since panels
-                        // partition `width`; the kernels are available.
+                        // inside, as `Scratch::prepare` has asserted, and
+                        // c + height <= c_in; `dy` holds `block` rows of the
+                        // panel; rows c .. c + height of this tap lie in
+                        // `weight`, by the assertion above, and hold the
+                        // panel's columns, since panels partition `width`; the
+                        // kernels are available.
                         unsafe { kernels.outer[index][panel.vectors - 1](&args) };
                         c += height;
                     }
@@ -681,5 +715,98 @@ fn pack_panel<T: Element>(
             to.fill(T::ZERO);
         }
         transpose(kernels, planes, pixels, (used, pixels), to, width);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    /// A convolution of 1 image of 3 channels by 20 kernels of 2 × 2, as `spoil` leaves what the tiles get.
+    fn gathered(spoil: impl FnOnce(&mut Parts)) -> bool {
+        let kernels = <f32 as crate::simd::KernelTable>::kernels(Isa::detect());
+        let g = super::super::tests::geometry(1, (3, 20), (5, 6), (2, 2), Default::default());
+        let g = g.unwrap();
+        let window = Window::forward(&g);
+        let weight = vec![1.0; 20 * 3 * 4];
+        let packed = PackedWeight::new(&weight, (4, 20, 3), kernels, Vec::new());
+        let mut parts = Parts {
+            taps: window.taps(&g),
+            window,
+            init: packed.width,
+            out: 0,
+            drop_rows: 0,
+            packed,
+        };
+        let mut scratch = Scratch::default();
+        let planes = vec![1.0; 3 * 30];
+        let all = parts.taps.clone();
+        scratch.prepare(kernels, &window, &all, &planes, 1, kernels.height);
+        parts.out = scratch.rows.len() * parts.packed.width;
+        spoil(&mut parts);
+        // Longer than what the tiles get, so that nothing is harmed where they do not refuse it.
+        let (init, mut out) = (vec![0.0; 64], vec![0.0; 2 * parts.out + 1024]);
+        let run = || {
+            scratch.prepare(
+                kernels,
+                &parts.window,
+                &parts.taps,
+                &planes,
+                1,
+                kernels.height,
+            );
+            let rows = &scratch.rows[..scratch.rows.len() - parts.drop_rows];
+            let (init, out) = (&init[..parts.init], &mut out[..parts.out]);
+            gather(
+                kernels,
+                rows,
+                &parts.taps,
+                3,
+                &parts.packed,
+                init,
+                true,
+                out,
+            );
+        };
+        catch_unwind(AssertUnwindSafe(run)).is_ok()
+    }
+
+    struct Parts {
+        window: Window,
+        taps: Vec<Tap>,
+        packed: PackedWeight<f32>,
+        init: usize,
+        out: usize,
+        drop_rows: usize,
+    }
+
+    #[test]
+    fn what_the_tiles_rely_on_is_asserted_before_they_run() {
+        assert!(gathered(|_| ()));
+        assert!(!gathered(|parts| parts.out -= 1), "results");
+        assert!(!gathered(|parts| parts.init -= 1), "start values");
+        assert!(!gathered(|parts| parts.drop_rows = 1), "rows of a tile");
+        assert!(
+            !gathered(|parts| parts.taps[0].number = 4),
+            "a tap's number"
+        );
+        assert!(
+            !gathered(|parts| parts.taps[3].offset += 3),
+            "a tap's place"
+        );
+        assert!(
+            !gathered(|parts| parts.window.stride.1 = 2),
+            "a pixel's place"
+        );
+        assert!(
+            !gathered(|parts| *parts.packed.offsets.last_mut().unwrap() += 1),
+            "weights"
+        );
+        assert!(
+            !gathered(|parts| parts.packed.width -= 1),
+            "a panel's place"
+        );
     }
 }
