@@ -62,14 +62,14 @@ const ALIGNMENT: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
     number: usize,
-    builder: BuilderId,
+    id: NodeId,
 }
 
-/// Tells nodes of one builder, and of its clones, from those of another.
+/// Each node's own, so that none of another builder is taken for it, and none that a clone has made since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct BuilderId(u64);
+struct NodeId(u64);
 
-impl BuilderId {
+impl NodeId {
     fn next() -> Self {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         Self(COUNT.fetch_add(1, Ordering::Relaxed))
@@ -77,10 +77,13 @@ impl BuilderId {
 }
 
 /// Describes a network, operation by operation; see [`StaticGraph`].
+///
+/// A clone knows the nodes that were there when it was made; of what either of the two is told after that, the other knows nothing.
 #[derive(Clone, Debug)]
 pub struct StaticGraphBuilder {
-    id: BuilderId,
     nodes: Vec<Map>,
+    /// Of each node.
+    ids: Vec<NodeId>,
     operations: Vec<Operation>,
     names: BTreeMap<usize, String>,
 }
@@ -132,8 +135,8 @@ impl StaticGraphBuilder {
     /// A graph whose input are images of `channels` channels and `size` (height, width).
     pub fn new(channels: usize, size: (usize, usize)) -> Self {
         Self {
-            id: BuilderId::next(),
             nodes: vec![Map::new(channels, size)],
+            ids: vec![NodeId::next()],
             operations: Vec::new(),
             names: BTreeMap::new(),
         }
@@ -144,9 +147,9 @@ impl StaticGraphBuilder {
         self.node(0)
     }
 
-    /// Names the operation that makes `node`, for [`PROFILE_TARGET`]. A node of another builder gets no name.
+    /// Names the operation that makes `node`, for [`PROFILE_TARGET`]. A node that the builder does not have gets no name.
     pub fn name(&mut self, node: Node, name: impl Into<String>) {
-        if node.builder == self.id {
+        if self.has(node) {
             self.names.insert(node.number, name.into());
         }
     }
@@ -238,8 +241,7 @@ impl StaticGraphBuilder {
             ..Map::new(c_out, (height, width))
         };
         to.check_elements(1)?;
-        let output = self.nodes.len();
-        self.nodes.push(to);
+        let output = self.push(to);
         self.nodes[input.number] = from;
         self.operations.push(Operation::Convolution(Convolution {
             input: input.number,
@@ -288,8 +290,7 @@ impl StaticGraphBuilder {
         let to = Map::new(map.channels, (h.output, w.output));
         map.check_elements(1)?;
         to.check_elements(1)?;
-        let output = self.nodes.len();
-        self.nodes.push(to);
+        let output = self.push(to);
         self.nodes[input.number].is_read = true;
         self.operations.push(Operation::MaxPool(MaxPool {
             input: input.number,
@@ -303,8 +304,19 @@ impl StaticGraphBuilder {
     fn node(&self, number: usize) -> Node {
         Node {
             number,
-            builder: self.id,
+            id: self.ids[number],
         }
+    }
+
+    /// Adds a node.
+    fn push(&mut self, map: Map) -> usize {
+        self.nodes.push(map);
+        self.ids.push(NodeId::next());
+        self.nodes.len() - 1
+    }
+
+    fn has(&self, node: Node) -> bool {
+        self.ids.get(node.number) == Some(&node.id)
     }
 
     /// The map of a node that has a buffer of its own.
@@ -323,9 +335,11 @@ impl StaticGraphBuilder {
     }
 
     fn map(&self, node: Node) -> Result<Map> {
-        let map = (node.builder == self.id).then(|| self.nodes.get(node.number).copied());
-        map.flatten()
-            .ok_or_else(|| OpError::setting(OP, "node", node.number, "a node of this builder"))
+        if !self.has(node) {
+            let expected = "a node of this builder";
+            return Err(OpError::setting(OP, "node", node.number, expected));
+        }
+        Ok(self.nodes[node.number])
     }
 
     /// Joins convolutions' results by channel. They are written in place, so
@@ -375,7 +389,7 @@ impl StaticGraphBuilder {
         for (part, begin) in parts.iter().zip(begins) {
             self.nodes[part.number].within = Some((whole, begin));
         }
-        self.nodes.push(map);
+        self.push(map);
         Ok(self.node(whole))
     }
 

@@ -1171,6 +1171,35 @@ fn a_frozen_weight_of_running_statistics_trains_while_the_norm_does_that_is_a_pa
 }
 
 #[test]
+fn clones_of_a_builder_share_the_nodes_before_they_part_and_none_after() -> Result<()> {
+    let mut one = StaticGraphBuilder::new(3, (8, 8));
+    let before = one.conv2d_relu(one.input(), 16, 3, 1)?;
+    let mut other = one.clone();
+    // Both with the number 2, but of other channels.
+    let (narrow, wide) = (
+        one.conv2d_relu(before, 16, 1, 0)?,
+        other.conv2d_relu(before, 32, 1, 0)?,
+    );
+    assert_ne!(narrow, wide);
+    for (builder, own, foreign) in [(&mut one, narrow, wide), (&mut other, wide, narrow)] {
+        assert!(builder.conv2d_relu(foreign, 4, 1, 0).is_err());
+        assert!(
+            builder
+                .max_pool2d(foreign, MaxPool2dConfig::square(2, 2, 0))
+                .is_err()
+        );
+        assert!(builder.concat(&[foreign]).is_err());
+        builder.name(foreign, "foreign");
+        builder.name(own, "own");
+        assert!(builder.clone().global_avg_pool2d(foreign).is_err());
+        let graph = builder.clone().global_avg_pool2d(own)?;
+        let names: Vec<&str> = graph.inner.names.values().map(String::as_str).collect();
+        assert_eq!(names, ["own"]);
+    }
+    Ok(())
+}
+
+#[test]
 fn the_relu_behind_a_batch_norm_keeps_the_sign_of_zero() {
     let layout = Layout {
         size: (1, 4),
