@@ -42,7 +42,8 @@ pub struct BatchStatistics {
 ///
 /// # Errors
 /// [`OpError`] for shapes that do not fit, a channel with a single value (its
-/// variance is 0 and PyTorch refuses it too), a negative `eps`, other dtypes.
+/// variance is 0 and PyTorch refuses it too) or with none (an empty batch has
+/// no statistics), a negative `eps`, other dtypes.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -84,7 +85,7 @@ pub fn batch_norm_relu_train(
 /// `running_mean` and `running_variance` have shape (C) and receive no gradient.
 ///
 /// # Errors
-/// As [`batch_norm_train`], but one value per channel is enough.
+/// As [`batch_norm_train`], but one value per channel is enough, and none gives an empty result.
 pub fn batch_norm_eval(
     x: &Tensor,
     weight: &Tensor,
