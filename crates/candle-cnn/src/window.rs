@@ -40,10 +40,10 @@ impl Axis {
         Some(Self {
             input,
             output,
-            // A window sees nothing beyond the padding, and a single one takes no step: however large they are,
-            // what is counted from them stays as small as the input.
+            // A window sees nothing beyond the padding, and a step beyond it is never taken: however large they are,
+            // what is counted from them stays as small as the padded input.
             kernel: kernel.min(padded),
-            stride: if output > 1 { stride } else { 1 },
+            stride: stride.min(padded.max(1)),
             padding,
         })
     }
@@ -129,5 +129,42 @@ impl Planes {
 
     pub(crate) fn output_shape(&self) -> (usize, usize, usize, usize) {
         (self.batch, self.channels, self.h.output, self.w.output)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_and_strides_are_cut_to_the_padded_size_and_otherwise_as_they_were() {
+        let strides = (1..12).chain([1 << 40, usize::MAX]);
+        for (input, kernel, stride, ceil_mode) in (1..9).flat_map(|input| {
+            let strides = strides.clone();
+            strides.flat_map(move |stride| {
+                (1..9).flat_map(move |kernel| {
+                    [false, true].map(|ceil_mode| (input, kernel, stride, ceil_mode))
+                })
+            })
+        }) {
+            for padding in 0..=kernel / 2 {
+                let Some(axis) = Axis::new(input, kernel, stride, padding, ceil_mode) else {
+                    continue;
+                };
+                let padded = input + 2 * padding;
+                assert_eq!(
+                    (axis.kernel, axis.stride),
+                    (kernel.min(padded), stride.min(padded))
+                );
+                for at in padding..padding + input {
+                    // The first window that begins late enough to see the pixel, as the CUDA kernels find it.
+                    let first = match at.checked_sub(axis.kernel) {
+                        Some(before) => before / axis.stride + 1,
+                        None => 0,
+                    };
+                    assert!(first <= axis.output, "{axis:?} {at}");
+                }
+            }
+        }
     }
 }
