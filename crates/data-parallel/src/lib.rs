@@ -11,6 +11,7 @@
 //! | [`ProcessGroup::broadcast`] | gives all what rank 0 has |
 //! | [`ProcessGroup::verify_same`] | refuses to go on with different settings |
 //! | [`ProcessGroup::barrier`] | waits for all |
+//! | [`ProcessGroup::wait_until`] | waits for the own GPU, and looks meanwhile whether the others are there |
 //!
 //! Ranks listen where `MASTER_ADDR` says, alone. Where that is this machine's loopback and [`Ranks::local_world_size`] says that there are
 //! other machines, they listen on all of its addresses.
@@ -21,7 +22,8 @@
 //!
 //! No call waits for ever: a rank that ends, is killed or gives up makes the pending and every later
 //! call of all others an [`Error`] that names a rank, at once; one that is merely silent does so
-//! after [`Options::timeout`]. (Over NCCL the host waits for nothing, and a GPU whose neighbour has gone is noticed by the launcher.)
+//! after [`Options::timeout`]. (Over NCCL the GPUs wait for each other and the host for nothing: it asks by
+//! [`ProcessGroup::wait_until`] before it waits for its GPU.)
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
