@@ -301,16 +301,15 @@ fn opened_cuda(number: usize) -> Result<(Device, candle_cnn::cuda::DeviceInfo)> 
     use std::collections::BTreeMap;
     use std::sync::{Mutex, PoisonError};
 
-    use candle_cnn::cuda;
+    use candle_cnn::cuda::{self, DeviceInfo};
 
     /// To open one takes a good part of a second, and what it keeps does not go away with it.
-    static OPENED: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    static OPENED: Mutex<BTreeMap<usize, (Device, DeviceInfo)>> = Mutex::new(BTreeMap::new());
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    let cannot = || format!("cannot use --device cuda:{number}");
-    if let Some(device) = opened.get(&number) {
-        let info = cuda::device_info(number).with_context(cannot)?;
-        return Ok((device.clone(), info));
+    if let Some(found) = opened.get(&number) {
+        return Ok(found.clone());
     }
+    let cannot = || format!("cannot use --device cuda:{number}");
     let device = cuda::open_device(number).with_context(cannot)?;
     // Asked of a device that is open, it makes no context of its own.
     let info = cuda::device_info(number).with_context(cannot)?;
@@ -326,8 +325,7 @@ fn opened_cuda(number: usize) -> Result<(Device, candle_cnn::cuda::DeviceInfo)> 
         let cannot = format!("{}, {}{advice}", cannot(), info.name);
         return Err(anyhow::Error::new(error).context(cannot));
     }
-    opened.insert(number, device.clone());
-    Ok((device, info))
+    Ok(opened.entry(number).or_insert((device, info)).clone())
 }
 
 /// Whether a driver says that a program was built for other GPUs, or by a newer CUDA.
