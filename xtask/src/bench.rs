@@ -99,7 +99,7 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
     let environment = record::environment(threads as usize);
     let out = record::new_directory(arguments.out.clone(), &arguments.subject(), &environment)?;
 
-    let python = pytorch(arguments.pytorch.as_deref())?;
+    let python = pytorch(arguments.pytorch.as_deref(), IMPORTS_TORCH)?;
     let mut sides = vec![Side::start(OURS, our_side(arguments, threads))?];
     if let Some(python) = &python {
         for layout in ["nchw", "channels_last"] {
@@ -297,33 +297,39 @@ impl Mode {
     }
 }
 
-/// The Python to use: the given one must be able to import torch, the default one may.
-pub(crate) fn pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
-    let found = find_pytorch(given)?;
-    if found.is_none() {
-        eprintln!(
-            "No PyTorch: python3 cannot import torch, and no --pytorch is given. Only our side is \
-             timed; tools/pytorch/README.md says how to install the other."
-        );
-    }
-    Ok(found)
-}
+/// Asks a Python for what PyTorch's side of a benchmark on the CPU imports.
+pub(crate) const IMPORTS_TORCH: &str = "import torch";
 
-fn find_pytorch(given: Option<&Path>) -> Result<Option<PathBuf>> {
+/// The Python to use: the given one must be able to run `script`, which asks for what is needed; the default one may.
+pub(crate) fn pytorch(given: Option<&Path>, script: &str) -> Result<Option<PathBuf>> {
     let python = given.unwrap_or(Path::new("python3"));
-    let attempt = Command::new(python).args(["-c", "import torch"]).output();
-    match (attempt, given) {
-        (Ok(output), _) if output.status.success() => Ok(Some(python.to_path_buf())),
-        (_, None) => Ok(None),
-        (Ok(output), Some(_)) => bail!(
-            "{} cannot import torch: {}",
-            python.display(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        ),
-        (Err(error), Some(_)) => {
-            Err(error).with_context(|| format!("cannot start {}", python.display()))
+    match (run_python(python, script), given) {
+        (Ok(()), _) => Ok(Some(python.to_path_buf())),
+        (Err(error), Some(_)) => Err(error),
+        (Err(error), None) => {
+            eprintln!(
+                "No PyTorch, and no --pytorch is given: {error:#}. Only our side is timed; tools/pytorch/README.md says how \
+                 to install the other."
+            );
+            Ok(None)
         }
     }
+}
+
+fn run_python(python: &Path, script: &str) -> Result<()> {
+    let output = Command::new(python)
+        .args(["-c", script])
+        .output()
+        .with_context(|| format!("cannot start {}", python.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    // Of a traceback the line that says what is wrong.
+    let last = said.trim().lines().last().unwrap_or_default();
+    ensure!(
+        output.status.success(),
+        "{} cannot do PyTorch's side: {last}",
+        python.display()
+    );
+    Ok(())
 }
 
 /// One line a side: medians, and how our time compares with it, pair by pair.
@@ -457,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_python_that_does_not_start_is_an_error_that_names_it() {
-        let error = pytorch(Some(Path::new("no-such-python"))).unwrap_err();
+        let error = pytorch(Some(Path::new("no-such-python")), IMPORTS_TORCH).unwrap_err();
         assert!(format!("{error:#}").contains("no-such-python"), "{error:#}");
     }
 
@@ -502,5 +508,23 @@ mod tests {
             let error = format!("{:#}", side.run(1).unwrap_err());
             assert!(error.contains("hello"), "{error}");
         }
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_python_without_what_the_scripts_import_is_refused_with_its_reason() {
+        let script = "import pyarrow";
+        let error = run_python(Path::new("/nonexistent/python"), script).unwrap_err();
+        assert!(format!("{error:#}").contains("cannot start"), "{error:#}");
+        let folder = tempfile::tempdir().unwrap();
+        let python = folder.path().join("python");
+        let stand_in =
+            "#!/bin/sh\necho 'Traceback' >&2\necho \"No module named 'pyarrow'\" >&2\nexit 1\n";
+        std::fs::write(&python, stand_in).unwrap();
+        let mut permissions = std::fs::metadata(&python).unwrap().permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o755);
+        std::fs::set_permissions(&python, permissions).unwrap();
+        let error = pytorch(Some(&python), script).unwrap_err().to_string();
+        assert!(error.contains("No module named 'pyarrow'"), "{error}");
     }
 }

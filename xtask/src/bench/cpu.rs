@@ -165,7 +165,7 @@ pub(super) fn run(arguments: &Cpu) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let environment = record::environment(threads as usize);
     let out = record::new_directory(arguments.out.clone(), "cpu", &environment)?;
-    let python = pytorch(arguments.pytorch.as_deref())?;
+    let python = pytorch(arguments.pytorch.as_deref(), super::IMPORTS_TORCH)?;
     let mut record = Record::new();
     for row in &ROWS {
         if !arguments.rows.is_empty() && !arguments.rows.iter().any(|wanted| wanted == row.name) {
