@@ -10,7 +10,7 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::model::{FixedFeatures, Model};
+use crate::model::{AuxiliaryOutput, FixedFeatures, Model, TrainOutput};
 use crate::random;
 
 const INPUT: usize = 3 * 32 * 32;
@@ -24,6 +24,8 @@ pub(crate) struct TinyModel {
     pub(crate) pictures_seen: Cell<usize>,
     /// The batches that it has seen, by their images, and whether a GPU would have timed its engines for them.
     pub(crate) batches_seen: RefCell<BTreeSet<(usize, bool)>>,
+    /// Of the steps' dropout masks, in their order.
+    pub(crate) dropout_seeds: RefCell<Vec<u64>>,
     /// Trains the last layer only, by the running mean.
     pub(crate) frozen: bool,
     /// Without dropout and batch statistics, so that an image's gradient depends on that image alone.
@@ -36,6 +38,8 @@ pub(crate) struct TinyModel {
     pub(crate) leaves_out: bool,
     /// Lists its last layer's weight under the name of the first's too.
     pub(crate) repeats_a_name: bool,
+    /// Weights of auxiliary heads, each of which answers with another multiple of the logits.
+    pub(crate) auxiliary: Vec<f64>,
 }
 
 impl TinyModel {
@@ -59,12 +63,14 @@ impl TinyModel {
             batches_tracked: Var::zeros((), DType::I64, &Device::Cpu).unwrap(),
             pictures_seen: Cell::new(0),
             batches_seen: RefCell::default(),
+            dropout_seeds: RefCell::default(),
             frozen: false,
             plain: false,
             gain: 1.0,
             evaluation_gain: 1.0,
             leaves_out: false,
             repeats_a_name: false,
+            auxiliary: Vec::new(),
         }
     }
 
@@ -123,6 +129,17 @@ impl TinyModel {
 impl Model for TinyModel {
     fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
         self.classify(&self.hidden(images, mode)?, mode)
+    }
+
+    fn forward_train(&self, images: &Tensor, dropout_seed: u64) -> Result<TrainOutput> {
+        self.dropout_seeds.borrow_mut().push(dropout_seed);
+        let logits = self.forward(images, Mode::Train { dropout_seed })?;
+        let auxiliary = self.auxiliary.iter().enumerate().map(|(head, &weight)| {
+            let logits = (&logits * (-0.5 * (head + 1) as f64))?;
+            Ok(AuxiliaryOutput { logits, weight })
+        });
+        let auxiliary = auxiliary.collect::<Result<_>>()?;
+        Ok(TrainOutput { logits, auxiliary })
     }
 
     fn named_parameters(&self) -> Vec<(String, Var)> {

@@ -624,4 +624,6 @@ mod saving;
 #[cfg(test)]
 mod distributed_tests;
 #[cfg(test)]
+mod plain_loop_tests;
+#[cfg(test)]
 mod tests;

@@ -65,6 +65,7 @@ struct Rank {
     /// Parameters, then buffers.
     state: Vec<Vec<u32>>,
     images_seen: usize,
+    dropout_seeds: Vec<u64>,
 }
 
 /// A run of `ranks` ranks, or of a single process without a group.
@@ -72,6 +73,7 @@ struct Run<'a> {
     ranks: usize,
     model: &'a (dyn Fn() -> TinyModel + Sync),
     config: &'a (dyn Fn(usize) -> TrainingConfig + Sync),
+    data: &'a (dyn Fn(usize) -> DataSets + Sync),
     /// Asked with the rank and how often it has been asked.
     stop: &'a (dyn Fn(usize, u64) -> bool + Sync),
     resident: bool,
@@ -83,6 +85,7 @@ impl Run<'_> {
             ranks,
             model: &plain,
             config: &|_| config(),
+            data: &|_| data(),
             stop: &|_, _| false,
             resident: false,
         }
@@ -138,10 +141,10 @@ impl Run<'_> {
                 model
             }
         };
-        let (config, device) = ((self.config)(rank), Device::Cpu);
+        let (config, data, device) = ((self.config)(rank), (self.data)(rank), Device::Cpu);
         let training = match group {
-            Some(group) => Training::distributed(&model, data(), &device, config, run, group),
-            None => Training::new(&model, data(), &device, config, run.unwrap()),
+            Some(group) => Training::distributed(&model, data, &device, config, run, group),
+            None => Training::new(&model, data, &device, config, run.unwrap()),
         };
         let asked = Cell::new(0);
         let stop = || {
@@ -158,6 +161,7 @@ impl Run<'_> {
             outcome,
             state: model.bits(),
             images_seen: model.pictures_seen.get(),
+            dropout_seeds: model.dropout_seeds.take(),
         }
     }
 }
@@ -474,6 +478,57 @@ fn different_settings_are_refused_on_all_ranks() {
     for rank in &ranks {
         let error = rank.outcome.as_ref().unwrap_err().to_string();
         assert!(error.contains("epochs") && error.contains('4'), "{error}");
+    }
+}
+
+#[test]
+fn different_data_are_refused_on_all_ranks() {
+    let otherwise: [(&str, fn(&mut DataSets)); 3] = [
+        ("training data", |data| {
+            data.train = Arc::new(shapes::generate(7, Split::Train, 11));
+        }),
+        ("training data", |data| data.validation = None),
+        ("normalization", |data| data.normalization.std = [0.25; 3]),
+    ];
+    for (named, change) in otherwise {
+        let run = Run {
+            data: &|rank| {
+                let mut data = data();
+                if rank == 1 {
+                    change(&mut data);
+                }
+                data
+            },
+            ..Run::new(2)
+        };
+        let (_out, _, ranks) = run.start();
+        for rank in &ranks {
+            let error = rank.outcome.as_ref().unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}
+
+#[test]
+fn each_rank_has_dropout_masks_of_its_own_at_each_step() {
+    for resident in [false, true] {
+        let run = Run {
+            model: &whole,
+            resident,
+            ..Run::new(2)
+        };
+        let (_out, _, ranks) = run.start();
+        for (number, rank) in ranks.iter().enumerate() {
+            rank.outcome.as_ref().unwrap();
+            // Of each epoch's last batch, a single image, rank 1 has none.
+            let steps = (0..9).filter(|step| number == 0 || step % 3 != 2);
+            let of_step = |step| random::dropout_seed_of_rank(config().seed, step, number);
+            let expected: Vec<u64> = steps.map(of_step).collect();
+            assert_eq!(
+                rank.dropout_seeds, expected,
+                "rank {number}, resident {resident}"
+            );
+        }
     }
 }
 
