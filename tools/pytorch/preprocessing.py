@@ -1,4 +1,4 @@
-"""Fixture of torchvision's preprocessing, on pictures that this script draws.
+"""Fixtures of torchvision's preprocessing and of Pillow's JPEG, on pictures that this script draws.
 
 The pictures go to experiments/predict/tests/pictures. They have the spectrum of photographs (noise whose
 amplitude falls with frequency), edges, and saturated colours, in each format that `predict` reads; sizes are odd,
@@ -9,11 +9,15 @@ short and long, smaller and larger than what they become.
     resize.images          (2, 3, 32, 32)
     resize.<size>          F.interpolate(bilinear, align_corners=False, antialias=True) of them, every
                            size // 16-th row and column, computed in f64
+
+Another fixture, of cifar-data, has 32x32 pictures as JPEG files, `<name>.file`, and the bytes that Pillow decodes, `<name>.pixels`
+(3, 32, 32).
 """
 
 import io
 
 import numpy
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,6 +36,13 @@ PICTURES = {
     "tiny.bmp": (32, 32, "RGB", {}),
 }
 SIZES = (20, 48, 224)
+JPEGS = {
+    "subsampled": ("RGB", {"quality": 75}),
+    "full_colour": ("RGB", {"quality": 95, "subsampling": 0}),
+    "coarse": ("RGB", {"quality": 30}),
+    "progressive": ("RGB", {"quality": 85, "progressive": True}),
+    "grey": ("L", {"quality": 75}),
+}
 
 
 def make():
@@ -55,6 +66,19 @@ def make():
         tensors[f"resize.{size}"] = resized[:, :, :: size // 16, :: size // 16].float()
     path = "experiments/predict/tests/fixtures/preprocessing.safetensors"
     fixture_file.write(path, tensors, "preprocessing.py", SEED, pictures=list(PICTURES))
+    make_jpegs(random)
+
+
+def make_jpegs(random):
+    tensors = {}
+    for name, (mode, options) in JPEGS.items():
+        encoded = io.BytesIO()
+        draw(random, 32, 32, mode).save(encoded, format="JPEG", **options)
+        tensors[f"{name}.file"] = torch.tensor(list(encoded.getvalue()), dtype=torch.uint8)
+        pixels = numpy.array(Image.open(encoded).convert("RGB"))
+        tensors[f"{name}.pixels"] = torch.from_numpy(pixels).permute(2, 0, 1)
+    metadata = {"pillow": PIL.__version__, "pictures": list(JPEGS)}
+    fixture_file.write("crates/cifar-data/tests/fixtures/jpeg.safetensors", tensors, "preprocessing.py", SEED, **metadata)
 
 
 def draw(random, width, height, mode):

@@ -1,9 +1,9 @@
 //! The Hugging Face Hub's version: Parquet files of encoded pictures.
 //!
 //! Columns: `img`, a struct of `bytes` (binary: a PNG or JPEG file) and `path` (string, ignored),
-//! and `label` (int64). The published pictures are PNG, hence lossless. JPEG copies are read too;
-//! their pixels may differ by a few steps between decoders, and a result measured on them should
-//! say so: see [`HubImages::jpeg`] and [`TrainTest::source`].
+//! and `label` (int64). The published pictures are PNG, hence lossless. JPEG copies are read too, to the
+//! bytes that Pillow makes of them ([`crate::jpeg`]); a result measured on them should say so: see
+//! [`HubImages::jpeg`] and [`TrainTest::source`].
 
 use std::fs::File;
 use std::io::Cursor;
@@ -19,7 +19,7 @@ use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
 use rayon::prelude::*;
 
-use crate::{CLASSES, DataError, IMAGE_BYTES, ImageSet, SIDE, TrainTest};
+use crate::{CLASSES, DataError, IMAGE_BYTES, ImageSet, SIDE, TrainTest, jpeg};
 
 /// The two layouts' training and test file, within the folder `plain_text`.
 pub const FILES: [(&str, &str); 2] = [
@@ -35,6 +35,9 @@ pub const MAX_ROWS: usize = 1_000_000;
 
 /// Most bytes of one encoded picture; a PNG of 32×32 pixels has some 2,400.
 pub const MAX_ENCODED_BYTES: usize = 1 << 20;
+
+/// Most memory that decoding one may take.
+const MAX_DECODER_BYTES: u64 = 4 * MAX_ENCODED_BYTES as u64;
 
 /// What a Parquet file holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -335,7 +338,7 @@ fn decode_picture(
     };
     let mut reader = ImageReader::with_format(Cursor::new(encoded), format);
     let mut limits = Limits::default();
-    limits.max_alloc = Some(4 * MAX_ENCODED_BYTES as u64);
+    limits.max_alloc = Some(MAX_DECODER_BYTES);
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(decode_error)?;
     // Checked before anything is allocated for the pixels.
@@ -348,9 +351,17 @@ fn decode_picture(
     if !matches!(color, ColorType::Rgb8 | ColorType::L8) {
         return Err(not_expected(format!("of colour type {color:?}")));
     }
-    let rgb = DynamicImage::from_decoder(decoder)
-        .map_err(decode_error)?
-        .into_rgb8();
+    let decoded = match format {
+        ImageFormat::Jpeg => jpeg::decode(encoded, MAX_DECODER_BYTES),
+        _ => Ok(None),
+    };
+    let rgb = match decoded.map_err(decode_error)? {
+        Some(rgb) => rgb,
+        None => {
+            let picture = DynamicImage::from_decoder(decoder);
+            picture.map_err(decode_error)?.into_rgb8()
+        }
+    };
     let (red, rest) = chw.split_at_mut(SIDE * SIDE);
     let (green, blue) = rest.split_at_mut(SIDE * SIDE);
     for (i, pixel) in rgb.pixels().enumerate() {

@@ -38,6 +38,7 @@
 pub mod binary;
 pub mod download;
 pub mod hub_parquet;
+pub mod jpeg;
 pub mod shapes;
 
 mod batches;

@@ -13,6 +13,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use pictures::{asymmetric, chw, encoded, png, write_hub_parquet};
 use tempfile::TempDir;
+use test_support::Fixture;
 
 type Row = (Option<Vec<u8>>, Option<i64>);
 
@@ -71,16 +72,32 @@ fn rows_are_read_in_order_across_row_groups_and_blocks() {
 }
 
 #[test]
-fn a_jpeg_is_read_nearly_as_it_was_and_counted() {
-    // Smooth, since JPEG is lossy at edges; brighter to the right, redder to the bottom.
-    let picture = RgbImage::from_fn(32, 32, |x, y| image::Rgb([6 * y as u8, 4 * x as u8, 90]));
-    let jpeg = encoded(&picture.clone().into(), ImageFormat::Jpeg);
-    let (_dir, path) = file_of(&[good(0), (Some(jpeg), Some(1))]);
+fn a_jpeg_is_read_to_the_bytes_of_pillow_and_counted() {
+    let fixture = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/jpeg.safetensors"
+    );
+    let fixture = Fixture::load(fixture);
+    let names = ["subsampled", "full_colour", "coarse", "progressive", "grey"];
+    let bytes = |name: &str, what: &str| {
+        let tensor = fixture.tensor(&format!("{name}.{what}"));
+        tensor.flatten_all().unwrap().to_vec1::<u8>().unwrap()
+    };
+    let jpegs = names.map(|name| (Some(bytes(name, "file")), Some(1)));
+    let (_dir, path) = file_of(&[&[good(0)], &jpegs[..]].concat());
     let images = read_file(&path).unwrap();
-    assert_eq!(images.jpeg, 1);
-    let worst = images.set.image(1).iter().zip(chw(&picture));
-    let worst = worst.map(|(a, b)| a.abs_diff(b)).max();
-    assert!(worst <= Some(30), "{worst:?}");
+    assert_eq!(images.jpeg, names.len());
+    for (i, name) in names.iter().enumerate() {
+        assert_eq!(images.set.image(i + 1), bytes(name, "pixels"), "{name}");
+    }
+}
+
+#[test]
+fn a_jpeg_that_is_cut_off_is_an_error_that_names_its_row() {
+    let jpeg = encoded(&asymmetric().into(), ImageFormat::Jpeg);
+    let text = error_of_picture(jpeg[..jpeg.len() / 2].to_vec());
+    let expected = "`0000.parquet`, row 3: cannot decode the picture";
+    assert!(text.starts_with(expected), "{text}");
 }
 
 #[test]

@@ -5,9 +5,8 @@ use std::io::Cursor;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use cifar_data::{Normalization, SIDE};
+use cifar_data::{Normalization, SIDE, jpeg};
 use image::{DynamicImage, ImageError, ImageFormat, ImageReader, RgbImage};
-use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, PixelFormat};
 use transfer_common::Resampling;
 
 /// Of the pictures that are read.
@@ -17,6 +16,9 @@ pub(crate) const FORMATS: [ImageFormat; 4] = [
     ImageFormat::WebP,
     ImageFormat::Bmp,
 ];
+
+/// Most bytes that decoding a picture may take: the `image` crate's own limit.
+const MAX_MEMORY: u64 = 512 << 20;
 
 /// What is done to a picture before the network sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -88,33 +90,16 @@ pub(crate) fn read(path: &Path) -> Result<RgbImage> {
     let format = image::guess_format(&file).ok();
     let format = format.filter(|format| FORMATS.contains(format));
     let format = format.context("is no JPEG, PNG, WebP or BMP picture")?;
-    let is_jpeg = format == ImageFormat::Jpeg;
-    let jpeg = is_jpeg.then(|| decode_jpeg(&file)).transpose();
-    let picture = match jpeg.context("cannot be decoded")?.flatten() {
+    let decoded = match format {
+        ImageFormat::Jpeg => jpeg::decode(&file, MAX_MEMORY),
+        _ => Ok(None),
+    };
+    let picture = match decoded.context("cannot be decoded")? {
         Some(picture) => picture,
         None => decode(&file, format)?.into_rgb8(),
     };
     ensure!(picture.width() > 0 && picture.height() > 0, "has no pixels");
     Ok(picture)
-}
-
-/// Decodes a JPEG to the bytes that libjpeg-turbo makes of it, which Pillow and torchvision use. None
-/// for the colour spaces of printing, which it leaves as they are.
-fn decode_jpeg(file: &[u8]) -> Result<Option<RgbImage>> {
-    let limits = DecodeLimits {
-        max_memory: Some(512 << 20),
-        ..DecodeLimits::default()
-    };
-    let mut decoder = Decoder::new_with_limits(file, limits)?;
-    let space = decoder.jpeg_color_space();
-    if matches!(space, ColorSpace::Cmyk | ColorSpace::Ycck) {
-        return Ok(None);
-    }
-    decoder.set_output_format(PixelFormat::Rgb);
-    let image = decoder.decode_image()?;
-    let (width, height) = (u32::try_from(image.width)?, u32::try_from(image.height)?);
-    let picture = RgbImage::from_raw(width, height, image.data);
-    Ok(Some(picture.context("the decoder gave too few pixels")?))
 }
 
 /// Resized so that the shorter side has 256 pixels, and of that the middle: torchvision's `resize` cuts the other side to a
