@@ -93,9 +93,9 @@ pub struct GoogLeNet {
 /// the last pool makes nothing of less.
 pub const SMALLEST_IMAGE: usize = 15;
 
-/// The largest height and width that end as one pixel: 32 → 16 → 8 → 4 → 2 → 1. Of a single image of such a size, training
+/// The largest height and width that end as one pixel: 46 → 23 → 11 → 5 → 2 → 1. Of a single image of such a size, training
 /// leaves the last batch norms one value a channel, and no variance.
-pub const LARGEST_OF_ONE_PIXEL: usize = 32;
+pub const LARGEST_OF_ONE_PIXEL: usize = 46;
 
 /// The pools that halve the image: 3×3 in the stem and after 3b …
 pub(crate) const POOL3: MaxPool2dConfig = halving_pool(3);
@@ -174,7 +174,7 @@ impl GoogLeNet {
     /// # Errors
     /// Smaller images ([`ModelError`]), another rank or number of channels, and
     /// in training a batch whose last maps have a single value per channel
-    /// (one image of at most 32×32).
+    /// (one image of at most [`LARGEST_OF_ONE_PIXEL`] squared).
     pub fn forward(&self, images: &Tensor, mode: Mode) -> Result<GoogLeNetOutputs> {
         if mode.is_train() && self.frozen.is_none() && self.network.aux.is_some() {
             return self.forward_observed(images, mode, |_, _| Ok(()));

@@ -2,7 +2,9 @@
 
 use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use inception_model::{FrozenBatchNorm, GoogLeNet, GoogLeNetConfig};
+use inception_model::{
+    FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, LARGEST_OF_ONE_PIXEL, SMALLEST_IMAGE,
+};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use test_support::seeded_values;
@@ -60,6 +62,25 @@ fn other_ranks_channels_and_a_single_small_image_in_training_are_errors() -> Res
         .to_string();
     assert!(text.contains("more than one value per channel"), "{text}");
     assert!(net.forward(&images(1, 32, 32)?, Mode::Eval).is_ok());
+    Ok(())
+}
+
+#[test]
+fn a_single_image_has_a_variance_to_the_end_from_the_first_size_beyond_one_pixel() -> Result<()> {
+    let net = net(false)?;
+    for size in [SMALLEST_IMAGE, 32, 33, LARGEST_OF_ONE_PIXEL] {
+        let error = net.forward(&images(1, size, size)?, TRAIN).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("more than one value per channel"),
+            "{size}: {text}"
+        );
+    }
+    let size = LARGEST_OF_ONE_PIXEL + 1;
+    assert_eq!(
+        net.forward(&images(1, size, size)?, TRAIN)?.logits.dims(),
+        [1, 10]
+    );
     Ok(())
 }
 

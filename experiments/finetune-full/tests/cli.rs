@@ -392,6 +392,11 @@ fn bad_input_is_refused_with_the_reason() {
             "single picture",
         ),
         (
+            "--weights random --dataset shapes --train-limit 5 --test-limit 1 --batch-size 4 --image-size 46"
+                .into(),
+            "single picture",
+        ),
+        (
             "--weights random --dataset shapes --train-limit 6 --test-limit 1 --batch-size 4 --processes 2"
                 .into(),
             "shared out among 2 processes",

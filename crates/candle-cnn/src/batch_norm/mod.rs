@@ -43,7 +43,8 @@ pub struct BatchStatistics {
 /// # Errors
 /// [`OpError`] for shapes that do not fit, a channel with a single value (its
 /// variance is 0 and PyTorch refuses it too) or with none (an empty batch has
-/// no statistics), a negative `eps`, other dtypes.
+/// no statistics), a negative `eps` (0, which PyTorch refuses, divides by 0 where a channel has one value throughout), other
+/// dtypes.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
