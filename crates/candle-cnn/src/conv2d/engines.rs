@@ -191,7 +191,10 @@ impl Plan {
                 key.workspace_limit,
                 least.plan.workspace,
             );
-            candidates = beyond;
+        }
+        // Where those that are on trial may all be left out, these come after them.
+        if candidates.is_empty() || key.is_full_f32() {
+            candidates.extend(beyond);
         }
         if let Some(Candidate { engine, plan }) = candidates.first() {
             tracing::debug!(engine, workspace = plan.workspace, "conv2d: {key}");
@@ -586,13 +589,15 @@ fn try_out(cudnn: &mut Cudnn, key: &PlanKey, candidate: &Candidate) -> Trial {
 /// The times of `candidates` on `operands` in milliseconds, infinite of those that do not run.
 ///
 /// All of them are timed twice, the second time the other way round, and the lesser time counts: a GPU that was idle is slow at first,
-/// which would be to the harm of the first.
+/// which would be to the harm of the first. What is far from the fastest is not timed again, but for the first.
 fn times(
     cudnn: &mut Cudnn,
     key: &PlanKey,
     operands: Operands,
     candidates: &[Candidate],
 ) -> Result<Vec<f32>> {
+    /// Times of the fastest, more than an idle GPU can explain once a candidate has run.
+    const HOPELESS: f32 = 1.5;
     let bytes = candidates.iter().map(|c| c.plan.workspace).max();
     cudnn.with_temporary(bytes.unwrap_or(0), |cudnn, memory| {
         cudnn.apart(OP, |cudnn, stream| {
@@ -600,7 +605,9 @@ fn times(
             let there_and_back = (0..candidates.len()).chain((0..candidates.len()).rev());
             for (turn, i) in there_and_back.enumerate() {
                 let (candidate, earlier) = (&candidates[i], timings[i]);
-                if turn >= candidates.len() && !earlier.milliseconds.is_finite() {
+                let best = best_in_graph(&timings);
+                let is_hopeless = i > 0 && earlier.milliseconds > HOPELESS * best;
+                if turn >= candidates.len() && (is_hopeless || !earlier.milliseconds.is_finite()) {
                     continue;
                 }
                 let engine = candidate.engine;
@@ -610,7 +617,7 @@ fn times(
                         .execute(cudnn, operands, memory)
                         .map_err(|e| failed(OP, "cudnnBackendExecute", e.0, key).into())
                 };
-                timings[i] = match time(stream, run, best_in_graph(&timings)) {
+                timings[i] = match time(stream, run, best) {
                     Ok(timing) => Timing {
                         milliseconds: timing.milliseconds.min(earlier.milliseconds),
                         outside_graph: timing.outside_graph || earlier.outside_graph,
