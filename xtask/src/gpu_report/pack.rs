@@ -51,6 +51,16 @@ pub(super) fn pack(dir: &Path) -> Result<()> {
         ensure!(status.success(), "cannot write {}", copy.display());
         bytes += fs::metadata(&copy)?.len();
     }
+    let nvcc = Command::new("nvcc").arg("--version").output();
+    let nvcc = nvcc.context("cannot start nvcc, by which they were built")?;
+    let nvcc = String::from_utf8_lossy(&nvcc.stdout);
+    let release = nvcc.lines().find(|line| line.contains("release"));
+    println!(
+        "Built by {}.",
+        release
+            .unwrap_or("an nvcc that does not name its release")
+            .trim()
+    );
     let (count, mib) = (programs.len(), bytes as f64 / f64::from(1 << 20));
     let (dir, here) = (dir.display(), repository().display());
     println!(

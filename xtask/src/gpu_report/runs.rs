@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::work::{OURS, ROUND, Row, SEEDS, WAYS};
+use super::work::{OTHER_WAY, OURS, ROUND, Row, SEEDS, WAYS};
 use super::{Report, gpu};
 use crate::bench::Side;
 use crate::workspace::repository;
@@ -268,7 +268,12 @@ impl Runs<'_> {
             let mut round = Round::new();
             let idle = gpu::memory_in_use()?;
             for (name, flags) in WAYS {
-                if name != OURS && (number > 0 || self.skip_other_ways) {
+                let is_wanted = name == OURS || (number == 0 && !self.skip_other_ways);
+                // What is held against PyTorch has the first claim to the time, this row's and that of those to come.
+                let claims = ROUND + later;
+                if !is_wanted
+                    || (name != OURS && !self.has_time(report, &side_of(name), OTHER_WAY + claims))
+                {
                     continue;
                 }
                 // To look at the memory takes time, which PyTorch's steps do not lose while they are timed.
