@@ -14,7 +14,9 @@ pub(crate) fn environment(threads: usize) -> Environment {
     let package = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
     let mut environment = Environment::capture(package, "cpu", threads, 0);
     // Records are committed: a path on somebody's machine says nothing there.
-    environment.command = recorded_command(env::args().skip(1));
+    let arguments = env::args_os().skip(1);
+    environment.command =
+        recorded_command(arguments.map(|argument| argument.to_string_lossy().into_owned()));
     environment
 }
 

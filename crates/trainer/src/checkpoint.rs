@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataFingerprints;
-use crate::durable::{io_error, sha256_hex, sync_dir, temporary_sibling, write_synced};
+use crate::durable::{TEMPORARY, io_error, sha256_hex, sync_dir, temporary_sibling, write_synced};
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
 use crate::metrics::MetricsPosition;
@@ -100,9 +100,9 @@ pub(crate) fn save(
     keep: usize,
 ) -> Result<PathBuf> {
     fs::create_dir_all(dir).map_err(io_error("create", dir))?;
+    remove_half_written(dir)?;
     let path = dir.join(format!("step-{:07}", state.position.step));
     let temporary = temporary_sibling(&path);
-    remove_if_present(&temporary)?;
     fs::create_dir(&temporary).map_err(io_error("create", &temporary))?;
 
     let state = serde_json::to_vec_pretty(state).map_err(|source| Error::Encode {
@@ -138,7 +138,7 @@ pub(crate) fn save(
 /// warning, and the one before is taken; where no whole one is left, all stay as they are and the
 /// run cannot go on. None when there never was one.
 pub(crate) fn load_newest(dir: &Path) -> Result<Option<Checkpoint>> {
-    if !dir.is_dir() {
+    if !was_saved(dir)? {
         return Ok(None);
     }
     restore_replaced(dir)?;
@@ -179,10 +179,15 @@ fn set_aside(path: PathBuf, error: &Error) -> Result<()> {
     fs::rename(&path, &aside).map_err(io_error("move aside", &path))
 }
 
-/// Whether there is a checkpoint in `dir`, whole or damaged.
-pub(crate) fn was_saved(dir: &Path) -> bool {
-    let any = |prefix| list(dir, prefix).is_ok_and(|found| !found.is_empty());
-    any("step-") || any("damaged-step-") || replaced(dir).is_ok_and(|found| !found.is_empty())
+/// Whether there is a checkpoint in `dir`, whole or damaged. A folder that was never made has none; one that is there and cannot be
+/// listed, such as a link to a disk that is not mounted, is an error.
+pub(crate) fn was_saved(dir: &Path) -> Result<bool> {
+    match fs::symlink_metadata(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        found => found.map_err(io_error("look at", dir))?,
+    };
+    let any = |prefix| list(dir, prefix).map(|found| !found.is_empty());
+    Ok(any("step-")? || any("damaged-step-")? || !replaced(dir)?.is_empty())
 }
 
 /// The newest checkpoint's folder, unverified.
@@ -299,6 +304,16 @@ fn restore_replaced(dir: &Path) -> Result<()> {
         match path.exists() {
             true => remove_if_present(&aside)?,
             false => fs::rename(&aside, &path).map_err(io_error("restore", &path))?,
+        }
+    }
+    Ok(())
+}
+
+/// What killed processes have left, of any step: one process at a time works in a run.
+fn remove_half_written(dir: &Path) -> Result<()> {
+    for name in names(dir)? {
+        if name.starts_with(".step-") && name.ends_with(TEMPORARY) {
+            remove_if_present(&dir.join(name))?;
         }
     }
     Ok(())
@@ -443,12 +458,30 @@ mod tests {
     }
 
     #[test]
-    fn half_written_checkpoints_are_ignored() {
+    fn half_written_checkpoints_are_ignored_and_removed_by_the_next() {
         let dir = tempfile::tempdir().unwrap();
         save(dir.path(), &state(1), b"w", b"m", 2).unwrap();
         fs::create_dir(dir.path().join(".step-0000002.tmp")).unwrap();
         let loaded = load_newest(dir.path()).unwrap().unwrap();
         assert_eq!(loaded.state.position.step, 1);
+        save(dir.path(), &state(3), b"w", b"m", 2).unwrap();
+        assert_eq!(sorted_names(dir.path()), ["step-0000001", "step-0000003"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_that_cannot_be_listed_is_not_taken_for_one_that_was_never_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = dir.path().join("checkpoints");
+        assert!(!was_saved(&checkpoints).unwrap());
+        assert!(load_newest(&checkpoints).unwrap().is_none());
+        std::os::unix::fs::symlink(dir.path().join("not mounted"), &checkpoints).unwrap();
+        for error in [
+            was_saved(&checkpoints).err(),
+            load_newest(&checkpoints).err(),
+        ] {
+            assert!(error.unwrap().to_string().contains("cannot list"));
+        }
     }
 
     #[test]
@@ -464,7 +497,7 @@ mod tests {
         for path in [&path, &unknown] {
             fs::rename(path, replaced_by(path)).unwrap();
         }
-        assert!(was_saved(dir.path()));
+        assert!(was_saved(dir.path()).unwrap());
         assert!(load_newest(dir.path()).is_err());
         assert_eq!(sorted_names(dir.path()), ["step-0000001", "step-0000002"]);
         fs::remove_dir_all(unknown).unwrap();

@@ -39,10 +39,13 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_parent(path)
 }
 
+/// How temporary names end.
+pub(crate) const TEMPORARY: &str = ".tmp";
+
 /// `.NAME.tmp` beside `path`; one process writes a run at a time, so it needs no random part.
 pub(crate) fn temporary_sibling(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.tmp"))
+    path.with_file_name(format!(".{name}{TEMPORARY}"))
 }
 
 /// Makes the creation, renaming or removal of entries of a folder durable.

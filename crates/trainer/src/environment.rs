@@ -77,7 +77,10 @@ impl Environment {
 }
 
 fn command() -> Vec<String> {
-    let mut command: Vec<String> = std::env::args().collect();
+    let arguments = std::env::args_os();
+    let mut command: Vec<String> = arguments
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
     if let Some(program) = command.first_mut() {
         let name = Path::new(&*program)
             .file_name()

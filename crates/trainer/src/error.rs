@@ -193,6 +193,18 @@ pub enum Error {
         /// What is wrong with the newest.
         newest: String,
     },
+    /// A run that must have had checkpoints has none.
+    #[error(
+        "{} has no checkpoint, but the metrics of the run go on to epoch {epoch}, before which one was saved: \
+         put the folder back, or start a new run",
+        dir.display()
+    )]
+    CheckpointsLost {
+        /// The folder of checkpoints.
+        dir: PathBuf,
+        /// The last that the metrics tell of.
+        epoch: u64,
+    },
     /// A metrics file is shorter than the checkpoint says.
     #[error(
         "{} has {found} bytes, but the checkpoint covers {recorded}: lines were lost",

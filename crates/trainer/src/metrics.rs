@@ -107,13 +107,19 @@ pub(crate) struct MetricsFiles {
 }
 
 impl MetricsFiles {
-    /// Opens the files of the run in `dir` and cuts off everything after `position`: lines of
-    /// steps that a killed run made after its last checkpoint and that will be made again.
+    /// Opens the files of the run in `dir`, which a checkpoint covers up to `position`. They stay as they are until [`Self::cut`].
     pub(crate) fn open(dir: &Path, position: MetricsPosition) -> Result<Self> {
         Ok(Self {
             jsonl: AppendFile::open(dir.join("metrics.jsonl"), position.jsonl_bytes)?,
             csv: AppendFile::open(dir.join("metrics.csv"), position.csv_bytes)?,
         })
+    }
+
+    /// Cuts off everything after the position: lines of steps that a killed run made after its last checkpoint and that will be
+    /// made again.
+    pub(crate) fn cut(&mut self) -> Result<()> {
+        self.jsonl.cut()?;
+        self.csv.cut()
     }
 
     pub(crate) fn write(&mut self, metric: &Metric) -> Result<()> {
@@ -149,6 +155,28 @@ impl MetricsFiles {
     }
 }
 
+/// The epoch of the last whole line of the metrics of the run in `dir`, if there are any.
+pub(crate) fn last_epoch(dir: &Path) -> Result<Option<u64>> {
+    let path = dir.join("metrics.jsonl");
+    let text = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        read => read.map_err(io_error("read", &path))?,
+    };
+    let metrics = text.lines().rev().map(serde_json::from_str);
+    Ok(metrics
+        .flatten()
+        .next()
+        .map(|metric: Metric| metric.epoch()))
+}
+
+impl Metric {
+    fn epoch(&self) -> u64 {
+        let (Self::Step { epoch, .. } | Self::Evaluation { epoch, .. } | Self::Epoch { epoch, .. }) =
+            self;
+        *epoch
+    }
+}
+
 #[derive(Debug)]
 struct AppendFile {
     path: PathBuf,
@@ -173,8 +201,12 @@ impl AppendFile {
                 recorded: bytes,
             });
         }
-        file.set_len(bytes).map_err(io_error("truncate", &path))?;
         Ok(Self { path, file, bytes })
+    }
+
+    fn cut(&mut self) -> Result<()> {
+        let cut = self.file.set_len(self.bytes);
+        cut.map_err(io_error("truncate", &self.path))
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
@@ -227,7 +259,8 @@ mod tests {
         let position = files.sync().unwrap();
         let kept = std::fs::read(dir.path().join("metrics.jsonl")).unwrap();
         files.write(&step(2.0)).unwrap();
-        MetricsFiles::open(dir.path(), position).unwrap();
+        let mut files = MetricsFiles::open(dir.path(), position).unwrap();
+        files.cut().unwrap();
         assert_eq!(
             std::fs::read(dir.path().join("metrics.jsonl")).unwrap(),
             kept

@@ -23,6 +23,7 @@ use crate::data::{DataFingerprints, DataSets};
 use crate::durable::{io_error, read, sync_parent, write_atomically};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
+use crate::metrics::last_epoch;
 use crate::training::Summary;
 
 /// Version of the layout above; raised when a run of an older version cannot be resumed.
@@ -235,8 +236,19 @@ impl RunDirectory {
     }
 
     /// Whether a checkpoint was ever saved, be it damaged; without one a run begins again.
-    pub fn has_checkpoint(&self) -> bool {
-        checkpoint::was_saved(&self.checkpoints())
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a folder that is there and cannot be read, and [`Error::CheckpointsLost`] where the metrics tell of a second
+    /// epoch, which begins with a checkpoint of the first.
+    pub fn has_checkpoint(&self) -> Result<bool> {
+        let was_saved = checkpoint::was_saved(&self.checkpoints())?;
+        match last_epoch(&self.dir)? {
+            Some(epoch) if !was_saved && epoch > 1 => Err(Error::CheckpointsLost {
+                dir: self.checkpoints(),
+                epoch,
+            }),
+            _ => Ok(was_saved),
+        }
     }
 
     pub(crate) fn write_finished(&self, summary: &Summary) -> Result<()> {

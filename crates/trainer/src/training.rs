@@ -156,7 +156,9 @@ impl<'a> Training<'a> {
         let mut checkpoint = None;
         if let Some(run) = &run {
             run.check_data(&data)?;
-            checkpoint = checkpoint::load_newest(&run.checkpoints())?;
+            if run.has_checkpoint()? {
+                checkpoint = checkpoint::load_newest(&run.checkpoints())?;
+            }
         }
         let covered = checkpoint.as_ref().map(|c| c.state.metrics);
         let metrics = run
@@ -185,6 +187,10 @@ impl<'a> Training<'a> {
         };
         if let Some(checkpoint) = checkpoint {
             training.load_checkpoint(&checkpoint)?;
+        }
+        // Only now it is certain that the run goes on.
+        if let Some(metrics) = &mut training.metrics {
+            metrics.cut()?;
         }
         if let Some(run) = &training.run {
             run.record_resumption()?;

@@ -7,7 +7,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command, ValueEnum};
 use trainer::{Schedule, SgdConfig, Span, TrainingConfig};
 
-use crate::compute::{ComputeConfig, DeviceChoice, Precision};
+use crate::compute::{ComputeConfig, DeviceChoice, MOST_STREAMS, MOST_THREADS, Precision};
 use crate::data::Dataset;
 use crate::experiment::Action;
 
@@ -149,7 +149,7 @@ pub struct ComputeArguments {
     #[arg(long)]
     pub no_channels_last: bool,
     /// Convolutions that a GPU may run side by side, where none waits for another [default: 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=32), conflicts_with = "no_channels_last", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_STREAMS as u64), conflicts_with = "no_channels_last", allow_negative_numbers = true)]
     pub streams: Option<u64>,
 }
 
@@ -467,13 +467,14 @@ pub fn at_least_one(text: &str) -> Result<u64, String> {
 /// # Errors
 /// What it must be.
 pub fn threads(text: &str) -> Result<u64, String> {
-    // More than any machine has; many more start slowly, or not at all.
-    at_most(text, 1024)
+    at_most(text, MOST_THREADS as u64)
 }
 
+/// All of CIFAR-10, and more than any machine has the memory for.
+pub(crate) const MOST_PICTURES_A_BATCH: usize = 65_536;
+
 fn batch_size(text: &str) -> Result<u64, String> {
-    // All of CIFAR-10, and more than any machine has the memory for.
-    at_most(text, 65_536)
+    at_most(text, MOST_PICTURES_A_BATCH as u64)
 }
 
 fn at_most(text: &str, most: u64) -> Result<u64, String> {

@@ -8,10 +8,13 @@ use candle_cnn::Isa;
 use candle_cnn::cuda::{F32Math, Settings, set_settings};
 use candle_core::{DType, Device};
 use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, Unexpected};
+use serde::{Deserialize, Deserializer, Serialize};
 use trainer::Execution;
 
-use crate::arguments::{ComputeArguments, DeviceArguments, ParallelArguments};
+use crate::arguments::{
+    ComputeArguments, DeviceArguments, MOST_PICTURES_A_BATCH, ParallelArguments,
+};
 use crate::parallel::Role;
 use crate::progress::say;
 
@@ -117,6 +120,7 @@ pub struct ComputeConfig {
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// Threads that compute, in each process.
+    #[serde(deserialize_with = "up_to::<MOST_THREADS, _>")]
     pub threads: usize,
     /// The types to compute in; absent in runs from before there was a choice.
     #[serde(default)]
@@ -131,12 +135,40 @@ pub struct ComputeConfig {
     #[serde(default)]
     pub channels_last: bool,
     /// Streams that the GPU computes on.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[serde(
+        default = "one",
+        skip_serializing_if = "is_one",
+        deserialize_with = "up_to::<MOST_STREAMS, _>"
+    )]
     pub streams: usize,
     /// Processes that train together. `device` is that of the first; the others on its machine take
     /// the GPUs that follow.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[serde(
+        default = "one",
+        skip_serializing_if = "is_one",
+        deserialize_with = "up_to::<MOST_PROCESSES, _>"
+    )]
     pub processes: usize,
+}
+
+/// More than any machine has; many more start slowly, or not at all.
+pub(crate) const MOST_THREADS: usize = 1024;
+/// Streams that a GPU may compute on.
+pub(crate) const MOST_STREAMS: usize = 32;
+/// As many as a batch can have pictures.
+const MOST_PROCESSES: usize = MOST_PICTURES_A_BATCH;
+
+/// Reads a number that is at least 1 and at most `MOST`: a run's file may have been written by anybody.
+fn up_to<'de, const MOST: usize, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    let number = usize::deserialize(deserializer)?;
+    match (1..=MOST).contains(&number) {
+        true => Ok(number),
+        false => {
+            let expected = format!("a whole number from 1 to {MOST}");
+            let found = Unexpected::Unsigned(number as u64);
+            Err(D::Error::invalid_value(found, &expected.as_str()))
+        }
+    }
 }
 
 fn one() -> usize {
@@ -510,5 +542,27 @@ mod tests {
         assert_eq!(config.precision, Precision::F32);
         assert!(!config.deterministic && !config.cuda_graph && !config.channels_last);
         assert_eq!(config.streams, 1);
+    }
+
+    #[test]
+    fn numbers_of_a_run_that_no_flag_takes_are_refused() {
+        let read = |settings: &str| {
+            let text = format!(r#"{{"device": "cpu", {settings}}}"#);
+            serde_json::from_str::<ComputeConfig>(&text).map_err(|error| error.to_string())
+        };
+        assert!(read(r#""threads": 1024, "streams": 32, "processes": 8"#).is_ok());
+        for settings in [
+            r#""threads": 0"#,
+            r#""threads": 100000000000"#,
+            r#""threads": 1, "streams": 33"#,
+            r#""threads": 1, "processes": 0"#,
+            r#""threads": 1, "processes": 65537"#,
+        ] {
+            let error = read(settings).unwrap_err();
+            assert!(
+                error.contains("expected a whole number from 1 to"),
+                "{error}"
+            );
+        }
     }
 }

@@ -260,7 +260,9 @@ fn resume<E: Experiment>(
         }
         let data = config.data.load(config.training.seed)?;
         let network = E::network(&config, &device)?;
-        if run.as_ref().is_some_and(|run| !run.has_checkpoint()) {
+        let begins =
+            |run: &RunDirectory| run.has_checkpoint().map(|has_checkpoint| !has_checkpoint);
+        if run.as_ref().map(begins).transpose()? == Some(true) {
             say("no checkpoint had been saved: the run begins again");
             E::load_initial_weights(&network, &config)?;
         }

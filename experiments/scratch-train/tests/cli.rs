@@ -255,6 +255,22 @@ fn the_summary_shows_the_network_and_trains_nothing() {
     assert!(text(&shown).contains("5,864,762"), "{}", text(&shown));
 }
 
+#[cfg(unix)]
+#[test]
+fn a_run_may_lie_in_a_folder_whose_name_is_no_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let out = tempfile::tempdir().unwrap();
+    let out = out.path().join(std::ffi::OsStr::from_bytes(b"runs-\xff"));
+    let mut first = small_run(&out);
+    first.args(["--max-steps", "1"]);
+    let first = output(first);
+    assert!(first.status.success(), "{}", text(&first));
+    let run = run_directory(&out);
+    remove(&run, &["finished.json", "model.safetensors"]);
+    let resumed = output(resume(&run));
+    assert!(resumed.status.success(), "{}", text(&resumed));
+}
+
 #[test]
 fn bad_input_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();

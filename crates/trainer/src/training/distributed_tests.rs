@@ -550,16 +550,18 @@ fn a_batch_of_fewer_images_than_ranks_is_refused() {
 fn what_rank_0_cannot_save_is_every_ranks_error() {
     let out = tempfile::tempdir().unwrap();
     let run = RunDirectory::create(out.path(), "tiny", &config(), &data(), &ENVIRONMENT).unwrap();
-    // A file where the folder of checkpoints should be.
-    fs::write(run.path().join("checkpoints"), "").unwrap();
+    // A file where the first checkpoint's folder should be made.
+    let checkpoints = run.path().join("checkpoints");
+    fs::create_dir(&checkpoints).unwrap();
+    fs::write(checkpoints.join(".step-0000002.tmp"), "").unwrap();
     let ranks = Run::new(2).go_on(run);
     let errors: Vec<String> = ranks
         .iter()
         .map(|rank| rank.outcome.as_ref().unwrap_err().to_string())
         .collect();
-    assert!(errors[0].contains("cannot create"), "{errors:?}");
+    assert!(errors[0].contains("cannot remove"), "{errors:?}");
     assert!(
-        errors[1].contains("rank 0 gave up: cannot create"),
+        errors[1].contains("rank 0 gave up: cannot remove"),
         "{errors:?}"
     );
 }

@@ -489,6 +489,46 @@ fn a_run_goes_on_with_the_settings_that_it_began_with() {
 }
 
 #[test]
+fn a_run_that_is_refused_keeps_every_line_of_its_metrics() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    assert!(std::panic::catch_unwind(|| go_on(run, &panics_after(12))).is_err());
+    let lines = || ["metrics.jsonl", "metrics.csv"].map(|file| fs::read(dir.join(file)).unwrap());
+    let before = lines();
+    let model = TinyModel::new(config().seed);
+    let new = |config: TrainingConfig| {
+        let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
+        let training = Training::new(&model, data(), &Device::Cpu, config, run);
+        training.err().unwrap().to_string()
+    };
+    let mut faster = config();
+    faster.optimizer.lr = 7.0;
+    assert!(new(faster).contains("its optimizer is"));
+    assert_eq!(lines(), before);
+
+    // Its checkpoints are gone, though it was in its second epoch.
+    let (checkpoints, aside) = (dir.join("checkpoints"), dir.join("aside"));
+    fs::rename(&checkpoints, &aside).unwrap();
+    let error = new(config());
+    assert!(
+        error.contains("has no checkpoint, but") && error.contains("epoch 2"),
+        "{error}"
+    );
+    assert_eq!(lines(), before);
+    fs::rename(&aside, &checkpoints).unwrap();
+    let csv = dir.join("metrics.csv");
+    fs::write(&csv, &before[1][..5]).unwrap();
+    assert!(new(config()).contains("lines were lost"));
+    assert_eq!(lines()[0], before[0]);
+    fs::write(&csv, &before[1]).unwrap();
+
+    let (_out, expected) = uninterrupted(&config());
+    let (model, outcome) = resume(&dir, &|| false);
+    assert_eq!(traces(&dir, &model, outcome), expected);
+}
+
+#[test]
 fn other_data_are_refused_with_the_set_that_changed() {
     let out = tempfile::tempdir().unwrap();
     let run = create(out.path(), &config());
