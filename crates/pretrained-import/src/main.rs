@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use inception_model::GoogLeNet;
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
+use pretrained_import::source::TORCHVISION_GOOGLENET;
 use pretrained_import::{
     AuxHeads, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
     match_googlenet, write_safetensors,
@@ -46,9 +47,14 @@ struct Arguments {
     /// Write what fits, whatever is missing, unexpected or misshapen
     #[arg(long)]
     no_strict: bool,
-    /// The network expects mean and standard deviation 0.5 and not ImageNet's: no conversion in
-    /// front of it. torchvision's own weights are used with the conversion
+    /// Write that the network was trained with its input converted from ImageNet's mean and standard
+    /// deviation to 0.5, as torchvision's googlenet(weights=…) does [default: what is known: of
+    /// torchvision's own weights that they were, of others what the file says; else nothing is written]
     #[arg(long)]
+    transform_input: bool,
+    /// Write that it was trained without that conversion, as torchvision's googlenet() without
+    /// weights is
+    #[arg(long, conflicts_with = "transform_input")]
     no_transform_input: bool,
     /// Only list the tensors of the file, of any network
     #[arg(long, conflicts_with_all = ["out", "force", "keep_aux", "drop_aux", "no_strict"])]
@@ -95,14 +101,16 @@ fn run(arguments: &Arguments) -> Result<()> {
         Some(sha256) => sha256,
         None => sha256_of(&found.path)?,
     };
-    let transform_input = match state.metadata.get("transform_input") {
-        Some(said) if !arguments.no_transform_input => said.clone(),
-        _ => (!arguments.no_transform_input).to_string(),
-    };
-    let metadata = BTreeMap::from([
+    let conversion = Conversion::known(arguments, &state, &sha256);
+    // What a safetensors file says beyond that, such as the names of its classes, is kept.
+    let mut metadata = state.metadata;
+    metadata.remove("transform_input");
+    if let Some(conversion) = &conversion {
+        metadata.insert("transform_input".into(), conversion.is_done.to_string());
+    }
+    metadata.extend([
         ("architecture".into(), GoogLeNet::ARCHITECTURE.into()),
         ("classes".into(), matched.report.classes.to_string()),
-        ("transform_input".into(), transform_input),
         ("source".into(), found.origin),
         ("source_sha256".into(), sha256),
         ("source_format".into(), state.format.to_string()),
@@ -111,12 +119,31 @@ fn run(arguments: &Arguments) -> Result<()> {
             jiff::Timestamp::now().strftime("%FT%TZ").to_string(),
         ),
     ]);
-    // What a safetensors file says beyond that, such as the names of its classes, is kept.
-    let metadata = state.metadata.clone().into_iter().chain(metadata).collect();
     write_safetensors(&arguments.out, &matched.tensors, &metadata, arguments.force)?;
     match arguments.json {
         true => print_json(arguments, &metadata, &matched.report),
-        false => print_report(arguments, &metadata, &matched.report),
+        false => print_report(arguments, &metadata, conversion.as_ref(), &matched.report),
+    }
+}
+
+/// Whether the network converts its input, torchvision's `transform_input`, and how that is known.
+#[derive(Debug, PartialEq)]
+struct Conversion {
+    is_done: bool,
+    known: &'static str,
+}
+
+impl Conversion {
+    /// None where nobody says it: it is then left to the programs that use the weights, which say what they assume.
+    fn known(arguments: &Arguments, state: &StateDict, sha256: &str) -> Option<Self> {
+        let (is_done, known) = match state.transform_input() {
+            _ if arguments.transform_input => (true, "--transform-input"),
+            _ if arguments.no_transform_input => (false, "--no-transform-input"),
+            Some(said) => (said, "the file says so"),
+            None if TORCHVISION_GOOGLENET.is(sha256) => (true, "torchvision's own weights"),
+            None => return None,
+        };
+        Some(Self { is_done, known })
     }
 }
 
@@ -237,6 +264,7 @@ fn print_json(
 fn print_report(
     arguments: &Arguments,
     metadata: &BTreeMap<String, String>,
+    conversion: Option<&Conversion>,
     report: &Report,
 ) -> Result<()> {
     let mut out = io::stdout().lock();
@@ -257,6 +285,19 @@ fn print_report(
         "network     torchvision's GoogLeNet, {} classes, {heads}",
         report.classes
     )?;
+    let input = match conversion {
+        Some(Conversion { is_done, known }) => {
+            let converted = match is_done {
+                true => "converted from ImageNet's normalisation to that of 0.5",
+                false => "taken as it is, without a conversion",
+            };
+            format!("{converted} (transform_input={is_done}: {known})")
+        }
+        None => "not known whether it is converted, so the file says nothing of transform_input, and programs assume it \
+                 is; say --transform-input or --no-transform-input"
+            .into(),
+    };
+    writeln!(out, "input       {input}")?;
     writeln!(
         out,
         "tensors     {} loaded, {} missing, {} unexpected, {} misshapen",
@@ -302,4 +343,43 @@ fn print_report(
         "  cargo run -p predict -- --weights {quoted} picture.jpg"
     )?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use pretrained_import::Format;
+
+    use super::*;
+
+    #[test]
+    fn whether_the_input_is_converted_is_told_by_a_flag_the_file_or_torchvisions_hash_and_else_unknown()
+     {
+        let published = TORCHVISION_GOOGLENET.pin.hash().to_owned();
+        let known = |flags: &str, said: Option<&str>, sha256: &str| {
+            let line = ["pretrained-import"].into_iter();
+            let arguments = Arguments::parse_from(line.chain(flags.split_whitespace()));
+            let said = said.map(|said| ("transform_input".to_owned(), said.to_owned()));
+            let state = StateDict {
+                tensors: BTreeMap::new(),
+                ignored: Vec::new(),
+                metadata: said.into_iter().collect(),
+                format: Format::Safetensors,
+            };
+            Conversion::known(&arguments, &state, sha256).map(|conversion| conversion.is_done)
+        };
+        let other = "0".repeat(64);
+        for (flags, said, sha256, expected) in [
+            ("", None, &published, Some(true)),
+            ("", None, &other, None),
+            ("", Some("false"), &other, Some(false)),
+            ("", Some("True"), &other, Some(true)),
+            ("", Some("perhaps"), &other, None),
+            ("--transform-input", Some("false"), &other, Some(true)),
+            ("--no-transform-input", Some("true"), &other, Some(false)),
+            ("--no-transform-input", None, &published, Some(false)),
+        ] {
+            let found = known(flags, said, sha256);
+            assert_eq!(found, expected, "{flags:?}, {said:?}, {sha256}");
+        }
+    }
 }

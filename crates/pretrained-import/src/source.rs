@@ -173,6 +173,13 @@ pub const TORCHVISION_GOOGLENET: PublishedFile = PublishedFile {
     },
 };
 
+impl PublishedFile {
+    /// Whether a file with this SHA-256, in hexadecimal, is the one that is published here.
+    pub fn is(&self, sha256: &str) -> bool {
+        self.pin.hash().eq_ignore_ascii_case(sha256)
+    }
+}
+
 impl FetchOptions {
     /// The public servers, with files kept below `cache`, whatever the environment says.
     pub fn new(cache: &Path) -> FetchOptions {
@@ -367,5 +374,16 @@ mod tests {
         assert_eq!(name, format!("googlenet-{}.pth", &pin.hash()[..8]));
         // torchvision: "_file_size": 49.731, in MiB.
         assert_eq!(pin.most_bytes(), 52_428_800);
+    }
+
+    #[test]
+    fn torchvisions_file_is_known_by_its_hash_in_whichever_case() {
+        let hash = TORCHVISION_GOOGLENET.pin.hash().to_owned();
+        for same in [hash.clone(), hash.to_uppercase()] {
+            assert!(TORCHVISION_GOOGLENET.is(&same), "{same}");
+        }
+        for other in ["", &hash[..8], &"0".repeat(64)] {
+            assert!(!TORCHVISION_GOOGLENET.is(other), "{other}");
+        }
     }
 }

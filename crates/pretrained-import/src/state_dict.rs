@@ -77,6 +77,13 @@ impl StateDict {
         Self::read_from(std::io::Cursor::new(bytes), bytes.len() as u64, path)
     }
 
+    /// Whether the network converts its input from ImageNet's normalisation to that of 0.5 (torchvision's
+    /// `transform_input`), where the file's metadata say so; also as Python prints it, `True` and `False`.
+    pub fn transform_input(&self) -> Option<bool> {
+        let said = self.metadata.get("transform_input")?;
+        said.to_ascii_lowercase().parse().ok()
+    }
+
     fn read_from(
         mut file: impl std::io::BufRead + Seek,
         len: u64,

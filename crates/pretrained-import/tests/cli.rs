@@ -90,6 +90,7 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
         .success()
         .stdout(contains("364 loaded, 0 missing, 0 unexpected, 0 misshapen"))
         .stdout(contains("10 classes, with auxiliary heads"))
+        .stdout(contains("input       not known whether it is converted"))
         .stdout(contains(format!(
             "cargo run -p finetune-full -- --weights '{}'\n",
             text(&to)
@@ -110,13 +111,13 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
     for (key, value) in [
         ("architecture", "googlenet-torchvision"),
         ("classes", "10"),
-        ("transform_input", "true"),
         ("source", text(&from)),
         ("source_format", "safetensors"),
         ("format", "pt"),
     ] {
         assert_eq!(state.metadata[key], value, "{key}");
     }
+    assert!(!state.metadata.contains_key("transform_input"));
     assert_eq!(state.metadata["source_sha256"].len(), 64);
     let date: jiff::Timestamp = state.metadata["imported"].parse().unwrap();
     assert!(date <= jiff::Timestamp::now());
@@ -140,6 +141,13 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
     .assert()
     .success()
     .stdout(contains("\"transform_input\": \"false\""));
+    let again = dir.path().join("again.safetensors");
+    import(&[text(&to), "--out", text(&again)])
+        .assert()
+        .success()
+        .stdout(contains("(transform_input=false: the file says so)"));
+    let kept = StateDict::read(&again).unwrap();
+    assert_eq!(kept.transform_input(), Some(false));
     let state = StateDict::read(&to).unwrap();
     assert_eq!(state.tensors.len(), 344);
     assert!(!state.tensors.keys().any(|name| name.starts_with("aux")));
