@@ -72,7 +72,13 @@ impl Classifier {
         };
         let mut rng: ChaCha8Rng = random::stream(0, random::INIT, 0);
         let network = CifarGoogLeNet::new(&config, device, &mut rng)?;
-        let said = weights.state.metadata.get("class_names");
+        let said = |key: &str| weights.state.metadata.get(key);
+        // The lesson's pictures have one size and normalization, which files that say what they are leave unsaid.
+        let mut assumed = Vec::new();
+        if said("architecture").is_none() {
+            assumed.push(Preprocessing::Cifar.assumed());
+        }
+        let said = said("class_names");
         let class_names = class_names(said.map(String::as_str), config.num_classes);
         let as_f32 = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_dtype(DType::F32)?));
         let tensors = weights.state.tensors.into_iter().map(as_f32);
@@ -84,7 +90,7 @@ impl Classifier {
             class_names,
             device: device.clone(),
             from: String::new(),
-            assumed: Vec::new(),
+            assumed,
         })
     }
 
@@ -99,17 +105,20 @@ impl Classifier {
             false => Preprocessing::ImageNet,
         };
         let mut assumed = Vec::new();
-        if image_size.is_none() && preprocessing == Preprocessing::Cifar {
-            assumed.push("The weights do not say what their pictures were: taken for CIFAR-10's classes, at 32×32 pixels");
+        if image_size.is_none() && !weights.are_torchvisions() {
+            assumed.push(preprocessing.assumed());
         }
-        if said("transform_input").is_none() && preprocessing == Preprocessing::Cifar {
+        let transform_input = weights.transform_input();
+        if transform_input.is_none() {
             assumed.push(
-                "The weights do not say whether the network converts its input: it does, as torchvision's pretrained one",
+                "The weights do not say whether the network converts its input: it does, from ImageNet's mean and standard \
+                 deviation to −1…1, as torchvision's pretrained one (pretrained-import --no-transform-input writes a file \
+                 that says no)",
             );
         }
         let settings = NetworkSettings {
             classes,
-            transform_input: said("transform_input") != Some("false"),
+            transform_input: transform_input.unwrap_or(true),
             image_size,
             dropout: 0.0,
             aux_heads: false,

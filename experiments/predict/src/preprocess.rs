@@ -48,6 +48,19 @@ impl Preprocessing {
         }
     }
 
+    /// What is said where it is taken for granted.
+    pub(crate) fn assumed(self) -> &'static str {
+        match self {
+            Self::ImageNet => {
+                "The weights do not say what their pictures were: taken as torchvision's are, the middle 224×224 pixels \
+                 of a short side of 256, normalised by ImageNet's mean and standard deviation"
+            }
+            Self::Cifar => {
+                "The weights do not say what their pictures were: taken as CIFAR-10's are, 32×32 pixels, normalised to −1…1"
+            }
+        }
+    }
+
     /// The network's input (3, size, size).
     pub(crate) fn apply(self, picture: &RgbImage) -> Vec<f32> {
         let (picture, normalization) = match self {

@@ -178,6 +178,43 @@ fn our_checkpoints_name_the_classes_they_were_trained_on() {
     }
 }
 
+#[test]
+fn what_weights_do_not_say_is_named_with_what_is_taken_for_granted_instead() {
+    const CIFAR: &str = "taken as CIFAR-10's are, 32×32 pixels, normalised to −1…1";
+    const IMAGENET: &str = "normalised by ImageNet's mean and standard deviation";
+    const CONVERSION: &str = "converts its input: it does, from ImageNet's";
+    let dir = tempfile::tempdir().unwrap();
+    let size = ("image_size", "40");
+    let converts = ("transform_input", "false");
+    // torchvision's own file, as `pretrained-import` writes it.
+    let published = pretrained_import::source::TORCHVISION_GOOGLENET;
+    let imported = ("source_sha256", published.pin.hash());
+    let ours = ("architecture", "googlenet-cifar");
+    let torchvision = |classes, said: &[_]| torchvision(dir.path(), classes, 1, said);
+    let cases = [
+        (torchvision(10, &[]), &[CIFAR, CONVERSION][..]),
+        (torchvision(3, &[]), &[IMAGENET, CONVERSION]),
+        (torchvision(20, &[converts]), &[IMAGENET]),
+        (torchvision(21, &[size]), &[CONVERSION]),
+        (torchvision(22, &[size, converts]), &[]),
+        (torchvision(1000, &[imported]), &[]),
+        (cifar(dir.path(), 1, &[]), &[CIFAR]),
+        (cifar(dir.path(), 2, &[ours]), &[]),
+    ];
+    for (weights, expected) in cases {
+        let run = predict(&weights)
+            .arg(format!("{PICTURES}/tiny.bmp"))
+            .assert()
+            .success();
+        let said = String::from_utf8(run.get_output().stderr.clone()).unwrap();
+        let notices = said.matches("do not say").count();
+        assert_eq!(notices, expected.len(), "{}: {said}", weights.display());
+        for expected in expected {
+            assert!(said.contains(expected), "{}: {said}", weights.display());
+        }
+    }
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_result_that_is_lost_is_an_error_unless_its_reader_has_gone_away() {

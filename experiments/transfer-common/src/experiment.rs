@@ -51,11 +51,7 @@ impl<S: Stage> Experiment for FineTune<S> {
                 find_state(&run, &request, dataset)?
             }
         };
-        let is_published = matches!(
-            &request.begin,
-            Begin::Weights(WeightsSource::Random | WeightsSource::TORCHVISION)
-        );
-        if known.transform_input.is_none() && !is_published {
+        if known.transform_input.is_none() && begin != BeginConfig::Random {
             print(
                 "These weights do not say whether the network converts its input: it does, as torchvision's pretrained one \
                  (pretrained-import --no-transform-input writes a file that says no)",
@@ -174,7 +170,7 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
     fits.context("cannot use --weights")?;
     let known = Known {
         // How the features were trained decides; the size of the pictures is free.
-        transform_input: transform_input(&weights),
+        transform_input: weights.transform_input(),
         image_size: None,
     };
     let begin = BeginConfig::Backbone {
@@ -225,7 +221,7 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     let fits = weights.whole(request.aux_heads);
     fits.context("cannot use --init")?;
     let known = Known {
-        transform_input: transform_input(&weights),
+        transform_input: weights.transform_input(),
         image_size: weights
             .state
             .metadata
@@ -233,10 +229,6 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
             .and_then(|n| n.parse().ok()),
     };
     Ok((BeginConfig::State { file }, known))
-}
-
-fn transform_input(weights: &Weights) -> Option<bool> {
-    weights.state.metadata.get("transform_input")?.parse().ok()
 }
 
 fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {

@@ -282,6 +282,7 @@ mod tests {
         let state = state.map(|(name, var)| (name, var.as_detached_tensor()));
         loaded.load_backbone(&Weights {
             path: "other".into(),
+            sha256: String::new(),
             state: StateDict {
                 tensors: state.collect(),
                 ignored: Vec::new(),

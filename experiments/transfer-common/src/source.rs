@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 use experiment_common::{DownloadProgress, InitFile, say};
 use inception_model::GoogLeNet;
+use pretrained_import::source::TORCHVISION_GOOGLENET;
 use pretrained_import::{
     AuxHeads, FetchOptions, MatchError, MatchOptions, Matched, Source, StateDict, match_backbone,
     match_googlenet,
@@ -137,6 +138,8 @@ pub struct Weights {
     pub path: PathBuf,
     /// What it holds.
     pub state: StateDict,
+    /// Of the file, in hexadecimal.
+    pub sha256: String,
 }
 
 impl Weights {
@@ -148,7 +151,22 @@ impl Weights {
         Ok(Self {
             path: file.path.clone(),
             state: StateDict::from_bytes(&file.read()?, &file.path)?,
+            sha256: file.sha256.clone(),
         })
+    }
+
+    /// Whether these are torchvision's ImageNet weights: the published file, or what `pretrained-import`
+    /// has made of it.
+    pub fn are_torchvisions(&self) -> bool {
+        let imported_from = self.state.metadata.get("source_sha256");
+        TORCHVISION_GOOGLENET.is(&self.sha256)
+            || imported_from.is_some_and(|sha256| TORCHVISION_GOOGLENET.is(sha256))
+    }
+
+    /// Whether the network converts its input, as the file says or torchvision's own weights are known to be used.
+    pub fn transform_input(&self) -> Option<bool> {
+        let said = self.state.transform_input();
+        said.or_else(|| self.are_torchvisions().then_some(true))
     }
 
     /// Whether there are auxiliary heads in it.
@@ -193,6 +211,8 @@ impl Weights {
 
 #[cfg(test)]
 mod tests {
+    use pretrained_import::Format;
+
     use super::*;
 
     #[test]
@@ -208,6 +228,39 @@ mod tests {
             for way in ["torchvision", "random", "owner/name[@revision][:file]"] {
                 assert!(error.contains(way), "{text}: {error}");
             }
+        }
+    }
+
+    #[test]
+    fn torchvisions_weights_are_known_by_their_hash_and_convert_unless_the_file_says_no() {
+        let published = TORCHVISION_GOOGLENET.pin.hash();
+        for (sha256, said, are_torchvisions, transform_input) in [
+            (published, &[][..], true, Some(true)),
+            ("1", &[], false, None),
+            ("1", &[("source_sha256", published)], true, Some(true)),
+            ("1", &[("source_sha256", "2")], false, None),
+            (
+                published,
+                &[("transform_input", "false")],
+                true,
+                Some(false),
+            ),
+            ("1", &[("transform_input", "true")], false, Some(true)),
+        ] {
+            let said = said.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+            let weights = Weights {
+                path: "weights".into(),
+                state: StateDict {
+                    tensors: BTreeMap::new(),
+                    ignored: Vec::new(),
+                    metadata: said.collect(),
+                    format: Format::Safetensors,
+                },
+                sha256: sha256.into(),
+            };
+            let shown = format!("{sha256} {:?}", weights.state.metadata);
+            assert_eq!(weights.are_torchvisions(), are_torchvisions, "{shown}");
+            assert_eq!(weights.transform_input(), transform_input, "{shown}");
         }
     }
 
