@@ -8,6 +8,10 @@ integers below 64 bits as i64, bool as u8.
     state_dict_legacy.pth      with each tensor as a parameter, `module.` in front and `_metadata`,
     wrapped_zip.pth            the same without prefix in {"state_dict": ..., "epoch": 3, ...}
     wrapped_legacy.pth         the same in {"model": ...}
+    trainer_zip.pth            the same in {"net": ...}, each parameter with an attribute, beside a scheduler's Counter,
+    trainer_protocol4.pth      a set, bytes, an element type and a complex number, as `weights_only=True` takes them
+    averaged.pth               of an AveragedModel of a compiled network: `n_averaged` and `module._orig_mod.`
+    compiled.pth               of a compiled DataParallel: `_orig_mod.module.`
     hostile.pth                calls os.system when Python loads it
     torchscript.pth            a program of torch.jit
 """
@@ -51,6 +55,34 @@ def tensors():
         "empty": torch.zeros(0, 3),
         "one": torch.ones(1, 1, 1),
     }
+
+
+def save_wrapped(save, values, state):
+    """What trainers, averages and compilers make of a state dict."""
+    marked = collections.OrderedDict(state)
+    for value in marked.values():
+        if isinstance(value, torch.nn.Parameter):
+            value.mark = "kept"
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    trainer = {
+        "net": marked,
+        "acc": 93.5,
+        "epoch": 3,
+        "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4]).state_dict(),
+        "classes": {1, 2},
+        "digest": b"\x00\xff",
+        "buffer": bytearray(b"ab"),
+        "dtype": torch.float32,
+        "root": 1j,
+    }
+    save("trainer_zip.pth", trainer)
+    save("trainer_protocol4.pth", trainer, pickle_protocol=4)
+
+    net = torch.nn.Module()
+    # Not by `register_buffer`, which refuses names that modules have, such as `half`.
+    net._buffers.update(values)
+    save("averaged.pth", torch.optim.swa_utils.AveragedModel(torch.compile(net)).state_dict())
+    save("compiled.pth", torch.compile(torch.nn.DataParallel(net)).state_dict())
 
 
 class Hostile:
@@ -102,6 +134,7 @@ def make():
     save("state_dict_legacy.pth", prefixed, **legacy)
     save("wrapped_zip.pth", {"state_dict": state} | extra)
     save("wrapped_legacy.pth", extra | {"model": state}, **legacy)
+    save_wrapped(save, values, state)
     save("hostile.pth", {"weight": values["weight"], "surprise": Hostile()}, **legacy)
 
     module = torch.jit.script(torch.nn.Linear(2, 2))

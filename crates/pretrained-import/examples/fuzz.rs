@@ -46,7 +46,17 @@ fn main() -> ExitCode {
             "legacy",
             &["legacy.pth", "state_dict_legacy.pth", "wrapped_legacy.pth"],
         ),
-        ("zip", &["zip.pth", "protocol4.pth", "wrapped_zip.pth"]),
+        (
+            "zip",
+            &[
+                "zip.pth",
+                "protocol4.pth",
+                "wrapped_zip.pth",
+                "trainer_zip.pth",
+                "trainer_protocol4.pth",
+                "averaged.pth",
+            ],
+        ),
         ("safetensors", &["expected.safetensors"]),
     ];
     for (name, files) in readers {
@@ -185,7 +195,7 @@ fn mutate(files: &[Vec<u8>], random: &mut ChaCha8Rng) -> Vec<u8> {
                 bytes[at..at + width].copy_from_slice(&value[..width]);
             }
             6 => {
-                const OPCODES: &[u8] = b"\x80\x95.(012N\x88\x89JKM\x8a\x8bG\x8cUXT\x8dCB\x8e)\x85\x86\x87t]ae}suc\x93RbQqr\x94hj\x81i";
+                const OPCODES: &[u8] = b"\x80\x95.(012N\x88\x89JKM\x8a\x8bG\x8cUXT\x8dCB\x8e)\x85\x86\x87t]ae}suc\x93RbQqr\x94hj\x81i\x8f\x90\x91\x96";
                 for byte in &mut bytes[at..at + len] {
                     *byte = OPCODES[random.random_range(0..OPCODES.len())];
                 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::torch::WRAPPERS;
+
 /// A file that cannot be read as weights.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -62,7 +64,8 @@ pub enum ImportError {
     /// A readable file without a state dict.
     #[error(
         "{path} holds no state dict: {found}; expected a dictionary of tensors, or one under \
-         \"state_dict\" or \"model\" (in PyTorch: torch.save(model.state_dict(), …))"
+         {} (in PyTorch: torch.save(model.state_dict(), …))",
+        wrappers()
     )]
     NoStateDict {
         /// The file.
@@ -70,6 +73,13 @@ pub enum ImportError {
         /// What it holds.
         found: String,
     },
+}
+
+/// For people: `"state_dict", …, "net" or "weights"`.
+fn wrappers() -> String {
+    let quoted = WRAPPERS.map(|wrapper| format!("{wrapper:?}"));
+    let (last, first) = (&quoted[quoted.len() - 1], &quoted[..quoted.len() - 1]);
+    format!("{} or {last}", first.join(", "))
 }
 
 /// A problem whose file is not known where it is found.

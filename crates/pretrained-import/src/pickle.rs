@@ -51,8 +51,14 @@ pub(crate) enum Global {
     RebuildTensor,
     RebuildTensorV2,
     RebuildParameter,
+    /// A parameter to which somebody gave attributes.
+    RebuildParameterWithState,
     Size,
-    Device,
+    Counter,
+    /// A class whose values this program has no use for, such as a set or a device.
+    Unused,
+    /// An element type by itself: it is mentioned and never called.
+    Dtype,
     Storage(Element),
 }
 
@@ -99,6 +105,27 @@ impl Element {
     }
 }
 
+/// PyTorch's element types, also those that no tensor here has.
+const DTYPES: [&str; 17] = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "complex128",
+    "complex64",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "bool",
+];
+
 impl Global {
     fn named(module: &str, name: &str) -> Option<Self> {
         Some(match (module, name) {
@@ -106,8 +133,17 @@ impl Global {
             ("torch._utils", "_rebuild_tensor") => Self::RebuildTensor,
             ("torch._utils", "_rebuild_tensor_v2") => Self::RebuildTensorV2,
             ("torch._utils", "_rebuild_parameter") => Self::RebuildParameter,
+            ("torch._utils", "_rebuild_parameter_with_state") => Self::RebuildParameterWithState,
             ("torch", "Size") => Self::Size,
-            ("torch", "device") => Self::Device,
+            ("collections", "Counter") => Self::Counter,
+            // Up to protocol 2 with Python 2's name of the module, and bytes as text to be encoded.
+            (
+                "__builtin__" | "builtins",
+                "set" | "frozenset" | "bytes" | "bytearray" | "complex",
+            )
+            | ("_codecs", "encode")
+            | ("torch", "device") => Self::Unused,
+            ("torch", name) if DTYPES.contains(&name) => Self::Dtype,
             ("torch", class) => Self::Storage(Element::of_storage(class)?),
             _ => return None,
         })
@@ -301,7 +337,7 @@ impl Machine<'_> {
                     let len = u64::from_le_bytes(self.bytes()?);
                     self.text(len)?;
                 }
-                // SHORT_BINBYTES, BINBYTES, BINBYTES8
+                // SHORT_BINBYTES, BINBYTES, BINBYTES8, BYTEARRAY8
                 b'C' => {
                     let [len] = self.bytes()?;
                     self.skip(len.into())?;
@@ -310,7 +346,7 @@ impl Machine<'_> {
                     let len = u32::from_le_bytes(self.bytes()?);
                     self.skip(len.into())?;
                 }
-                0x8e => {
+                0x8e | 0x96 => {
                     let len = u64::from_le_bytes(self.bytes()?);
                     self.skip(len)?;
                 }
@@ -350,6 +386,19 @@ impl Machine<'_> {
                 b'u' => {
                     let pairs = self.pop_mark()?;
                     self.extend(start, pairs, true)?;
+                }
+                // EMPTY_SET, ADDITEMS, FROZENSET
+                0x8f => self.stack.push(Value::Other),
+                0x90 => {
+                    self.pop_mark()?;
+                    if !matches!(self.stack.last(), Some(Value::Other)) {
+                        let found = kind(self.stack.last());
+                        return self.fail(start, format!("items for {found}, expected a set"));
+                    }
+                }
+                0x91 => {
+                    self.pop_mark()?;
+                    self.stack.push(Value::Other);
                 }
                 // GLOBAL, STACK_GLOBAL
                 b'c' => {
@@ -633,9 +682,13 @@ impl Machine<'_> {
             | (Global::RebuildTensorV2, [storage, offset, shape, strides, _, _, ..]) => {
                 self.tensor(start, storage, offset, shape, strides)?
             }
-            (Global::RebuildParameter, [tensor @ Value::Tensor(_), ..]) => tensor.clone(),
+            (
+                Global::RebuildParameter | Global::RebuildParameterWithState,
+                [tensor @ Value::Tensor(_), ..],
+            ) => tensor.clone(),
             (Global::Size, [dimensions @ Value::Tuple(_)]) => dimensions.clone(),
-            (Global::Device, _) => Value::Other,
+            (Global::Counter, [counts @ Value::Dict(_)]) => counts.clone(),
+            (Global::Unused, _) => Value::Other,
             _ => {
                 let count = arguments.len();
                 return self.fail(start, format!("{function:?} of {count} unexpected values"));

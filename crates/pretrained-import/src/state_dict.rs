@@ -1,6 +1,6 @@
 //! Files of weights of any format as tensors under their keys.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -16,8 +16,9 @@ use crate::torch::{self, Contents};
 #[derive(Debug, Clone)]
 pub struct StateDict {
     /// By key, on the CPU, in the file's types: f16, bf16, f32 and f64 as they are, bool and u8 as
-    /// u8, the other integers of PyTorch's files as i64 (safetensors files may have no others). A `module.` in front of every key, from
-    /// `nn.DataParallel`, is taken off.
+    /// u8, the other integers of PyTorch's files as i64 (safetensors files may have no others). A `module.` in front of keys, from
+    /// `nn.DataParallel` and `AveragedModel`, and `_orig_mod.`, from `torch.compile`, are taken off, unless two keys
+    /// would become one.
     pub tensors: BTreeMap<String, Tensor>,
     /// Keys of what else the file holds, such as `epoch` and `optimizer` of a checkpoint.
     pub ignored: Vec<String>,
@@ -115,8 +116,9 @@ impl StateDict {
             }
         };
         let (contents, metadata, format) = contents.map_err(|problem| problem.of(path))?;
+        let contents = without_wrappers(contents);
         Ok(Self {
-            tensors: without_module(contents.tensors),
+            tensors: contents.tensors.into_iter().collect(),
             ignored: contents.ignored,
             metadata,
             format,
@@ -142,14 +144,42 @@ fn shown(start: &[u8]) -> String {
     }
 }
 
-fn without_module(tensors: Vec<(String, Tensor)>) -> BTreeMap<String, Tensor> {
-    const PREFIX: &str = "module.";
-    let all = tensors.iter().all(|(name, _)| name.starts_with(PREFIX));
-    let skip = if all { PREFIX.len() } else { 0 };
-    tensors
-        .into_iter()
-        .map(|(name, tensor)| (name[skip..].to_owned(), tensor))
-        .collect()
+/// Of `nn.DataParallel`, `DistributedDataParallel` and `AveragedModel`, and of `torch.compile`.
+const PREFIXES: [&str; 2] = ["module.", "_orig_mod."];
+
+/// What an `AveragedModel` holds beside the network's tensors.
+const COUNT_OF_AVERAGED: &str = "n_averaged";
+
+/// The network's tensors under the network's names, whatever it was wrapped in: each key loses its prefix, as with
+/// PyTorch's `consume_prefix_in_state_dict_if_present`. Where two keys would become one, a prefix is a part of the network
+/// that is called so, and stays.
+fn without_wrappers(mut contents: Contents) -> Contents {
+    /// One in the other: compiled, averaged, and that in parallel, twice over.
+    const MOST_WRAPPERS: usize = 6;
+    let has = |prefix: &str, (name, _): &(String, Tensor)| name.starts_with(prefix);
+    if contents.tensors.iter().any(|item| has(PREFIXES[0], item)) {
+        let is_count = |(name, _): &mut (String, Tensor)| name == COUNT_OF_AVERAGED;
+        let counts = contents.tensors.extract_if(.., is_count);
+        contents.ignored.extend(counts.map(|(name, _)| name));
+    }
+    for _ in 0..MOST_WRAPPERS {
+        let stripped = |name: &str| {
+            let inner = PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix));
+            let inner = inner.filter(|inner| !inner.is_empty());
+            inner.map_or(0, |inner| name.len() - inner.len())
+        };
+        let skips = contents.tensors.iter().map(|(name, _)| stripped(name));
+        let skips: Vec<usize> = skips.collect();
+        let names = contents.tensors.iter().zip(&skips);
+        let names: BTreeSet<&str> = names.map(|((name, _), &skip)| &name[skip..]).collect();
+        if names.len() < contents.tensors.len() || skips.iter().all(|&skip| skip == 0) {
+            break;
+        }
+        for ((name, _), skip) in contents.tensors.iter_mut().zip(skips) {
+            name.drain(..skip);
+        }
+    }
+    contents
 }
 
 type Metadata = BTreeMap<String, String>;

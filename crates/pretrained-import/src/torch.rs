@@ -174,8 +174,17 @@ struct Wanted {
     ignored: Vec<String>,
 }
 
-/// Where checkpoints keep their state dict.
-const WRAPPERS: [&str; 4] = ["state_dict", "model", "model_state_dict", "module"];
+/// Where checkpoints keep their state dict; the first of them that has tensors counts.
+pub(crate) const WRAPPERS: [&str; 8] = [
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "module",
+    "net",
+    "network",
+    "model_state",
+    "weights",
+];
 
 impl Wanted {
     /// The state dict: what lies under the usual keys of a checkpoint, or else the root. A

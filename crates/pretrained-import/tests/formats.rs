@@ -60,6 +60,10 @@ fn every_tensor_of_every_format_is_pytorchs_bit_by_bit() {
         ("state_dict_legacy.pth", Format::TorchLegacy),
         ("wrapped_zip.pth", Format::TorchZip),
         ("wrapped_legacy.pth", Format::TorchLegacy),
+        ("trainer_zip.pth", Format::TorchZip),
+        ("trainer_protocol4.pth", Format::TorchZip),
+        ("averaged.pth", Format::TorchZip),
+        ("compiled.pth", Format::TorchZip),
         ("expected.safetensors", Format::Safetensors),
     ] {
         let state = StateDict::read(&fixture(name)).unwrap();
@@ -85,11 +89,28 @@ fn every_tensor_of_every_format_is_pytorchs_bit_by_bit() {
 
 #[test]
 fn what_lies_beside_the_tensors_of_a_checkpoint_is_named_and_no_obstacle() {
-    let state = StateDict::read(&fixture("wrapped_zip.pth")).unwrap();
-    assert_eq!(state.tensors.len(), 18);
     // Tensors of its own among them.
-    for key in ["epoch", "lr", "best", "name", "history", "optimizer"] {
-        assert!(state.ignored.iter().any(|k| k == key), "{key}");
+    let wrapped = ["epoch", "lr", "best", "name", "history", "optimizer"];
+    let trainer = [
+        "acc",
+        "scheduler",
+        "classes",
+        "digest",
+        "buffer",
+        "dtype",
+        "root",
+    ];
+    for (name, beside) in [
+        ("wrapped_zip.pth", &wrapped[..]),
+        ("trainer_zip.pth", &trainer),
+        ("trainer_protocol4.pth", &trainer),
+        ("averaged.pth", &["n_averaged"]),
+    ] {
+        let state = StateDict::read(&fixture(name)).unwrap();
+        assert_eq!(state.tensors.len(), 18);
+        for key in beside {
+            assert!(state.ignored.iter().any(|k| k == key), "{name}: {key}");
+        }
     }
     let metadata = StateDict::read(&fixture("expected.safetensors"))
         .unwrap()
@@ -235,7 +256,31 @@ fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
             object(b"K\x01Q."),
             vec!["other than a storage"],
         ),
-        ("None", object(b"N."), vec!["no state dict", "None"]),
+        (
+            "None",
+            object(b"N."),
+            vec![
+                "no state dict",
+                "None",
+                "under \"state_dict\", \"model\", \"model_state_dict\", \"module\", \"net\", \"network\", \
+                 \"model_state\" or \"weights\"",
+            ],
+        ),
+        (
+            "a call of an element type",
+            object(b"ctorch\nfloat32\n)R."),
+            vec!["Dtype of 0 unexpected values"],
+        ),
+        (
+            "counts of a list",
+            object(b"ccollections\nCounter\n]\x85R."),
+            vec!["Counter of 1 unexpected values"],
+        ),
+        (
+            "items of a set for a list",
+            object(b"](N\x90."),
+            vec!["a list", "a set"],
+        ),
         (
             "empty dictionary",
             object(b"}."),
@@ -370,6 +415,47 @@ fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
                 "{what}: {found}"
             );
         }
+    }
+}
+
+#[test]
+fn wrappers_of_networks_leave_no_prefix_and_no_two_keys_become_one() {
+    for (keys, expected, ignored) in [
+        (&["module.a", "b"][..], &["a", "b"][..], &[][..]),
+        (
+            &["module._orig_mod.a", "module._orig_mod.b"],
+            &["a", "b"],
+            &[],
+        ),
+        (&["_orig_mod.module.a.module.b"], &["a.module.b"], &[]),
+        (
+            &["modules.a", "_orig_mod"],
+            &["_orig_mod", "modules.a"],
+            &[],
+        ),
+        // A part of the network that is called so.
+        (&["a", "module.a"], &["a", "module.a"], &[]),
+        (
+            &["_orig_mod.a", "module.a"],
+            &["_orig_mod.a", "module.a"],
+            &[],
+        ),
+        (&["module.a", "module.module.a"], &["a", "module.a"], &[]),
+        (&["module."], &["module."], &[]),
+        // Of an AveragedModel, and of whatever is called as its counter is.
+        (&["module.a", "n_averaged"], &["a"], &["n_averaged"]),
+        (&["a", "n_averaged"], &["a", "n_averaged"], &[]),
+    ] {
+        let tensor = r#"{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#;
+        let entries: Vec<_> = keys
+            .iter()
+            .map(|key| format!("\"{key}\":{tensor}"))
+            .collect();
+        let file = safetensors(&format!("{{{}}}", entries.join(",")), b"");
+        let state = StateDict::from_bytes(&file, Path::new("x")).unwrap();
+        let found: Vec<_> = state.tensors.keys().collect();
+        assert_eq!(found, expected, "{keys:?}");
+        assert_eq!(state.ignored, ignored, "{keys:?}");
     }
 }
 
@@ -613,11 +699,12 @@ fn a_missing_file_is_named() {
     assert!(error.to_string().contains("absent.pth"));
 }
 
-const FIXTURES: [&str; 5] = [
+const FIXTURES: [&str; 6] = [
     "legacy.pth",
     "zip.pth",
     "state_dict_legacy.pth",
     "wrapped_zip.pth",
+    "trainer_protocol4.pth",
     "expected.safetensors",
 ];
 

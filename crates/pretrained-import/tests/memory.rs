@@ -30,7 +30,7 @@ fn a_hostile_file_makes_no_reader_allocate_more_than_a_multiple_of_its_bytes() {
                           X\x01\0\0\x000X\x03\0\0\0cpuK\x01NtQK\0";
     let shape = [b"(", &b"K\x01".repeat(64)[..], b"t"].concat();
     let shaped = [tensor, &shape, &shape, b"\x89}tq\x00R0"].concat();
-    let pickles: [(&str, Vec<u8>, &[u8]); 9] = [
+    let pickles: [(&str, Vec<u8>, &[u8]); 11] = [
         ("empty lists", vec![], b"]"),
         ("empty lists, dropped", vec![], b"]0"),
         ("lists of one", vec![], b"]Na0"),
@@ -38,6 +38,8 @@ fn a_hostile_file_makes_no_reader_allocate_more_than_a_multiple_of_its_bytes() {
         ("values", vec![], b"N"),
         ("marks", vec![], b"("),
         ("memo", b"N".to_vec(), b"\x94"),
+        ("sets", vec![], b"\x8f"),
+        ("sets of one", vec![], b"\x8f(N\x900"),
         ("texts", vec![], b"\x8c\x01a"),
         ("tensors of 64 dimensions", shaped, b"h\x01h\x00R0"),
     ];
