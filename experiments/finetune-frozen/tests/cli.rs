@@ -84,6 +84,39 @@ fn bn_eval_leaves_the_statistics_too() {
 }
 
 #[test]
+fn bn_eval_over_weights_from_elsewhere_says_that_the_input_is_converted_twice() {
+    let (out, full) = after_finetune_full();
+    let model = full.join("model.safetensors");
+    let bytes = fs::read(&model).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let elsewhere = |name: &str, said: &[(&str, &str)]| {
+        let said = said.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+        let file = out.path().join(name);
+        safetensors::serialize_to_file(tensors.clone(), Some(said.collect()), &file).unwrap();
+        file
+    };
+    let silent = elsewhere("silent.safetensors", &[]);
+    let yes = elsewhere("yes.safetensors", &[("transform_input", "true")]);
+    let no = elsewhere("no.safetensors", &[("transform_input", "false")]);
+    for (weights, more, is_said) in [
+        (&silent, "--bn-eval", true),
+        (&silent, "", false),
+        (&yes, "--bn-eval", true),
+        (&no, "--bn-eval", false),
+        (&model, "--bn-eval", false),
+    ] {
+        let line = format!("--max-steps 1 --weights {} {more}", weights.display());
+        let run = tiny(&line, out.path()).assert().success();
+        let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+        assert_eq!(
+            said.contains("converted once more"),
+            is_said,
+            "{line}: {said}"
+        );
+    }
+}
+
+#[test]
 fn a_run_killed_and_resumed_ends_with_the_bits_of_one_never_stopped() {
     for more in ["", "--bn-eval"] {
         let (out, full) = after_finetune_full();

@@ -57,9 +57,18 @@ impl<S: Stage> Experiment for FineTune<S> {
                  (pretrained-import --no-transform-input writes a file that says no)",
             );
         }
+        let transform_input = known.transform_input.unwrap_or(true);
+        let is_foreign = matches!(begin, BeginConfig::Backbone { .. }) && !known.is_of_a_run;
+        if is_foreign && transform_input && request.trained == Trained::HeadWithFixedStatistics {
+            print(
+                "The pictures, already at −1…1, are converted once more in front of the network (transform_input), as in the \
+                 lesson. The batch's statistics undo that, and those that --bn-eval fixes cannot, unless the weights were trained so: \
+                 better are ones that say no, which pretrained-import --no-transform-input writes",
+            );
+        }
         Ok(TransferConfig {
             begin,
-            transform_input: known.transform_input.unwrap_or(true),
+            transform_input,
             image_size: request
                 .image_size
                 .or(known.image_size)
@@ -154,6 +163,8 @@ const WAYS_ON: &[&str] = &[
 struct Known {
     transform_input: Option<bool>,
     image_size: Option<usize>,
+    /// Whether it was trained by these programs, which say of the pictures how large they were.
+    is_of_a_run: bool,
 }
 
 fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConfig, Known)> {
@@ -172,6 +183,7 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
         // How the features were trained decides; the size of the pictures is free.
         transform_input: weights.transform_input(),
         image_size: None,
+        is_of_a_run: image_size(&weights).is_some(),
     };
     let begin = BeginConfig::Backbone {
         source: source.to_string(),
@@ -222,13 +234,14 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     fits.context("cannot use --init")?;
     let known = Known {
         transform_input: weights.transform_input(),
-        image_size: weights
-            .state
-            .metadata
-            .get("image_size")
-            .and_then(|n| n.parse().ok()),
+        image_size: image_size(&weights),
+        is_of_a_run: image_size(&weights).is_some(),
     };
     Ok((BeginConfig::State { file }, known))
+}
+
+fn image_size(weights: &Weights) -> Option<usize> {
+    weights.state.metadata.get("image_size")?.parse().ok()
 }
 
 fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {
