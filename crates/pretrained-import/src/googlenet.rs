@@ -222,17 +222,19 @@ fn compare(
                 tensors.push((name.clone(), zero(&name)?));
             }
             None => report.missing.push(name),
-            Some(tensor) if tensor.dims() != shape => report.misshapen.push(Misshapen {
-                name,
-                found: tensor.dims().to_vec(),
-                expected: shape,
-            }),
+            Some(tensor) if tensor.dims() != shape && !is_old_scalar(tensor, &shape) => {
+                report.misshapen.push(Misshapen {
+                    name,
+                    found: tensor.dims().to_vec(),
+                    expected: shape,
+                })
+            }
             Some(tensor) => {
                 if tensor.dtype() != dtype {
                     let found = tensor.dtype().as_str().to_owned();
                     *report.converted.entry(found).or_default() += 1;
                 }
-                tensors.push((name.clone(), convert(&name, tensor, dtype)?));
+                tensors.push((name.clone(), convert(&name, tensor, &shape, dtype)?));
                 report.loaded.push(name);
             }
         }
@@ -261,8 +263,21 @@ fn zero(name: &str) -> Result<Tensor, Box<MatchError>> {
     })
 }
 
-fn convert(name: &str, tensor: &Tensor, dtype: DType) -> Result<Tensor, Box<MatchError>> {
-    tensor.to_dtype(dtype).map_err(|source| {
+/// Whether PyTorch takes it for a scalar: files from before 0.4 have one dimension there.
+fn is_old_scalar(tensor: &Tensor, expected: &[usize]) -> bool {
+    expected.is_empty() && tensor.dims() == [1]
+}
+
+fn convert(
+    name: &str,
+    tensor: &Tensor,
+    shape: &[usize],
+    dtype: DType,
+) -> Result<Tensor, Box<MatchError>> {
+    let converted = tensor
+        .reshape(shape)
+        .and_then(|tensor| tensor.to_dtype(dtype));
+    converted.map_err(|source| {
         Box::new(MatchError::Convert {
             name: name.to_owned(),
             found: tensor.dtype().as_str().into(),

@@ -325,6 +325,44 @@ fn small_floats_become_f32_and_absent_counters_0_as_in_pytorch() {
 }
 
 #[test]
+fn counters_of_one_dimension_are_scalars_as_in_pytorch() {
+    let mut tensors: BTreeMap<String, Tensor> = googlenet(3, false).into_iter().collect();
+    let name = "conv2.bn.num_batches_tracked";
+    let count = tensors[name].to_scalar::<i64>().unwrap();
+    for (name, tensor) in &mut tensors {
+        if name.ends_with("num_batches_tracked") {
+            *tensor = tensor.reshape(1).unwrap();
+        }
+    }
+    let mut state = StateDict {
+        tensors,
+        ignored: Vec::new(),
+        metadata: BTreeMap::new(),
+        format: pretrained_import::Format::TorchLegacy,
+    };
+    let matched = match_googlenet(&state, MatchOptions::default()).unwrap();
+    let taken: BTreeMap<String, Tensor> = matched.tensors.into_iter().collect();
+    assert_eq!(taken[name].to_scalar::<i64>().unwrap(), count);
+
+    // Two values are none, and one value is no vector of one.
+    let two = Tensor::zeros(2, DType::I64, &Device::Cpu).unwrap();
+    state.tensors.insert(name.into(), two);
+    let bias = "fc.bias";
+    let scalar = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+    state.tensors.insert(bias.into(), scalar);
+    let error = match_googlenet(&state, MatchOptions::default()).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains(&format!("{name} is [2], expected []")),
+        "{error}"
+    );
+    assert!(
+        error.contains(&format!("{bias} is [], expected [3]")),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_backbone_is_matched_whatever_head_is_on_it() {
     let mut state = StateDict {
         tensors: googlenet(3, true).into_iter().collect(),
