@@ -30,7 +30,8 @@ pub(crate) struct Arguments {
 struct NetworkArguments {
     #[command(flatten)]
     transfer: TransferArguments,
-    /// Give the network its two auxiliary heads, which add 0.3 times their loss each in training
+    /// Give the network its two auxiliary heads, which add 0.3 times their loss each in training. Those
+    /// of torchvision's own file are not pretrained
     #[arg(long, help_heading = "Network")]
     aux: bool,
 }
