@@ -5,6 +5,7 @@ integers below 64 bits as i64, bool as u8.
 
     legacy.pth, zip.pth        the tensors below as a plain dictionary
     protocol4.pth              the zip format with a newer pickle protocol
+    without_checksums.pth      the same under `torch.serialization.set_crc32_options(False)`
     state_dict_legacy.pth      with each tensor as a parameter, `module.` in front and `_metadata`,
     wrapped_zip.pth            the same without prefix in {"state_dict": ..., "epoch": 3, ...}
     wrapped_legacy.pth         the same in {"model": ...}
@@ -131,6 +132,9 @@ def make():
     save("legacy.pth", values, **legacy)
     save("zip.pth", values)
     save("protocol4.pth", values, pickle_protocol=4)
+    torch.serialization.set_crc32_options(False)
+    save("without_checksums.pth", values)
+    torch.serialization.set_crc32_options(True)
     save("state_dict_legacy.pth", prefixed, **legacy)
     save("wrapped_zip.pth", {"state_dict": state} | extra)
     save("wrapped_legacy.pth", extra | {"model": state}, **legacy)

@@ -152,13 +152,14 @@ fn stored<'a, R: Read + Seek>(
     archive: &'a mut zip::ZipArchive<R>,
     name: &str,
 ) -> Result<zip::read::ZipFile<'a, R>, Problem> {
-    let entry = match archive.by_name(name) {
-        Ok(entry) => entry,
-        Err(zip::result::ZipError::FileNotFound) => {
-            return Err(Problem::damaged(format!("it lacks {name:?}")));
-        }
-        Err(error) => return Err(damaged(error)),
+    let Some(index) = archive.index_for_name(name) else {
+        return Err(Problem::damaged(format!("it lacks {name:?}")));
     };
+    // `torch.serialization.set_crc32_options(False)` writes 0 for every checksum: there is none to compare.
+    let has_no_checksum = archive.by_index_raw(index).map_err(damaged)?.crc32() == 0;
+    let options = zip::read::ZipReadOptions::new().ignore_crc32(has_no_checksum);
+    let entry = archive.by_index_with_options(index, options);
+    let entry = entry.map_err(damaged)?;
     match entry.compression() {
         zip::CompressionMethod::Stored => Ok(entry),
         _ => Err(Problem::damaged(format!(

@@ -57,6 +57,7 @@ fn every_tensor_of_every_format_is_pytorchs_bit_by_bit() {
         ("legacy.pth", Format::TorchLegacy),
         ("zip.pth", Format::TorchZip),
         ("protocol4.pth", Format::TorchZip),
+        ("without_checksums.pth", Format::TorchZip),
         ("state_dict_legacy.pth", Format::TorchLegacy),
         ("wrapped_zip.pth", Format::TorchZip),
         ("wrapped_legacy.pth", Format::TorchLegacy),
