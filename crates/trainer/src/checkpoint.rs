@@ -474,6 +474,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = dir.path().join("checkpoints");
         assert!(!was_saved(&checkpoints).unwrap());
+        let beside = dir.path().join("a file");
+        fs::write(&beside, "").unwrap();
+        let error = was_saved(&beside.join("checkpoints"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("cannot look at"), "{error}");
         assert!(load_newest(&checkpoints).unwrap().is_none());
         std::os::unix::fs::symlink(dir.path().join("not mounted"), &checkpoints).unwrap();
         for error in [
