@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use anyhow::Result;
-use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches};
+use clap::{Arg, ArgMatches, Args, Command, CommandFactory, FromArgMatches};
 
 use crate::arguments::{
     ComputeArguments, DataArguments, ParallelArguments, RunArguments, TrainingArguments,
@@ -55,6 +55,24 @@ pub fn command<A: CommandLine>() -> Command {
 
 fn given<A: CommandLine>(matches: &ArgMatches) -> Vec<String> {
     flags_given(&A::command(), matches)
+}
+
+/// The flags of a program's own, besides those of [`CommonArguments`], that are in none of `lines`; for a program's tests.
+pub fn own_flags_not_in<A: CommandLine>(lines: &[&str]) -> Vec<String> {
+    let common = CommonArguments::<()>::augment_args(Command::new("common"));
+    let common = flags_not_in(&common, &[]);
+    let mut flags = flags_not_in(&A::command(), lines);
+    flags.retain(|flag| !common.contains(flag));
+    flags
+}
+
+fn flags_not_in(command: &Command, lines: &[&str]) -> Vec<String> {
+    let words: Vec<&str> = lines.iter().flat_map(|line| line.split(' ')).collect();
+    let flags = command.get_arguments().filter_map(Arg::get_long);
+    let flags = flags.map(|flag| format!("--{flag}"));
+    flags
+        .filter(|flag| !words.contains(&flag.as_str()))
+        .collect()
 }
 
 /// What all programs that train take, with the arguments `N` of their network between.
@@ -148,5 +166,187 @@ impl<R: std::fmt::Debug> Action<R> {
             Self::Start { config, .. } => *config,
             other => panic!("{other:?}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use clap::Parser;
+    use trainer::{Schedule, SgdConfig, Span, TrainingConfig};
+
+    use crate::arguments::common_defaults;
+    use crate::compute::{ComputeConfig, Precision};
+    use crate::data::DataConfig;
+
+    use super::*;
+
+    /// A program whose network has no settings.
+    #[derive(Debug, Parser)]
+    struct Program {
+        #[command(flatten)]
+        common: CommonArguments<()>,
+    }
+
+    const DEFAULTS: TrainingDefaults = TrainingDefaults {
+        epochs: 2,
+        batch_size: 32,
+        optimizer: SgdConfig {
+            lr: 0.01,
+            momentum: 0.9,
+            dampening: 0.0,
+            nesterov: false,
+            weight_decay: 0.0,
+        },
+        schedule: Schedule::Constant,
+        evaluate_every_epochs: 1,
+        checkpoint_every_steps: 200,
+    };
+
+    impl CommandLine for Program {
+        type Request = ();
+
+        fn defaults() -> Vec<(&'static str, String)> {
+            common_defaults(&DEFAULTS)
+        }
+
+        fn resolve(self, given: &[String]) -> Result<Action<()>> {
+            let presets = Presets {
+                training: &DEFAULTS,
+                quick_shapes: None,
+                summary_flags: &[],
+            };
+            self.common.resolve(given, presets, |()| Ok(()))
+        }
+    }
+
+    fn action(line: &str) -> Action<()> {
+        parse_from::<Program>(["program"].into_iter().chain(line.split(' '))).unwrap()
+    }
+
+    /// On the CPU, with as many settings as go together.
+    const ON_SHAPES: &str = "--dataset shapes --train-limit 50 --test-limit 20 --validation 5 --epochs 3 --max-steps 9 \
+        --batch-size 4 --lr 0.5 --momentum 0.1 --weight-decay 0.2 --nesterov --label-smoothing 0.3 \
+        --lr-schedule cosine --warmup-epochs 0.5 --no-shuffle --seed 8 --eval-every 5 --checkpoint-every 6 \
+        --device cpu --threads 1";
+    /// Several processes on GPUs: who launches them needs none.
+    const ON_GPUS: &str = "--data-dir d --lr-schedule step --lr-step-epochs 3 --lr-gamma 0.5 --processes 2 --threads 3 \
+        --device cuda:1 --precision bf16 --deterministic --no-cuda-graph --streams 7 --out o --profile";
+    const ON_GPUS_BY_NUMBER: &str = "--gpus 4 --threads 3 --no-channels-last";
+    const RESUMED: &str = "--resume r --data-dir d --profile";
+    const SUMMARY: &str = "--summary";
+
+    #[test]
+    fn every_flag_is_in_the_tests_below() {
+        let lines = [ON_SHAPES, ON_GPUS, ON_GPUS_BY_NUMBER, RESUMED, SUMMARY];
+        let none: [&str; 0] = [];
+        assert_eq!(flags_not_in(&command::<Program>(), &lines), none);
+        let summary = flags_not_in(&command::<Program>(), &lines[..4]);
+        assert_eq!(summary, ["--summary"]);
+    }
+
+    #[test]
+    fn every_flag_reaches_the_configuration() {
+        let expected = RunConfig {
+            model: (),
+            data: DataConfig {
+                dataset: Dataset::Shapes,
+                data_dir: None,
+                train_limit: Some(50),
+                test_limit: Some(20),
+                validation: 5,
+            },
+            training: TrainingConfig {
+                epochs: 3,
+                max_steps: Some(9),
+                batch_size: 4,
+                evaluation_batch_size: 16, // the smallest
+                seed: 8,
+                shuffle: false,
+                optimizer: SgdConfig {
+                    lr: 0.5,
+                    momentum: 0.1,
+                    dampening: 0.0,
+                    nesterov: true,
+                    weight_decay: 0.2,
+                },
+                schedule: Schedule::Cosine {
+                    warmup: Span::Epochs(0.5),
+                    end_factor: 0.0,
+                },
+                label_smoothing: 0.3,
+                evaluate_every_epochs: 5,
+                checkpoint_every_steps: 6,
+                keep_checkpoints: 2,
+            },
+            compute: ComputeConfig {
+                device: "cpu".into(),
+                threads: 1,
+                precision: Precision::F32,
+                deterministic: false,
+                cuda_graph: false,
+                channels_last: false,
+                streams: 1,
+                processes: 1,
+            },
+        };
+        assert_eq!(action(ON_SHAPES).started(), expected);
+    }
+
+    #[test]
+    fn every_flag_of_gpus_and_of_processes_reaches_the_configuration() {
+        let Action::Start {
+            config,
+            out,
+            profile,
+        } = action(ON_GPUS)
+        else {
+            panic!("nothing is started");
+        };
+        assert_eq!((out, profile), (PathBuf::from("o"), true));
+        assert_eq!(config.data.dataset, Dataset::Cifar10);
+        assert_eq!(config.data.data_dir, Some("d".into()));
+        let every_three_epochs = Schedule::Step {
+            every: Span::Epochs(3.0),
+            factor: 0.5,
+        };
+        assert_eq!(config.training.schedule, every_three_epochs);
+        let by_device = ComputeConfig {
+            device: "cuda:1".into(),
+            threads: 3,
+            precision: Precision::Bf16,
+            deterministic: true,
+            cuda_graph: false,
+            channels_last: true,
+            streams: 7,
+            processes: 2,
+        };
+        assert_eq!(config.compute, by_device);
+        let by_number = ComputeConfig {
+            device: "cuda:0".into(),
+            precision: Precision::Tf32Convolutions,
+            deterministic: false,
+            cuda_graph: true,
+            channels_last: false,
+            streams: 1,
+            processes: 4,
+            ..by_device
+        };
+        assert_eq!(action(ON_GPUS_BY_NUMBER).started().compute, by_number);
+    }
+
+    #[test]
+    fn a_run_is_resumed_with_the_folder_of_its_data_and_a_summary_asks_for_none() {
+        let resumed = action(RESUMED);
+        assert!(
+            matches!(
+                &resumed,
+                Action::Resume { dir, data_dir: Some(data_dir), profile: true }
+                    if dir.as_os_str() == "r" && data_dir.as_os_str() == "d"
+            ),
+            "{resumed:?}"
+        );
+        assert!(matches!(action(SUMMARY), Action::Summary(())));
     }
 }

@@ -25,7 +25,9 @@ pub use arguments::{
     TrainingArguments, TrainingDefaults, at_least_one, below_one, common_defaults,
     describe_defaults, device_defaults, flags_without_default, threads,
 };
-pub use command_line::{CommandLine, CommonArguments, Presets, command, parse, parse_from};
+pub use command_line::{
+    CommandLine, CommonArguments, Presets, command, own_flags_not_in, parse, parse_from,
+};
 pub use compute::{ComputeConfig, DeviceChoice, Precision, start_threads};
 pub use data::{DataConfig, Dataset};
 pub use experiment::{Action, Experiment, RunConfig, conclude, run_experiment};

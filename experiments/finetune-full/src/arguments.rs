@@ -85,7 +85,9 @@ impl CommandLine for Arguments {
 
 #[cfg(test)]
 mod tests {
-    use experiment_common::{Dataset, RunConfig, command, flags_without_default, parse_from};
+    use experiment_common::{
+        Dataset, RunConfig, command, flags_without_default, own_flags_not_in, parse_from,
+    };
 
     use super::*;
 
@@ -117,16 +119,17 @@ mod tests {
     }
 
     #[test]
-    fn every_flag_reaches_the_configuration() {
-        let config =
-            config("--weights random --aux --dropout 0.5 --image-size 224 --epochs 3 --seed 8");
-        assert_eq!(config.model.begin, Begin::Weights(WeightsSource::Random));
-        assert!(config.model.aux_heads);
-        assert_eq!(
-            (config.model.dropout, config.model.image_size),
-            (0.5, Some(224))
-        );
-        assert_eq!((config.training.epochs, config.training.seed), (3, 8));
+    fn every_flag_of_its_own_reaches_the_configuration() {
+        let own = "--weights random --aux --dropout 0.5 --image-size 224";
+        let model = config(own).model;
+        assert_eq!(model.begin, Begin::Weights(WeightsSource::Random));
+        assert_eq!(model.trained, Trained::Everything);
+        assert!(model.aux_heads);
+        assert_eq!((model.dropout, model.image_size), (0.5, Some(224)));
+        let none: [&str; 0] = [];
+        // What --init and --quick do is in the tests below.
+        let lines = [own, "--init f", "--quick"];
+        assert_eq!(own_flags_not_in::<Arguments>(&lines), none);
     }
 
     #[test]

@@ -71,7 +71,9 @@ fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
 
 #[cfg(test)]
 mod tests {
-    use experiment_common::{Dataset, command, flags_without_default, parse_from};
+    use experiment_common::{
+        Dataset, command, flags_without_default, own_flags_not_in, parse_from,
+    };
 
     use super::*;
     use crate::config::Config;
@@ -99,38 +101,15 @@ mod tests {
     }
 
     #[test]
-    fn every_flag_reaches_the_configuration() {
-        let line = "--dataset shapes --train-limit 50 --test-limit 20 --validation 5 --epochs 3 \
-                    --max-steps 9 --batch-size 4 --lr 0.5 --momentum 0.1 --weight-decay 0.2 \
-                    --dropout 0 --seed 8 --no-shuffle --eval-every 2 --checkpoint-every 6 \
-                    --threads 1 --device cpu";
-        let config = config(&line.split_whitespace().collect::<Vec<_>>());
-        let training = &config.training;
-        assert_eq!((training.epochs, training.max_steps), (3, Some(9)));
-        assert_eq!((training.batch_size, training.seed), (4, 8));
-        let optimizer = &training.optimizer;
-        assert_eq!(
-            (optimizer.lr, optimizer.momentum, optimizer.weight_decay),
-            (0.5, 0.1, 0.2)
-        );
-        assert!(!training.shuffle);
-        assert_eq!(
-            (
-                training.evaluate_every_epochs,
-                training.checkpoint_every_steps
-            ),
-            (2, 6)
-        );
-        assert_eq!(config.model.dropout, 0.0);
-        let data = &config.data;
-        assert_eq!(
-            (data.train_limit, data.test_limit, data.validation),
-            (Some(50), Some(20), 5)
-        );
-        assert_eq!(
-            (config.compute.threads, config.compute.device.as_str()),
-            (1, "cpu")
-        );
+    fn every_flag_of_its_own_reaches_the_configuration() {
+        let (own, quick) = ("--dropout 0 --init w.safetensors", "--quick");
+        let model = config(&own.split(' ').collect::<Vec<_>>()).model;
+        assert_eq!(model.dropout, 0.0);
+        let file = InitFile::given("w.safetensors".into());
+        assert_eq!(model.init_file, Some(file));
+        assert_eq!(config(&[quick]).data.dataset, Dataset::Shapes);
+        let none: [&str; 0] = [];
+        assert_eq!(own_flags_not_in::<Arguments>(&[own, quick]), none);
     }
 
     #[test]
