@@ -71,12 +71,15 @@ fn model(arguments: ModelArguments, preset: &Preset) -> ModelConfig {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
     use experiment_common::{
         Dataset, command, flags_without_default, own_flags_not_in, parse_from,
     };
+    use trainer::Model;
 
     use super::*;
-    use crate::config::Config;
+    use crate::config::{Config, Initialization};
+    use crate::network::Network;
 
     fn action(line: &[&str]) -> Result<Action<ModelConfig>> {
         parse_from::<Arguments>(["scratch-train"].iter().chain(line))
@@ -96,6 +99,7 @@ mod tests {
         assert_eq!(config.training.optimizer.weight_decay, 0.0);
         assert!(config.training.shuffle);
         assert_eq!(config.model.dropout, 0.4);
+        assert_eq!(config.model.init, Initialization::Lesson);
         assert_eq!(config.data.dataset, Dataset::Cifar10);
         assert_eq!((config.data.train_limit, config.data.validation), (None, 0));
     }
@@ -118,6 +122,35 @@ mod tests {
         assert_eq!(config.data.dataset, Dataset::Shapes);
         assert_eq!(config.training.epochs, 1);
         assert_eq!(config.training.optimizer.lr, QUICK.training.optimizer.lr);
+        assert_eq!(config.model.init, Initialization::Centred);
+    }
+
+    #[test]
+    fn the_lessons_network_begins_with_the_lessons_weights_and_that_of_quick_with_centred_ones() {
+        let filters = |line: &[&str]| {
+            let network = Network::new(&config(line), &Device::Cpu).unwrap();
+            let mut parameters = network.named_parameters().into_iter();
+            let (_, stem) = parameters
+                .find(|(name, _)| name == "pre_layers.0.weight")
+                .unwrap();
+            assert_eq!(stem.dims(), [192, 3, 3, 3]);
+            stem.flatten_from(1).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let largest_sum = |filters: &[Vec<f32>]| {
+            let sum = |filter: &Vec<f32>| filter.iter().copied().map(f64::from).sum::<f64>();
+            filters.iter().map(sum).map(f64::abs).fold(0.0, f64::max)
+        };
+        // Kaiming normal over the outputs; over the inputs the variance would be 64 times that.
+        let lesson = filters(&[]);
+        let squares = lesson.iter().flatten().map(|weight| weight.powi(2));
+        let variance = squares.sum::<f32>() / (192 * 27) as f32;
+        let expected = 2.0 / (192.0 * 9.0);
+        // The standard error of so many is 2 %.
+        assert!((variance / expected - 1.0).abs() < 0.1, "{variance}");
+        assert!(largest_sum(&lesson) > f64::from(expected).sqrt());
+        // 27 weights of less than 2 are rounded.
+        let rounding = 27.0 * f64::from(f32::EPSILON) / 2.0;
+        assert!(largest_sum(&filters(&["--quick"])) <= rounding);
     }
 
     #[test]
