@@ -274,6 +274,16 @@ mod tests {
     }
 
     #[test]
+    fn black_becomes_minus_one_and_white_one_as_in_the_lesson() {
+        let config = shapes(10, 0).resolve(Dataset::Cifar10).unwrap();
+        let normalization = config.load(1).unwrap().normalization;
+        for channel in 0..3 {
+            let ends = [0, 255].map(|byte| normalization.apply(channel, byte));
+            assert_eq!(ends, [-1.0, 1.0]);
+        }
+    }
+
+    #[test]
     fn the_seed_changes_the_split_but_not_the_pictures() {
         let config = shapes(100, 30).resolve(Dataset::Cifar10).unwrap();
         let [a, b, c] = [1, 1, 2].map(|seed| config.load(seed).unwrap().fingerprints());
