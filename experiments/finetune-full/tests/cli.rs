@@ -119,6 +119,43 @@ fn a_run_killed_and_resumed_ends_with_the_bits_of_one_never_stopped() {
 }
 
 #[test]
+fn a_run_resumed_before_its_first_checkpoint_begins_with_its_weights_again_or_not_at_all() {
+    let (first_out, first) = finished("--weights random");
+    let file = first_out.path().join("begin.safetensors");
+    let model = run_directory(first_out.path()).join("model.safetensors");
+    fs::copy(&model, &file).unwrap();
+    for flag in ["--weights", "--init"] {
+        let (out, expected) = finished(&format!("{flag} {} --lr 0 --seed 7", file.display()));
+        let run = run_directory(out.path());
+        // What a process leaves that is killed within its first step.
+        for name in ["finished.json", "model.safetensors"] {
+            fs::remove_file(run.join(name)).unwrap();
+        }
+        fs::remove_dir_all(run.join("checkpoints")).unwrap();
+        fs::write(run.join("metrics.jsonl"), "").unwrap();
+        let resume = || {
+            let mut command = program("");
+            command.arg("--resume").arg(&run);
+            command.assert()
+        };
+        fs::write(&file, "other weights").unwrap();
+        let refused = resume().code(1);
+        let reason = "begin.safetensors is no longer the file that the run began with";
+        refused.stderr(contains(reason));
+
+        fs::copy(&model, &file).unwrap();
+        let begun = resume().success();
+        begun.stderr(contains(
+            "no checkpoint had been saved: the run begins again",
+        ));
+        let resumed = weights(&run.join("model.safetensors"));
+        assert!(resumed.tensors == expected.tensors, "{flag}");
+        let name = "inception3a.branch1.conv.weight";
+        assert_eq!(resumed.tensors[name], first.tensors[name]);
+    }
+}
+
+#[test]
 fn weights_bring_a_backbone_under_a_fresh_head_and_init_the_whole_state() {
     let (first_out, first) = finished("--weights random");
     let first_run = run_directory(first_out.path());
@@ -168,6 +205,69 @@ fn auxiliary_heads_train_and_are_neither_lost_nor_invented() {
 fn pictures_of_another_size_are_trained_on_and_recorded() {
     let (_out, weights) = finished("--weights random --image-size 40");
     assert_eq!(weights.metadata["image_size"], "40");
+}
+
+#[test]
+fn what_weights_say_of_their_input_is_how_they_are_used() {
+    let (first_out, _) = finished("--weights random");
+    let bytes = fs::read(run_directory(first_out.path()).join("model.safetensors")).unwrap();
+    let saying = |name: &str, metadata: &[(&str, &str)]| {
+        let file = first_out.path().join(name);
+        let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+        let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+        safetensors::serialize_to_file(tensors, Some(metadata.collect()), &file).unwrap();
+        file.display().to_string()
+    };
+    let others = [("image_size", "40"), ("class_names", "cifar10")];
+    let [converts, does_not] = ["true", "false"].map(|said| {
+        let metadata = [&others[..], &[("transform_input", said)]].concat();
+        saying(said, &metadata)
+    });
+    let says_nothing = saying("nothing", &[]);
+
+    const ASSUMED: &str = "do not say whether the network converts its input";
+    const OTHER_CLASSES: &str = "knows the classes of cifar10";
+    let cases = [
+        (format!("--init {does_not}"), ["false", "40"], OTHER_CLASSES),
+        (
+            format!("--init {does_not} --image-size 32"),
+            ["false", "32"],
+            OTHER_CLASSES,
+        ),
+        (
+            format!("--init {converts} --image-size 32"),
+            ["true", "32"],
+            OTHER_CLASSES,
+        ),
+        (format!("--init {says_nothing}"), ["true", "32"], ASSUMED),
+        // Under a fresh head classes and size are free.
+        (format!("--weights {does_not}"), ["false", "32"], ""),
+    ];
+    let losses = cases.map(|(line, [transform_input, image_size], told)| {
+        let out = tempfile::tempdir().unwrap();
+        let begun = tiny(&line, out.path()).assert().success();
+        let said = String::from_utf8_lossy(&begun.get_output().stdout);
+        for sentence in [ASSUMED, OTHER_CLASSES] {
+            assert_eq!(said.contains(sentence), sentence == told, "{line}: {said}");
+        }
+        let run = run_directory(out.path());
+        let config = fs::read_to_string(run.join("config.json")).unwrap();
+        let metadata = weights(&run.join("model.safetensors")).metadata;
+        for (key, value) in [
+            ("transform_input", transform_input),
+            ("image_size", image_size),
+        ] {
+            let setting = format!("\"{key}\": {value}");
+            assert!(config.contains(&setting), "{line}: {config}");
+            assert_eq!(metadata[key], value, "{line}");
+        }
+        assert_eq!(metadata["class_names"], "shapes");
+        test_support::step_losses(out.path(), "finetune-full")[0]
+    });
+    let [large, small, converted, unsaid, _] = losses;
+    assert_ne!(large, small);
+    assert_ne!(small, converted);
+    assert_eq!(converted, unsaid);
 }
 
 #[test]
