@@ -1,18 +1,24 @@
 //! The program as its users meet it, with weights of which it is known what they answer.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use candle_core::{DType, Device, Tensor};
-use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig};
+use assert_cmd::assert::Assert;
+use candle_cnn::Mode;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use cifar_data::{CLASSES, ImageSet, SIDE, Split};
+use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig, Init};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+use trainer::Model;
+use transfer_common::{Network, NetworkSettings, Trained};
 
 const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures");
 
@@ -21,6 +27,15 @@ fn predict(weights: &Path) -> Command {
     let mut command = Command::from_std(test_support::program(path, ""));
     command.arg("--weights").arg(weights);
     command
+}
+
+/// What is on standard output, which must be JSON line by line.
+fn json_lines(run: &Assert) -> Vec<Value> {
+    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+    let lines = said.lines();
+    lines
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
@@ -276,12 +291,8 @@ fn json_has_a_line_for_each_picture_good_or_not() {
     let mut command = predict(&weights);
     command.args(["--json", "--top", "2", "absent.jpg"]);
     let run = command.arg(format!("{PICTURES}/tiny.bmp")).assert().code(1);
-    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
-    let lines: Vec<serde_json::Value> = said
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    assert_eq!(lines.len(), 2, "{said}");
+    let lines = json_lines(&run);
+    assert_eq!(lines.len(), 2, "{lines:?}");
     assert_eq!(lines[0]["file"], "absent.jpg");
     assert!(
         lines[0]["error"]
@@ -297,6 +308,215 @@ fn json_has_a_line_for_each_picture_good_or_not() {
     );
     let probability = guesses[0]["probability"].as_f64().unwrap();
     assert!((probability - 0.996_99).abs() < 1e-5, "{probability}");
+}
+
+/// The first pictures of `--evaluate shapes`.
+fn shapes(count: usize) -> ImageSet {
+    cifar_data::shapes::generate(0, Split::Test, count)
+}
+
+/// What a network of ours is to see of them: values from −1 to 1.
+fn tensor(set: &ImageSet) -> Tensor {
+    let pixels = set.pixels().iter();
+    let pixels: Vec<f32> = pixels
+        .map(|&x| (f32::from(x) / 255.0 - 0.5) / 0.5)
+        .collect();
+    Tensor::from_vec(pixels, (set.len(), 3, SIDE, SIDE), &Device::Cpu).unwrap()
+}
+
+/// The lesson's network with random weights, whose head answers by what `images` differ in.
+fn discerning(images: &Tensor) -> Result<CifarGoogLeNet> {
+    let config = CifarConfig {
+        init: Init::Centred,
+        ..CifarConfig::default()
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let network = CifarGoogLeNet::new(&config, &Device::Cpu, &mut rng)?;
+    let parameters: HashMap<_, _> = network.named_parameters().into_iter().collect();
+    let (weight, bias) = (&parameters["fc.weight"], &parameters["fc.bias"]);
+    let seeded = test_support::seeded_weight("fc.weight", weight.dims());
+    weight.set(&Tensor::from_vec(seeded, weight.dims(), &Device::Cpu)?)?;
+    // Logits of mean 0 and variance 1.
+    let logits = network.infer(images)?;
+    let mean = logits.mean(0)?;
+    let variance = logits.broadcast_sub(&mean)?.sqr()?.mean_all()?;
+    let scale = f64::from(variance.to_scalar::<f32>()?).powf(-0.5);
+    weight.set(&(weight.as_detached_tensor() * scale)?)?;
+    bias.set(&(mean * -scale)?)?;
+    Ok(network)
+}
+
+fn save(path: &Path, state: Vec<(String, Var)>, metadata: &[(&str, &str)]) {
+    let tensors = state
+        .into_iter()
+        .map(|(name, var)| (name, var.as_detached_tensor()));
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+    safetensors::serialize_to_file(tensors, Some(metadata.collect()), path).unwrap();
+}
+
+/// Of each row of logits.
+fn probabilities(logits: &Tensor) -> Vec<Vec<f64>> {
+    let softmax = |row: Vec<f32>| {
+        let exponentials = row.into_iter().map(|logit| f64::from(logit).exp());
+        let exponentials: Vec<f64> = exponentials.collect();
+        let sum: f64 = exponentials.iter().sum();
+        exponentials.into_iter().map(|e| e / sum).collect()
+    };
+    let rows = logits.to_vec2::<f32>().unwrap();
+    rows.into_iter().map(softmax).collect()
+}
+
+/// The class of highest probability.
+fn likeliest(probabilities: &[f64]) -> usize {
+    let indices = 0..probabilities.len();
+    indices
+        .max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b]))
+        .unwrap()
+}
+
+/// Of probabilities and losses from f32 logits, which batches of another size may round otherwise.
+const TOLERANCE: f64 = 1e-6;
+
+#[track_caller]
+fn assert_predicts(line: &Value, expected: &[f64]) {
+    let guesses = line["predictions"].as_array().unwrap();
+    assert_eq!(guesses.len(), expected.len());
+    assert_eq!(guesses[0]["index"], likeliest(expected), "{line}");
+    for guess in guesses {
+        let index = guess["index"].as_u64().unwrap();
+        let expected = expected[index as usize];
+        let difference = guess["probability"].as_f64().unwrap() - expected;
+        assert!(difference.abs() < TOLERANCE, "{expected} in {line}");
+    }
+}
+
+/// Writes a picture as a PNG.
+fn draw(path: &Path, image: &[u8]) {
+    let plane = SIDE * SIDE;
+    let pixels: Vec<u8> = (0..plane)
+        .flat_map(|pixel| [0, 1, 2].map(|channel| image[channel * plane + pixel]))
+        .collect();
+    let side = SIDE as u32;
+    image::save_buffer(path, &pixels, side, side, image::ColorType::Rgb8).unwrap();
+}
+
+#[test]
+fn each_picture_has_its_own_answer_behind_a_broken_one_and_beyond_a_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = shapes(18);
+    let network = discerning(&tensor(&set)).unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    save(&weights, network.named_parameters(), &[]);
+    let expected = probabilities(&network.infer(&tensor(&set)).unwrap());
+    let classes: BTreeSet<usize> = expected.iter().map(|row| likeliest(row)).collect();
+    assert!(
+        classes.len() > 5,
+        "hardly a mistake would be seen: {classes:?}"
+    );
+
+    let pictures = dir.path().join("pictures");
+    fs::create_dir(&pictures).unwrap();
+    for index in 0..set.len() {
+        draw(&pictures.join(format!("{index:02}.png")), set.image(index));
+    }
+    fs::write(pictures.join("07-broken.png"), "no picture").unwrap();
+    let mut command = predict(&weights);
+    command.args(["--json", "--top", "10"]).arg(&pictures);
+    let mut lines = json_lines(&command.assert().code(1));
+    // Its name comes before 07.png.
+    let broken = lines.remove(7);
+    assert!(broken["error"].is_string(), "{broken}");
+    assert_eq!(lines.len(), set.len());
+    for (index, (line, expected)) in lines.iter().zip(&expected).enumerate() {
+        let picture = pictures.join(format!("{index:02}.png"));
+        assert_eq!(line["file"], picture.to_str().unwrap());
+        assert_predicts(line, expected);
+    }
+}
+
+/// torchvision's network with random weights; its batch norms are as they begin.
+fn seeded(transform_input: bool, image_size: usize) -> Network {
+    let settings = NetworkSettings {
+        classes: CLASSES,
+        transform_input,
+        image_size: Some(image_size),
+        dropout: 0.0,
+        aux_heads: false,
+        trained: Trained::Everything,
+        class_names: "shapes".into(),
+    };
+    let network = Network::new(settings, 0, &Device::Cpu).unwrap();
+    for (name, weight) in network.named_parameters() {
+        if weight.rank() > 1 {
+            let values = test_support::seeded_weight(&name, weight.dims());
+            let values = Tensor::from_vec(values, weight.dims(), &Device::Cpu).unwrap();
+            weight.set(&values).unwrap();
+        }
+    }
+    network
+}
+
+#[test]
+fn torchvisions_network_takes_pictures_as_its_weights_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = shapes(1);
+    let picture = dir.path().join("picture.png");
+    draw(&picture, set.image(0));
+    let cases = [("true", "32"), ("false", "32"), ("true", "40")];
+    let answers = cases.map(|(transform_input, image_size)| {
+        let network = seeded(transform_input == "true", image_size.parse().unwrap());
+        let weights = dir.path().join("weights.safetensors");
+        let state = [network.named_parameters(), network.named_buffers()].concat();
+        let metadata = [
+            ("transform_input", transform_input),
+            ("image_size", image_size),
+        ];
+        save(&weights, state, &metadata);
+        let logits = network.forward(&tensor(&set), Mode::Eval).unwrap();
+        let expected = probabilities(&logits).remove(0);
+        let mut command = predict(&weights);
+        command.args(["--json", "--top", "10"]).arg(&picture);
+        assert_predicts(&json_lines(&command.assert().success())[0], &expected);
+        expected
+    });
+    for (one, other) in [(0, 1), (0, 2), (1, 2)] {
+        let pairs = answers[one].iter().zip(&answers[other]);
+        let largest = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(
+            largest > 100.0 * TOLERANCE,
+            "hardly a mistake would be seen: {largest}"
+        );
+    }
+}
+
+#[test]
+fn an_evaluation_holds_each_answer_against_the_label_of_its_picture() {
+    let dir = tempfile::tempdir().unwrap();
+    // More than a batch.
+    let set = shapes(40);
+    let network = discerning(&tensor(&set)).unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    let metadata = [("class_names", "shapes")];
+    save(&weights, network.named_parameters(), &metadata);
+    let expected = probabilities(&network.infer(&tensor(&set)).unwrap());
+    let mut taken_for = [[0; CLASSES]; CLASSES];
+    let mut loss = 0.0;
+    for (&label, row) in set.labels().iter().zip(&expected) {
+        taken_for[usize::from(label)][likeliest(row)] += 1;
+        loss -= row[usize::from(label)].ln() / set.len() as f64;
+    }
+
+    let mut command = predict(&weights);
+    command.args(["--evaluate", "shapes", "--test-limit", "40", "--json"]);
+    let line = json_lines(&command.assert().success()).remove(0);
+    for (class, expected) in taken_for.iter().enumerate() {
+        let found = &line["classes"][class]["taken_for"];
+        assert_eq!(found, &json!(expected), "{class}");
+    }
+    let correct: usize = (0..CLASSES).map(|class| taken_for[class][class]).sum();
+    assert_eq!(line["correct"], correct);
+    let difference = line["loss"].as_f64().unwrap() - loss;
+    assert!(difference.abs() < TOLERANCE, "{loss}: {line}");
 }
 
 #[test]
@@ -317,9 +537,10 @@ fn a_test_set_is_evaluated_class_by_class() {
                 .and(contains(format!("0.00 % of 4, 100.0 % taken for {class}"))),
         );
     let run = evaluate("--evaluate shapes --test-limit 40 --json").success();
-    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
     // Nothing else is on standard output.
-    let line: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let [line] = &json_lines(&run)[..] else {
+        panic!("not one line")
+    };
     assert_eq!((&line["correct"], &line["images"]), (&4.into(), &40.into()));
     assert_eq!(line["classes"][0]["taken_for"][2], 4);
     // One logit of 8 beside nine of 0.
@@ -349,9 +570,7 @@ fn of_classes_that_are_equally_likely_an_evaluation_takes_the_first_as_training_
     let weights = undecided(dir.path(), &[2, 5], &[("class_names", "shapes")]);
     let mut command = predict(&weights);
     command.args(["--evaluate", "shapes", "--test-limit", "10", "--json"]);
-    let run = command.assert().success();
-    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
-    let line: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let line = json_lines(&command.assert().success()).remove(0);
     assert_eq!(line["correct"], 1, "{line}");
     for class in line["classes"].as_array().unwrap() {
         let taken_for = &class["taken_for"];
