@@ -156,6 +156,29 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
 }
 
 #[test]
+fn what_a_file_says_of_itself_is_kept_however_often_it_is_imported() {
+    let dir = tempfile::tempdir().unwrap();
+    let [from, once, twice] =
+        ["from", "once", "twice"].map(|name| dir.path().join(name).with_extension("safetensors"));
+    let said = [
+        ("transform_input", "false"),
+        ("image_size", "40"),
+        ("class_names", "shapes"),
+    ];
+    let metadata = said.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    write_safetensors(&from, &googlenet(10, false), &metadata.into(), false).unwrap();
+    for (from, to) in [(&from, &once), (&once, &twice)] {
+        let imported = import(&[text(from), "--out", text(to)]).assert();
+        imported.success();
+        let metadata = StateDict::read(to).unwrap().metadata;
+        for (key, value) in said {
+            assert_eq!(metadata[key], value, "{key}");
+        }
+        assert_eq!(metadata["source"], text(from));
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_listed_and_nothing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let (from, to) = (
