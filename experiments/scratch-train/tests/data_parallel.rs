@@ -7,6 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use predicates::str::contains;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 use test_support::free_port;
@@ -182,6 +183,26 @@ fn a_killed_rank_ends_the_others_with_an_error_that_names_it() {
         "{:?}",
         killed.elapsed()
     );
+}
+
+#[test]
+fn a_rank_that_finds_no_other_gives_up_after_the_seconds_that_the_environment_says() {
+    let out = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let refused = |timeout: &str, expected: &str| {
+        let mut rank = as_rank(small_run("", out.path()), (1, 2), port);
+        rank.env("DATA_PARALLEL_TIMEOUT", timeout);
+        // Without the variable it is minutes.
+        let mut rank = assert_cmd::Command::from_std(rank);
+        let refused = rank.timeout(Duration::from_secs(60)).assert().code(1);
+        refused.stderr(contains(expected));
+    };
+    let unreachable = format!("could not reach rank 0 at 127.0.0.1:{port} within 1 s");
+    refused("1", &unreachable);
+    for timeout in ["0", "-1", "x", ""] {
+        let reason = format!("DATA_PARALLEL_TIMEOUT is {timeout:?}; it must be a number of");
+        refused(timeout, &reason);
+    }
 }
 
 #[test]
