@@ -15,7 +15,7 @@ mod torch_file;
 pub use devices::devices;
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
-pub use runs::{free_port, only_run, program, run_begun, step_losses};
+pub use runs::{free_port, only_run, program, run_begun, set_epochs, step_losses};
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
 pub use torch_file::legacy_pth;
 

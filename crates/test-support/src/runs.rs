@@ -81,6 +81,18 @@ pub fn only_run(out: &Path, experiment: &str) -> PathBuf {
     run_begun(out, experiment).expect("no run")
 }
 
+/// Lets a run that was stopped end after so many epochs, whatever it began with; the trainer minds no change of their number.
+///
+/// # Panics
+/// Where its `config.json` is not what the trainer writes.
+pub fn set_epochs(run: &Path, epochs: usize) {
+    let path = run.join("config.json");
+    let config = fs::read_to_string(&path).expect("no config.json");
+    let mut config: Value = serde_json::from_str(&config).expect("no JSON");
+    config["config"]["training"]["epochs"] = epochs.into();
+    fs::write(path, config.to_string()).expect("cannot write config.json");
+}
+
 /// Losses of the steps of the only run of `experiment` below `out`.
 ///
 /// # Panics

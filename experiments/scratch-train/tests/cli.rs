@@ -78,15 +78,18 @@ fn uninterrupted() -> (TempDir, (String, String)) {
     (out, traces(&run))
 }
 
+fn steps_made(out: &Path) -> usize {
+    let run = test_support::run_begun(out, "scratch-train");
+    let metrics = run.map(|run| run.join("metrics.jsonl"));
+    let metrics = metrics.and_then(|path| fs::read_to_string(path).ok());
+    metrics.map_or(0, |text| text.matches("\"event\":\"step\"").count())
+}
+
 /// Waits until the run has made `steps` steps; false if the program ended before.
 fn wait_for_steps(child: &mut Child, out: &Path, steps: usize) -> bool {
     let deadline = Instant::now() + Duration::from_secs(300);
     while Instant::now() < deadline {
-        let run = test_support::run_begun(out, "scratch-train");
-        let metrics = run.map(|run| run.join("metrics.jsonl"));
-        let metrics = metrics.and_then(|path| fs::read_to_string(path).ok());
-        let made = metrics.map_or(0, |text| text.matches("\"event\":\"step\"").count());
-        if made >= steps {
+        if steps_made(out) >= steps {
             return true;
         }
         if child.try_wait().unwrap().is_some() {
@@ -132,19 +135,18 @@ fn a_run_killed_again_and_again_ends_with_the_weights_and_metrics_of_one_never_s
 #[cfg(unix)]
 #[test]
 fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
-    // 24 steps: many are left when the second signal is sent.
-    let longer = |out: &Path| {
-        let mut command = program(&SMALL_RUN.replace("--epochs 2", "--epochs 6"));
+    let of_epochs = |epochs: usize, out: &Path| {
+        let mut command = program(&SMALL_RUN.replace("--epochs 2", &format!("--epochs {epochs}")));
         command.arg("--out").arg(out);
         command
     };
-    let whole = tempfile::tempdir().unwrap();
-    let finished = output(longer(whole.path()));
-    assert!(finished.status.success(), "{}", text(&finished));
-    let expected = traces(&run_directory(whole.path()));
     let out = tempfile::tempdir().unwrap();
-    let mut child = start(longer(out.path()));
-    for (signal, steps, code) in [("INT", 2, 130), ("TERM", 5, 143)] {
+    // However late the signals come, the run is not at its end.
+    let mut command = of_epochs(100_000, out.path());
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        // A process that has made a step listens for signals.
+        let steps = steps_made(out.path()) + 2;
+        let mut child = start(command);
         assert!(wait_for_steps(&mut child, out.path(), steps));
         let kill = Command::new("kill")
             .args(["-s", signal, &child.id().to_string()])
@@ -157,12 +159,17 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
         let hint = format!("cargo run -p scratch-train -- --resume {}", run.display());
         assert!(said.contains(&hint), "{said}");
         assert!(said.contains(&format!("Stopped by SIG{signal}")), "{said}");
-        child = start(resume(&run));
+        command = resume(&run);
     }
-    let finished = child.wait_with_output().unwrap();
-    assert!(finished.status.success(), "{}", text(&finished));
     let run = run_directory(out.path());
-    assert_eq!(traces(&run), expected);
+    let epochs = steps_made(out.path()) / 4 + 1;
+    test_support::set_epochs(&run, epochs);
+    let finished = output(command);
+    assert!(finished.status.success(), "{}", text(&finished));
+    let whole = tempfile::tempdir().unwrap();
+    let finished = output(of_epochs(epochs, whole.path()));
+    assert!(finished.status.success(), "{}", text(&finished));
+    assert_eq!(traces(&run), traces(&run_directory(whole.path())));
 
     let again = output(resume(&run));
     assert!(again.status.success());
