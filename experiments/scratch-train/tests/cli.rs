@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -204,6 +205,73 @@ fn a_finished_run_reports_epochs_and_leaves_weights_under_pytorchs_names() {
     assert_eq!(metrics.matches("\"event\":\"evaluation\"").count(), 2);
     let finished = fs::read_to_string(run.join("finished.json")).unwrap();
     assert!(finished.contains(&hash), "{finished}");
+}
+
+/// A step each epoch.
+const STEP_AN_EPOCH: &str =
+    "--dataset shapes --train-limit 2 --test-limit 1 --batch-size 2 --lr 1e-7 --threads 2";
+
+#[test]
+fn evaluations_come_after_every_so_many_epochs_and_after_the_last() {
+    for (every, expected) in [(0, &[3][..]), (2, &[2, 3])] {
+        let out = tempfile::tempdir().unwrap();
+        let line = format!("{STEP_AN_EPOCH} --epochs 3 --eval-every {every}");
+        let mut run = program(&line);
+        run.arg("--out").arg(out.path());
+        let finished = output(run);
+        assert!(finished.status.success(), "{}", text(&finished));
+        let run = run_directory(out.path());
+        let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let events = metrics.lines().map(|line| line.parse::<Value>().unwrap());
+        let evaluations: Vec<Value> = events
+            .filter(|event| event["event"] == "evaluation")
+            .collect();
+        let epochs: Vec<&Value> = evaluations.iter().map(|event| &event["epoch"]).collect();
+        assert_eq!(epochs, expected, "{metrics}");
+
+        let finished = fs::read_to_string(run.join("finished.json")).unwrap();
+        let finished: Value = finished.parse().unwrap();
+        let (last, summary) = (
+            evaluations.last().unwrap(),
+            &finished["evaluations"]["test"],
+        );
+        for field in ["loss", "correct", "images"] {
+            assert!(summary[field].is_number(), "{finished}");
+            assert_eq!(summary[field], last[field], "{field}");
+        }
+    }
+}
+
+#[test]
+fn a_profile_counts_each_part_and_each_layer_once_a_step_and_no_evaluation() {
+    let out = tempfile::tempdir().unwrap();
+    let mut run = program(&format!("{STEP_AN_EPOCH} --epochs 2 --profile"));
+    run.arg("--out").arg(out.path());
+    let finished = output(run);
+    let said = text(&finished);
+    assert!(finished.status.success(), "{said}");
+    assert!(said.contains("2 steps of "), "{said}");
+    let run = run_directory(out.path());
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    assert_eq!(metrics.matches("\"event\":\"evaluation\"").count(), 2);
+
+    let profile = fs::read_to_string(run.join("profile.csv")).unwrap();
+    let mut lines = profile.lines();
+    assert_eq!(
+        lines.next(),
+        Some("layer,pass,calls,nanoseconds,flop,bytes")
+    );
+    let rows: Vec<Vec<&str>> = lines.map(|line| line.split(',').collect()).collect();
+    for row in &rows {
+        assert_eq!(row[2], "2", "{row:?}");
+    }
+    let parts = rows.iter().filter(|row| row[0].is_empty());
+    let parts: Vec<&str> = parts.map(|row| row[1]).collect();
+    assert_eq!(parts, ["data", "forward", "loss", "backward", "update"]);
+    for pass in ["forward", "input gradient", "weight gradient"] {
+        let of_a_layer = |row: &Vec<&str>| row[..2] == ["a3.branch2.2", pass];
+        assert!(rows.iter().any(of_a_layer), "{pass} in\n{profile}");
+    }
 }
 
 #[test]
