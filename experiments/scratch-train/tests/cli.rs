@@ -404,9 +404,8 @@ fn bad_input_is_refused_with_the_reason() {
     assert_refused(unknown, "CANDLE_CNN_ISA is \"AVX2\"");
 }
 
-#[test]
-fn a_part_of_cifar10_is_trained_on_with_a_warning() {
-    let dir = tempfile::tempdir().unwrap();
+/// The binary files of CIFAR-10 with one picture each.
+fn write_part_of_cifar10(dir: &Path) {
     // A label and 32×32 pixels, all grey.
     let mut picture = vec![128; 1 + 3 * 32 * 32];
     for name in [
@@ -419,8 +418,14 @@ fn a_part_of_cifar10_is_trained_on_with_a_warning() {
     ] {
         picture[0] += 1;
         picture[0] %= 10;
-        fs::write(dir.path().join(name).with_extension("bin"), &picture).unwrap();
+        fs::write(dir.join(name).with_extension("bin"), &picture).unwrap();
     }
+}
+
+#[test]
+fn a_part_of_cifar10_is_trained_on_with_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    write_part_of_cifar10(dir.path());
     let mut run = program("--max-steps 1 --batch-size 2 --lr 1e-7 --threads 2");
     run.arg("--data-dir").arg(dir.path());
     run.arg("--out").arg(dir.path().join("runs"));
@@ -433,6 +438,34 @@ fn a_part_of_cifar10_is_trained_on_with_a_warning() {
     ] {
         assert!(said.contains(warning), "{said}");
     }
+}
+
+#[test]
+fn a_run_whose_data_have_moved_is_resumed_with_their_new_folder_and_ends_with_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let [data, moved, out] = ["data", "moved", "runs"].map(|name| dir.path().join(name));
+    fs::create_dir(&data).unwrap();
+    write_part_of_cifar10(&data);
+    // Three steps.
+    let mut start = program("--epochs 1 --batch-size 2 --lr 1e-7 --checkpoint-every 1 --threads 2");
+    start.arg("--data-dir").arg(&data).arg("--out").arg(&out);
+    let finished = output(start);
+    assert!(finished.status.success(), "{}", text(&finished));
+    let run = run_directory(&out);
+    let expected = traces(&run);
+    // What a process leaves that is killed after its second.
+    remove(&run, &["finished.json", "model.safetensors"]);
+    fs::remove_dir_all(run.join("checkpoints/step-0000003")).unwrap();
+
+    fs::rename(&data, &moved).unwrap();
+    assert_refused(resume(&run), "there is no CIFAR-10 in ");
+    let mut elsewhere = resume(&run);
+    elsewhere.arg("--data-dir").arg(&moved);
+    let resumed = output(elsewhere);
+    let said = text(&resumed);
+    assert!(resumed.status.success(), "{said}");
+    assert!(said.contains("continuing after step 2 of 3"), "{said}");
+    assert_eq!(traces(&run), expected);
 }
 
 #[test]
@@ -563,6 +596,9 @@ fn a_run_on_other_data_is_not_resumed() {
         resume(&run),
         "the test data are not those the run began with",
     );
+    let mut from_a_folder = resume(&run);
+    from_a_folder.args(["--data-dir", "data"]);
+    assert_refused(from_a_folder, "drawn shapes: it reads no folder");
     let elsewhere = config.replace("\"scratch-train\"", "\"finetune-full\"");
     fs::write(run.join("config.json"), elsewhere).unwrap();
     assert_refused(resume(&run), "a run of finetune-full, not of scratch-train");
