@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
-use test_support::{check_gradients, relative_error, seeded_values};
+use test_support::{assert_close, check_gradients, relative_error, seeded_values};
 
 use super::arena::{Layout, Part};
 use super::backward::Backward;
@@ -252,6 +252,57 @@ fn numbers<'a, T: Element>(inner: &Inner, owned: &'a [Vec<Vec<T>>]) -> Vec<Numbe
         .collect()
 }
 
+/// What both passes yield.
+struct Passes {
+    /// (N, C).
+    features: Tensor,
+    /// Like the images, where it was asked for.
+    d_images: Option<Tensor>,
+    /// Of all parameters, one after the other.
+    d_parameters: Tensor,
+}
+
+/// Both passes of one instruction set; `upstream` is the gradient of the features.
+fn both_passes<T: Element>(
+    graph: &StaticGraph,
+    isa: Isa,
+    parameters: &[Vec<Var>],
+    (images, upstream): (&Tensor, &Tensor),
+    needs_input: bool,
+) -> Passes {
+    let inner = &graph.inner;
+    let owned: Vec<Vec<Vec<T>>> = parameters
+        .iter()
+        .map(|p| p.iter().map(|p| values::<T>(p)).collect())
+        .collect();
+    let numbers = numbers(inner, &owned);
+    let all = Trains {
+        any: true,
+        weight: true,
+    };
+    let trainable = vec![all; numbers.len()];
+    let batch = images.dims()[0];
+    let like = |values: Vec<T>, shape| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+    let forward = |keep| Forward::new(inner, isa, batch).run(&values::<T>(images), &numbers, keep);
+    let (unkept, kept) = (forward(false), forward(true));
+    let features = like(kept.features, upstream.shape());
+    let unkept = like(unkept.features, upstream.shape());
+    assert!(
+        relative_error(&unkept, &features).unwrap() == 0.0,
+        "keeping the maps changes nothing"
+    );
+    let backward = Backward::new(inner, isa, batch, needs_input, &trainable);
+    let (d_images, d_parameters) =
+        backward.run(kept.maps.unwrap(), &numbers, &values::<T>(upstream));
+    let d_parameters: Vec<T> = d_parameters.into_iter().flatten().flatten().collect();
+    let count = Shape::from(d_parameters.len());
+    Passes {
+        features,
+        d_images: d_images.map(|d_images| like(d_images, images.shape())),
+        d_parameters: like(d_parameters, &count),
+    }
+}
+
 /// Every instruction set of this machine against ordinary operations; twice,
 /// so that the second pass finds used buffers.
 fn check<T: Element>(
@@ -264,44 +315,23 @@ fn check<T: Element>(
     let example = example::<T>(stem, batch, size, ceil_mode);
     let upstream = tensor::<T>("upstream", &[batch, 16 + 32 + 64 + 7], 2.0);
     let (features, d_images, d_parameters) = example.expected(&upstream, ceil_mode).unwrap();
-    let inner = &example.graph.inner;
-    let owned: Vec<Vec<Vec<T>>> = example
-        .parameters
-        .iter()
-        .map(|p| p.iter().map(|p| values::<T>(p)).collect())
-        .collect();
-    let numbers = numbers(inner, &owned);
-    let all = Trains {
-        any: true,
-        weight: true,
-    };
-    let trainable = vec![all; numbers.len()];
+    let needs_input = example.has_image_gradient();
     for isa in Isa::available() {
         for _ in 0..2 {
-            let images = values::<T>(&example.images);
-            let forward = || Forward::new(inner, isa, batch);
-            let actual = forward().run(&images, &numbers, false);
-            let again = forward().run(&images, &numbers, true);
-            assert!(
-                actual.features == again.features,
-                "keeping the maps changes nothing"
+            let actual = both_passes::<T>(
+                &example.graph,
+                isa,
+                &example.parameters,
+                (&example.images, &upstream),
+                needs_input,
             );
-            let needs_input = example.has_image_gradient();
-            let backward = Backward::new(inner, isa, batch, needs_input, &trainable);
-            let (d_x, d_p) = backward.run(again.maps.unwrap(), &numbers, &values::<T>(&upstream));
-            assert_eq!(d_x.is_some(), needs_input);
-            let d_x = d_x.unwrap_or_else(|| values::<T>(&d_images));
+            assert_eq!(actual.d_images.is_some(), needs_input);
             for (name, actual, expected) in [
-                ("features", actual.features, &features),
-                ("images", d_x, &d_images),
-                (
-                    "parameters",
-                    d_p.into_iter().flatten().flatten().collect(),
-                    &d_parameters,
-                ),
+                ("features", Some(&actual.features), &features),
+                ("images", actual.d_images.as_ref(), &d_images),
+                ("parameters", Some(&actual.d_parameters), &d_parameters),
             ] {
-                let actual = Tensor::from_vec(actual, expected.shape(), &Device::Cpu).unwrap();
-                let error = relative_error(&actual, expected).unwrap();
+                let error = actual.map_or(0.0, |actual| relative_error(actual, expected).unwrap());
                 assert!(
                     error <= tolerance,
                     "{isa:?} {stem:?} {batch} {size:?}: {name} {error:.1e}"
@@ -709,6 +739,88 @@ fn a_pooling_with_most_taps_sends_gradients_to_the_same_winners_as_part_of_a_con
         }
     }
     Ok(())
+}
+
+/// A pooling of images in which values tie, read by one convolution of 1×1, which it is part of, or by two. All numbers
+/// are whole and so many pixels a power of two that every sum is exact in any order.
+fn check_winners<T: Element>(
+    config: MaxPool2dConfig,
+    readers: &[usize],
+    nan_at: &[usize],
+) -> Result<()> {
+    let (channels, size) = (20, (8, 8));
+    let whole = |name: &str, shape: &[usize]| tensor::<T>(name, shape, 6.0).round();
+    let mut builder = StaticGraphBuilder::new(channels, size);
+    let pool = builder.max_pool2d(builder.input(), config)?;
+    let (mut convolutions, mut parameters) = (Vec::new(), Vec::new());
+    for &c_out in readers {
+        convolutions.push(builder.conv2d_relu(pool, c_out, 1, 0)?);
+        let weight = whole(&format!("weight{c_out}"), &[c_out, channels, 1, 1])?;
+        let bias = whole(&format!("bias{c_out}"), &[c_out])?;
+        parameters.push(vec![Var::from_tensor(&weight)?, Var::from_tensor(&bias)?]);
+    }
+    let last = match convolutions.as_slice() {
+        &[one] => one,
+        several => builder.concat(several)?,
+    };
+    let graph = builder.global_avg_pool2d(last)?;
+    assert_eq!(graph.inner.pooled[1].is_some(), readers.len() == 1);
+    // One image is cut into lines, three are shared out whole.
+    for batch in [1, 3] {
+        let shape = [batch, channels, size.0, size.1];
+        let mut pixels = values::<T>(&whole("images", &shape)?);
+        for &at in nan_at {
+            pixels[at] = T::real(f64::NAN);
+        }
+        let images = Tensor::from_vec(pixels, &shape, &Device::Cpu)?;
+        let images = Var::from_tensor(&images)?;
+        let upstream = whole("upstream", &[batch, readers.iter().sum()])?;
+        let pooled = max_pool2d(&images, config)?;
+        let of_each = parameters.iter().map(|p| {
+            let y = conv2d_relu(&pooled, &p[0], Some(&p[1]), Conv2dConfig::padded(0))?;
+            global_avg_pool2d(&y)
+        });
+        let features = Tensor::cat(&of_each.collect::<Result<Vec<_>>>()?, 1)?;
+        let gradients = (&features * &upstream)?.sum_all()?.backward()?;
+        let d_images = gradients.get(&images).unwrap();
+        for isa in Isa::available() {
+            let what = format!("{isa:?} {config:?} {readers:?} {nan_at:?} {batch}");
+            let actual = both_passes::<T>(&graph, isa, &parameters, (&images, &upstream), true);
+            assert_close(&what, &actual.features, &features, 0.0);
+            assert_close(&what, &actual.d_images.unwrap(), d_images, 0.0);
+            let actual = values::<T>(&actual.features);
+            let (of_first, of_others) = actual.split_at(actual.len() / batch);
+            assert!(
+                of_first.iter().all(|v| v.is_nan() != nan_at.is_empty()),
+                "{what}"
+            );
+            assert!(!of_others.iter().any(|v| v.is_nan()), "{what}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn of_equal_maxima_the_first_wins_and_nan_over_all_within_a_convolution_or_before_two() -> Result<()>
+{
+    // As many threads on every machine.
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(2).build();
+    threads.unwrap().install(|| {
+        for config in [
+            MaxPool2dConfig::square(3, 1, 1),
+            MaxPool2dConfig::square(3, 2, 1),
+            MaxPool2dConfig::square(2, 2, 0),
+        ] {
+            for readers in [&[21][..], &[16, 5]] {
+                // None, and one in the fourth line of the first image's first plane.
+                for nan_at in [&[][..], &[3 * 8 + 4]] {
+                    check_winners::<f32>(config, readers, nan_at)?;
+                    check_winners::<f64>(config, readers, nan_at)?;
+                }
+            }
+        }
+        Ok(())
+    })
 }
 
 fn from_tensors(tensors: &[Tensor]) -> ConvParameters<'_> {
