@@ -394,6 +394,58 @@ pub(super) fn running<T: Element>(example: &Example) -> Vec<[Tensor; 2]> {
     statistics.collect()
 }
 
+/// Weight, norm weight and norm bias of each convolution with its running statistics.
+fn with_running<'a>(
+    tensors: &'a [Vec<Tensor>],
+    running: &'a [[Tensor; 2]],
+) -> Vec<ConvParameters<'a>> {
+    let pairs = tensors.iter().zip(running);
+    pairs
+        .map(|(p, [mean, variance])| ConvParameters::Running {
+            weight: &p[0],
+            norm_weight: &p[1],
+            norm_bias: &p[2],
+            mean,
+            variance,
+        })
+        .collect()
+}
+
+#[test]
+fn running_statistics_give_what_ordinary_operations_give_where_winograd_pays() -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build();
+    pool.unwrap().install(|| {
+        // After the unpadded 2×2 stem 32×16 pixels, and half as high and wide after the pool.
+        let batch = 16;
+        for size in [(32, 16), (16, 8)] {
+            assert!(winograd::pays::<f32>(3, size, batch, true));
+        }
+        let example = example::<f32>(Stem::Norm, batch, (33, 17), false);
+        let running = running::<f32>(&example);
+        let detached = example.parameters.iter().map(|p| {
+            let tensors = p.iter().map(|var| var.as_detached_tensor());
+            tensors.collect::<Vec<_>>()
+        });
+        let detached: Vec<Vec<Tensor>> = detached.collect();
+        let expected = with_running(&detached, &running);
+        let expected = composed(Stem::Norm, &example.images, &expected, false)?;
+        let owned = detached.iter().zip(&running).map(|(p, statistics)| {
+            let tensors = p.iter().chain(statistics);
+            tensors.map(values::<f32>).collect::<Vec<_>>()
+        });
+        let owned: Vec<Vec<Vec<f32>>> = owned.collect();
+        let inner = &example.graph.inner;
+        let numbers = numbers(inner, &owned);
+        let images = values::<f32>(&example.images);
+        for isa in Isa::available() {
+            let actual = Forward::new(inner, isa, batch).run(&images, &numbers, false);
+            let actual = Tensor::from_vec(actual.features, expected.shape(), &Device::Cpu)?;
+            assert_close(&format!("{isa:?}"), &actual, &expected, 2e-5);
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn running_statistics_give_what_ordinary_operations_give_tracked_or_not() -> Result<()> {
     for stem in [Stem::Norm, Stem::StridedNorm] {
@@ -409,30 +461,11 @@ fn running_statistics_give_what_ordinary_operations_give_tracked_or_not() -> Res
                 .collect::<Vec<_>>()
         };
         let (tracked, untracked) = (of(true), of(false));
-        let parameters = |of: &'static str| {
-            let of = if of == "tracked" {
-                &tracked
-            } else {
-                &untracked
-            };
-            let pairs = of.iter().zip(&running);
-            pairs
-                .map(|(p, [mean, variance])| ConvParameters::Running {
-                    weight: &p[0],
-                    norm_weight: &p[1],
-                    norm_bias: &p[2],
-                    mean,
-                    variance,
-                })
-                .collect::<Vec<_>>()
-        };
-        let expected = composed(stem, &example.images, &parameters("tracked"), true)?;
-        let tracked_output = example
-            .graph
-            .forward(&example.images, &parameters("tracked"))?;
-        let untracked_output = example
-            .graph
-            .forward(&example.images, &parameters("untracked"))?;
+        let tracked = with_running(&tracked, &running);
+        let untracked = with_running(&untracked, &running);
+        let expected = composed(stem, &example.images, &tracked, true)?;
+        let tracked_output = example.graph.forward(&example.images, &tracked)?;
+        let untracked_output = example.graph.forward(&example.images, &untracked)?;
         for output in [&tracked_output, &untracked_output] {
             assert!(output.statistics.is_empty());
             let error = relative_error(&output.features.detach(), &expected.detach())?;
@@ -1243,26 +1276,16 @@ fn a_frozen_weight_of_running_statistics_trains_while_the_norm_does_that_is_a_pa
     // Of each parameter: the weights are frozen; where `norms` are as well, the biases alone train.
     let check = |norms: bool| -> Result<()> {
         let all = example.parameters.iter();
-        let tensors: Vec<[Tensor; 3]> = all
+        let tensors: Vec<Vec<Tensor>> = all
             .map(|p| {
                 let norm = match norms {
                     true => p[1].as_tensor().clone(),
                     false => p[1].as_detached_tensor(),
                 };
-                [p[0].as_detached_tensor(), norm, p[2].as_tensor().clone()]
+                vec![p[0].as_detached_tensor(), norm, p[2].as_tensor().clone()]
             })
             .collect();
-        let pairs = tensors.iter().zip(&running);
-        let given = pairs.map(|([weight, norm_weight, norm_bias], [mean, variance])| {
-            ConvParameters::Running {
-                weight,
-                norm_weight,
-                norm_bias,
-                mean,
-                variance,
-            }
-        });
-        let given: Vec<_> = given.collect();
+        let given = with_running(&tensors, &running);
         let expected = composed(Stem::Norm, &example.images, &given, false)?;
         let expected = expected.sqr()?.sum_all()?.backward()?;
         let features = example.graph.forward(&example.images, &given)?.features;
