@@ -221,9 +221,16 @@ fn logits_agree_with_pytorch_at_three_sizes_in_both_modes_with_and_without_heads
         let images = images(&format!("input.{size}"), shape, DType::F32)?;
         for (mode, mode_name) in [(TRAIN, "train"), (Mode::Eval, "eval")] {
             for aux in [false, true] {
-                let outputs = seeded_net(aux, DType::F32)?.forward(&images, mode)?;
+                let net = seeded_net(aux, DType::F32)?;
+                let outputs = net.forward(&images, mode)?;
                 let what = format!("logits.{size}.{mode_name}");
                 assert_close(&what, &outputs.logits, fixture.tensor(&what), 1e-5);
+                if !mode.is_train() {
+                    // The weights of what nobody tracks take another way into the kernels.
+                    let inferred = net.infer(&images)?;
+                    assert!(!inferred.track_op());
+                    assert_close(&what, &inferred, fixture.tensor(&what), 1e-5);
+                }
                 for (name, output) in [("aux1", &outputs.aux1), ("aux2", &outputs.aux2)] {
                     assert_eq!(output.is_some(), aux && mode.is_train(), "{name} {what}");
                     if let Some(output) = output {
