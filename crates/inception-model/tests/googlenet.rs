@@ -11,14 +11,21 @@ use test_support::seeded_values;
 
 const TRAIN: Mode = Mode::Train { dropout_seed: 0 };
 
-fn net(aux_heads: bool) -> Result<GoogLeNet> {
-    let config = GoogLeNetConfig {
+fn config(aux_heads: bool) -> GoogLeNetConfig {
+    GoogLeNetConfig {
         num_classes: 10,
         aux_heads,
         transform_input: true,
         ..GoogLeNetConfig::default()
-    };
-    GoogLeNet::new(&config, &Device::Cpu, &mut ChaCha8Rng::seed_from_u64(1))
+    }
+}
+
+fn net_of(config: &GoogLeNetConfig) -> Result<GoogLeNet> {
+    GoogLeNet::new(config, &Device::Cpu, &mut ChaCha8Rng::seed_from_u64(1))
+}
+
+fn net(aux_heads: bool) -> Result<GoogLeNet> {
+    net_of(&config(aux_heads))
 }
 
 fn images(count: usize, height: usize, width: usize) -> Result<Tensor> {
@@ -202,20 +209,75 @@ fn initialisation_is_torchvisions() -> Result<()> {
     Ok(())
 }
 
+/// Logits of the head and of the auxiliary heads 1 and 2, in training.
+fn train(net: &GoogLeNet, dropout_seed: u64) -> Result<[Vec<Vec<f32>>; 3]> {
+    let outputs = net.forward(&images(4, 32, 32)?, Mode::Train { dropout_seed })?;
+    let of = |logits: Option<Tensor>| logits.expect("an auxiliary head").to_vec2::<f32>();
+    Ok([
+        outputs.logits.to_vec2()?,
+        of(outputs.aux1)?,
+        of(outputs.aux2)?,
+    ])
+}
+
 #[test]
 fn each_dropout_has_a_mask_of_its_own_that_follows_the_seed() -> Result<()> {
-    let images = images(4, 32, 32)?;
-    let train = |dropout_seed| -> Result<_> {
-        let outputs = net(true)?.forward(&images, Mode::Train { dropout_seed })?;
-        let tensors = [Some(outputs.logits), outputs.aux1, outputs.aux2];
-        let flat = tensors.map(|t| t.unwrap().flatten_all()?.to_vec1::<f32>());
-        flat.into_iter().collect::<Result<Vec<_>>>()
-    };
-    let (first, again, other) = (train(1)?, train(1)?, train(2)?);
+    let net = net_of(&GoogLeNetConfig {
+        dropout: 0.5,
+        dropout_aux: 0.5,
+        ..config(true)
+    })?;
+    // Every head sees 1024 ones, and has the same weights: masks alone tell them apart.
+    let of_last_block = ["branch1", "branch2.1", "branch3.1", "branch4.1"];
+    let of_last_block = of_last_block.map(|branch| format!("inception5b.{branch}.bn"));
+    let head = Tensor::from_vec(
+        seeded_values("head", 10 * 1024, 2.0),
+        (10, 1024),
+        &Device::Cpu,
+    )?;
+    for (name, parameter) in net.named_parameters() {
+        let (layer, field) = name.rsplit_once('.').expect("a layer and its field");
+        let is_before_a_head =
+            layer.ends_with(".fc1") || of_last_block.iter().any(|bn| bn == layer);
+        match (is_before_a_head, field) {
+            (true, "weight") => parameter.set(&parameter.zeros_like()?)?,
+            (true, _) => parameter.set(&parameter.ones_like()?)?,
+            (false, "weight") if GoogLeNet::is_head(&name) => parameter.set(&head)?,
+            (false, _) if GoogLeNet::is_head(&name) => parameter.set(&parameter.zeros_like()?)?,
+            _ => (),
+        }
+    }
+    let (first, again, other) = (train(&net, 1)?, train(&net, 1)?, train(&net, 2)?);
     assert_eq!(first, again);
     for (first, other) in first.iter().zip(&other) {
         assert_ne!(first, other);
     }
+    let [main, aux1, aux2] = first;
+    assert!(main != aux1 && main != aux2 && aux1 != aux2);
+    Ok(())
+}
+
+#[test]
+fn a_dropout_of_all_leaves_its_own_heads_their_biases_and_the_others_as_they_are() -> Result<()> {
+    let with = |dropout, dropout_aux| {
+        net_of(&GoogLeNetConfig {
+            dropout,
+            dropout_aux,
+            ..config(true)
+        })
+    };
+    let [main, aux1, aux2] = train(&with(0.0, 0.0)?, 1)?;
+    let net = with(0.0, 1.0)?;
+    let biases = ["fc.bias", "aux1.fc2.bias", "aux2.fc2.bias"].map(|name| {
+        let mut parameters = net.named_parameters().into_iter();
+        let (_, bias) = parameters.find(|(of, _)| of == name).expect("a head");
+        let bias = bias.to_vec1::<f32>().expect("one value a class");
+        vec![bias; 4]
+    });
+    let [of_main, of_aux1, of_aux2] = biases;
+    assert!(main != of_main && aux1 != of_aux1 && aux2 != of_aux2);
+    assert_eq!(train(&net, 1)?, [main, of_aux1, of_aux2]);
+    assert_eq!(train(&with(1.0, 0.0)?, 1)?, [of_main, aux1, aux2]);
     Ok(())
 }
 
