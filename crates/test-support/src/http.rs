@@ -29,6 +29,9 @@ impl Asked {
     }
 }
 
+/// Longer than any test waits, so that what waits for ever in place of giving up fails.
+const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+
 /// One answer, good or bad.
 #[derive(Debug, Clone)]
 pub struct Reply {
@@ -94,7 +97,7 @@ impl Reply {
         }
     }
 
-    /// The same after a silence that ends when `released` has something to receive, or its sender is gone.
+    /// The same after a silence that ends when `released` has something to receive, or its sender is gone, or after a minute.
     pub fn stalled_until(self, sends: usize, released: Receiver<()>) -> Reply {
         Reply {
             sends,
@@ -150,7 +153,7 @@ impl Reply {
         stream.flush()?;
         sleep(self.then_waits);
         if let Some(released) = self.until {
-            let _ = released.lock().unwrap().recv();
+            let _ = released.lock().unwrap().recv_timeout(LONGEST_SILENCE);
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 use std::fs;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -437,16 +438,24 @@ fn progress_resets_the_count_of_failures() {
 #[test]
 fn a_silent_server_is_left_and_asked_again() {
     let body = content(1000);
-    let silence = Duration::from_millis(900);
+    let (release, released) = mpsc::channel();
     let server = Server::start([
-        Reply::file(&body).stalled_after(300, silence),
+        Reply::file(&body).stalled_until(300, released),
         Reply::file(&body),
     ]);
     let dir = temporary();
     let mut request = request(&server.url(), dir.path(), &body);
-    request.options.network.read_timeout = Duration::from_millis(600);
-    let (result, events) = run(&request);
-    result.unwrap();
+    request.options.network.read_timeout = Duration::from_secs(1);
+    let mut events = Vec::new();
+    request
+        .fetch(&mut |event| {
+            // The server, which has one thread, is silent until it has been given up.
+            if matches!(event, Event::Retrying { .. }) {
+                let _ = release.send(());
+            }
+            events.push(format!("{event:?}"));
+        })
+        .unwrap();
     assert!(
         events.iter().any(|event| event.contains("Stalled")),
         "{events:?}"
