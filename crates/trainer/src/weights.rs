@@ -126,9 +126,10 @@ pub fn encode(
 /// # Errors
 /// Bytes that are no safetensors file, or a tensor of a type that Candle lacks.
 pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, WeightsError> {
-    let file = SafeTensors::deserialize(bytes).map_err(|source| WeightsError::Parse {
+    let file = SafeTensors::deserialize(bytes).map_err(|error| WeightsError::Parse {
         path: path.to_path_buf(),
-        source,
+        // It may quote the file.
+        reason: error.to_string().replace(char::is_control, " "),
     })?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
@@ -154,15 +155,15 @@ pub enum WeightsError {
         source: io::Error,
     },
     /// The file is not safetensors.
-    #[error("{} is not a safetensors file", path.display())]
+    #[error("{} is not a safetensors file: {reason}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: safetensors::SafeTensorError,
+        reason: String,
     },
     /// A tensor of a type that cannot be used.
-    #[error("{}: {name} cannot be used: {reason}", path.display())]
+    #[error("{}: {} cannot be used: {reason}", path.display(), name.escape_debug())]
     UnsupportedTensor {
         /// The file.
         path: PathBuf,
@@ -224,12 +225,13 @@ impl Mismatch {
 }
 
 impl fmt::Display for Mismatch {
+    /// A line each. The names of the file are escaped: they are whatever it says.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for name in &self.missing {
             write!(f, "\n  missing: {name}")?;
         }
         for name in &self.unexpected {
-            write!(f, "\n  unexpected: {name}")?;
+            write!(f, "\n  unexpected: {}", name.escape_debug())?;
         }
         for Misshapen {
             name,
@@ -398,6 +400,28 @@ mod tests {
             assert!(error.contains(part), "{part} not in {error}");
         }
         assert_eq!(model.bits(), before);
+    }
+
+    #[test]
+    fn names_from_a_file_do_not_steer_the_terminal() {
+        const NAME: &str = "\u{1b}]0;title\u{7}";
+        let wide = Tensor::new(&[0f32], &Device::Cpu).unwrap();
+        let wide = encoded(&[(NAME.to_string(), wide)]);
+        // Of the same length each.
+        let header = String::from_utf8_lossy(&wide);
+        let narrow = header.replace("F32", "I32").into_bytes();
+        let unknown = header.replace("F32", r"\r9").into_bytes();
+        for (file, shown) in [
+            (wide, r"unexpected: \u{1b}]0;title\u{7}"),
+            (narrow, r"w: \u{1b}]0;title\u{7} cannot be used"),
+            (unknown, "w is not a safetensors file: "),
+        ] {
+            let error = load_from_bytes(&TinyModel::new(1), &file, Path::new("w")).unwrap_err();
+            let error = error.to_string();
+            assert!(error.contains(shown), "{error:?}");
+            let steers = |c: char| c.is_control() && c != '\n';
+            assert!(!error.contains(steers), "{error:?}");
+        }
     }
 
     #[test]
