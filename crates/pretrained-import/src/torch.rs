@@ -255,8 +255,8 @@ struct Build<'a> {
 
 impl<'a> Build<'a> {
     fn new(pickle: &'a Pickle, wanted: Wanted, len: u64) -> Self {
-        /// Storages may be shared; a file of tiny ones with many large views is none.
-        const SHARED: u64 = 4;
+        /// Storages may be shared, and int8 becomes i64; a file of tiny storages with many large views is none.
+        const SHARED: u64 = 8;
         let mut views = vec![Vec::new(); pickle.storages.len()];
         for (name, tensor) in wanted.tensors {
             views[pickle.tensors[tensor].storage].push((name, tensor));
@@ -306,10 +306,11 @@ impl<'a> Build<'a> {
             };
             let view = &self.pickle.tensors[tensor];
             let elements = check(view, storage).map_err(problem)?;
-            let taken = elements.saturating_mul(size).saturating_add(TENSOR);
+            let element = dtype(storage.element).size_in_bytes() as u64;
+            let taken = elements.saturating_mul(element).saturating_add(TENSOR);
             let Some(left) = self.budget.checked_sub(taken) else {
                 return Err(problem(format!(
-                    "with it the tensors take more than four times the file's {} bytes",
+                    "with it the tensors take more than eight times the file's {} bytes",
                     self.len
                 )));
             };
@@ -392,13 +393,6 @@ fn make(
     };
     let device = &Device::Cpu;
     match element {
-        Element::F64 => Tensor::from_raw_buffer(bytes, DType::F64, &shape, device),
-        Element::F32 => Tensor::from_raw_buffer(bytes, DType::F32, &shape, device),
-        Element::F16 => Tensor::from_raw_buffer(bytes, DType::F16, &shape, device),
-        Element::BF16 => Tensor::from_raw_buffer(bytes, DType::BF16, &shape, device),
-        Element::I64 => Tensor::from_raw_buffer(bytes, DType::I64, &shape, device),
-        Element::U8 | Element::Bool => Tensor::from_raw_buffer(bytes, DType::U8, &shape, device),
-        // Candle computes with few of these: the one that holds all of them.
         Element::I32 => {
             let values = bytes.as_chunks::<4>().0.iter();
             let values = values.map(|&bytes| i64::from(i32::from_le_bytes(bytes)));
@@ -413,6 +407,20 @@ fn make(
             let values = bytes.iter().map(|&byte| i64::from(byte as i8));
             Tensor::from_vec(values.collect::<Vec<_>>(), shape, device)
         }
+        _ => Tensor::from_raw_buffer(bytes, dtype(element), &shape, device),
+    }
+}
+
+/// What a tensor of these has.
+fn dtype(element: Element) -> DType {
+    match element {
+        Element::F64 => DType::F64,
+        Element::F32 => DType::F32,
+        Element::F16 => DType::F16,
+        Element::BF16 => DType::BF16,
+        Element::U8 | Element::Bool => DType::U8,
+        // Candle computes with few of these: the one that holds all of them.
+        Element::I64 | Element::I32 | Element::I16 | Element::I8 => DType::I64,
     }
 }
 

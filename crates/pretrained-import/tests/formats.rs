@@ -670,7 +670,7 @@ fn many_views_of_one_storage_are_bounded_by_the_file() {
     }
     pickle.extend(b".");
     let found = message(&legacy(&pickle, &one_storage(&vec![0.0; 16_384])));
-    assert!(found.contains("more than four times"), "{found}");
+    assert!(found.contains("more than eight times"), "{found}");
 }
 
 #[test]

@@ -23,6 +23,27 @@ fn peak(file: &[u8]) -> usize {
     peak
 }
 
+/// A legacy file of one int8 storage of `len` elements and this many tensors that are all of it.
+fn int8(len: u32, views: u8) -> Vec<u8> {
+    let count = len.to_le_bytes();
+    let mut object = b"}".to_vec();
+    for name in (b'a'..).take(views.into()) {
+        object.extend([b'X', 1, 0, 0, 0, name]);
+        object.extend(
+            b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nCharStorage\n",
+        );
+        object.extend(b"X\x01\0\0\x000X\x03\0\0\0cpuJ");
+        object.extend(count);
+        object.extend(b"NtQK\0J");
+        object.extend(count);
+        object.extend(b"\x85K\x01\x85\x89}tRs");
+    }
+    object.extend(b".\x80\x02]X\x01\0\0\x000a.");
+    object.extend(u64::from(len).to_le_bytes());
+    object.resize(object.len() + len as usize, 0x80);
+    legacy(&object)
+}
+
 #[test]
 fn a_hostile_file_makes_no_reader_allocate_more_than_a_multiple_of_its_bytes() {
     let tensor: &[u8] =
@@ -56,6 +77,17 @@ fn a_hostile_file_makes_no_reader_allocate_more_than_a_multiple_of_its_bytes() {
             assert!(peak < 128 * len, "{what}: {peak} bytes for {len}");
         }
     }
+
+    // Integers that become i64: one tensor of them is read, and three that share a storage are too many.
+    let file = int8(1 << 20, 3);
+    let (peak_of_views, len) = (peak(&file), file.len());
+    println!("int8: {peak_of_views} bytes for a file of {len}");
+    assert!(peak_of_views < 10 * len, "{peak_of_views} bytes for {len}");
+    let state = StateDict::from_bytes(&int8(1 << 10, 1), Path::new("x")).unwrap();
+    assert_eq!(
+        state.tensors["a"].to_vec1::<i64>().unwrap(),
+        [-128; 1 << 10]
+    );
 
     // Lengths that nothing backs.
     for object in [
