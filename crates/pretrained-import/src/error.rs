@@ -61,6 +61,19 @@ pub enum ImportError {
         problem: String,
     },
 
+    /// Metadata that cannot be meant.
+    #[error("{path}: {key} is {found:?} in its metadata, and {expected}")]
+    Metadata {
+        /// The file.
+        path: PathBuf,
+        /// What it is said of.
+        key: &'static str,
+        /// What is said.
+        found: String,
+        /// "it must be true or false".
+        expected: String,
+    },
+
     /// A readable file without a state dict.
     #[error(
         "{path} holds no state dict: {found}; expected a dictionary of tensors, or one under \
@@ -100,8 +113,9 @@ pub(crate) enum Problem {
 }
 
 impl Problem {
+    /// On one line: what libraries say of a file may quote it.
     pub(crate) fn damaged(problem: impl Into<String>) -> Self {
-        Self::Damaged(problem.into())
+        Self::Damaged(problem.into().replace(char::is_control, " "))
     }
 
     pub(crate) fn of(self, path: &std::path::Path) -> ImportError {

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Device, Tensor};
 use inception_model::{GoogLeNet, GoogLeNetConfig};
 
-use crate::state_dict::StateDict;
+use crate::names::first_of;
+use crate::state_dict::{Ignored, StateDict};
 
 /// What to do with auxiliary heads, and with what does not fit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +70,8 @@ pub struct Report {
     /// PyTorch 0.4.1.
     pub filled: Vec<String>,
     /// Keys of the file that hold no tensor.
-    pub ignored: Vec<String>,
+    #[serde(flatten)]
+    pub ignored: Ignored,
 }
 
 /// A tensor of another shape than the network's.
@@ -92,8 +94,9 @@ pub enum MatchError {
     Mismatch(Box<Report>),
     /// Without a head of two dimensions nobody knows the number of classes.
     #[error(
-        "no tensor \"fc.weight\" of two dimensions among {count} tensors ({first}, …), so this is not \
-         torchvision's GoogLeNet"
+        "no tensor \"fc.weight\" of two dimensions among {count} tensors ({}, …), so this is not \
+         torchvision's GoogLeNet",
+        first.escape_debug()
     )]
     NoHead {
         /// Tensors in the file.
@@ -130,12 +133,8 @@ fn listed(report: &Report) -> String {
         if names.is_empty() {
             return;
         }
-        let more = match names.len().saturating_sub(SHOWN) {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        let shown = names[..names.len().min(SHOWN)].join(", ");
-        lines.push_str(&format!("\n  {kind} ({}): {shown}{more}", names.len()));
+        let shown = first_of(&names, SHOWN, 0);
+        lines.push_str(&format!("\n  {kind} ({}): {shown}", names.len()));
     };
     add("missing", report.missing.clone());
     add("unexpected", report.unexpected.clone());

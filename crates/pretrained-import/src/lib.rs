@@ -17,6 +17,7 @@
 mod error;
 mod export;
 mod googlenet;
+mod names;
 mod pickle;
 pub mod source;
 mod state_dict;
@@ -27,5 +28,6 @@ pub use export::{ExportError, can_be_written, write_safetensors};
 pub use googlenet::{
     AuxHeads, MatchError, MatchOptions, Matched, Misshapen, Report, match_backbone, match_googlenet,
 };
+pub use names::first_of;
 pub use source::{FetchError, FetchOptions, FoundFile, Source};
-pub use state_dict::{Format, StateDict};
+pub use state_dict::{Format, Ignored, StateDict};

@@ -13,8 +13,8 @@ use inception_model::GoogLeNet;
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use pretrained_import::source::TORCHVISION_GOOGLENET;
 use pretrained_import::{
-    AuxHeads, FetchOptions, MatchOptions, Report, Source, StateDict, can_be_written,
-    match_googlenet, write_safetensors,
+    AuxHeads, FetchOptions, ImportError, MatchOptions, Report, Source, StateDict, can_be_written,
+    first_of, match_googlenet, write_safetensors,
 };
 use sha2::{Digest, Sha256};
 use verified_download::Event;
@@ -101,7 +101,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         Some(sha256) => sha256,
         None => sha256_of(&found.path)?,
     };
-    let conversion = Conversion::known(arguments, &state, &sha256);
+    let conversion = Conversion::known(arguments, &state, &sha256, &found.path)
+        .context("cannot import it unless --transform-input or --no-transform-input says which")?;
     // What a safetensors file says beyond that, such as the names of its classes, is kept.
     let mut metadata = state.metadata;
     metadata.remove("transform_input");
@@ -135,15 +136,25 @@ struct Conversion {
 
 impl Conversion {
     /// None where nobody says it: it is then left to the programs that use the weights, which say what they assume.
-    fn known(arguments: &Arguments, state: &StateDict, sha256: &str) -> Option<Self> {
-        let (is_done, known) = match state.transform_input() {
-            _ if arguments.transform_input => (true, "--transform-input"),
-            _ if arguments.no_transform_input => (false, "--no-transform-input"),
-            Some(said) => (said, "the file says so"),
-            None if TORCHVISION_GOOGLENET.is(sha256) => (true, "torchvision's own weights"),
-            None => return None,
+    /// What a file says that cannot be read is an error, unless a flag overrides it.
+    fn known(
+        arguments: &Arguments,
+        state: &StateDict,
+        sha256: &str,
+        path: &Path,
+    ) -> Result<Option<Self>, ImportError> {
+        let (is_done, known) = if arguments.transform_input {
+            (true, "--transform-input")
+        } else if arguments.no_transform_input {
+            (false, "--no-transform-input")
+        } else {
+            match state.transform_input(path)? {
+                Some(said) => (said, "the file says so"),
+                None if TORCHVISION_GOOGLENET.is(sha256) => (true, "torchvision's own weights"),
+                None => return Ok(None),
+            }
         };
-        Some(Self { is_done, known })
+        Ok(Some(Self { is_done, known }))
     }
 }
 
@@ -224,14 +235,15 @@ fn list(state: &StateDict, json: bool) -> Result<()> {
             "format": state.format.to_string(),
             "metadata": state.metadata,
             "tensors": tensors.collect::<Vec<_>>(),
-            "ignored": state.ignored,
+            "ignored": state.ignored.keys,
+            "ignored_more": state.ignored.more,
         });
         writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(());
     }
     for (name, tensor) in &state.tensors {
         let (dtype, dims) = (tensor.dtype().as_str(), tensor.dims());
-        writeln!(out, "{name}  {dtype} {dims:?}")?;
+        writeln!(out, "{}  {dtype} {dims:?}", name.escape_debug())?;
     }
     let values: usize = state
         .tensors
@@ -310,15 +322,18 @@ fn print_report(
     let misshapen: Vec<String> = misshapen
         .map(|m| format!("{} {:?}, expected {:?}", m.name, m.found, m.expected))
         .collect();
-    for (what, names) in [
-        ("missing", &report.missing),
-        ("unexpected", &report.unexpected),
-        ("misshapen", &misshapen),
-        ("filled with 0", &report.filled),
-        ("left out", &report.ignored),
+    /// All of them are in the JSON.
+    const SHOWN: usize = 100;
+    for (what, names, unlisted) in [
+        ("missing", &report.missing, 0),
+        ("unexpected", &report.unexpected, 0),
+        ("misshapen", &misshapen, 0),
+        ("filled with 0", &report.filled, 0),
+        ("left out", &report.ignored.keys, report.ignored.more),
     ] {
         if !names.is_empty() {
-            writeln!(out, "            {what}: {}", names.join(", "))?;
+            let names = first_of(names, SHOWN, unlisted);
+            writeln!(out, "            {what}: {names}")?;
         }
     }
     if !report.dropped.is_empty() {
@@ -347,7 +362,7 @@ fn print_report(
 
 #[cfg(test)]
 mod tests {
-    use pretrained_import::Format;
+    use pretrained_import::{Format, Ignored};
 
     use super::*;
 
@@ -361,11 +376,13 @@ mod tests {
             let said = said.map(|said| ("transform_input".to_owned(), said.to_owned()));
             let state = StateDict {
                 tensors: BTreeMap::new(),
-                ignored: Vec::new(),
+                ignored: Ignored::default(),
                 metadata: said.into_iter().collect(),
                 format: Format::Safetensors,
             };
-            Conversion::known(&arguments, &state, sha256).map(|conversion| conversion.is_done)
+            let known = Conversion::known(&arguments, &state, sha256, Path::new("w.safetensors"));
+            let known = known.map(|known| known.map(|conversion| conversion.is_done));
+            known.map_err(|error| error.to_string())
         };
         let other = "0".repeat(64);
         for (flags, said, sha256, expected) in [
@@ -373,13 +390,21 @@ mod tests {
             ("", None, &other, None),
             ("", Some("false"), &other, Some(false)),
             ("", Some("True"), &other, Some(true)),
-            ("", Some("perhaps"), &other, None),
+            ("--transform-input", Some("nein"), &other, Some(true)),
+            ("--no-transform-input", Some("nein"), &other, Some(false)),
             ("--transform-input", Some("false"), &other, Some(true)),
             ("--no-transform-input", Some("true"), &other, Some(false)),
             ("--no-transform-input", None, &published, Some(false)),
         ] {
             let found = known(flags, said, sha256);
-            assert_eq!(found, expected, "{flags:?}, {said:?}, {sha256}");
+            assert_eq!(found, Ok(expected), "{flags:?}, {said:?}, {sha256}");
+        }
+        for said in ["nein", "1", ""] {
+            let error = known("", Some(said), &published).unwrap_err();
+            let expected = format!(
+                "w.safetensors: transform_input is {said:?} in its metadata, and it must be true or false"
+            );
+            assert_eq!(error, expected);
         }
     }
 }

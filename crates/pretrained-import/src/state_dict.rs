@@ -20,12 +20,34 @@ pub struct StateDict {
     /// `nn.DataParallel` and `AveragedModel`, and `_orig_mod.`, from `torch.compile`, are taken off, unless two keys
     /// would become one.
     pub tensors: BTreeMap<String, Tensor>,
-    /// Keys of what else the file holds, such as `epoch` and `optimizer` of a checkpoint.
-    pub ignored: Vec<String>,
+    /// What else the file holds.
+    pub ignored: Ignored,
     /// What a safetensors file says of itself; empty in the others.
     pub metadata: BTreeMap<String, String>,
     /// Of the file.
     pub format: Format,
+}
+
+/// Keys of what a file holds beside its tensors, such as `epoch` and `optimizer` of a checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Ignored {
+    /// The first of them.
+    #[serde(rename = "ignored")]
+    pub keys: Vec<String>,
+    /// How many follow.
+    #[serde(rename = "ignored_more")]
+    pub more: usize,
+}
+
+impl Ignored {
+    pub(crate) fn push(&mut self, key: String) {
+        /// Checkpoints have a few dozen. A file says one long key again and again in three bytes.
+        const MOST: usize = 1000;
+        match self.keys.len() < MOST {
+            true => self.keys.push(key),
+            false => self.more += 1,
+        }
+    }
 }
 
 /// Formats of files of weights, told apart by their first bytes.
@@ -79,10 +101,39 @@ impl StateDict {
     }
 
     /// Whether the network converts its input from ImageNet's normalisation to that of 0.5 (torchvision's
-    /// `transform_input`), where the file's metadata say so; also as Python prints it, `True` and `False`.
-    pub fn transform_input(&self) -> Option<bool> {
-        let said = self.metadata.get("transform_input")?;
-        said.to_ascii_lowercase().parse().ok()
+    /// `transform_input`), where the file's metadata say so; also as Python prints it, `True` and `False`. `path`
+    /// names the file in errors.
+    ///
+    /// # Errors
+    /// [`ImportError::Metadata`] where they say anything else.
+    pub fn transform_input(&self, path: &Path) -> Result<Option<bool>, ImportError> {
+        self.said("transform_input", path, |said| {
+            let said = said.to_ascii_lowercase().parse();
+            said.map_err(|_| "it must be true or false".into())
+        })
+    }
+
+    /// What the metadata say of `key`; None where they say nothing. `read` may refuse it with what it must be, and
+    /// `path` names the file then.
+    ///
+    /// # Errors
+    /// [`ImportError::Metadata`].
+    pub fn said<T>(
+        &self,
+        key: &'static str,
+        path: &Path,
+        read: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, ImportError> {
+        let Some(said) = self.metadata.get(key) else {
+            return Ok(None);
+        };
+        let value = read(said).map_err(|expected| ImportError::Metadata {
+            path: path.to_path_buf(),
+            key,
+            found: said.chars().take(100).collect(),
+            expected,
+        })?;
+        Ok(Some(value))
     }
 
     fn read_from(
@@ -160,7 +211,7 @@ fn without_wrappers(mut contents: Contents) -> Contents {
     if contents.tensors.iter().any(|item| has(PREFIXES[0], item)) {
         let is_count = |(name, _): &mut (String, Tensor)| name == COUNT_OF_AVERAGED;
         let counts = contents.tensors.extract_if(.., is_count);
-        contents.ignored.extend(counts.map(|(name, _)| name));
+        counts.for_each(|(name, _)| contents.ignored.push(name));
     }
     for _ in 0..MOST_WRAPPERS {
         let stripped = |name: &str| {
@@ -229,7 +280,7 @@ fn read_safetensors(file: &mut impl Read, len: u64) -> Result<(Contents, Metadat
     }
     let contents = Contents {
         tensors,
-        ignored: Vec::new(),
+        ignored: Ignored::default(),
     };
     Ok((contents, metadata.into_iter().collect()))
 }

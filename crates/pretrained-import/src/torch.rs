@@ -8,11 +8,12 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::Problem;
 use crate::pickle::{Element, Pickle, Storage, TensorView, Value, kind};
+use crate::state_dict::Ignored;
 
 /// The tensors of a file under their keys, and the keys of everything else.
 pub(crate) struct Contents {
     pub(crate) tensors: Vec<(String, Tensor)>,
-    pub(crate) ignored: Vec<String>,
+    pub(crate) ignored: Ignored,
 }
 
 /// The number that legacy files begin with, as the bytes of a pickled integer.
@@ -172,7 +173,7 @@ fn stored<'a, R: Read + Seek>(
 struct Wanted {
     /// Index into the pickle's tensors by key: of a key given twice the last counts, as in Python.
     tensors: BTreeMap<Rc<str>, usize>,
-    ignored: Vec<String>,
+    ignored: Ignored,
 }
 
 /// Where checkpoints keep their state dict; the first of them that has tensors counts.
@@ -194,7 +195,7 @@ impl Wanted {
         let tensors_of = |value: &Value| {
             let mut wanted = Self {
                 tensors: BTreeMap::new(),
-                ignored: Vec::new(),
+                ignored: Ignored::default(),
             };
             for (key, value) in pickle.dict(value)? {
                 match (key, value) {
@@ -210,7 +211,8 @@ impl Wanted {
             let wrapped = pickle.get(&pickle.root, wrapper).and_then(tensors_of);
             if let (Some(mut wanted), Some(items)) = (wrapped, pickle.dict(&pickle.root)) {
                 let beside = items.map(|(key, _)| shown(key));
-                wanted.ignored.extend(beside.filter(|key| key != wrapper));
+                let beside = beside.filter(|key| key != wrapper);
+                beside.for_each(|key| wanted.ignored.push(key));
                 return Ok(wanted);
             }
         }
@@ -246,7 +248,7 @@ struct Build<'a> {
     /// Of each storage: keys and indices of the wanted tensors that view it.
     views: Vec<Vec<(Rc<str>, usize)>>,
     made: BTreeMap<Rc<str>, Tensor>,
-    ignored: Vec<String>,
+    ignored: Ignored,
     /// Of the file.
     len: u64,
     /// Bytes that tensors may still take.

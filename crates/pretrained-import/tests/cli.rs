@@ -9,7 +9,7 @@ use inception_model::{GoogLeNet, GoogLeNetConfig};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use pretrained_import::{
-    AuxHeads, MatchError, MatchOptions, StateDict, match_backbone, match_googlenet,
+    AuxHeads, Ignored, MatchError, MatchOptions, StateDict, match_backbone, match_googlenet,
     write_safetensors,
 };
 
@@ -147,7 +147,7 @@ fn a_file_is_imported_with_its_provenance_and_nothing_is_overwritten_unasked() {
         .success()
         .stdout(contains("(transform_input=false: the file says so)"));
     let kept = StateDict::read(&again).unwrap();
-    assert_eq!(kept.transform_input(), Some(false));
+    assert_eq!(kept.transform_input(&again).unwrap(), Some(false));
     let state = StateDict::read(&to).unwrap();
     assert_eq!(state.tensors.len(), 344);
     assert!(!state.tensors.keys().any(|name| name.starts_with("aux")));
@@ -218,6 +218,68 @@ fn what_does_not_fit_is_listed_and_nothing_is_written() {
         .code(1)
         .stderr(contains("missing (21): "))
         .stderr(contains("aux1.conv.conv.weight"));
+}
+
+#[test]
+fn a_conversion_that_cannot_be_read_is_refused_unless_a_flag_overrides_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let [from, to] = ["from", "to"].map(|name| dir.path().join(name).with_extension("safetensors"));
+    let said = BTreeMap::from([("transform_input".to_owned(), "nein".to_owned())]);
+    write_safetensors(&from, &googlenet(10, false), &said, false).unwrap();
+    let refused = import(&[text(&from), "--out", text(&to)]).assert().code(1);
+    refused.stderr(
+        contains("from.safetensors: transform_input is \"nein\" in its metadata")
+            .and(contains("must be true or false"))
+            .and(contains("--no-transform-input")),
+    );
+    assert!(!to.exists());
+    let line = [text(&from), "--out", text(&to), "--no-transform-input"];
+    import(&line).assert().success();
+    let written = StateDict::read(&to).unwrap();
+    assert_eq!(written.metadata["transform_input"], "false");
+}
+
+#[test]
+fn names_from_a_file_do_not_steer_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let [headless, whole, other_type, to] = ["headless", "whole", "type", "to"]
+        .map(|name| dir.path().join(name).with_extension("safetensors"));
+    const NAME: &str = "\u{1b}]0;title\u{7}\u{1b}[2J\u{9b}2J\rfc";
+    let tensor = |name: &str, shape: &[usize]| {
+        let tensor = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        (name.to_owned(), tensor)
+    };
+    write(&headless, &[tensor(NAME, &[1])]);
+    write(
+        &whole,
+        &[tensor(NAME, &[1]), tensor("fc.weight", &[3, 1024])],
+    );
+    // The library that reads the header quotes it.
+    let header = r#"{"a":{"dtype":"\u001b[2J","shape":[0],"data_offsets":[0,0]}}"#;
+    let len = (header.len() as u64).to_le_bytes();
+    std::fs::write(&other_type, [&len, header.as_bytes()].concat()).unwrap();
+    let imported = [text(&whole), "--out", text(&to)];
+    for (line, shown) in [
+        (&[text(&whole), "--list"][..], "]0;title"),
+        (&[text(&whole), "--list", "--json"], "]0;title"),
+        (&[text(&headless), "--out", text(&to)], "]0;title"),
+        (&imported, "unexpected (1): \\u{1b}]0;title"),
+        (&[&imported[..], &["--no-strict"]].concat(), "]0;title"),
+        (&[text(&other_type), "--list"], "[2J"),
+    ] {
+        let run = import(line).assert();
+        let output = run.get_output();
+        let said = [&output.stdout[..], &output.stderr].concat();
+        let said = String::from_utf8(said).unwrap();
+        assert!(said.contains(shown), "{line:?}: {said}");
+        // JSON is for programs, and has no byte of ASCII's control characters.
+        let steers = |c: &char| match line.contains(&"--json") {
+            true => c.is_ascii_control(),
+            false => c.is_control(),
+        };
+        let steering = said.chars().find(|c| *c != '\n' && steers(c));
+        assert_eq!(steering, None, "{line:?}: {said:?}");
+    }
 }
 
 #[test]
@@ -324,7 +386,7 @@ fn small_floats_become_f32_and_absent_counters_0_as_in_pytorch() {
     }
     let state = StateDict {
         tensors,
-        ignored: vec!["epoch".into()],
+        ignored: Ignored::default(),
         metadata: BTreeMap::new(),
         format: pretrained_import::Format::TorchZip,
     };
@@ -359,7 +421,7 @@ fn counters_of_one_dimension_are_scalars_as_in_pytorch() {
     }
     let mut state = StateDict {
         tensors,
-        ignored: Vec::new(),
+        ignored: Ignored::default(),
         metadata: BTreeMap::new(),
         format: pretrained_import::Format::TorchLegacy,
     };
@@ -389,7 +451,7 @@ fn counters_of_one_dimension_are_scalars_as_in_pytorch() {
 fn a_backbone_is_matched_whatever_head_is_on_it() {
     let mut state = StateDict {
         tensors: googlenet(3, true).into_iter().collect(),
-        ignored: Vec::new(),
+        ignored: Ignored::default(),
         metadata: BTreeMap::new(),
         format: pretrained_import::Format::TorchZip,
     };

@@ -78,6 +78,18 @@ fn a_hostile_file_makes_no_reader_allocate_more_than_a_multiple_of_its_bytes() {
         }
     }
 
+    // One key of 400 bytes again and again, beside a tensor whose storage does not come.
+    let key = [b"X\x90\x01\0\0", "😀".repeat(100).as_bytes(), b"q\x02N"].concat();
+    let mut object = [b"}(", &key[..]].concat();
+    object.extend(b"h\x02N".repeat(500_000));
+    object.extend(b"X\x01\0\0\0w");
+    object.extend(tensor);
+    object.extend(b"K\x01\x85K\x01\x85\x89}tRu.");
+    let file = legacy(&object);
+    let (peak_of_keys, len) = (peak(&file), file.len());
+    println!("keys: {peak_of_keys} bytes for a file of {len}");
+    assert!(peak_of_keys < 64 * len, "{peak_of_keys} bytes for {len}");
+
     // Integers that become i64: one tensor of them is read, and three that share a storage are too many.
     let file = int8(1 << 20, 3);
     let (peak_of_views, len) = (peak(&file), file.len());

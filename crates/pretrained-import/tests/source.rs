@@ -386,6 +386,26 @@ fn the_usual_name_is_preferred_and_otherwise_one_must_be_named() {
 }
 
 #[test]
+fn names_from_the_hub_do_not_steer_the_terminal() {
+    let cache = TempDir::new().unwrap();
+    // As JSON has them.
+    let (two, one) = (["\\u001b[2J.pth", "b.pth"], ["\\u001b[2J.pth"]);
+    let hub = Server::start([info(&two), info(&two), info(&one)]);
+    let options = options(&cache, &hub.url());
+    for (source, expected) in [
+        ("owner/name", "2 files of weights: \\u{1b}[2J.pth, b.pth."),
+        (
+            "owner/name:c.pth",
+            "its files of weights: \\u{1b}[2J.pth, b.pth",
+        ),
+        ("owner/name", "\"\\u{1b}[2J.pth\" cannot be the name"),
+    ] {
+        let error = find(source, &options).unwrap_err().to_string();
+        assert!(error.contains(expected), "{source}: {error:?}");
+    }
+}
+
+#[test]
 fn what_does_not_exist_is_named() {
     let cache = TempDir::new().unwrap();
     let not_found = || Reply::status(404, r#"{"error":"not found"}"#);

@@ -271,6 +271,30 @@ fn what_weights_say_of_their_input_is_how_they_are_used() {
 }
 
 #[test]
+fn what_weights_say_of_their_input_and_cannot_mean_is_refused_before_a_run_begins() {
+    let out = tempfile::tempdir().unwrap();
+    let file = out.path().join("weights.safetensors");
+    let sizes = ["0", "14", "1025", "100000", "4611686018427387904", "abc"];
+    let cases = sizes.map(|size| ("image_size", size, "15, the smallest"));
+    let conversion = ("transform_input", "nein", "it must be true or false");
+    for (key, said, expected) in cases.into_iter().chain([conversion]) {
+        let head = Tensor::zeros((10, 1024), DType::F32, &Device::Cpu).unwrap();
+        let metadata = [(key.to_string(), said.to_string())].into();
+        safetensors::serialize_to_file([("fc.weight", head)], Some(metadata), &file).unwrap();
+        let init = format!("--init {}", file.display());
+        let refused = tiny(&init, out.path()).assert().code(1);
+        let named = format!("weights.safetensors: {key} is {said:?} in its metadata");
+        refused.stderr(contains(named).and(contains(expected)));
+        assert_eq!(test_support::run_begun(out.path(), "finetune-full"), None);
+        if key == "image_size" {
+            let line = format!("{init} --image-size 32");
+            let goes_on = tiny(&line, out.path()).assert().code(1);
+            goes_on.stderr(contains("missing (").and(contains(key).not()));
+        }
+    }
+}
+
+#[test]
 fn weights_that_do_not_fit_are_refused_with_every_difference() {
     let (out, _) = finished("--weights random");
     let file = run_directory(out.path()).join("model.safetensors");

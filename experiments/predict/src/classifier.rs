@@ -97,7 +97,7 @@ impl Classifier {
     fn torchvision(weights: Weights, device: &Device) -> Result<Self> {
         let classes = classes(&weights)?;
         let said = |key: &str| weights.state.metadata.get(key).map(String::as_str);
-        let image_size: Option<usize> = said("image_size").and_then(|size| size.parse().ok());
+        let image_size = weights.image_size()?;
         // Ours say how large their pictures are. Of others, those with ten classes can only have
         // been fine-tuned, and all else is torchvision's.
         let preprocessing = match image_size.is_some() || classes == cifar_data::CLASSES {
@@ -108,7 +108,7 @@ impl Classifier {
         if image_size.is_none() && !weights.are_torchvisions() {
             assumed.push(preprocessing.assumed());
         }
-        let transform_input = weights.transform_input();
+        let transform_input = weights.transform_input()?;
         if transform_input.is_none() {
             assumed.push(
                 "The weights do not say whether the network converts its input: it does, from ImageNet's mean and standard \
@@ -235,8 +235,9 @@ fn architecture(weights: &Weights) -> Result<&'static str> {
         Some(CIFAR) => Ok(CIFAR),
         Some(TORCHVISION) => Ok(TORCHVISION),
         Some(other) => bail!(
-            "cannot use --weights {}: it is a {other}; {CIFAR} and {TORCHVISION} are known",
-            weights.path.display()
+            "cannot use --weights {}: it is a {}; {CIFAR} and {TORCHVISION} are known",
+            weights.path.display(),
+            other.escape_debug()
         ),
         None if has("conv1.conv.weight") => Ok(TORCHVISION),
         None if has("pre_layers.0.weight") => Ok(CIFAR),

@@ -578,6 +578,58 @@ fn of_classes_that_are_equally_likely_an_evaluation_takes_the_first_as_training_
     }
 }
 
+/// A head of ten classes, and a tensor of no network.
+fn head(path: &Path, other: &str, metadata: &[(&str, &str)]) {
+    let tensor = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let tensors = [
+        ("fc.weight", tensor(&[CLASSES, inception_model::FEATURES])),
+        (other, tensor(&[1])),
+    ];
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+    safetensors::serialize_to_file(tensors, Some(metadata.collect()), path).unwrap();
+}
+
+#[test]
+fn what_weights_say_of_their_input_and_cannot_mean_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    let sizes = ["0", "14", "1025", "100000", "4611686018427387904", "abc"];
+    let cases = sizes.map(|size| ("image_size", size, "15, the smallest"));
+    let conversion = ("transform_input", "nein", "it must be true or false");
+    for (key, said, expected) in cases.into_iter().chain([conversion]) {
+        let architecture = ("architecture", GoogLeNet::ARCHITECTURE);
+        head(&weights, "x", &[architecture, (key, said)]);
+        let refused = predict(&weights)
+            .arg(format!("{PICTURES}/tiny.bmp"))
+            .assert()
+            .code(1);
+        let named = format!("weights.safetensors: {key} is {said:?} in its metadata");
+        refused.stderr(contains(named).and(contains(expected)));
+    }
+}
+
+#[test]
+fn names_from_a_file_do_not_steer_the_terminal() {
+    const NAME: &str = "\u{1b}]0;title\u{7}\u{1b}[2J\u{9b}2J\r";
+    let dir = tempfile::tempdir().unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    for (architecture, expected) in [
+        (NAME, r"it is a \u{1b}]0;title"),
+        (GoogLeNet::ARCHITECTURE, r"unexpected (1): \u{1b}]0;title"),
+        (CifarGoogLeNet::ARCHITECTURE, r"unexpected: \u{1b}]0;title"),
+    ] {
+        head(&weights, NAME, &[("architecture", architecture)]);
+        let refused = predict(&weights)
+            .arg(format!("{PICTURES}/tiny.bmp"))
+            .assert()
+            .code(1);
+        let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+        assert!(said.contains(expected), "{said:?}");
+        let steers = |c: char| c.is_control() && c != '\n';
+        assert!(!said.contains(steers), "{said:?}");
+    }
+}
+
 #[test]
 fn bad_input_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();

@@ -71,7 +71,8 @@ impl TransferArguments {
 /// Above this a batch of a few pictures takes all memory, and nothing in a 32×32 picture asks for it.
 const LARGEST_IMAGE: usize = 1024;
 
-fn image_size(text: &str) -> Result<usize, String> {
+/// Of a flag, or of what weights say of themselves.
+pub(crate) fn image_size(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(size) if (SMALLEST_IMAGE..=LARGEST_IMAGE).contains(&size) => Ok(size),
         _ => Err(format!(

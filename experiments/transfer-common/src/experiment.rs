@@ -58,8 +58,10 @@ impl<S: Stage> Experiment for FineTune<S> {
             );
         }
         let transform_input = known.transform_input.unwrap_or(true);
-        let is_foreign = matches!(begin, BeginConfig::Backbone { .. }) && !known.is_of_a_run;
-        if is_foreign && transform_input && request.trained == Trained::HeadWithFixedStatistics {
+        if known.is_foreign
+            && transform_input
+            && request.trained == Trained::HeadWithFixedStatistics
+        {
             print(
                 "The pictures, already at −1…1, are converted once more in front of the network (transform_input), as in the \
                  lesson. The batch's statistics undo that, and those that --bn-eval fixes cannot, unless the weights were trained so: \
@@ -163,8 +165,8 @@ const WAYS_ON: &[&str] = &[
 struct Known {
     transform_input: Option<bool>,
     image_size: Option<usize>,
-    /// Whether it was trained by these programs, which say of the pictures how large they were.
-    is_of_a_run: bool,
+    /// Whether it is a backbone that was not trained by these programs, which say of the pictures how large they were.
+    is_foreign: bool,
 }
 
 fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConfig, Known)> {
@@ -179,11 +181,12 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
     );
     let fits = weights.backbone(request.aux_heads);
     fits.context("cannot use --weights")?;
+    let transform_input = weights.transform_input();
     let known = Known {
         // How the features were trained decides; the size of the pictures is free.
-        transform_input: weights.transform_input(),
+        transform_input: transform_input.context("cannot use --weights")?,
         image_size: None,
-        is_of_a_run: image_size(&weights).is_some(),
+        is_foreign: !matches!(weights.image_size(), Ok(Some(_))),
     };
     let begin = BeginConfig::Backbone {
         source: source.to_string(),
@@ -197,6 +200,16 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     let file = InitFile::given(weights_file(path, "--init")?).resolve("--init")?;
     let weights = Weights::read(&file).context("cannot use --init")?;
     check_architecture(&weights, "--init")?;
+    let image_size = match request.image_size {
+        Some(_) => Ok(None),
+        None => weights.image_size(),
+    };
+    let transform_input = weights.transform_input();
+    let known = Known {
+        transform_input: transform_input.context("cannot use --init")?,
+        image_size: image_size.context("cannot use --init")?,
+        is_foreign: false,
+    };
     let shown = path.display();
     let classes = weights
         .state
@@ -213,7 +226,8 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
         && other != dataset.name()
     {
         print(&format!(
-            "The head of these weights knows the classes of {other}, and now it is to learn those of {}",
+            "The head of these weights knows the classes of {}, and now it is to learn those of {}",
+            other.escape_debug(),
             dataset.name()
         ));
     }
@@ -232,23 +246,15 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     }
     let fits = weights.whole(request.aux_heads);
     fits.context("cannot use --init")?;
-    let known = Known {
-        transform_input: weights.transform_input(),
-        image_size: image_size(&weights),
-        is_of_a_run: image_size(&weights).is_some(),
-    };
     Ok((BeginConfig::State { file }, known))
-}
-
-fn image_size(weights: &Weights) -> Option<usize> {
-    weights.state.metadata.get("image_size")?.parse().ok()
 }
 
 fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {
     match weights.state.metadata.get("architecture") {
         Some(other) if other != GoogLeNet::ARCHITECTURE => bail!(
-            "cannot use {flag}: {} is a {other}, this experiment trains {}",
+            "cannot use {flag}: {} is a {}, this experiment trains {}",
             weights.path.display(),
+            other.escape_debug(),
             GoogLeNet::ARCHITECTURE
         ),
         _ => Ok(()),

@@ -187,7 +187,7 @@ impl FixedFeatures for Network {
 
 #[cfg(test)]
 mod tests {
-    use pretrained_import::{Format, StateDict};
+    use pretrained_import::{Format, Ignored, StateDict};
 
     use super::*;
 
@@ -285,7 +285,7 @@ mod tests {
             sha256: String::new(),
             state: StateDict {
                 tensors: state.collect(),
-                ignored: Vec::new(),
+                ignored: Ignored::default(),
                 metadata: BTreeMap::new(),
                 format: Format::Safetensors,
             },

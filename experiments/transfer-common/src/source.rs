@@ -15,6 +15,8 @@ use pretrained_import::{
     match_googlenet,
 };
 
+use crate::arguments::image_size;
+
 /// The value of `--weights`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WeightsSource {
@@ -164,9 +166,20 @@ impl Weights {
     }
 
     /// Whether the network converts its input, as the file says or torchvision's own weights are known to be used.
-    pub fn transform_input(&self) -> Option<bool> {
-        let said = self.state.transform_input();
-        said.or_else(|| self.are_torchvisions().then_some(true))
+    ///
+    /// # Errors
+    /// A file that says what is neither yes nor no.
+    pub fn transform_input(&self) -> Result<Option<bool>> {
+        let said = self.state.transform_input(&self.path)?;
+        Ok(said.or_else(|| self.are_torchvisions().then_some(true)))
+    }
+
+    /// Height and width to which its pictures are resized, in pixels, where the file says so.
+    ///
+    /// # Errors
+    /// A file that says what `--image-size` does not take.
+    pub fn image_size(&self) -> Result<Option<usize>> {
+        Ok(self.state.said("image_size", &self.path, image_size)?)
     }
 
     /// Whether there are auxiliary heads in it.
@@ -211,7 +224,7 @@ impl Weights {
 
 #[cfg(test)]
 mod tests {
-    use pretrained_import::Format;
+    use pretrained_import::{Format, Ignored};
 
     use super::*;
 
@@ -252,7 +265,7 @@ mod tests {
                 path: "weights".into(),
                 state: StateDict {
                     tensors: BTreeMap::new(),
-                    ignored: Vec::new(),
+                    ignored: Ignored::default(),
                     metadata: said.collect(),
                     format: Format::Safetensors,
                 },
@@ -260,7 +273,8 @@ mod tests {
             };
             let shown = format!("{sha256} {:?}", weights.state.metadata);
             assert_eq!(weights.are_torchvisions(), are_torchvisions, "{shown}");
-            assert_eq!(weights.transform_input(), transform_input, "{shown}");
+            let found = weights.transform_input().unwrap();
+            assert_eq!(found, transform_input, "{shown}");
         }
     }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use verified_download::{DownloadError, Mismatch};
 
+use crate::names::first_of;
+
 /// Why [`Source::find`](super::Source::find) ended without a file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -171,8 +173,10 @@ impl FetchError {
 }
 
 fn listed(files: &[String]) -> String {
+    /// Checkpoints of a whole training may be there.
+    const SHOWN: usize = 20;
     match files {
         [] => "none".to_owned(),
-        files => files.join(", "),
+        files => first_of(files, SHOWN, 0),
     }
 }

@@ -470,8 +470,8 @@ impl From<HFError> for HubAnswer {
 
 /// Whether this names something below a folder, in parts with `/` between them.
 pub(super) fn is_plain_path(path: &str) -> bool {
-    let is_plain =
-        |part: &str| !matches!(part, "" | "." | "..") && !part.contains(['\\', ':', '\0']);
+    let is_not_plain = |c: char| matches!(c, '\\' | ':') || c.is_control();
+    let is_plain = |part: &str| !matches!(part, "" | "." | "..") && !part.contains(is_not_plain);
     path.split('/').all(is_plain)
 }
 
