@@ -483,7 +483,8 @@ fn different_settings_are_refused_on_all_ranks() {
 
 #[test]
 fn different_data_are_refused_on_all_ranks() {
-    let otherwise: [(&str, fn(&mut DataSets)); 3] = [
+    type Change = fn(&mut DataSets);
+    let otherwise: [(&str, Change); 3] = [
         ("training data", |data| {
             data.train = Arc::new(shapes::generate(7, Split::Train, 11));
         }),
