@@ -473,6 +473,51 @@ fn a_private_repository_asks_for_a_token() {
 }
 
 #[test]
+fn the_command_shows_the_hub_the_token_of_the_variable_or_else_of_the_login_if_it_may() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let body = fs::read(fixtures.join("legacy.pth")).unwrap();
+    let home = TempDir::new().unwrap();
+    put(&home.path().join("token"), b"hf_of_home\n");
+    let stored = home.path().join("stored");
+    put(&stored, b"hf_stored\n");
+    let variable = ("HF_TOKEN", "hf_variable");
+    let path = ("HF_TOKEN_PATH", stored.to_str().unwrap());
+    let no_login = ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1");
+    for (set, expected) in [
+        (&[][..], Some("Bearer hf_of_home")),
+        (&[path], Some("Bearer hf_stored")),
+        (&[path, variable], Some("Bearer hf_variable")),
+        (&[path, no_login], None),
+        (&[variable, no_login], Some("Bearer hf_variable")),
+    ] {
+        let hub = Server::start([
+            info(&["weights.pth"]),
+            stated(&body, "http://content.network/blob"),
+            Reply::file(&body),
+        ]);
+        let cache = TempDir::new().unwrap();
+        let program = env!("CARGO_BIN_EXE_pretrained-import");
+        let output = test_support::program(program, "owner/name --list")
+            .env_remove("HF_HUB_OFFLINE")
+            .env("NO_PROXY", "127.0.0.1")
+            .env("HF_ENDPOINT", hub.url())
+            .env("HF_HOME", home.path())
+            .env("HF_HUB_CACHE", cache.path())
+            .envs(set.iter().copied())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{set:?}: {said}");
+        let asked = hub.asked();
+        let tokens: Vec<_> = asked
+            .iter()
+            .map(|asked| asked.header("authorization"))
+            .collect();
+        assert_eq!(tokens, [expected; 3], "{set:?}");
+    }
+}
+
+#[test]
 fn a_hub_that_cannot_be_reached_is_an_error_that_says_so() {
     let cache = TempDir::new().unwrap();
     let gone = Server::start([]).url();

@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Which rank of whose group a program is, what it logs, and whose the Hub's cache is: nothing that a test may inherit.
-const INHERITED: [&str; 19] = [
+const INHERITED: [&str; 20] = [
     "RUST_LOG",
     "RANK",
     "WORLD_SIZE",
@@ -23,6 +23,7 @@ const INHERITED: [&str; 19] = [
     "HF_HOME",
     "HF_TOKEN",
     "HF_TOKEN_PATH",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
     "HUGGINGFACE_HUB_CACHE",
     "NO_PROXY",
     "no_proxy",
