@@ -1,11 +1,13 @@
 //! The command as a user meets it. Nothing here leaves this machine.
 
 use std::fs;
-use std::net::TcpListener;
+use std::process::Command;
+use std::time::Duration;
 
-use assert_cmd::Command;
+use assert_cmd::prelude::*;
 use predicates::prelude::*;
 use predicates::str::contains;
+use test_support::free_port;
 
 /// The command with an environment of its own: no proxy, no token, an empty Hub cache below `home`.
 fn download_data(home: &tempfile::TempDir) -> Command {
@@ -30,14 +32,9 @@ fn download_data(home: &tempfile::TempDir) -> Command {
 #[test]
 fn without_a_server_it_fails_soon_names_the_other_source_and_leaves_nothing() {
     let home = tempfile::tempdir().unwrap();
-    let port = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port(); // closed again at once
-    download_data(&home)
-        .env("HF_ENDPOINT", format!("http://127.0.0.1:{port}"))
-        .timeout(std::time::Duration::from_secs(30))
+    assert_cmd::Command::from_std(download_data(&home))
+        .env("HF_ENDPOINT", format!("http://127.0.0.1:{}", free_port()))
+        .timeout(Duration::from_secs(30))
         .assert()
         .code(1)
         .stdout("")
@@ -50,6 +47,39 @@ fn without_a_server_it_fails_soon_names_the_other_source_and_leaves_nothing() {
         fs::read_dir(home.path()).unwrap().count(),
         0,
         "no folder was created"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_a_download_with_130_and_says_how_it_goes_on() {
+    use std::io::{BufRead, BufReader};
+    use test_support::http::{Reply, Server};
+    let home = tempfile::tempdir().unwrap();
+    let (release, released) = std::sync::mpsc::channel();
+    let server = Server::start([Reply::body(&[0; 1000])
+        .unannounced()
+        .stalled_until(1000, released)]);
+    let mut child = download_data(&home)
+        .env("HF_ENDPOINT", server.url())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let begun = lines.find(|line| line.as_ref().unwrap().starts_with("fetching "));
+    assert!(begun.is_some());
+    let kill = Command::new("kill")
+        .args(["-s", "INT", &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    // What waits for the next bytes goes on.
+    drop(release);
+    let said: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{said:?}");
+    let last = said.last().expect("a last line");
+    assert!(
+        last.contains("the next run continues from there"),
+        "{said:?}"
     );
 }
 
