@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_cnn::cuda::{F32Math, Settings, set_settings};
 use candle_cnn::{Conv2dConfig, conv2d, conv2d_relu};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use test_support::{assert_close, devices, relative_error, seeded_values};
+use test_support::{assert_close, devices, relative_error, seeded_values, skipped};
 
 /// The settings are the process's: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -98,7 +98,7 @@ fn every_setting_gives_the_result_of_the_cpu() -> Result<()> {
     let mut dtypes = vec![DType::F32, DType::F64];
     match has_bf16() {
         true => dtypes.push(DType::BF16),
-        false => eprintln!("skipped: this GPU has no bf16 convolutions"),
+        false => skipped("this GPU has no bf16 convolutions"),
     }
     for (relu, bias) in [(false, false), (false, true), (true, false), (true, true)] {
         for shape in shapes() {

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use candle_cnn::*;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use test_support::seeded_values;
+use test_support::{seeded_values, skipped};
 
 /// The program, or why there is none.
 fn emulator() -> Option<&'static Path> {
@@ -48,7 +48,7 @@ fn emulator() -> Option<&'static Path> {
     match built {
         Ok(program) => Some(program),
         Err(why) => {
-            println!("skipped: {why}");
+            skipped(why);
             None
         }
     }
@@ -1032,7 +1032,7 @@ fn a_step_beyond_a_buffer_is_caught() {
     let sanitized = std::fs::read(emulator)
         .is_ok_and(|program| program.windows(6).any(|name| name == b"__asan"));
     if !sanitized {
-        println!("skipped: c++ has no AddressSanitizer");
+        skipped("c++ has no AddressSanitizer");
         return;
     }
     let relu = |elements: usize| {

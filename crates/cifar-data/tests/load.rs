@@ -98,7 +98,7 @@ fn a_damaged_file_is_an_error_that_names_which_of_the_six() {
 #[test]
 fn the_whole_data_set_has_the_published_sizes() {
     let Some(dir) = std::env::var_os("CIFAR_DATA_DIR") else {
-        println!("skipped: CIFAR_DATA_DIR names no folder with CIFAR-10");
+        test_support::skipped("CIFAR_DATA_DIR names no folder with CIFAR-10");
         return;
     };
     let start = Instant::now();

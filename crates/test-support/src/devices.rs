@@ -8,7 +8,7 @@ use candle_core::Device;
 /// the tests are built with the feature `cuda` of the crate under test.
 ///
 /// The CUDA device is opened once in a process and has one stream, so that tests on several threads may share it. Where
-/// there is none, `skipped: CUDA: <why>` is printed once.
+/// there is none, [`crate::skipped`] says why.
 ///
 /// # Panics
 /// Where there is none and the environment has `CUDA_TESTS_MUST_RUN`.
@@ -21,7 +21,7 @@ pub fn devices() -> Vec<Device> {
                 std::env::var_os("CUDA_TESTS_MUST_RUN").is_none(),
                 "there is no CUDA device: {why}"
             );
-            println!("skipped: CUDA: {why}");
+            crate::skipped(&format!("CUDA, in this and all other tests: {why}"));
             None
         }
     });

@@ -10,6 +10,7 @@ mod fixture;
 mod gradient;
 mod runs;
 mod seeded;
+mod skipped;
 mod torch_file;
 
 pub use devices::devices;
@@ -17,6 +18,7 @@ pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
 pub use runs::{free_port, only_run, program, run_begun, set_epochs, step_losses};
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
+pub use skipped::skipped;
 pub use torch_file::legacy_pth;
 
 use candle_core::{DType, Result, Tensor};

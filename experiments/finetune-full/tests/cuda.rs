@@ -2,7 +2,7 @@
 #![cfg(feature = "cuda")]
 
 use assert_cmd::Command;
-use test_support::{devices, program, step_losses};
+use test_support::{devices, program, skipped, step_losses};
 
 /// Losses of a run's steps; warnings are failures.
 fn losses(arguments: &str) -> Vec<f64> {
@@ -37,7 +37,7 @@ fn the_graph_of_a_step_repeats_it_to_the_bit_and_the_first_step_is_that_of_the_c
 #[test]
 fn auxiliary_heads_train_in_bf16() {
     if candle_cnn::cuda::device_info(0).is_ok_and(|gpu| !gpu.has_bf16()) {
-        eprintln!("skipped: this GPU has no bf16 convolutions");
+        skipped("this GPU has no bf16 convolutions");
         return;
     }
     if devices().len() == 1 {

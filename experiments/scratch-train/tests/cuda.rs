@@ -3,7 +3,7 @@
 
 use assert_cmd::Command;
 use predicates::str::contains;
-use test_support::{devices, step_losses};
+use test_support::{devices, skipped, step_losses};
 
 fn program(arguments: &str) -> Command {
     let path = env!("CARGO_BIN_EXE_scratch-train");
@@ -45,7 +45,7 @@ fn two_gpus_make_the_steps_of_one_over_nccl() {
         return;
     }
     if !is_emulated() && candle_cnn::cuda::device_info(1).is_err() {
-        println!("skipped: there is one GPU only");
+        skipped("there is one GPU only");
         return;
     }
     // Masks of dropout are each rank's own. At this rate twice the gradient shows in the second loss by three percent.
@@ -67,7 +67,7 @@ fn where_one_rank_cannot_record_the_step_none_replays_it() {
         return;
     }
     if !is_emulated() {
-        println!("skipped: a GPU's driver cannot be made to refuse a graph");
+        skipped("a GPU's driver cannot be made to refuse a graph");
         return;
     }
     let out = tempfile::tempdir().unwrap();
@@ -96,7 +96,7 @@ fn a_lack_of_memory_names_the_step_and_what_to_lower() {
         return;
     }
     if !is_emulated() {
-        println!("skipped: a GPU's memory cannot be made small");
+        skipped("a GPU's memory cannot be made small");
         return;
     }
     program("--dataset shapes --train-limit 8 --test-limit 2 --batch-size 8 --device cuda --out")
@@ -115,7 +115,7 @@ fn other_work_has_the_memory_of_a_recorded_step() {
         return;
     }
     if !is_emulated() {
-        println!("skipped: others may use a GPU's memory meanwhile");
+        skipped("others may use a GPU's memory meanwhile");
         return;
     }
     // With a smaller batch before the evaluation, and without one.

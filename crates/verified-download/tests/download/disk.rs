@@ -4,6 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use test_support::http::{Reply, Server};
+use test_support::skipped;
 use verified_download::{DownloadError, Event, Mismatch, Origin};
 
 use crate::{FILE, content, listing, message, part_path, put, request, run, temporary};
@@ -118,7 +119,7 @@ fn a_read_only_folder_is_named_before_any_request() {
     fs::create_dir(&folder).unwrap();
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o555)).unwrap();
     if fs::write(folder.join("probe"), "").is_ok() {
-        println!("skipped: this user (root?) writes to read-only folders");
+        skipped("this user (root?) writes to read-only folders");
         return;
     }
     let server = Server::start([Reply::file(&body)]);

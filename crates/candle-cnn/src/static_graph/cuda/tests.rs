@@ -1,7 +1,7 @@
 //! A graph on CUDA against ordinary operations in f64 on the CPU. Skipped without a GPU.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use test_support::{devices, relative_error};
+use test_support::{devices, relative_error, skipped};
 
 use super::super::tests::{
     EPS, Example, ODD, Stem, WHOLE, composed, example, example_of_widths, parameters, running,
@@ -190,7 +190,7 @@ fn running_statistics_normalise_whether_parameters_train_or_not() -> Result<()> 
 #[test]
 fn bf16_is_as_near_as_ordinary_operations_come() -> Result<()> {
     if crate::cuda::device_info(0).is_ok_and(|gpu| !gpu.has_bf16()) {
-        eprintln!("skipped: this GPU has no bf16 convolutions");
+        skipped("this GPU has no bf16 convolutions");
         return Ok(());
     }
     let Some(gpu) = gpu() else {
