@@ -116,14 +116,7 @@ impl Transfer<'_> {
                 Err(Failure::Remote(RemoteError::Status {
                     status: StatusCode::RANGE_NOT_SATISFIABLE,
                     ..
-                })) if state.use_range && part.len() > 0 => {
-                    progress(Event::StartingOver {
-                        path: &self.file.path,
-                        why: "the server cannot continue from here",
-                    });
-                    state.use_range = false;
-                    part.restart()?;
-                }
+                })) if state.use_range && part.len() > 0 => state.use_range = false,
                 Err(Failure::Remote(error)) => {
                     let delay = self.delay_after(error, part, &mut state, progress)?;
                     if !wait(delay, &self.options.interrupt) {
@@ -141,9 +134,8 @@ impl Transfer<'_> {
         state: &mut State,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
-        if !state.use_range {
-            part.restart()?;
-        }
+        // What is there stays until bytes of the file come that take its place.
+        let mut from = if state.use_range { part.len() } else { 0 };
         // Compressed transfer would make lengths and ranges those of other bytes.
         let mut request = self
             .client
@@ -152,8 +144,8 @@ impl Transfer<'_> {
         if let Some(token) = &self.file.token {
             request = request.bearer_auth(token.expose());
         }
-        if part.len() > 0 {
-            request = request.header(RANGE, format!("bytes={}-", part.len()));
+        if from > 0 {
+            request = request.header(RANGE, format!("bytes={from}-"));
             if let Some(etag) = &state.etag {
                 request = request.header(IF_RANGE, etag);
             }
@@ -167,15 +159,7 @@ impl Transfer<'_> {
 
         let status = response.status();
         match status {
-            StatusCode::OK if part.len() > 0 => {
-                progress(Event::StartingOver {
-                    path: &self.file.path,
-                    why: "the server sends the file from its start",
-                });
-                part.restart()?;
-                state.from_earlier_run = false;
-            }
-            StatusCode::OK => {}
+            StatusCode::OK => from = 0,
             StatusCode::PARTIAL_CONTENT => {
                 let (start, total) = content_range(headers).unwrap_or((u64::MAX, None));
                 if let (Some(announced), Some(expected)) = (total, self.file.pin.exact_bytes())
@@ -197,7 +181,7 @@ impl Transfer<'_> {
                     .into());
                 }
                 state.total = state.total.or(total);
-                if start != part.len() {
+                if start != from {
                     // It answers ranges, but not the one we asked for: do without.
                     state.use_range = false;
                     return Err(RemoteError::BrokeOff {
@@ -241,7 +225,7 @@ impl Transfer<'_> {
         let announced =
             header(headers, CONTENT_LENGTH).and_then(|length| length.trim().parse::<u64>().ok());
         if let Some(length) = announced {
-            let announced = part.len().saturating_add(length);
+            let announced = from.saturating_add(length);
             let (exact, most) = (self.file.pin.exact_bytes(), self.file.pin.most_bytes());
             // A partial answer may stop short of the end; a whole one may not.
             let is_whole = status == StatusCode::OK;
@@ -271,21 +255,24 @@ impl Transfer<'_> {
             .map(str::to_owned);
         progress(Event::Transferring {
             path: &self.file.path,
-            from: part.len(),
+            from,
             bytes: state.expected(self.file),
         });
-        self.read_body(&mut response, url, part, state, progress)
+        self.read_body(&mut response, url, from, part, state, progress)
     }
 
+    /// Appends the body to the first `from` bytes of `part`, which are all of it or none.
     fn read_body(
         &self,
         response: &mut Response,
         url: String,
+        from: u64,
         part: &mut PartFile<'_>,
         state: &mut State,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
         let expected = state.expected(self.file);
+        let mut starts_over = from < part.len();
         let mut buffer = vec![0; 1 << 16];
         loop {
             if self.options.interrupt.is_raised() {
@@ -293,7 +280,11 @@ impl Transfer<'_> {
             }
             let count = match response.read(&mut buffer) {
                 // Where nobody knows the size, the end is where the server ends, and the hash decides.
-                Ok(0) if part.len() == expected || (state.total.is_none() && part.len() > 0) => {
+                Ok(0)
+                    if !starts_over
+                        && (part.len() == expected
+                            || (state.total.is_none() && part.len() > 0)) =>
+                {
                     state.total = Some(part.len());
                     return Ok(());
                 }
@@ -309,7 +300,7 @@ impl Transfer<'_> {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // All bytes are there: how the connection ends no longer matters.
-                Err(_) if part.len() == expected => return Ok(()),
+                Err(_) if !starts_over && part.len() == expected => return Ok(()),
                 Err(error) if is_timeout(&error) => {
                     let silence = self.options.network.read_timeout;
                     return Err(RemoteError::Stalled {
@@ -331,16 +322,30 @@ impl Transfer<'_> {
                 }
             };
             let bytes = &buffer[..count];
-            if part.len() == 0 && looks_like_a_page(bytes) {
+            let done = if starts_over { 0 } else { part.len() };
+            if done == 0 && looks_like_a_page(bytes) {
                 return Err(RemoteError::WebPage {
                     url,
                     excerpt: excerpt(bytes),
                 }
                 .into());
             }
-            if part.len() + count as u64 > expected {
-                part.discard();
+            if done + count as u64 > expected {
+                if !starts_over {
+                    part.discard();
+                }
                 return Err(RemoteError::TooLong { url, expected }.into());
+            }
+            if starts_over {
+                let why = match state.use_range {
+                    true => "the server sends the file from its start",
+                    false => "the server cannot continue from here",
+                };
+                let path = &self.file.path;
+                progress(Event::StartingOver { path, why });
+                part.restart()?;
+                state.from_earlier_run = false;
+                starts_over = false;
             }
             part.append(bytes)?;
             state.received += count as u64;

@@ -162,6 +162,65 @@ fn a_server_that_answers_another_range_is_asked_without() {
 }
 
 #[test]
+fn no_answer_but_the_file_takes_the_place_of_a_part() {
+    let body = content(1000);
+    let page = b"<html><body>Please log in</body></html>";
+    let mut padded = page.to_vec();
+    padded.resize(1000, b' ');
+    let other_range =
+        Reply::status(206, &body[100..]).header("Content-Range", "bytes 100-999/1000");
+    let answers = [
+        vec![Reply::body(page).header("Content-Type", "text/html")],
+        vec![Reply::body(&padded)],
+        vec![Reply::body(page).unannounced()],
+        vec![Reply::body(&content(900))],
+        vec![Reply::body(&content(5000))],
+        vec![Reply::body(&content(100_000)).unannounced()],
+        vec![Reply::body(&[]).unannounced(); 3],
+        vec![Reply::status(416, ""), Reply::body(&padded)],
+        vec![other_range],
+    ];
+    for script in answers {
+        let dir = temporary();
+        let part = part_path(dir.path(), &body);
+        put(&part, &body[..400]);
+        let what = format!("{script:?}");
+        let answers = script.len();
+        let mut server = Some(Server::start(script));
+        let wanted = request(&server.as_ref().unwrap().url(), dir.path(), &body);
+        let mut retries = 0;
+        // After the last answer the port refuses.
+        let failed = wanted.fetch(&mut |event| {
+            retries += usize::from(matches!(event, Event::Retrying { .. }));
+            server = server.take().filter(|_| retries < answers);
+        });
+        assert!(failed.is_err(), "{what}");
+        let kept = fs::read(&part).unwrap_or_default();
+        assert!(kept == body[..400], "{} bytes after {what}", kept.len());
+
+        let server = Server::start([Reply::file(&body)]);
+        let report = run(&request(&server.url(), dir.path(), &body)).0.unwrap();
+        assert_eq!(report.origin, Origin::Network { received: 600 }, "{what}");
+        assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    }
+}
+
+#[test]
+fn a_part_that_the_server_cannot_continue_gives_way_to_the_whole_file() {
+    let body = content(1000);
+    let dir = temporary();
+    put(&part_path(dir.path(), &body), &body[..400]);
+    let server = Server::start([Reply::status(416, ""), Reply::body(&body)]);
+    let (result, events) = run(&request(&server.url(), dir.path(), &body));
+    assert_eq!(result.unwrap().origin, Origin::Network { received: 1000 });
+    assert_eq!(server.asked()[1].header("range"), None);
+    assert!(
+        events.iter().any(|event| event.contains("cannot continue")),
+        "{events:?}"
+    );
+}
+
+#[test]
 fn wrong_bytes_of_an_earlier_run_are_dropped_and_fetched_anew() {
     let body = content(1000);
     for kept in [vec![7; 400], vec![7; 1000], vec![7; 2000]] {
