@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::thread::sleep;
+use std::sync::mpsc;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,7 @@ const HANDSHAKE: Call = Call {
     kind: Kind::Handshake,
     number: u64::from_le_bytes(*b"datapara"),
 };
-/// Who connects says so at once; who does not holds up the others no longer than this.
+/// Who connects says so at once; who does not is heard no longer than this.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// When all are there, neighbours find each other in less than this, unless one has died meanwhile.
 const TO_CLOSE_THE_RING: Duration = Duration::from_secs(30);
@@ -152,12 +153,13 @@ fn receive_all(
     let (listener, ring_listener) = listen().map_err(cannot_listen)?;
     let ring_address = ring_listener.local_addr().map_err(cannot_listen)?;
 
+    let mut visitors = Visitors::at(&listener, hear).map_err(cannot_listen)?;
     let mut there: BTreeMap<usize, (Link, SocketAddr)> = BTreeMap::new();
     let outcome = loop {
         if there.len() + 1 == ranks.world_size {
             break Ok(());
         }
-        let Some((stream, from)) = accept(&listener, deadline).map_err(cannot_listen)? else {
+        let Some((from, heard)) = visitors.next(deadline).map_err(cannot_listen)? else {
             let missing = |rank: &usize| !there.contains_key(rank);
             break Err(Error::Missing {
                 missing: (1..ranks.world_size).filter(missing).collect(),
@@ -165,7 +167,7 @@ fn receive_all(
                 timeout: options.timeout,
             });
         };
-        let (mut link, hello) = match hear(stream) {
+        let (mut link, hello) = match heard {
             Ok(heard) => heard,
             Err(problem) => {
                 tracing::warn!("{from} connected to {address} and is no rank: {problem}");
@@ -307,25 +309,88 @@ fn close_ring(
     let stream = reach(&next.ip().to_string(), next.port(), deadline).map_err(lost(next_rank))?;
     let next = Link::new(next_rank, stream, remaining(deadline)).map_err(lost(next_rank))?;
     next.send(call, &(ranks.rank as u64).to_le_bytes())?;
+    let hear = move |stream, patience| {
+        let link = Link::hasty(previous_rank, stream, patience).map_err(lost(previous_rank))?;
+        let mut rank = [0; 8];
+        link.receive(call, &mut rank)?;
+        Ok((link, u64::from_le_bytes(rank)))
+    };
+    let mut visitors = Visitors::at(listener, hear).map_err(lost(previous_rank))?;
     loop {
-        let accepted = accept(listener, deadline).map_err(lost(previous_rank))?;
-        let Some((stream, from)) = accepted else {
+        let visitor = visitors.next(deadline).map_err(lost(previous_rank))?;
+        let Some((from, heard)) = visitor else {
             return Err(lost(previous_rank)(io::ErrorKind::TimedOut.into()));
         };
-        let previous = Link::hasty(previous_rank, stream, PATIENCE).map_err(lost(previous_rank))?;
-        let mut rank = [0; 8];
-        match previous.receive(call, &mut rank) {
-            Ok(()) if u64::from_le_bytes(rank) == previous_rank as u64 => {
+        match heard {
+            Ok((previous, rank)) if rank == previous_rank as u64 => {
                 return Ok(Ring { next, previous });
             }
-            result => tracing::warn!("{from} is not rank {previous_rank}: {result:?}"),
+            result => {
+                let result: Result<u64> = result.map(|(_, rank)| rank);
+                tracing::warn!("{from} is not rank {previous_rank}: {result:?}");
+            }
         }
     }
 }
 
+/// Who connects to a listener, in the order in which they say who they are: they are heard side by side, so that those who
+/// are silent hold nobody up.
+struct Visitors<'a, H, T> {
+    listener: &'a TcpListener,
+    /// Hears the first words, within a patience.
+    hear: H,
+    heard: mpsc::Receiver<(SocketAddr, T)>,
+    sender: mpsc::Sender<(SocketAddr, T)>,
+    being_heard: usize,
+}
+
+impl<'a, H, T> Visitors<'a, H, T>
+where
+    H: Fn(TcpStream, Duration) -> T + Copy + Send + 'static,
+    T: Send + 'static,
+{
+    /// Of more at a time, the others wait until one has been heard.
+    const SIDE_BY_SIDE: usize = 64;
+
+    fn at(listener: &'a TcpListener, hear: H) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let (sender, heard) = mpsc::channel();
+        Ok(Self {
+            listener,
+            hear,
+            heard,
+            sender,
+            being_heard: 0,
+        })
+    }
+
+    /// The next one; None when the deadline is over.
+    fn next(&mut self, deadline: Instant) -> io::Result<Option<(SocketAddr, T)>> {
+        while Instant::now() < deadline {
+            if self.being_heard < Self::SIDE_BY_SIDE
+                && let Some((stream, from)) = accept(self.listener)?
+            {
+                let (hear, sender) = (self.hear, self.sender.clone());
+                let patience = PATIENCE.min(remaining(deadline));
+                // It ends by itself, soon after nobody waits for it any more.
+                thread::Builder::new().spawn(move || {
+                    let _ = sender.send((from, hear(stream, patience)));
+                })?;
+                self.being_heard += 1;
+                continue;
+            }
+            if let Ok(heard) = self.heard.recv_timeout(RETRY_EVERY) {
+                self.being_heard -= 1;
+                return Ok(Some(heard));
+            }
+        }
+        Ok(None)
+    }
+}
+
 /// The first words of whoever connects, or why it is no rank: it has no number yet that an error could name.
-fn hear(stream: TcpStream) -> std::result::Result<(Link, Hello), String> {
-    let link = Link::hasty(usize::MAX, stream, PATIENCE).map_err(|error| error.to_string())?;
+fn hear(stream: TcpStream, patience: Duration) -> std::result::Result<(Link, Hello), String> {
+    let link = Link::hasty(usize::MAX, stream, patience).map_err(|error| error.to_string())?;
     match receive_json(&link) {
         Ok(hello) => Ok((link, hello)),
         Err(Error::Lost { source, .. }) => Err(source.to_string()),
@@ -361,21 +426,20 @@ fn receive_json<T: for<'a> Deserialize<'a>>(link: &Link) -> Result<T> {
     })
 }
 
-/// The next connection; None when the deadline is over.
-fn accept(
-    listener: &TcpListener,
-    deadline: Instant,
-) -> io::Result<Option<(TcpStream, SocketAddr)>> {
-    listener.set_nonblocking(true)?;
-    loop {
-        match listener.accept() {
-            Ok(accepted) => return Ok(Some(accepted)),
-            // The one who connected has left again.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => (),
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-            Err(_) if Instant::now() >= deadline => return Ok(None),
-            Err(_) => sleep(RETRY_EVERY),
+/// A connection that waits at a listener that does not.
+fn accept(listener: &TcpListener) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+    match listener.accept() {
+        Ok(accepted) => Ok(Some(accepted)),
+        // None, or the one who connected has left again.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+            ) =>
+        {
+            Ok(None)
         }
+        Err(error) => Err(error),
     }
 }
 

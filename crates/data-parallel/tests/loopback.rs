@@ -429,6 +429,48 @@ fn a_slow_stranger_holds_nobody_up() {
 }
 
 #[test]
+fn silent_strangers_hold_nobody_up() {
+    let port = free_port();
+    let timeout = Duration::from_secs(4); // less than one stranger is heard
+    let connect = move |rank| {
+        let ranks = Ranks::new(rank, 3, "127.0.0.1", port).unwrap();
+        let options = Options {
+            timeout,
+            ..Options::default()
+        };
+        ProcessGroup::connect(&ranks, &options, Backend::Tcp)
+    };
+    let first = thread::spawn(move || connect(0).unwrap().barrier());
+    let strangers = [(); 6].map(|()| reach(port));
+    let others = [1, 2].map(|rank| thread::spawn(move || connect(rank).unwrap().barrier()));
+    first.join().unwrap().unwrap();
+    for rank in others {
+        rank.join().unwrap().unwrap();
+    }
+    drop(strangers);
+}
+
+#[test]
+fn silent_strangers_do_not_put_off_the_end_of_the_wait() {
+    let port = free_port();
+    let first = thread::spawn(move || {
+        let ranks = Ranks::new(0, 2, "127.0.0.1", port).unwrap();
+        let options = Options {
+            timeout: Duration::from_secs(2),
+            ..Options::default()
+        };
+        let begin = Instant::now();
+        let error = ProcessGroup::connect(&ranks, &options, Backend::Tcp).unwrap_err();
+        (error, begin.elapsed())
+    });
+    let strangers = [(); 6].map(|()| reach(port));
+    let (error, waited) = first.join().unwrap();
+    drop(strangers);
+    assert!(matches!(error, Error::Missing { .. }), "{error}");
+    assert!(waited < Duration::from_secs(4), "{waited:?}");
+}
+
+#[test]
 fn settings_can_be_compared_later_too() {
     let errors = on_ranks(3, |group| {
         let facts = |data: &str| BTreeMap::from([("data".to_string(), data.to_string())]);
