@@ -31,6 +31,9 @@ impl InitFile {
     /// A file that cannot be read.
     pub fn resolve(self, flag: &str) -> Result<Self> {
         let cannot_read = || format!("cannot read {flag} {}", self.path.display());
+        // A device may never end, and a pipe is empty when it is read again.
+        let metadata = std::fs::metadata(&self.path).with_context(cannot_read)?;
+        ensure!(metadata.is_file(), "{}: it is no file", cannot_read());
         let bytes = std::fs::read(&self.path).with_context(cannot_read)?;
         Ok(Self {
             path: self.path.canonicalize().with_context(cannot_read)?,

@@ -39,7 +39,12 @@ pub(crate) fn find(paths: &[PathBuf]) -> Vec<Result<PathBuf, NotFound>> {
                     }));
                 }
             }
-            Ok(_) => found.push(Ok(path.clone())),
+            Ok(metadata) if metadata.is_file() => found.push(Ok(path.clone())),
+            // What it gives may never come, or never end.
+            Ok(_) => found.push(Err(NotFound {
+                path: path.clone(),
+                reason: "is neither a file nor a folder".into(),
+            })),
             Err(error) => found.push(Err(not_found(path, &error))),
         }
     }
@@ -57,29 +62,35 @@ fn walk(dir: &Path, found: &mut Vec<Result<PathBuf, NotFound>>) {
         let path = entry.path();
         match entry.file_type() {
             Ok(kind) if kind.is_dir() => walk(&path, found),
-            Ok(_) if is_picture(&path) => found.push(Ok(path)),
-            Ok(_) => {}
+            Ok(_) => match is_picture(&path) {
+                Ok(true) => found.push(Ok(path)),
+                Ok(false) => {}
+                Err(error) if is_named_as_picture(&path) => {
+                    found.push(Err(not_found(&path, &error)));
+                }
+                Err(_) => {}
+            },
             Err(error) => found.push(Err(not_found(&path, &error))),
         }
     }
 }
 
-/// By its name, or else by how it begins.
-fn is_picture(path: &Path) -> bool {
+/// A file that is one by its name, or else by how it begins. What is no file may never end.
+fn is_picture(path: &Path) -> io::Result<bool> {
+    let is_file = fs::metadata(path)?.is_file();
+    Ok(is_file && (is_named_as_picture(path) || begins_as_picture(path)?))
+}
+
+fn is_named_as_picture(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str());
-    let is_named = extension.is_some_and(|extension| {
+    extension.is_some_and(|extension| {
         EXTENSIONS
             .iter()
             .any(|known| known.eq_ignore_ascii_case(extension))
-    });
-    is_named || begins_as_picture(path).unwrap_or(false)
+    })
 }
 
 fn begins_as_picture(path: &Path) -> io::Result<bool> {
-    // What is no file may never end.
-    if !fs::metadata(path)?.is_file() {
-        return Ok(false);
-    }
     let mut start = Vec::new();
     File::open(path)?.take(16).read_to_end(&mut start)?;
     Ok(image::guess_format(&start).is_ok_and(|format| FORMATS.contains(&format)))
@@ -118,5 +129,25 @@ mod tests {
         }
         assert!(found[5].as_ref().unwrap_err().contains("cannot be read"));
         assert!(found[6].as_ref().unwrap_err().contains("no picture"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_neither_a_file_nor_a_folder_is_never_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.png"), "").unwrap();
+        for name in ["pipe.jpg", "pipe"] {
+            let pipe = dir.path().join(name);
+            let made = std::process::Command::new("mkfifo").arg(pipe).status();
+            assert!(made.unwrap().success());
+        }
+        std::os::unix::fs::symlink("/dev/zero", dir.path().join("zero.png")).unwrap();
+        let found = find(&[dir.path().to_path_buf()]);
+        assert_eq!(found.len(), 1, "{found:?}");
+        for name in ["pipe.jpg", "zero.png"] {
+            let found = find(&[dir.path().join(name)]);
+            let error = found[0].as_ref().unwrap_err().to_string();
+            assert_eq!(error, "is neither a file nor a folder", "{name}");
+        }
     }
 }
