@@ -7,10 +7,11 @@
 
 use std::fs::File;
 use std::io::Cursor;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{
+    ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, ImageResult, Limits, RgbImage,
+};
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
 use parquet::data_type::{ByteArrayType, DataType, Int64Type};
@@ -19,7 +20,7 @@ use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
 use rayon::prelude::*;
 
-use crate::{CLASSES, DataError, IMAGE_BYTES, ImageSet, SIDE, TrainTest, jpeg};
+use crate::{CLASSES, DataError, IMAGE_BYTES, ImageSet, SIDE, TrainTest, guard, jpeg};
 
 /// The two layouts' training and test file, within the folder `plain_text`.
 pub const FILES: [(&str, &str); 2] = [
@@ -293,17 +294,9 @@ impl<'a, T: DataType> Column<'a, T> {
 }
 
 /// Calls the Parquet library, which panics on some damaged files (as of 60.1: a page that names a
-/// dictionary that is not there, for one), and makes that an error. What `call` was working on is
-/// given up afterwards, so it does not matter in which state it was left.
+/// dictionary that is not there, for one), and makes that an error.
 fn guarded<V>(call: impl FnOnce() -> Result<V, ParquetError>) -> Result<V, ParquetError> {
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
-        let reason = (panic.downcast_ref::<&str>().copied())
-            .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-            .unwrap_or("no reason given");
-        Err(ParquetError::General(format!(
-            "the file is damaged, the reader gave up: {reason}"
-        )))
-    })
+    guard::guarded(call, ParquetError::General)
 }
 
 /// Decodes a picture into `chw`, [`IMAGE_BYTES`] long.
@@ -336,32 +329,31 @@ fn decode_picture(
             )));
         }
     };
-    let mut reader = ImageReader::with_format(Cursor::new(encoded), format);
-    let mut limits = Limits::default();
-    limits.max_alloc = Some(MAX_DECODER_BYTES);
-    reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(decode_error)?;
-    // Checked before anything is allocated for the pixels.
-    let (width, height) = decoder.dimensions();
-    if (width, height) != (SIDE as u32, SIDE as u32) {
-        return Err(not_expected(format!("{width}×{height} pixels large")));
-    }
-    // Transparency or 16 bits would be lost without a word.
-    let color = decoder.color_type();
-    if !matches!(color, ColorType::Rgb8 | ColorType::L8) {
-        return Err(not_expected(format!("of colour type {color:?}")));
-    }
-    let decoded = match format {
-        ImageFormat::Jpeg => jpeg::decode(encoded, MAX_DECODER_BYTES),
-        _ => Ok(None),
-    };
-    let rgb = match decoded.map_err(decode_error)? {
-        Some(rgb) => rgb,
-        None => {
-            let picture = DynamicImage::from_decoder(decoder);
-            picture.map_err(decode_error)?.into_rgb8()
+    let read = || -> ImageResult<Result<RgbImage, String>> {
+        let mut reader = ImageReader::with_format(Cursor::new(encoded), format);
+        let mut limits = Limits::default();
+        limits.max_alloc = Some(MAX_DECODER_BYTES);
+        reader.limits(limits);
+        let decoder = reader.into_decoder()?;
+        // Checked before anything is allocated for the pixels.
+        let (width, height) = decoder.dimensions();
+        if (width, height) != (SIDE as u32, SIDE as u32) {
+            return Ok(Err(format!("{width}×{height} pixels large")));
         }
+        // Transparency or 16 bits would be lost without a word.
+        let color = decoder.color_type();
+        if !matches!(color, ColorType::Rgb8 | ColorType::L8) {
+            return Ok(Err(format!("of colour type {color:?}")));
+        }
+        Ok(match format {
+            ImageFormat::Jpeg => jpeg::decode(encoded, MAX_DECODER_BYTES)?
+                .ok_or_else(|| "of four colours, CMYK or YCCK".to_owned()),
+            _ => Ok(DynamicImage::from_decoder(decoder)?.into_rgb8()),
+        })
     };
+    let rgb = jpeg::guarded(format, read)
+        .map_err(decode_error)?
+        .map_err(not_expected)?;
     let (red, rest) = chw.split_at_mut(SIDE * SIDE);
     let (green, blue) = rest.split_at_mut(SIDE * SIDE);
     for (i, pixel) in rgb.pixels().enumerate() {

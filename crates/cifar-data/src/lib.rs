@@ -43,6 +43,7 @@ pub mod shapes;
 
 mod batches;
 mod error;
+mod guard;
 mod image_set;
 mod layout;
 mod sampling;

@@ -13,7 +13,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use pictures::{asymmetric, chw, encoded, png, write_hub_parquet};
 use tempfile::TempDir;
-use test_support::Fixture;
+use test_support::{Fixture, odd_jpeg};
 
 type Row = (Option<Vec<u8>>, Option<i64>);
 
@@ -98,6 +98,24 @@ fn a_jpeg_that_is_cut_off_is_an_error_that_names_its_row() {
     let text = error_of_picture(jpeg[..jpeg.len() / 2].to_vec());
     let expected = "`0000.parquet`, row 3: cannot decode the picture";
     assert!(text.starts_with(expected), "{text}");
+}
+
+#[test]
+fn an_odd_jpeg_is_refused_by_its_row_without_a_panic() {
+    let jpeg = encoded(&asymmetric().into(), ImageFormat::Jpeg);
+    let colour = "`0000.parquet`, row 3: the picture is of four colours, CMYK or YCCK; expected";
+    let decode = "`0000.parquet`, row 3: cannot decode the picture: ";
+    for (precision, sampling, expected) in [
+        (8, &[0x11; 4][..], colour),
+        (8, &[0x11, 0x12, 0x41, 0x24], colour),
+        (8, &[0x11; 2], decode),
+        (12, &[0x11, 0x22], decode),
+        (12, &[0x11; 3], decode),
+        (12, &[0x11], decode),
+    ] {
+        let text = error_of_picture(odd_jpeg(&jpeg, precision, sampling));
+        assert!(text.starts_with(expected), "{sampling:x?}: {text}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What the tests of several crates share: fixtures made by PyTorch,
 //! comparisons with a tolerance, gradients by finite differences, an HTTP server
-//! that misbehaves, `.pth` files, programs under test and what they write.
+//! that misbehaves, `.pth` files, odd JPEGs, programs under test and what they write.
 
 pub mod files;
 pub mod http;
@@ -8,6 +8,7 @@ pub mod http;
 mod devices;
 mod fixture;
 mod gradient;
+mod jpeg;
 mod runs;
 mod seeded;
 mod skipped;
@@ -16,6 +17,7 @@ mod torch_file;
 pub use devices::devices;
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
+pub use jpeg::odd_jpeg;
 pub use runs::{free_port, only_run, program, run_begun, set_epochs, step_losses};
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
 pub use skipped::skipped;

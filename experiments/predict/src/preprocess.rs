@@ -6,7 +6,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use cifar_data::{Normalization, SIDE, jpeg};
-use image::{DynamicImage, ImageError, ImageFormat, ImageReader, RgbImage};
+use image::{
+    ColorType, DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage,
+};
 use transfer_common::Resampling;
 
 /// Of the pictures that are read.
@@ -19,6 +21,9 @@ pub(crate) const FORMATS: [ImageFormat; 4] = [
 
 /// Most bytes that decoding a picture may take: the `image` crate's own limit.
 const MAX_MEMORY: u64 = 512 << 20;
+
+/// Most pixels of a side, as of a JPEG. Each takes 24 bytes of weights when the picture is resized.
+const MAX_SIDE: u32 = 65_535;
 
 /// What is done to a picture before the network sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -79,16 +84,45 @@ impl Preprocessing {
     }
 }
 
-fn decode(file: &[u8], format: ImageFormat) -> Result<DynamicImage> {
-    let reader = || ImageReader::with_format(Cursor::new(file), format);
-    // The reader's own limits hold: 512 MiB for the pixels.
-    reader().decode().map_err(|error| {
-        // What such an error says ends with what its cause says.
-        let mut problem = format!("cannot be decoded: {error}");
-        if let (ImageError::Limits(_), Ok((width, height))) = (error, reader().into_dimensions()) {
-            problem += &format!(" ({width}×{height} pixels; 512 MiB are the most)");
-        }
-        anyhow!(problem)
+/// What such an error says ends with what its cause says.
+fn failed(error: ImageError) -> anyhow::Error {
+    anyhow!("cannot be decoded: {error}")
+}
+
+/// Decodes a picture of any of [`FORMATS`] by the `image` crate.
+fn decode(file: &[u8], format: ImageFormat) -> Result<RgbImage> {
+    // The reader's own limits hold beside ours.
+    let open = || ImageReader::with_format(Cursor::new(file), format).into_decoder();
+    let shape = jpeg::guarded(format, || {
+        let decoder = open()?;
+        let bytes = decoder.total_bytes();
+        Ok((decoder.dimensions(), decoder.color_type(), bytes))
+    });
+    let ((width, height), color, bytes) = shape.map_err(failed)?;
+    let pixels = format!("{width}×{height} pixels");
+    ensure!(
+        width.max(height) <= MAX_SIDE,
+        "has {pixels}; a side of {MAX_SIDE} is the most"
+    );
+    // What is not RGB is copied once more.
+    let copied = match color {
+        ColorType::Rgb8 => 0,
+        _ => 3 * u64::from(width) * u64::from(height),
+    };
+    let too_large = || anyhow!("has {pixels}, which take more than 512 MiB to decode");
+    if bytes.saturating_add(copied) > MAX_MEMORY {
+        return Err(too_large());
+    }
+    let picture = jpeg::guarded(format, || {
+        let mut decoder = open()?;
+        let mut limits = Limits::default();
+        limits.max_alloc = Some(MAX_MEMORY - bytes - copied);
+        decoder.set_limits(limits)?;
+        Ok(DynamicImage::from_decoder(decoder)?.into_rgb8())
+    });
+    picture.map_err(|error| match error {
+        ImageError::Limits(_) => too_large(),
+        error => failed(error),
     })
 }
 
@@ -96,8 +130,8 @@ fn decode(file: &[u8], format: ImageFormat) -> Result<DynamicImage> {
 /// looked at, as in torchvision. The format is that of the content, whatever the file is called.
 ///
 /// # Errors
-/// A file that cannot be read, is no picture of a known format, is damaged, or would take more than
-/// half a gigabyte.
+/// A file that cannot be read, is no picture of a known format, is damaged, has a side of more than 65,535 pixels, or
+/// would take more than half a gigabyte.
 pub(crate) fn read(path: &Path) -> Result<RgbImage> {
     let file = fs::read(path).context("cannot be read")?;
     let format = image::guess_format(&file).ok();
@@ -107,9 +141,9 @@ pub(crate) fn read(path: &Path) -> Result<RgbImage> {
         ImageFormat::Jpeg => jpeg::decode(&file, MAX_MEMORY),
         _ => Ok(None),
     };
-    let picture = match decoded.context("cannot be decoded")? {
+    let picture = match decoded.map_err(failed)? {
         Some(picture) => picture,
-        None => decode(&file, format)?.into_rgb8(),
+        None => decode(&file, format)?,
     };
     ensure!(picture.width() > 0 && picture.height() > 0, "has no pixels");
     Ok(picture)

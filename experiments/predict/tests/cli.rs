@@ -285,6 +285,46 @@ fn a_broken_picture_is_reported_and_the_rest_go_on() {
 }
 
 #[test]
+fn a_picture_that_makes_a_decoder_panic_is_one_error_among_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = cifar(dir.path(), 0, &[]);
+    let good = format!("{PICTURES}/wide.jpg");
+    let jpeg = fs::read(&good).unwrap();
+    let bad = dir.path().join("odd.jpg");
+    // Of printing, with sampling factors that do not divide each other; and 12 bits of two colours.
+    for (precision, sampling) in [(8, &[0x11, 0x12, 0x41, 0x24][..]), (12, &[0x11, 0x22])] {
+        fs::write(&bad, test_support::odd_jpeg(&jpeg, precision, sampling)).unwrap();
+        let mut command = predict(&weights);
+        let run = command.arg(&good).arg(&bad).arg(&good).assert().code(1);
+        let run = run.stderr(
+            contains("odd.jpg: cannot be decoded")
+                .count(1)
+                .and(contains("1 of 3 pictures"))
+                .and(contains("panicked").not()),
+        );
+        run.stdout(contains("airplane").count(2));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_reported_and_never_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = cifar(dir.path(), 0, &[]);
+    predict(&weights)
+        .args(["/dev/zero", &format!("{PICTURES}/tiny.bmp")])
+        .assert()
+        .code(1)
+        .stdout(contains("airplane").count(1))
+        .stderr(contains("/dev/zero: is neither a file nor a folder"));
+    predict(Path::new("/dev/zero"))
+        .arg(format!("{PICTURES}/tiny.bmp"))
+        .assert()
+        .code(1)
+        .stderr(contains("/dev/zero: it is no file"));
+}
+
+#[test]
 fn json_has_a_line_for_each_picture_good_or_not() {
     let dir = tempfile::tempdir().unwrap();
     let weights = cifar(dir.path(), 6, &[]);

@@ -122,6 +122,45 @@ fn a_long_thin_picture_takes_no_more_than_others() {
 }
 
 #[test]
+fn a_picture_that_would_take_too_much_memory_is_refused_with_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("picture");
+    for (width, height) in [(65_536, 1), (1, 65_536)] {
+        let long = DynamicImage::new_rgb8(width, height);
+        long.save_with_format(&path, ImageFormat::Png).unwrap();
+        assert_eq!(
+            format!("{:#}", read(&path).unwrap_err()),
+            format!("has {width}×{height} pixels; a side of 65535 is the most")
+        );
+    }
+    let long = DynamicImage::new_rgb8(65_535, 1);
+    long.save_with_format(&path, ImageFormat::Png).unwrap();
+    assert_eq!(read(&path).unwrap().dimensions(), (65_535, 1));
+    // An empty picture that says it has this size.
+    let error_of = |picture: DynamicImage, side: u32| {
+        let mut file = Cursor::new(Vec::new());
+        picture.write_to(&mut file, ImageFormat::Bmp).unwrap();
+        let mut file = file.into_inner();
+        for at in [18, 22] {
+            file[at..at + 4].copy_from_slice(&side.to_le_bytes());
+        }
+        fs::write(&path, file).unwrap();
+        format!("{:#}", read(&path).unwrap_err())
+    };
+    // 3 bytes a pixel of 512 MiB, and 4 of which 3 are copied.
+    for (picture, side) in [
+        (DynamicImage::new_rgb8(1, 1), 13_378),
+        (DynamicImage::new_rgba8(1, 1), 8_758),
+    ] {
+        let error = error_of(picture.clone(), side);
+        let expected = format!("has {side}×{side} pixels, which take more than 512 MiB to decode");
+        assert_eq!(error, expected);
+        let error = error_of(picture, side - 1);
+        assert!(error.starts_with("cannot be decoded"), "{error}");
+    }
+}
+
+#[test]
 fn what_is_no_picture_is_an_error_that_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let jpeg = std::fs::read(format!("{TESTS}/pictures/wide.jpg")).unwrap();
