@@ -5,6 +5,8 @@
 //! bytes that Pillow makes of them ([`crate::jpeg`]); a result measured on them should say so: see
 //! [`HubImages::jpeg`] and [`TrainTest::source`].
 
+mod pages;
+
 use std::fs::File;
 use std::io::Cursor;
 use std::path::Path;
@@ -90,6 +92,7 @@ pub fn read_file(path: &Path) -> Result<HubImages, DataError> {
         path: path.to_owned(),
         source,
     };
+    let pages = file.try_clone().map_err(read_error)?;
     let reader = guarded(|| SerializedFileReader::new(file)).map_err(parquet_error)?;
     let schema = reader.metadata().file_metadata().schema_descr();
     let img = find_column(schema, "img.bytes", PhysicalType::BYTE_ARRAY, path)?;
@@ -126,6 +129,18 @@ pub fn read_file(path: &Path) -> Result<HubImages, DataError> {
         return Err(DataError::Empty {
             path: path.to_owned(),
         });
+    }
+    for chunk in groups.iter().flat_map(|g| [g.column(img), g.column(label)]) {
+        pages::check(&pages, chunk.byte_range(), chunk.compression(), rows).map_err(|error| {
+            let column = chunk.column_path().string();
+            let problem = match error {
+                ParquetError::General(problem) => problem,
+                other => other.to_string(),
+            };
+            parquet_error(ParquetError::General(format!(
+                "column `{column}`: {problem}"
+            )))
+        })?;
     }
 
     let mut pixels = Vec::new();

@@ -8,10 +8,13 @@ use std::sync::Arc;
 use cifar_data::DataError;
 use cifar_data::hub_parquet::read_file;
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage, RgbaImage};
+use parquet::basic::{Compression, Encoding};
 use parquet::data_type::Int64Type;
+use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
-use pictures::{asymmetric, chw, encoded, png, write_hub_parquet};
+use parquet::schema::types::ColumnPath;
+use pictures::{asymmetric, chw, encoded, png, write_hub_parquet, write_hub_parquet_as};
 use tempfile::TempDir;
 use test_support::{Fixture, odd_jpeg};
 
@@ -125,6 +128,58 @@ fn a_grey_picture_has_three_equal_channels() {
     let (_dir, path) = file_of(&[(Some(encoded(&grey, ImageFormat::Png)), Some(5))]);
     let set = read_file(&path).unwrap().set;
     assert_eq!(set.image(0), chw(&grey.into_rgb8()));
+}
+
+#[test]
+fn files_are_read_as_the_hubs_and_other_writers_write_them() {
+    let picture = asymmetric();
+    let rows: Vec<Row> = (0..40)
+        .map(|i| {
+            let mut picture = picture.clone();
+            picture.put_pixel(0, 0, image::Rgb([i % 7, 0, 0]));
+            (Some(png(&picture)), Some(i64::from(i % 10)))
+        })
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("0000.parquet");
+    write_hub_parquet(&path, &rows, 40);
+    let expected = read_file(&path).unwrap();
+    let bytes = ColumnPath::from(vec!["img".to_owned(), "bytes".to_owned()]);
+    for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+        let zstd = Compression::ZSTD(Default::default());
+        for (codec, dictionary) in [(Compression::SNAPPY, true), (zstd, true), (zstd, false)] {
+            let properties = WriterProperties::builder()
+                .set_writer_version(version)
+                .set_compression(codec)
+                .set_dictionary_enabled(dictionary)
+                .set_column_encoding(bytes.clone(), Encoding::PLAIN)
+                .set_statistics_enabled(EnabledStatistics::Page)
+                .set_data_page_row_count_limit(9)
+                .set_write_batch_size(3);
+            write_hub_parquet_as(&path, &rows, 20, properties.build());
+            assert_eq!(
+                read_file(&path).unwrap(),
+                expected,
+                "{version:?}, {codec:?}, {dictionary}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_codec_that_may_unpack_without_end_is_refused_by_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("0000.parquet");
+    for (codec, name) in [
+        (Compression::GZIP(Default::default()), "GZIP"),
+        (Compression::BROTLI(Default::default()), "BROTLI"),
+    ] {
+        let properties = WriterProperties::builder().set_compression(codec);
+        write_hub_parquet_as(&path, &[good(0)], 2, properties.build());
+        let text = error_of(&path);
+        let expected = format!("column `img.bytes`: it is compressed with {name}; UNCOMPRESSED");
+        assert!(text.contains(&expected), "{text}");
+    }
 }
 
 #[test]

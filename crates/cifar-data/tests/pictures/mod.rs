@@ -8,6 +8,7 @@ use std::sync::Arc;
 use cifar_data::{IMAGE_BYTES, ImageSet, SIDE};
 use image::{ImageFormat, RgbImage};
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
@@ -80,12 +81,22 @@ pub(crate) fn write_hub_parquet(
     rows: &[(Option<Vec<u8>>, Option<i64>)],
     group_rows: usize,
 ) {
+    write_hub_parquet_as(path, rows, group_rows, WriterProperties::default());
+}
+
+/// The same with a codec, pages and encodings of one's choice.
+pub(crate) fn write_hub_parquet_as(
+    path: &Path,
+    rows: &[(Option<Vec<u8>>, Option<i64>)],
+    group_rows: usize,
+    properties: WriterProperties,
+) {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).unwrap();
     }
     let schema = Arc::new(parse_message_type(HUB_SCHEMA).unwrap());
     let file = std::fs::File::create(path).unwrap();
-    let mut writer = SerializedFileWriter::new(file, schema, Default::default()).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
     for rows in rows.chunks(group_rows) {
         let mut group = writer.next_row_group().unwrap();
         let images: Vec<ByteArray> = rows
