@@ -101,11 +101,11 @@ pub enum DownloadError {
     },
 
     /// [`Options::interrupt`](crate::Options::interrupt) was raised.
-    #[error("interrupted; {kept} bytes of {path} are kept, and the next run continues from there")]
+    #[error("interrupted{}", kept_of(path, *kept))]
     Interrupted {
         /// The file under way.
         path: PathBuf,
-        /// How much of it is on disk.
+        /// How much of it is on disk, for the next run to continue from.
         kept: u64,
     },
 
@@ -356,6 +356,16 @@ fn separated(separator: &str, text: &str) -> String {
         String::new()
     } else {
         format!("{separator}{text}")
+    }
+}
+
+fn kept_of(path: &Path, kept: u64) -> String {
+    match kept {
+        0 => String::new(),
+        kept => format!(
+            "; {kept} bytes of {} are kept, and the next run continues from there",
+            path.display()
+        ),
     }
 }
 

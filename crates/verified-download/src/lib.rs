@@ -507,6 +507,11 @@ pub enum Event<'a> {
         /// What was removed.
         path: &'a Path,
     },
+    /// What an unpacking that was killed had unpacked was removed by its caller.
+    RemovedStaleFolder {
+        /// What was removed.
+        path: &'a Path,
+    },
 }
 
 impl Event<'_> {
@@ -559,6 +564,10 @@ impl Event<'_> {
             Event::Complete { path, .. } => format!("{} is complete and verified", path.display()),
             Event::RemovedStalePart { path } => format!(
                 "removed {}, an unfinished download of another version",
+                path.display()
+            ),
+            Event::RemovedStaleFolder { path } => format!(
+                "removed {}, which an unpacking that was killed had left",
                 path.display()
             ),
             Event::Transferring { .. } | Event::Progress { .. } => return None,

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use flate2::read::GzDecoder;
 use verified_download::{Event, Interrupt, Text, Verifier, sync_folder};
@@ -22,28 +22,38 @@ pub(super) fn unpack(
     interrupt: &Interrupt,
     progress: &mut dyn FnMut(Event<'_>),
 ) -> Result<(), DownloadError> {
-    progress(Event::Unpacking { archive });
     let error = |action, path: &Path, source| DownloadError::io(action, path, 0, source);
+    let packed = File::open(archive).map_err(|source| error("read", archive, source))?;
+    // Who unpacks shares the lock; who has it alone is the only one, and what lies there is left over. Where there are no
+    // locks, nothing is removed.
+    if packed.try_lock().is_ok() {
+        remove_stale_staging(dir, &manifest.folder, progress);
+        let _ = packed.unlock();
+    }
+    let _ = packed.lock_shared();
+    progress(Event::Unpacking { archive });
     let staging = tempfile::Builder::new()
-        .prefix(&format!(".{}.", manifest.folder))
+        .prefix(&staging_prefix(&manifest.folder))
+        .rand_bytes(STAGING_LETTERS)
         .tempdir_in(dir)
         .map_err(|source| error("create", &dir.join(&*manifest.folder), source))?;
     // A temporary folder is private; the folder in it has ordinary permissions and may become the final one.
     let staged = staging.path().join(&*manifest.folder);
     fs::create_dir(&staged).map_err(|source| error("create", &staged, source))?;
 
+    let folder = dir.join(&*manifest.folder);
     Unpacker {
         archive,
         manifest,
         wanted,
         staged: &staged,
+        folder: &folder,
         interrupt,
         progress,
     }
-    .run()?;
+    .run(&packed)?;
     sync_folder(Some(&staged))?;
 
-    let folder = dir.join(&*manifest.folder);
     // Fails where the folder exists with files in it; then only the wanted files are moved.
     if fs::rename(&staged, &folder).is_err() {
         for file in wanted {
@@ -56,24 +66,48 @@ pub(super) fn unpack(
     Ok(sync_folder(Some(dir))?)
 }
 
+/// Letters and digits at the end of a staging folder's name.
+const STAGING_LETTERS: usize = 6;
+
+fn staging_prefix(folder: &str) -> String {
+    format!(".{folder}.")
+}
+
+/// Removes the staging folders of runs that were killed.
+fn remove_stale_staging(dir: &Path, folder: &str, progress: &mut dyn FnMut(Event<'_>)) {
+    let prefix = staging_prefix(folder);
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let letters = name.to_str().and_then(|name| name.strip_prefix(&prefix));
+        let is_ours = letters.is_some_and(|letters| {
+            letters.len() == STAGING_LETTERS && letters.bytes().all(|b| b.is_ascii_alphanumeric())
+        });
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let path = entry.path();
+        if is_ours && is_folder && fs::remove_dir_all(&path).is_ok() {
+            progress(Event::RemovedStaleFolder { path: &path });
+        }
+    }
+}
+
 struct Unpacker<'a, 'p> {
     archive: &'a Path,
     manifest: &'a ArchiveManifest,
     wanted: &'a [&'a PinnedFile],
     staged: &'a Path,
+    /// Where the files get to in the end.
+    folder: &'a Path,
     interrupt: &'a Interrupt,
     progress: &'p mut dyn FnMut(Event<'_>),
 }
 
 impl Unpacker<'_, '_> {
-    fn run(&mut self) -> Result<(), DownloadError> {
+    fn run(&mut self, packed: &File) -> Result<(), DownloadError> {
         let manifest = self.manifest;
-        let file = File::open(self.archive)
-            .map_err(|source| DownloadError::io("read", self.archive, 0, source))?;
         let total: u64 = manifest.members.iter().map(|member| member.bytes).sum();
         let limit = total + UNNEEDED_LIMIT * (1 + manifest.unneeded.len() as u64);
         // The bound also ends a small archive that unpacks to terabytes.
-        let mut tar = tar::Archive::new(GzDecoder::new(BufReader::new(file)).take(limit));
+        let mut tar = tar::Archive::new(GzDecoder::new(BufReader::new(packed)).take(limit));
         let mut seen: Vec<Text> = Vec::new();
         let mut done = 0;
         for entry in tar
@@ -158,9 +192,10 @@ impl Unpacker<'_, '_> {
         done: u64,
         total: u64,
     ) -> Result<(), DownloadError> {
-        let target: PathBuf = self.staged.join(&*member.path);
+        // Errors name where it would be; the staging folder is gone by then.
+        let target = self.folder.join(&*member.path);
         let error = |source| DownloadError::io("write", &target, member.bytes, source);
-        let mut file = File::create_new(&target).map_err(error)?;
+        let mut file = File::create_new(self.staged.join(&*member.path)).map_err(error)?;
         let mut verifier = Verifier::new(&member.pin());
         let mut buffer = vec![0; 1 << 18];
         let mut written = 0;

@@ -1,16 +1,18 @@
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use cifar_data::download::{
-    ArchiveError, ArchiveManifest, DownloadError, Manifest, Origin, Request,
+    ArchiveError, ArchiveManifest, DownloadError, Event, Interrupt, Manifest, Origin, Request,
+    fetch,
 };
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use tar::{EntryType, Header};
 use test_support::http::{Reply, Server};
 
-use crate::{content, listing, message, pinned, request, run, temporary};
+use crate::{content, listing, message, pinned, put, request, run, temporary};
 
 /// An entry whose header is written as it is: `tar::Builder` would refuse the names we need.
 struct Entry {
@@ -173,6 +175,60 @@ fn a_damaged_or_missing_file_comes_from_the_kept_archive_and_others_stay() {
     assert_eq!(fs::read(batches.join("two.bin")).unwrap(), second());
     assert_eq!(fs::read(batches.join("mine.txt")).unwrap(), b"notes");
     assert_eq!(server.asked().len(), 1);
+}
+
+#[test]
+fn an_unpacking_that_is_interrupted_promises_nothing() {
+    let archive = tar_gz(&good_entries());
+    let server = Server::start([Reply::file(&archive)]);
+    let dir = temporary();
+    let request = archive_request(&server, dir.path(), &archive);
+    let Interrupt(flag) = request.interrupt.clone();
+    let error = fetch(&request, &mut |event| {
+        if matches!(event, Event::Unpacking { .. }) {
+            flag.store(true, Ordering::Relaxed);
+        }
+    })
+    .unwrap_err();
+    assert!(error.is_interruption());
+    assert_eq!(message(&error), "interrupted");
+    let DownloadError::File(verified_download::DownloadError::Interrupted { path, .. }) = error
+    else {
+        panic!("{error:?}")
+    };
+    assert_eq!(path, dir.path().join("batches/one.bin"));
+    assert_eq!(listing(dir.path()), ["batches.tar.gz"]);
+}
+
+#[test]
+fn what_a_killed_unpacking_left_is_removed_unless_one_goes_on() {
+    let archive = tar_gz(&good_entries());
+    let server = Server::start([Reply::file(&archive)]);
+    let dir = temporary();
+    let request = archive_request(&server, dir.path(), &archive);
+    let staging = dir.path().join(".batches.aB3dE9");
+    put(&staging.join("batches/one.bin"), b"a part");
+    let not_ours = dir.path().join(".batches.notes1.txt");
+    put(&not_ours, b"notes");
+    put(&dir.path().join("batches.tar.gz"), &archive);
+
+    let other = fs::File::open(dir.path().join("batches.tar.gz")).unwrap();
+    other.lock_shared().unwrap();
+    run(&request).0.unwrap();
+    assert!(staging.exists(), "another process may be at it");
+    other.unlock().unwrap();
+
+    fs::remove_dir_all(dir.path().join("batches")).unwrap();
+    let (result, events) = run(&request);
+    result.unwrap();
+    assert!(!staging.exists() && not_ours.exists());
+    assert!(
+        events
+            .iter()
+            .any(|event| event.starts_with("RemovedStaleFolder")),
+        "{events:?}"
+    );
+    assert!(server.asked().is_empty());
 }
 
 /// Unpacks an archive of the good entries and `bad`, and returns what was wrong.
