@@ -1,11 +1,12 @@
 //! `cargo xtask download-data`: CIFAR-10 from one of its publishers, verified.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Result;
-use cifar_data::download::{Event, Origin, Request, Source, fetch};
+use anyhow::{Context, Result};
+use cifar_data::download::{Event, Origin, Report, Request, Source, fetch};
 use clap::{Args, ValueEnum};
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -66,6 +67,19 @@ pub(crate) fn run(arguments: DownloadData) -> Result<ExitCode> {
         }
         other => other?,
     };
+    print(&report, &arguments.data_dir, &mut io::stdout().lock())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Lists the files; a reader that has seen enough may go away.
+fn print(report: &Report, data_dir: &Path, out: &mut dyn Write) -> Result<()> {
+    match list(report, data_dir, out) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        listed => listed.context("cannot print what there is"),
+    }
+}
+
+fn list(report: &Report, data_dir: &Path, out: &mut dyn Write) -> io::Result<()> {
     for file in &report.files {
         let origin = match file.origin {
             Origin::AlreadyComplete => "was complete".to_owned(),
@@ -73,14 +87,15 @@ pub(crate) fn run(arguments: DownloadData) -> Result<ExitCode> {
             Origin::Network { received } => format!("{received} bytes fetched"),
             Origin::Archive => "unpacked".to_owned(),
         };
-        println!(
+        writeln!(
+            out,
             "{}: {} bytes, SHA-256 verified, {origin}",
             file.path.display(),
             file.bytes
-        );
+        )?;
     }
-    println!("CIFAR-10 is complete in {}", arguments.data_dir.display());
-    Ok(ExitCode::SUCCESS)
+    writeln!(out, "CIFAR-10 is complete in {}", data_dir.display())?;
+    out.flush()
 }
 
 /// A bar in a terminal; elsewhere a line for each tenth.
@@ -143,5 +158,56 @@ impl Display {
             );
         }
         self.tenths = tenths;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cifar_data::download::FileReport;
+
+    use super::*;
+
+    #[test]
+    fn the_files_are_listed_with_their_origin() {
+        let file = |path: &str, origin| FileReport {
+            path: path.into(),
+            bytes: 7,
+            origin,
+        };
+        let files = vec![
+            file("a", Origin::AlreadyComplete),
+            file("b", Origin::Network { received: 5 }),
+        ];
+        let mut out = Vec::new();
+        list(&Report { files }, Path::new("data"), &mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "a: 7 bytes, SHA-256 verified, was complete\n\
+             b: 7 bytes, SHA-256 verified, 5 bytes fetched\n\
+             CIFAR-10 is complete in data\n"
+        );
+    }
+
+    /// Whose reader has gone away, or that is full.
+    struct Closed(io::ErrorKind);
+
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_away_is_no_error_and_a_full_disk_is() {
+        let printed = |kind| {
+            let report = Report { files: Vec::new() };
+            print(&report, Path::new("data"), &mut Closed(kind))
+        };
+        assert!(printed(io::ErrorKind::BrokenPipe).is_ok());
+        assert!(printed(io::ErrorKind::StorageFull).is_err());
     }
 }
