@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::layout::Candidate;
+use crate::layout::{Candidate, python_version};
 
 /// An error of this crate. Its text names the file, the place in it, what was found and what was
 /// expected; the cause, where there is one, is its `source()`.
@@ -239,10 +239,13 @@ fn no_data(dir: &Path, looked_for: &[Candidate], found: &[String]) -> String {
     } else {
         found.join(", ")
     };
-    text.push_str(&format!(
-        "\nfound in `{}`: {found}\n\
-         `cifar_data::download` fetches and verifies the files",
-        dir.display()
-    ));
+    text.push_str(&format!("\nfound in `{}`: {found}\n", dir.display()));
+    if let Some(folder) = python_version(dir) {
+        text.push_str(&format!(
+            "`{}` is the version for Python, whose pickles are not read\n",
+            folder.display()
+        ));
+    }
+    text.push_str("`cifar_data::download` fetches and verifies the files");
     text
 }

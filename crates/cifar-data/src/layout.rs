@@ -41,7 +41,7 @@ pub struct Candidate {
 ///
 /// # Errors
 /// [`DataError::NoData`] if no layout is complete: it lists what was looked for, what is missing,
-/// what is there and what to do. Otherwise the errors of [`binary::load`] and
+/// what is there (also a version that is not read) and what to do. Otherwise the errors of [`binary::load`] and
 /// [`hub_parquet::load`].
 pub fn load(dir: &Path) -> Result<TrainTest, DataError> {
     match find_layout(dir) {
@@ -69,6 +69,15 @@ pub fn incomplete_layout(dir: &Path) -> Option<Candidate> {
     candidates(dir)
         .into_iter()
         .find(|candidate| (1..candidate.layout.files().len()).contains(&candidate.missing.len()))
+}
+
+/// The folder of the version for Python (torchvision's), which is not read, where it is `dir` or in it.
+pub fn python_version(dir: &Path) -> Option<PathBuf> {
+    [dir.join("cifar-10-batches-py"), dir.to_owned()]
+        .into_iter()
+        .find(|folder| {
+            ["data_batch_1", "test_batch"].map(|name| folder.join(name).is_file()) == [true; 2]
+        })
 }
 
 impl Layout {

@@ -51,7 +51,7 @@ mod sampling;
 pub use batches::{Batch, Batches, Normalization};
 pub use error::DataError;
 pub use image_set::{ImageSet, TrainTest};
-pub use layout::{Candidate, Layout, find_layout, incomplete_layout, load};
+pub use layout::{Candidate, Layout, find_layout, incomplete_layout, load, python_version};
 pub use sampling::{shuffled_order, stratified_split};
 pub use shapes::Split;
 

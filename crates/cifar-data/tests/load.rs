@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::Instant;
 
-use cifar_data::{Layout, Split, binary, find_layout, incomplete_layout, load, shapes};
+use cifar_data::{
+    Layout, Split, binary, find_layout, incomplete_layout, load, python_version, shapes,
+};
 
 fn write_binary_layout(dir: &Path) {
     std::fs::create_dir_all(dir).unwrap();
@@ -62,6 +64,24 @@ fn an_incomplete_layout_is_an_error_that_names_the_missing_files_and_those_there
     assert!(text.contains(missing), "{text}");
     let found = "found in `DIR`: cifar-10-batches-bin/, notes.txt";
     assert!(text.contains(found), "{text}");
+}
+
+#[test]
+fn the_version_for_python_is_named_as_one_that_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let batches = dir.path().join("cifar-10-batches-py");
+    std::fs::create_dir(&batches).unwrap();
+    assert_eq!(python_version(dir.path()), None);
+    for name in ["data_batch_1", "test_batch"] {
+        std::fs::write(batches.join(name), "").unwrap();
+    }
+    for asked in [dir.path(), &batches] {
+        assert_eq!(find_layout(asked), None);
+        assert_eq!(python_version(asked).as_ref(), Some(&batches));
+    }
+    let text = error_of(dir.path());
+    let named = "`DIR/cifar-10-batches-py` is the version for Python, whose pickles are not read";
+    assert!(text.contains(named), "{text}");
 }
 
 #[test]

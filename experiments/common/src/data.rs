@@ -6,8 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use cifar_data::download::{Request, Source, fetch};
 use cifar_data::{
-    CLASS_NAMES, CLASSES, ImageSet, Normalization, TrainTest, find_layout, incomplete_layout, load,
-    shapes, stratified_split,
+    CLASS_NAMES, CLASSES, DataError, ImageSet, Layout, Normalization, TrainTest, find_layout,
+    incomplete_layout, load, python_version, shapes, stratified_split,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use trainer::{DataSets, random};
 
 use crate::arguments::DataArguments;
 use crate::progress::{DownloadProgress, print, say};
+use crate::session::quoted;
 
 /// The value of `--dataset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
@@ -223,7 +224,15 @@ fn load_or_fetch(dir: &Path, way_on: &str) -> Result<TrainTest> {
             Some(candidate) => {
                 format!("CIFAR-10 is not complete in {}: {candidate}", dir.display())
             }
-            None => format!("there is no CIFAR-10 in {}", dir.display()),
+            None => match python_version(dir) {
+                Some(folder) => format!(
+                    "there is no CIFAR-10 that can be read in {}: {} is the version for Python, whose \
+                     pickles are not read",
+                    dir.display(),
+                    folder.display()
+                ),
+                None => format!("there is no CIFAR-10 in {}", dir.display()),
+            },
         };
         say(&format!(
             "Fetching the data: {lacking}. They come from the Hugging Face Hub (144 MB), as with `cargo \
@@ -237,7 +246,25 @@ fn load_or_fetch(dir: &Path, way_on: &str) -> Result<TrainTest> {
             )
         })?;
     }
-    Ok(load(dir)?)
+    load(dir).map_err(|error| match error {
+        // The system's reason, as a lack of permission: the file may be right.
+        DataError::Read { .. } => error.into(),
+        damaged => anyhow::Error::new(damaged).context(repair(dir)),
+    })
+}
+
+/// What else can be done about data that are there and damaged.
+fn repair(dir: &Path) -> String {
+    let source = match find_layout(dir) {
+        Some(Layout::Binary { .. }) => " --source toronto",
+        _ => "",
+    };
+    format!(
+        "the data in {} cannot be used; `cargo xtask download-data{source} --data-dir {}` verifies them and \
+         replaces what is wrong. The reason",
+        dir.display(),
+        quoted(dir)
+    )
 }
 
 fn download(dir: &Path) -> Result<()> {
@@ -250,6 +277,8 @@ fn download(dir: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use cifar_data::{binary, hub_parquet};
+
     use super::*;
 
     fn shapes(train: u64, validation: u64) -> DataArguments {
@@ -308,5 +337,33 @@ mod tests {
     fn validation_of_all_training_images_is_refused() {
         let error = shapes(30, 30).resolve(Dataset::Cifar10).unwrap_err();
         assert!(error.to_string().contains("--validation 30"), "{error}");
+    }
+
+    #[test]
+    fn of_damaged_data_the_command_that_replaces_them_is_named() {
+        let truncated = |files: &[&str]| {
+            let dir = tempfile::Builder::new().prefix("of two").tempdir().unwrap();
+            for file in files {
+                let path = dir.path().join(file);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, "PAR1").unwrap();
+            }
+            let error = load_or_fetch(dir.path(), "").unwrap_err();
+            format!("{error:#}").replace(&dir.path().display().to_string(), "DIR")
+        };
+        let (train, test) = hub_parquet::FILES[0];
+        let hub = [train, test].map(|file| format!("plain_text/{file}"));
+        let error = truncated(&hub.each_ref().map(String::as_str));
+        assert!(
+            error.contains("`cargo xtask download-data --data-dir 'DIR'`")
+                && error.contains(&format!("cannot read `DIR/{}` as Parquet", hub[0])),
+            "{error}"
+        );
+        let binary = [&binary::TRAIN_FILES[..], &[binary::TEST_FILE]].concat();
+        let error = truncated(&binary);
+        assert!(
+            error.contains("`cargo xtask download-data --source toronto --data-dir 'DIR'`"),
+            "{error}"
+        );
     }
 }

@@ -86,10 +86,17 @@ fn resume_command(experiment: &str, dir: &Path) -> String {
         (_, true) => " --features cuda",
         _ => "",
     };
+    let dir = quoted(dir);
+    format!("cargo run -p {experiment}{features} -- --resume {dir}")
+}
+
+/// A folder as a shell takes it for one word.
+pub(crate) fn quoted(dir: &Path) -> String {
     let dir = dir.to_string_lossy();
     // Only a zero byte cannot be quoted, and no path has one.
-    let quoted = shlex::try_quote(&dir).unwrap_or(Cow::Borrowed(&dir));
-    format!("cargo run -p {experiment}{features} -- --resume {quoted}")
+    shlex::try_quote(&dir)
+        .unwrap_or(Cow::Borrowed(&dir))
+        .into_owned()
 }
 
 /// What stopped a run, and the exit code that says so. Without a signal here it was one to another of
