@@ -414,6 +414,9 @@ fn likeliest(probabilities: &[f64]) -> usize {
         .unwrap()
 }
 
+/// What a picture is, in full and in f32.
+const ALL_CLASSES: [&str; 5] = ["--json", "--top", "10", "--device", "cpu"];
+
 /// Of probabilities and losses from f32 logits, which batches of another size may round otherwise.
 const TOLERANCE: f64 = 1e-6;
 
@@ -461,7 +464,7 @@ fn each_picture_has_its_own_answer_behind_a_broken_one_and_beyond_a_batch() {
     }
     fs::write(pictures.join("07-broken.png"), "no picture").unwrap();
     let mut command = predict(&weights);
-    command.args(["--json", "--top", "10"]).arg(&pictures);
+    command.args(ALL_CLASSES).arg(&pictures);
     let mut lines = json_lines(&command.assert().code(1));
     // Its name comes before 07.png.
     let broken = lines.remove(7);
@@ -515,7 +518,7 @@ fn torchvisions_network_takes_pictures_as_its_weights_say() {
         let logits = network.forward(&tensor(&set), Mode::Eval).unwrap();
         let expected = probabilities(&logits).remove(0);
         let mut command = predict(&weights);
-        command.args(["--json", "--top", "10"]).arg(&picture);
+        command.args(ALL_CLASSES).arg(&picture);
         assert_predicts(&json_lines(&command.assert().success())[0], &expected);
         expected
     });
@@ -548,6 +551,7 @@ fn an_evaluation_holds_each_answer_against_the_label_of_its_picture() {
 
     let mut command = predict(&weights);
     command.args(["--evaluate", "shapes", "--test-limit", "40", "--json"]);
+    command.args(["--device", "cpu"]);
     let line = json_lines(&command.assert().success()).remove(0);
     for (class, expected) in taken_for.iter().enumerate() {
         let found = &line["classes"][class]["taken_for"];

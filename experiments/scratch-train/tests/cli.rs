@@ -245,7 +245,8 @@ fn evaluations_come_after_every_so_many_epochs_and_after_the_last() {
 #[test]
 fn a_profile_counts_each_part_and_each_layer_once_a_step_and_no_evaluation() {
     let out = tempfile::tempdir().unwrap();
-    let mut run = program(&format!("{STEP_AN_EPOCH} --epochs 2 --profile"));
+    let line = format!("{STEP_AN_EPOCH} --epochs 2 --profile --device cpu");
+    let mut run = program(&line);
     run.arg("--out").arg(out.path());
     let finished = output(run);
     let said = text(&finished);
