@@ -68,6 +68,7 @@ fn first_steps_from_seeded_weights_follow_pytorchs_losses() -> Result<()> {
         Ok((images, labels(&format!("labels.{step}"), 8)?))
     })?;
     let expected = fixture.tensor("training.losses").to_vec1::<f64>()?;
+    assert_eq!(losses.len(), expected.len());
     for (step, (loss, expected)) in losses.iter().zip(&expected).enumerate() {
         let error = (loss / expected - 1.0).abs();
         let tolerance = if step == 0 { 1e-4 } else { 1e-3 };
