@@ -5,8 +5,8 @@ mod pictures;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cifar_data::DataError;
 use cifar_data::hub_parquet::read_file;
+use cifar_data::{DataError, jpeg};
 use image::{DynamicImage, GrayImage, ImageFormat, RgbImage, RgbaImage};
 use parquet::basic::{Compression, Encoding};
 use parquet::data_type::Int64Type;
@@ -118,6 +118,19 @@ fn an_odd_jpeg_is_refused_by_its_row_without_a_panic() {
     ] {
         let text = error_of_picture(odd_jpeg(&jpeg, precision, sampling));
         assert!(text.starts_with(expected), "{sampling:x?}: {text}");
+    }
+}
+
+#[test]
+fn a_jpeg_of_another_precision_or_two_colours_is_refused_before_it_is_decoded() {
+    let jpeg = encoded(&asymmetric().into(), ImageFormat::Jpeg);
+    for (precision, sampling, expected) in [
+        (12, &[0x11; 3][..], "12 bits a sample; 8 are read"),
+        (12, &[0x11, 0x22], "12 bits a sample; 8 are read"),
+        (8, &[0x11; 2], "2 colours; 1 or 3 are read"),
+    ] {
+        let error = jpeg::decode(&odd_jpeg(&jpeg, precision, sampling), u64::MAX).unwrap_err();
+        assert!(error.to_string().ends_with(expected), "{error}");
     }
 }
 
