@@ -2,6 +2,8 @@
 
 mod kernels;
 
+pub(crate) use self::kernels::nvcc;
+
 use std::process::Command;
 use std::str::FromStr;
 

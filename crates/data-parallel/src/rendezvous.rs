@@ -373,10 +373,16 @@ where
                 let (hear, sender) = (self.hear, self.sender.clone());
                 let patience = PATIENCE.min(remaining(deadline));
                 // It ends by itself, soon after nobody waits for it any more.
-                thread::Builder::new().spawn(move || {
+                let heard = thread::Builder::new().spawn(move || {
                     let _ = sender.send((from, hear(stream, patience)));
-                })?;
-                self.being_heard += 1;
+                });
+                match heard {
+                    Ok(_) => self.being_heard += 1,
+                    // A rank tries again.
+                    Err(error) => {
+                        tracing::warn!("{from} cannot be heard, for want of a thread: {error}")
+                    }
+                }
                 continue;
             }
             if let Ok(heard) = self.heard.recv_timeout(RETRY_EVERY) {

@@ -106,15 +106,18 @@ impl Element {
 }
 
 /// PyTorch's element types, also those that no tensor here has.
-const DTYPES: [&str; 17] = [
+const DTYPES: [&str; 23] = [
     "float64",
     "float32",
     "float16",
     "bfloat16",
     "float8_e4m3fn",
+    "float8_e4m3fnuz",
     "float8_e5m2",
+    "float8_e5m2fnuz",
     "complex128",
     "complex64",
+    "complex32",
     "int64",
     "int32",
     "int16",
@@ -124,6 +127,9 @@ const DTYPES: [&str; 17] = [
     "uint16",
     "uint8",
     "bool",
+    "qint32",
+    "qint8",
+    "quint8",
 ];
 
 impl Global {

@@ -1,6 +1,6 @@
 //! Files of weights of any format as tensors under their keys.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -16,9 +16,8 @@ use crate::torch::{self, Contents};
 #[derive(Debug, Clone)]
 pub struct StateDict {
     /// By key, on the CPU, in the file's types: f16, bf16, f32 and f64 as they are, bool and u8 as
-    /// u8, the other integers of PyTorch's files as i64 (safetensors files may have no others). A `module.` in front of keys, from
-    /// `nn.DataParallel` and `AveragedModel`, and `_orig_mod.`, from `torch.compile`, are taken off, unless two keys
-    /// would become one.
+    /// u8, the other integers of PyTorch's files as i64 (safetensors files may have no others). A `module.` in front of all keys, from
+    /// `nn.DataParallel` and `AveragedModel`, and `_orig_mod.`, from `torch.compile`, are taken off.
     pub tensors: BTreeMap<String, Tensor>,
     /// What else the file holds.
     pub ignored: Ignored,
@@ -81,6 +80,10 @@ impl StateDict {
     /// [`ImportError`], with the file's name.
     pub fn read(path: &Path) -> Result<Self, ImportError> {
         let open = || -> std::io::Result<(File, u64)> {
+            // A pipe may never end, nor be opened.
+            if !std::fs::metadata(path)?.is_file() {
+                return Err(std::io::Error::other("it is no file"));
+            }
             let file = File::open(path)?;
             let len = file.metadata()?.len();
             Ok((file, len))
@@ -201,33 +204,31 @@ const PREFIXES: [&str; 2] = ["module.", "_orig_mod."];
 /// What an `AveragedModel` holds beside the network's tensors.
 const COUNT_OF_AVERAGED: &str = "n_averaged";
 
-/// The network's tensors under the network's names, whatever it was wrapped in: each key loses its prefix, as with
-/// PyTorch's `consume_prefix_in_state_dict_if_present`. Where two keys would become one, a prefix is a part of the network
-/// that is called so, and stays.
+/// The network's tensors under the network's names, whatever it was wrapped in: keys lose a prefix that all of them have, as with
+/// PyTorch's `consume_prefix_in_state_dict_if_present`. Where only some have it, it is a part of the network that is called so, and stays.
 fn without_wrappers(mut contents: Contents) -> Contents {
     /// One in the other: compiled, averaged, and that in parallel, twice over.
     const MOST_WRAPPERS: usize = 6;
-    let has = |prefix: &str, (name, _): &(String, Tensor)| name.starts_with(prefix);
-    if contents.tensors.iter().any(|item| has(PREFIXES[0], item)) {
-        let is_count = |(name, _): &mut (String, Tensor)| name == COUNT_OF_AVERAGED;
-        let counts = contents.tensors.extract_if(.., is_count);
-        counts.for_each(|(name, _)| contents.ignored.push(name));
-    }
     for _ in 0..MOST_WRAPPERS {
-        let stripped = |name: &str| {
-            let inner = PREFIXES.iter().find_map(|prefix| name.strip_prefix(prefix));
-            let inner = inner.filter(|inner| !inner.is_empty());
-            inner.map_or(0, |inner| name.len() - inner.len())
+        let is_wrapper = |prefix: &&str| {
+            let is_count = |name: &str| *prefix == PREFIXES[0] && name == COUNT_OF_AVERAGED;
+            let names = contents.tensors.iter().map(|(name, _)| name.as_str());
+            let mut names = names.filter(|name| !is_count(name)).peekable();
+            let inner = |name: &str| {
+                name.strip_prefix(*prefix)
+                    .is_some_and(|inner| !inner.is_empty())
+            };
+            names.peek().is_some() && names.all(inner)
         };
-        let skips = contents.tensors.iter().map(|(name, _)| stripped(name));
-        let skips: Vec<usize> = skips.collect();
-        let names = contents.tensors.iter().zip(&skips);
-        let names: BTreeSet<&str> = names.map(|((name, _), &skip)| &name[skip..]).collect();
-        if names.len() < contents.tensors.len() || skips.iter().all(|&skip| skip == 0) {
+        let Some(prefix) = PREFIXES.into_iter().find(is_wrapper) else {
             break;
-        }
-        for ((name, _), skip) in contents.tensors.iter_mut().zip(skips) {
-            name.drain(..skip);
+        };
+        let counts = contents
+            .tensors
+            .extract_if(.., |(name, _)| name == COUNT_OF_AVERAGED);
+        counts.for_each(|(name, _)| contents.ignored.push(name));
+        for (name, _) in &mut contents.tensors {
+            name.drain(..prefix.len());
         }
     }
     contents

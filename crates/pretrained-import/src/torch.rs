@@ -190,7 +190,7 @@ pub(crate) const WRAPPERS: [&str; 8] = [
 
 impl Wanted {
     /// The state dict: what lies under the usual keys of a checkpoint, or else the root. A
-    /// checkpoint may have tensors of its own beside it, such as the best accuracy.
+    /// checkpoint may have tensors of its own beside it, such as the best accuracy, but fewer.
     fn new(pickle: &Pickle) -> Result<Self, Problem> {
         let tensors_of = |value: &Value| {
             let mut wanted = Self {
@@ -207,8 +207,12 @@ impl Wanted {
             }
             (!wanted.tensors.is_empty()).then_some(wanted)
         };
+        let root = tensors_of(&pickle.root);
+        let in_root = root.as_ref().map_or(0, |root| root.tensors.len());
         for wrapper in WRAPPERS {
             let wrapped = pickle.get(&pickle.root, wrapper).and_then(tensors_of);
+            // A state dict may have something by such a name beside its tensors, too.
+            let wrapped = wrapped.filter(|wrapped| wrapped.tensors.len() >= in_root);
             if let (Some(mut wanted), Some(items)) = (wrapped, pickle.dict(&pickle.root)) {
                 let beside = items.map(|(key, _)| shown(key));
                 let beside = beside.filter(|key| key != wrapper);
@@ -216,7 +220,7 @@ impl Wanted {
                 return Ok(wanted);
             }
         }
-        if let Some(wanted) = tensors_of(&pickle.root) {
+        if let Some(wanted) = root {
             return Ok(wanted);
         }
         let mut found = kind(Some(&pickle.root)).to_owned();

@@ -422,7 +422,7 @@ fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
 #[test]
 fn wrappers_of_networks_leave_no_prefix_and_no_two_keys_become_one() {
     for (keys, expected, ignored) in [
-        (&["module.a", "b"][..], &["a", "b"][..], &[][..]),
+        (&["module.a", "module.b"][..], &["a", "b"][..], &[][..]),
         (
             &["module._orig_mod.a", "module._orig_mod.b"],
             &["a", "b"],
@@ -436,6 +436,7 @@ fn wrappers_of_networks_leave_no_prefix_and_no_two_keys_become_one() {
         ),
         // A part of the network that is called so.
         (&["a", "module.a"], &["a", "module.a"], &[]),
+        (&["b", "module.a"], &["b", "module.a"], &[]),
         (
             &["_orig_mod.a", "module.a"],
             &["_orig_mod.a", "module.a"],
@@ -445,7 +446,22 @@ fn wrappers_of_networks_leave_no_prefix_and_no_two_keys_become_one() {
         (&["module."], &["module."], &[]),
         // Of an AveragedModel, and of whatever is called as its counter is.
         (&["module.a", "n_averaged"], &["a"], &["n_averaged"]),
+        (
+            &["_orig_mod.module.a", "_orig_mod.n_averaged"],
+            &["a"],
+            &["n_averaged"],
+        ),
+        (
+            &["module.module.a", "module.n_averaged"],
+            &["a"],
+            &["n_averaged"],
+        ),
         (&["a", "n_averaged"], &["a", "n_averaged"], &[]),
+        (
+            &["a", "module.b", "n_averaged"],
+            &["a", "module.b", "n_averaged"],
+            &[],
+        ),
     ] {
         let tensor = r#"{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#;
         let entries: Vec<_> = keys

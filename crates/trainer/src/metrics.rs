@@ -155,18 +155,16 @@ impl MetricsFiles {
     }
 }
 
-/// The epoch of the last whole line of the metrics of the run in `dir`, if there are any.
+/// The epoch of the last whole line of the metrics of the run in `dir`, if there are any. After it may lie anything.
 pub(crate) fn last_epoch(dir: &Path) -> Result<Option<u64>> {
     let path = dir.join("metrics.jsonl");
-    let text = match std::fs::read_to_string(&path) {
+    let bytes = match std::fs::read(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         read => read.map_err(io_error("read", &path))?,
     };
-    let metrics = text.lines().rev().map(serde_json::from_str);
-    Ok(metrics
-        .flatten()
-        .next()
-        .map(|metric: Metric| metric.epoch()))
+    let metrics = bytes.rsplit(|&byte| byte == b'\n');
+    let mut metrics = metrics.filter_map(|line| serde_json::from_slice::<Metric>(line).ok());
+    Ok(metrics.next().map(|metric| metric.epoch()))
 }
 
 impl Metric {

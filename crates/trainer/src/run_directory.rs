@@ -241,13 +241,15 @@ impl RunDirectory {
     /// [`Error::Io`] for a folder that is there and cannot be read, and [`Error::CheckpointsLost`] where the metrics tell of a second
     /// epoch, which begins with a checkpoint of the first.
     pub fn has_checkpoint(&self) -> Result<bool> {
-        let was_saved = checkpoint::was_saved(&self.checkpoints())?;
+        if checkpoint::was_saved(&self.checkpoints())? {
+            return Ok(true);
+        }
         match last_epoch(&self.dir)? {
-            Some(epoch) if !was_saved && epoch > 1 => Err(Error::CheckpointsLost {
+            Some(epoch) if epoch > 1 => Err(Error::CheckpointsLost {
                 dir: self.checkpoints(),
                 epoch,
             }),
-            _ => Ok(was_saved),
+            _ => Ok(false),
         }
     }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use cifar_data::download::{Request, Source, fetch};
 use cifar_data::{
     CLASS_NAMES, CLASSES, DataError, ImageSet, Layout, Normalization, TrainTest, find_layout,
-    incomplete_layout, load, python_version, shapes, stratified_split,
+    hub_parquet, incomplete_layout, load, python_version, shapes, stratified_split,
 };
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -255,16 +255,28 @@ fn load_or_fetch(dir: &Path, way_on: &str) -> Result<TrainTest> {
 
 /// What else can be done about data that are there and damaged.
 fn repair(dir: &Path) -> String {
+    // As it fetches them; of files under other names it knows nothing.
+    let (train, _) = hub_parquet::FILES[0];
     let source = match find_layout(dir) {
-        Some(Layout::Binary { .. }) => " --source toronto",
-        _ => "",
+        Some(Layout::Binary { dir: found }) if found != dir => Some(" --source toronto"),
+        Some(Layout::HubParquet { train: found, .. })
+            if found == dir.join("plain_text").join(train) =>
+        {
+            Some("")
+        }
+        _ => None,
     };
-    format!(
-        "the data in {} cannot be used; `cargo xtask download-data{source} --data-dir {}` verifies them and \
-         replaces what is wrong. The reason",
-        dir.display(),
-        quoted(dir)
-    )
+    let (shown, quoted) = (dir.display(), quoted(dir));
+    match source {
+        Some(source) => format!(
+            "the data in {shown} cannot be used; `cargo xtask download-data{source} --data-dir {quoted}` verifies them \
+             and replaces what is wrong. The reason"
+        ),
+        None => format!(
+            "the data in {shown} cannot be used; `cargo xtask download-data --data-dir DIR` fetches others into another \
+             folder, for `--data-dir DIR`. The reason"
+        ),
+    }
 }
 
 fn download(dir: &Path) -> Result<()> {
@@ -277,7 +289,7 @@ fn download(dir: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use cifar_data::{binary, hub_parquet};
+    use cifar_data::binary;
 
     use super::*;
 
@@ -360,10 +372,23 @@ mod tests {
             "{error}"
         );
         let binary = [&binary::TRAIN_FILES[..], &[binary::TEST_FILE]].concat();
-        let error = truncated(&binary);
+        let within = binary
+            .iter()
+            .map(|file| format!("cifar-10-batches-bin/{file}"));
+        let within: Vec<String> = within.collect();
+        let error = truncated(&within.iter().map(String::as_str).collect::<Vec<_>>());
         assert!(
             error.contains("`cargo xtask download-data --source toronto --data-dir 'DIR'`"),
             "{error}"
         );
+        // Which it would not look at.
+        let (train, test) = hub_parquet::FILES[1];
+        for files in [&binary[..], &[train, test]] {
+            let error = truncated(files);
+            assert!(
+                error.contains("fetches others into another folder"),
+                "{error}"
+            );
+        }
     }
 }

@@ -105,7 +105,8 @@ impl Classifier {
             false => Preprocessing::ImageNet,
         };
         let mut assumed = Vec::new();
-        if image_size.is_none() && !weights.are_torchvisions() {
+        let is_published = weights.are_torchvisions() && preprocessing == Preprocessing::ImageNet;
+        if image_size.is_none() && !is_published {
             assumed.push(preprocessing.assumed());
         }
         let transform_input = weights.transform_input()?;

@@ -19,11 +19,11 @@ pub(crate) const FORMATS: [ImageFormat; 4] = [
     ImageFormat::Bmp,
 ];
 
-/// Most bytes that decoding a picture may take: the `image` crate's own limit.
-const MAX_MEMORY: u64 = 512 << 20;
+/// Most bytes that decoding a picture may take.
+const MAX_MEMORY: u64 = 1 << 30;
 
-/// Most pixels of a side, as of a JPEG. Each takes 24 bytes of weights when the picture is resized.
-const MAX_SIDE: u32 = 65_535;
+/// Most pixels of a side. Each takes 24 bytes of weights when the picture is resized.
+const MAX_SIDE: u32 = 1_000_000;
 
 /// What is done to a picture before the network sees it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -109,7 +109,7 @@ fn decode(file: &[u8], format: ImageFormat) -> Result<RgbImage> {
         ColorType::Rgb8 => 0,
         _ => 3 * u64::from(width) * u64::from(height),
     };
-    let too_large = || anyhow!("has {pixels}, which take more than 512 MiB to decode");
+    let too_large = || anyhow!("has {pixels}, which take more than 1 GiB to decode");
     if bytes.saturating_add(copied) > MAX_MEMORY {
         return Err(too_large());
     }
@@ -130,8 +130,8 @@ fn decode(file: &[u8], format: ImageFormat) -> Result<RgbImage> {
 /// looked at, as in torchvision. The format is that of the content, whatever the file is called.
 ///
 /// # Errors
-/// A file that cannot be read, is no picture of a known format, is damaged, has a side of more than 65,535 pixels, or
-/// would take more than half a gigabyte.
+/// A file that cannot be read, is no picture of a known format, is damaged, has a side of more than a million pixels, or
+/// would take more than a gigabyte.
 pub(crate) fn read(path: &Path) -> Result<RgbImage> {
     let file = fs::read(path).context("cannot be read")?;
     let format = image::guess_format(&file).ok();

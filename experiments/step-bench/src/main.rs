@@ -326,8 +326,10 @@ mod tests {
             };
             Bench::new(&single).map(|_| ()).map_err(|e| e.to_string())
         };
-        assert!(network(Work::Train, 32).unwrap_err().contains("--batch 1"));
-        network(Work::Train, 33).unwrap();
+        let largest = LARGEST_OF_ONE_PIXEL as u32;
+        let refused = network(Work::Train, largest).unwrap_err();
+        assert!(refused.contains("--batch 1"), "{refused}");
+        network(Work::Train, largest + 1).unwrap();
         network(Work::Inference, 32).unwrap();
     }
 

@@ -51,21 +51,20 @@ impl<S: Stage> Experiment for FineTune<S> {
                 find_state(&run, &request, dataset)?
             }
         };
-        if known.transform_input.is_none() && begin != BeginConfig::Random {
-            print(
-                "These weights do not say whether the network converts its input: it does, as torchvision's pretrained one \
-                 (pretrained-import --no-transform-input writes a file that says no)",
-            );
-        }
         let transform_input = known.transform_input.unwrap_or(true);
-        if known.is_foreign
+        let is_converted_twice = known.is_foreign
             && transform_input
-            && request.trained == Trained::HeadWithFixedStatistics
-        {
+            && request.trained == Trained::HeadWithFixedStatistics;
+        if is_converted_twice {
             print(
                 "The pictures, already at −1…1, are converted once more in front of the network (transform_input), as in the \
                  lesson. The batch's statistics undo that, and those that --bn-eval fixes cannot, unless the weights were trained so: \
                  better are ones that say no, which pretrained-import --no-transform-input writes",
+            );
+        } else if known.transform_input.is_none() && begin != BeginConfig::Random {
+            print(
+                "These weights do not say whether the network converts its input: it does, as torchvision's pretrained one \
+                 (pretrained-import --no-transform-input writes a file that says no)",
             );
         }
         Ok(TransferConfig {
@@ -165,7 +164,7 @@ const WAYS_ON: &[&str] = &[
 struct Known {
     transform_input: Option<bool>,
     image_size: Option<usize>,
-    /// Whether it is a backbone that was not trained by these programs, which say of the pictures how large they were.
+    /// Whether it was not trained by these programs, which say of the pictures how large they were.
     is_foreign: bool,
 }
 
@@ -186,7 +185,7 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
         // How the features were trained decides; the size of the pictures is free.
         transform_input: transform_input.context("cannot use --weights")?,
         image_size: None,
-        is_foreign: !matches!(weights.image_size(), Ok(Some(_))),
+        is_foreign: is_foreign(&weights),
     };
     let begin = BeginConfig::Backbone {
         source: source.to_string(),
@@ -208,7 +207,7 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     let known = Known {
         transform_input: transform_input.context("cannot use --init")?,
         image_size: image_size.context("cannot use --init")?,
-        is_foreign: false,
+        is_foreign: is_foreign(&weights),
     };
     let shown = path.display();
     let classes = weights
@@ -247,6 +246,10 @@ fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(Begin
     let fits = weights.whole(request.aux_heads);
     fits.context("cannot use --init")?;
     Ok((BeginConfig::State { file }, known))
+}
+
+fn is_foreign(weights: &Weights) -> bool {
+    !weights.state.metadata.contains_key("image_size")
 }
 
 fn check_architecture(weights: &Weights, flag: &str) -> Result<()> {

@@ -59,7 +59,8 @@ pub(super) fn run() -> Result<()> {
     Ok(())
 }
 
-fn nvcc() -> PathBuf {
+/// The nvcc that a build would take, or one that is at hand.
+pub(crate) fn nvcc() -> PathBuf {
     let of_home = |home| Path::new(&home).join("bin/nvcc");
     match (env::var_os("NVCC"), env::var_os("CUDA_HOME").map(of_home)) {
         (Some(nvcc), _) => nvcc.into(),

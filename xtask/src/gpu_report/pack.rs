@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use crate::cuda_check::nvcc;
 use crate::workspace::{cargo, repository};
 
 /// What is built, and where the programs go below the folder. Tests that compile something themselves are left out.
@@ -51,16 +52,14 @@ pub(super) fn pack(dir: &Path) -> Result<()> {
         ensure!(status.success(), "cannot write {}", copy.display());
         bytes += fs::metadata(&copy)?.len();
     }
-    let nvcc = Command::new("nvcc").arg("--version").output();
-    let nvcc = nvcc.context("cannot start nvcc, by which they were built")?;
-    let nvcc = String::from_utf8_lossy(&nvcc.stdout);
-    let release = nvcc.lines().find(|line| line.contains("release"));
-    println!(
-        "Built by {}.",
-        release
-            .unwrap_or("an nvcc that does not name its release")
-            .trim()
-    );
+    let nvcc = nvcc();
+    let said = Command::new(&nvcc).arg("--version").output();
+    let said = said.map_or(String::new(), |output| {
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    });
+    let release = said.lines().find(|line| line.contains("release"));
+    let release = release.unwrap_or("which does not name its release").trim();
+    println!("Of the nvcc {}: {release}.", nvcc.display());
     let (count, mib) = (programs.len(), bytes as f64 / f64::from(1 << 20));
     let (dir, here) = (dir.display(), repository().display());
     println!(

@@ -606,7 +606,8 @@ fn times(
             for (turn, i) in there_and_back.enumerate() {
                 let (candidate, earlier) = (&candidates[i], timings[i]);
                 let best = best_in_graph(&timings);
-                let is_hopeless = i > 0 && earlier.milliseconds > HOPELESS * best;
+                let is_hopeless =
+                    i > 0 && earlier.milliseconds > HOPELESS * best + HOST_MILLISECONDS;
                 if turn >= candidates.len() && (is_hopeless || !earlier.milliseconds.is_finite()) {
                     continue;
                 }
@@ -633,12 +634,13 @@ fn times(
     })
 }
 
+/// What the host may take to give a single run.
+const HOST_MILLISECONDS: f32 = 0.05;
+
 /// One run, as it will be within a recorded step: in a CUDA graph, where the host's part does not count.
 ///
 /// What is obviously slower than `best` milliseconds is not timed as exactly.
 fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>, best: f32) -> Result<Timing> {
-    /// What the host may take to give a single run.
-    const HOST_MILLISECONDS: f32 = 0.05;
     // Kernels are loaded when they are first run, which takes its time and is forbidden in a capture.
     run()?;
     let single = least_time(stream, 2, &run)?;

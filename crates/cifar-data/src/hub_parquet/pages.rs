@@ -111,7 +111,8 @@ impl Header {
         }
         if let Some(encoding) = encoding.filter(|encoding| !ENCODINGS.contains(encoding)) {
             return Err(refused(format!(
-                "a page has encoding {encoding} of parquet-format; {ENCODINGS:?} are read"
+                "a page has encoding {encoding} of parquet-format; PLAIN (0), PLAIN_DICTIONARY (2), DELTA_BINARY_PACKED (5) \
+                 and RLE_DICTIONARY (8) are read"
             )));
         }
         match entries.filter(|entries| !(0..=rows as i64).contains(entries)) {

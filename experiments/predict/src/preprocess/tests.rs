@@ -125,17 +125,17 @@ fn a_long_thin_picture_takes_no_more_than_others() {
 fn a_picture_that_would_take_too_much_memory_is_refused_with_its_size() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("picture");
-    for (width, height) in [(65_536, 1), (1, 65_536)] {
+    for (width, height) in [(1_000_001, 1), (1, 1_000_001)] {
         let long = DynamicImage::new_rgb8(width, height);
         long.save_with_format(&path, ImageFormat::Png).unwrap();
         assert_eq!(
             format!("{:#}", read(&path).unwrap_err()),
-            format!("has {width}×{height} pixels; a side of 65535 is the most")
+            format!("has {width}×{height} pixels; a side of 1000000 is the most")
         );
     }
-    let long = DynamicImage::new_rgb8(65_535, 1);
+    let long = DynamicImage::new_rgb8(1_000_000, 1);
     long.save_with_format(&path, ImageFormat::Png).unwrap();
-    assert_eq!(read(&path).unwrap().dimensions(), (65_535, 1));
+    assert_eq!(read(&path).unwrap().dimensions(), (1_000_000, 1));
     // An empty picture that says it has this size.
     let error_of = |picture: DynamicImage, side: u32| {
         let mut file = Cursor::new(Vec::new());
@@ -147,13 +147,13 @@ fn a_picture_that_would_take_too_much_memory_is_refused_with_its_size() {
         fs::write(&path, file).unwrap();
         format!("{:#}", read(&path).unwrap_err())
     };
-    // 3 bytes a pixel of 512 MiB, and 4 of which 3 are copied.
+    // 3 bytes a pixel of 1 GiB, and 4 of which 3 are copied.
     for (picture, side) in [
-        (DynamicImage::new_rgb8(1, 1), 13_378),
-        (DynamicImage::new_rgba8(1, 1), 8_758),
+        (DynamicImage::new_rgb8(1, 1), 18_919),
+        (DynamicImage::new_rgba8(1, 1), 12_386),
     ] {
         let error = error_of(picture.clone(), side);
-        let expected = format!("has {side}×{side} pixels, which take more than 512 MiB to decode");
+        let expected = format!("has {side}×{side} pixels, which take more than 1 GiB to decode");
         assert_eq!(error, expected);
         let error = error_of(picture, side - 1);
         assert!(error.starts_with("cannot be decoded"), "{error}");
