@@ -1,8 +1,10 @@
 //! The command as a user meets it. Nothing here leaves this machine.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use assert_cmd::prelude::*;
 use predicates::prelude::*;
@@ -27,6 +29,13 @@ fn download_data(home: &tempfile::TempDir) -> Command {
         .current_dir(home.path());
     command.arg("download-data");
     command
+}
+
+/// In the files of a folder, which need not be there.
+fn bytes_in(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let files = entries.filter_map(|entry| entry.metadata().ok());
+    files.map(|file| file.len()).sum()
 }
 
 #[test]
@@ -68,6 +77,16 @@ fn a_signal_ends_a_download_with_130_and_says_how_it_goes_on() {
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let begun = lines.find(|line| line.as_ref().unwrap().starts_with("fetching "));
     assert!(begun.is_some());
+    let folder = home.path().join("data/plain_text");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while bytes_in(&folder) < 1000 {
+        assert!(
+            Instant::now() < deadline,
+            "no bytes in {}",
+            folder.display()
+        );
+        sleep(Duration::from_millis(10));
+    }
     let kill = Command::new("kill")
         .args(["-s", "INT", &child.id().to_string()])
         .status();
