@@ -1,7 +1,7 @@
 //! The folder that a measurement is recorded in: what was found, on what machine, from what commit.
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -14,9 +14,8 @@ pub(crate) fn environment(threads: usize) -> Environment {
     let package = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
     let mut environment = Environment::capture(package, "cpu", threads, 0);
     // Records are committed: a path on somebody's machine says nothing there.
-    let arguments = env::args_os().skip(1);
-    environment.command =
-        recorded_command(arguments.map(|argument| argument.to_string_lossy().into_owned()));
+    let command = std::mem::take(&mut environment.command);
+    environment.command = recorded_command(command.into_iter().skip(1));
     environment
 }
 

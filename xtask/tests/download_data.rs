@@ -1,10 +1,8 @@
 //! The command as a user meets it. Nothing here leaves this machine.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use assert_cmd::prelude::*;
 use predicates::prelude::*;
@@ -29,13 +27,6 @@ fn download_data(home: &tempfile::TempDir) -> Command {
         .current_dir(home.path());
     command.arg("download-data");
     command
-}
-
-/// In the files of a folder, which need not be there.
-fn bytes_in(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let files = entries.filter_map(|entry| entry.metadata().ok());
-    files.map(|file| file.len()).sum()
 }
 
 #[test]
@@ -63,6 +54,8 @@ fn without_a_server_it_fails_soon_names_the_other_source_and_leaves_nothing() {
 #[test]
 fn a_signal_ends_a_download_with_130_and_says_how_it_goes_on() {
     use std::io::{BufRead, BufReader};
+    use std::thread::sleep;
+    use std::time::Instant;
     use test_support::http::{Reply, Server};
     let home = tempfile::tempdir().unwrap();
     let (release, released) = std::sync::mpsc::channel();
@@ -79,7 +72,13 @@ fn a_signal_ends_a_download_with_130_and_says_how_it_goes_on() {
     assert!(begun.is_some());
     let folder = home.path().join("data/plain_text");
     let deadline = Instant::now() + Duration::from_secs(60);
-    while bytes_in(&folder) < 1000 {
+    let bytes = || {
+        // The folder need not be there yet.
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let files = entries.filter_map(|entry| entry.metadata().ok());
+        files.map(|file| file.len()).sum::<u64>()
+    };
+    while bytes() < 1000 {
         assert!(
             Instant::now() < deadline,
             "no bytes in {}",

@@ -176,7 +176,7 @@ struct Wanted {
     ignored: Ignored,
 }
 
-/// Where checkpoints keep their state dict; the first of them that has tensors counts.
+/// Where checkpoints keep their state dict; the first of them that has tensors, and no fewer than the root, counts.
 pub(crate) const WRAPPERS: [&str; 8] = [
     "state_dict",
     "model",

@@ -2,30 +2,22 @@
 
 use std::fs;
 
-use cifar_data::{Batches, Normalization, Split, shapes};
+use cifar_data::{Batches, Normalization};
 
-use super::tests::ENVIRONMENT;
+use super::tests::{create, data};
 use super::*;
 use crate::observer::Silent;
 use crate::schedule::{Schedule, Span};
 use crate::sgd::SgdConfig;
 use crate::tiny_model::TinyModel;
 
+/// Of [`data`], to train on.
 const IMAGES: usize = 14;
 const BATCH_SIZE: usize = 5;
 /// Batches of 5, 5 and 4.
 const STEPS_PER_EPOCH: u64 = 3;
 const EPOCHS: u64 = 3;
 const BASE_LR: f64 = 0.05;
-
-fn data() -> DataSets {
-    DataSets {
-        train: Arc::new(shapes::generate(1, Split::Train, IMAGES)),
-        validation: Some(Arc::new(shapes::generate(2, Split::Train, 7))),
-        test: Arc::new(shapes::generate(1, Split::Test, 11)),
-        normalization: Normalization::HALF,
-    }
-}
 
 fn config(seed: u64) -> TrainingConfig {
     TrainingConfig {
@@ -152,7 +144,7 @@ fn split_loss(metric: &Metric) -> (Metric, f64) {
 
 fn run(config: &TrainingConfig, resident: bool) -> (TinyModel, Vec<Metric>, String) {
     let out = tempfile::tempdir().unwrap();
-    let run = RunDirectory::create(out.path(), "tiny", config, &data(), &ENVIRONMENT).unwrap();
+    let run = create(out.path(), config);
     let dir = run.path().to_path_buf();
     let model = model(config.seed);
     let execution = Execution {

@@ -36,7 +36,7 @@ fn config() -> TrainingConfig {
 
 const TOTAL_STEPS: u64 = 8;
 
-fn data() -> DataSets {
+pub(super) fn data() -> DataSets {
     DataSets {
         train: Arc::new(shapes::generate(1, Split::Train, 14)),
         validation: Some(Arc::new(shapes::generate(2, Split::Train, 7))),
@@ -50,7 +50,7 @@ fn data() -> DataSets {
 pub(super) static ENVIRONMENT: LazyLock<Environment> =
     LazyLock::new(|| Environment::capture((EXPERIMENT, "0"), "cpu", 1, 0));
 
-fn create(out: &Path, config: &TrainingConfig) -> RunDirectory {
+pub(super) fn create(out: &Path, config: &TrainingConfig) -> RunDirectory {
     let environment = &*ENVIRONMENT;
     RunDirectory::create(out, EXPERIMENT, config, &data(), environment).unwrap()
 }
