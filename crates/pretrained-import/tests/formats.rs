@@ -690,6 +690,37 @@ fn many_views_of_one_storage_are_bounded_by_the_file() {
 }
 
 #[test]
+fn a_state_dict_may_have_fewer_tensors_by_a_wrappers_name_beside_it() {
+    let one = one_tensor(1, 0, &[1], &[1]);
+    let item = |key: u8| {
+        // Between the beginning, an empty dictionary's, and the end.
+        let mut item = one[3..one.len() - 1].to_vec();
+        item[5] = key;
+        item
+    };
+    let items = |keys: &str| keys.bytes().flat_map(item).collect::<Vec<u8>>();
+    for (beside, wrapped, expected) in [
+        ("ab", "c", "ab"),
+        ("a", "c", "c"),
+        ("a", "cd", "cd"),
+        ("", "c", "c"),
+    ] {
+        let pickle = [
+            &b"\x80\x02}"[..],
+            &items(beside),
+            b"X\x07\0\0\0weights}",
+            &items(wrapped),
+            b"s.",
+        ]
+        .concat();
+        let file = legacy(&pickle, &one_storage(&[1.]));
+        let state = StateDict::from_bytes(&file, Path::new("x")).unwrap();
+        let found: String = state.tensors.into_keys().collect();
+        assert_eq!(found, expected, "{beside}, {wrapped}");
+    }
+}
+
+#[test]
 fn of_many_keys_without_a_tensor_the_first_are_kept_and_the_rest_counted() {
     let one = one_tensor(1, 0, &[1], &[1]);
     let mut pickle = one[..one.len() - 1].to_vec();
