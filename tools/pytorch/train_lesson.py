@@ -1,12 +1,15 @@
 """The lesson's first experiment in PyTorch, beside `scratch-train`: from nothing, on the Hub's parquet files.
 
     python train_lesson.py --data-dir DIR [--device cuda] [--compile] [--seed N ...] [--epochs N] [--train-limit N]
-        [--test-limit N]
+        [--test-limit N] [--max-steps N]
 
-Prints a line of JSON for each seed: test accuracy in percent, loss, images a second in training. The same recipe: the
+Prints a line of JSON for each seed: test accuracy in percent, loss, images a second in training; or the step at which the loss
+was not finite any more. The same recipe: the
 lesson's initialisation, pictures at mean and standard deviation 0.5, batches of 32, SGD 1e-4 with momentum 0.9, 7 epochs,
 the last, smaller batch of an epoch included. Pictures stay on the device as bytes. Their order, the first weights and the
 masks of the dropout are PyTorch's own.
+
+`--max-steps` ends each seed after so many steps, and prints their losses instead.
 
 `--compile` is torch.compile with CUDA graphs (mode="reduce-overhead"), once for all seeds: on a GPU it computes the same
 three times as fast. The time that it takes to compile counts for the first seed.
@@ -14,6 +17,7 @@ three times as fast. The time that it takes to compile counts for the first seed
 
 import argparse
 import json
+import math
 import sys
 import time
 
@@ -44,7 +48,7 @@ def main():
         net.load_state_dict(LessonGoogLeNet().state_dict())
         fused = True if arguments.compile else None
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, fused=fused)
-        seconds = 0.0
+        seconds, accuracy, losses = 0.0, None, Losses(device)
         for epoch in range(arguments.epochs):
             net.train()
             start = time.perf_counter()
@@ -52,22 +56,52 @@ def main():
                 optimizer.zero_grad()
                 # Not compiled again for the last batch of an epoch, which may be smaller.
                 compute = loss_of_whole_batch if len(chosen) == BATCH else loss_of
-                compute(images(train[chosen]), train_labels[chosen]).backward()
+                loss = compute(images(train[chosen]), train_labels[chosen])
+                loss.backward()
                 optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+                losses.add(loss)
+                if losses.diverged or losses.count == arguments.max_steps:
+                    break
+            losses.look()
             seconds += time.perf_counter() - start
+            if losses.diverged:
+                print(f"seed {seed} diverged at step {losses.diverged}", file=sys.stderr, flush=True)
+                break
+            if losses.count == arguments.max_steps:
+                break
             accuracy, loss = evaluate(net, test, test_labels)
             epochs = f"seed {seed}, epoch {epoch + 1}"
             print(f"{epochs}: test accuracy {accuracy:.2f} %, loss {loss:.4f}", file=sys.stderr, flush=True)
-        answer = {
-            "seed": seed,
-            "accuracy": accuracy,
-            "loss": loss,
-            "images_per_second": arguments.epochs * len(train) / seconds,
-            "framework": "PyTorch " + torch.__version__.split("+")[0],
-        }
-        print(json.dumps(answer), flush=True)
+        answer = {"seed": seed, "diverged": losses.diverged}
+        if arguments.max_steps:
+            answer["losses"] = losses.known
+        elif not losses.diverged:
+            answer |= {"accuracy": accuracy, "loss": loss, "images_per_second": arguments.epochs * len(train) / seconds}
+        print(json.dumps(answer | {"framework": "PyTorch " + torch.__version__.split("+")[0]}), flush=True)
+
+
+class Losses:
+    """The losses of a run's steps, which stay on the device until they are looked at, every 64 steps."""
+
+    def __init__(self, device):
+        self.waiting = torch.empty(64, device=device)
+        self.count = 0
+        self.known = []
+        # The first step, from 1 on, whose loss is not finite.
+        self.diverged = None
+
+    def add(self, loss):
+        self.waiting[self.count - len(self.known)] = loss.detach()
+        self.count += 1
+        # A CPU has it at hand.
+        if self.count - len(self.known) == len(self.waiting) or loss.device.type == "cpu":
+            self.look()
+
+    def look(self):
+        for loss in self.waiting[: self.count - len(self.known)].tolist():
+            self.known.append(loss)
+            if not self.diverged and not math.isfinite(loss):
+                self.diverged = len(self.known)
 
 
 @torch.no_grad()
@@ -94,6 +128,7 @@ def parse_arguments():
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--train-limit", type=int)
     parser.add_argument("--test-limit", type=int)
+    parser.add_argument("--max-steps", type=int)
     arguments = parser.parse_args()
     if arguments.epochs < 1:
         parser.error("--epochs: at least 1")

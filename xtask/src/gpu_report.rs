@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use self::gpu::Gpu;
-use self::runs::{Parity, Round, Runs, pytorch_accuracy};
+use self::runs::{Outcome, Parity, Round, Runs, pytorch_accuracy};
 use self::table::summary;
 use self::work::{ROW_NAMES, ROWS, Row, SEEDS};
 use crate::bench::pytorch;
@@ -50,9 +50,12 @@ pub(crate) struct GpuReport {
     /// Rounds of each row; each side runs once in each
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Also train the lesson's 7 epochs on CIFAR-10 in this folder (the Hub's parquet files), with seeds 0 to 2, ours and PyTorch
+    /// Also train the lesson's 7 epochs on CIFAR-10 in this folder (the Hub's parquet files), ours and PyTorch
     #[arg(long, value_name = "DIR")]
     accuracy: Option<PathBuf>,
+    /// Seeds of these trainings, from 0 on; more than three make up for those that diverge
+    #[arg(long, value_name = "N", default_value_t = SEEDS, value_parser = clap::value_parser!(u32).range(1..), requires = "accuracy")]
+    seeds: u32,
     /// Leave the tests out
     #[arg(long)]
     skip_tests: bool,
@@ -83,9 +86,9 @@ struct Report {
     tests: Option<String>,
     parity: Vec<Parity>,
     rows: BTreeMap<String, Vec<Round>>,
-    /// In percent, by seed.
-    accuracy: BTreeMap<u32, f64>,
-    pytorch_accuracy: BTreeMap<u32, f64>,
+    /// By seed.
+    accuracy: BTreeMap<u32, Outcome>,
+    pytorch_accuracy: BTreeMap<u32, Outcome>,
     /// What failed, in words.
     failures: Vec<String>,
     /// What our programs warned of, and in which run.
@@ -242,7 +245,7 @@ impl Session<'_> {
     fn accuracy_takes(&self) -> Duration {
         let sides = 1 + u32::from(self.python.is_some());
         match self.arguments.accuracy {
-            Some(_) => sides * SEEDS.len() as u32 * ACCURACY,
+            Some(_) => sides * self.arguments.seeds * ACCURACY,
             None => Duration::ZERO,
         }
     }
@@ -251,27 +254,28 @@ impl Session<'_> {
         let Some(data) = &self.arguments.accuracy else {
             return Ok(());
         };
-        for seed in SEEDS {
+        for seed in 0..self.arguments.seeds {
             let what = format!("the accuracy of seed {seed}");
             if !self.runs.has_time(&mut self.report, &what, ACCURACY) {
                 continue;
             }
             attempt(&mut self.report, &what, |report| {
-                let accuracy = self.runs.accuracy(data, seed)?;
-                report.accuracy.insert(seed, accuracy);
+                let outcome = self.runs.accuracy(data, seed)?;
+                report.accuracy.insert(seed, outcome);
                 Ok(())
             });
             self.write()?;
         }
         let theirs = "PyTorch's accuracy";
-        let takes = ACCURACY * SEEDS.len() as u32;
+        let seeds = self.arguments.seeds;
+        let takes = ACCURACY * seeds;
         if let Some(python) = &self.python
             && self.runs.has_time(&mut self.report, theirs, takes)
         {
             let (out, environment) = (self.out, &self.environment);
             attempt(&mut self.report, theirs, |report| {
-                pytorch_accuracy(python, data, |seed, accuracy| {
-                    report.pytorch_accuracy.insert(seed, accuracy);
+                pytorch_accuracy(python, data, seeds, |seed, outcome| {
+                    report.pytorch_accuracy.insert(seed, outcome);
                     write(out, report, environment)
                 })
             });

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::work::{OTHER_WAY, OURS, ROUND, Row, SEEDS, WAYS};
+use super::work::{OTHER_WAY, OURS, ROUND, Row, WAYS};
 use super::{Report, gpu};
 use crate::bench::Side;
 use crate::workspace::repository;
@@ -26,6 +26,16 @@ pub(super) struct Timing {
 }
 
 pub(super) type Round = BTreeMap<String, Timing>;
+
+/// What came of training the lesson's 7 epochs.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Outcome {
+    /// On the test set, in percent.
+    Accuracy(f64),
+    /// At this step the loss was not finite any more.
+    Diverged(u64),
+}
 
 /// Two runs of the same steps.
 #[derive(Debug, Serialize)]
@@ -352,10 +362,16 @@ impl Runs<'_> {
         last_speed(&text)
     }
 
-    pub(super) fn accuracy(&self, data: &Path, seed: u32) -> Result<f64> {
+    pub(super) fn accuracy(&self, data: &Path, seed: u32) -> Result<Outcome> {
         let mut arguments = words(&format!("--device cuda --seed {seed}"));
         arguments.extend(["--data-dir".into(), data.into()]);
-        let run = self.train("scratch-train", &format!("accuracy-{seed}"), &arguments)?;
+        let run = match self.train("scratch-train", &format!("accuracy-{seed}"), &arguments) {
+            Ok(run) => run,
+            Err(error) => {
+                let step = step_of_divergence(&error.to_string());
+                return step.map(Outcome::Diverged).ok_or(error);
+            }
+        };
         let path = run.join("finished.json");
         let text =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -364,8 +380,15 @@ impl Runs<'_> {
             .evaluations
             .get("test")
             .context("no test evaluation")?;
-        Ok(100.0 * test.accuracy())
+        Ok(Outcome::Accuracy(100.0 * test.accuracy()))
     }
+}
+
+/// The step that a program names where it says that training has diverged.
+fn step_of_divergence(log: &str) -> Option<u64> {
+    let (before, _) = log.split_once(": training has diverged")?;
+    let (before, _) = before.rsplit_once(" (epoch ")?;
+    before.split_whitespace().next_back()?.parse().ok()
 }
 
 /// The GPU that a program said it runs on.
@@ -434,12 +457,13 @@ fn pytorch_side(row: &Row, python: &Path, name: &str, flags: &[&str]) -> Result<
     Ok(side)
 }
 
-/// Calls `f` with each seed and the accuracy, in percent, of the lesson's 7 epochs by PyTorch, as soon as it is known. By the
+/// Calls `f` with each seed and what comes of the lesson's 7 epochs by PyTorch, as soon as it is known. By the
 /// fastest PyTorch, which computes the same: eager it takes three minutes a seed and more.
 pub(super) fn pytorch_accuracy(
     python: &Path,
     data: &Path,
-    mut f: impl FnMut(u32, f64) -> Result<()>,
+    seeds: u32,
+    mut f: impl FnMut(u32, Outcome) -> Result<()>,
 ) -> Result<()> {
     let mut command = Command::new(python);
     gpu::in_order(&mut command)
@@ -447,7 +471,7 @@ pub(super) fn pytorch_accuracy(
         .args(["--device", "cuda", "--compile", "--data-dir"])
         .arg(data)
         .arg("--seed")
-        .args(SEEDS.map(|seed| seed.to_string()))
+        .args((0..seeds).map(|seed| seed.to_string()))
         .stdout(Stdio::piped());
     let mut process = command
         .spawn()
@@ -457,7 +481,7 @@ pub(super) fn pytorch_accuracy(
         let line = line?;
         let trained: Trained = serde_json::from_str(&line)
             .with_context(|| format!("train_lesson.py answered {line:?}"))?;
-        f(trained.seed, trained.accuracy)
+        f(trained.seed, trained.outcome()?)
     });
     if outcome.is_err() {
         let _ = process.kill();
@@ -473,7 +497,18 @@ pub(super) fn pytorch_accuracy(
 struct Trained {
     seed: u32,
     /// In percent.
-    accuracy: f64,
+    accuracy: Option<f64>,
+    /// The step.
+    diverged: Option<u64>,
+}
+
+impl Trained {
+    fn outcome(&self) -> Result<Outcome> {
+        let diverged = self.diverged.map(Outcome::Diverged);
+        diverged
+            .or(self.accuracy.map(Outcome::Accuracy))
+            .with_context(|| format!("train_lesson.py says nothing of seed {}", self.seed))
+    }
 }
 
 /// The most that is held of the GPU while `f` runs, looked at five times a second.
@@ -531,6 +566,17 @@ mod tests {
 
     #[test]
     fn what_programs_write_is_read() {
+        let diverged = trainer::Error::NonFiniteLoss {
+            epoch: 1,
+            step: 23,
+            loss: f32::NAN,
+            steps_made: 65,
+            last_checkpoint: trainer::LastCheckpoint::None,
+        };
+        let log = format!("scratch-train failed: Run: x\nerror: {diverged}");
+        assert_eq!(step_of_divergence(&log), Some(23));
+        assert_eq!(step_of_divergence("error: no such file"), None);
+
         let log = "Run: x\n WARN it cannot be recorded\nDEBUG an engine\nstep 1\n";
         assert_eq!(
             warnings("lesson-32-0", log),
@@ -545,8 +591,11 @@ mod tests {
         let csv = "epoch,images_per_second,x\n1,10.5,0\n2,20.25,0\n";
         assert_eq!(last_speed(csv).unwrap(), 20.25);
         assert!(last_speed("epoch\n").is_err());
-        let line = r#"{"seed": 2, "accuracy": 55.5, "loss": 1.2, "images_per_second": 5, "framework": "PyTorch"}"#;
-        let trained: Trained = serde_json::from_str(line).unwrap();
-        assert_eq!((trained.seed, trained.accuracy), (2, 55.5));
+        let outcome_of = |line: &str| serde_json::from_str::<Trained>(line).unwrap().outcome();
+        let line = r#"{"seed": 2, "diverged": null, "accuracy": 55.5, "loss": 1.2, "images_per_second": 5, "framework": "PyTorch"}"#;
+        assert_eq!(outcome_of(line).unwrap(), Outcome::Accuracy(55.5));
+        let line = r#"{"seed": 4, "diverged": 19, "framework": "PyTorch"}"#;
+        assert_eq!(outcome_of(line).unwrap(), Outcome::Diverged(19));
+        assert!(outcome_of(r#"{"seed": 4}"#).is_err());
     }
 }

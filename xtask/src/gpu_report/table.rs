@@ -1,9 +1,10 @@
 //! What the report says of its figures: the table, and whether targets are reached.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::Report;
-use super::runs::{Round, Timing};
+use super::runs::{Outcome, Round, Timing};
 use super::work::{EAGER, OURS, OURS_BY_PLANES, OURS_ON_ONE_STREAM, ROWS, SEEDS};
 use crate::bench::median;
 
@@ -102,17 +103,29 @@ fn accuracies(report: &Report) -> String {
         return String::new();
     }
     let mut text = "\n| test accuracy after the lesson's 7 epochs, % | ours | PyTorch |\n| --- | ---: | ---: |\n".to_string();
-    let show = |accuracy: Option<&f64>| accuracy.map(|a| format!("{a:.2}")).unwrap_or_default();
-    for seed in SEEDS {
-        let [ours, other] = [ours, other].map(|of| show(of.get(&seed)));
+    let show = |outcome: Option<&Outcome>| match outcome {
+        Some(Outcome::Accuracy(accuracy)) => format!("{accuracy:.2}"),
+        Some(Outcome::Diverged(step)) => format!("diverged at step {step}"),
+        None => String::new(),
+    };
+    let seeds: BTreeSet<u32> = ours.keys().chain(other.keys()).copied().collect();
+    for seed in &seeds {
+        let [ours, other] = [ours, other].map(|of| show(of.get(seed)));
         let _ = writeln!(text, "| seed {seed} | {ours} | {other} |");
     }
-    let both = SEEDS.map(|seed| Some((*ours.get(&seed)?, *other.get(&seed)?)));
-    let both: Vec<(f64, f64)> = both.into_iter().flatten().collect();
-    if both.len() < SEEDS.len() {
-        // Means of different seeds cannot be compared.
+    let ended = |of: &BTreeMap<u32, Outcome>, seed| match of.get(seed) {
+        Some(Outcome::Accuracy(accuracy)) => Some(*accuracy),
+        _ => None,
+    };
+    let both: Vec<(f64, f64)> = seeds
+        .iter()
+        .filter_map(|seed| Some((ended(ours, seed)?, ended(other, seed)?)))
+        .collect();
+    if both.len() < SEEDS as usize {
+        // Means of different seeds cannot be compared, nor those of two.
         return text;
     }
+    let count = both.len();
     let (ours, other): (Vec<f64>, Vec<f64>) = both.into_iter().unzip();
     let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
     let (ours, other) = (mean(&ours), mean(&other));
@@ -121,10 +134,13 @@ fn accuracies(report: &Report) -> String {
         true => "reached",
         false => "missed",
     };
-    let _ = writeln!(text, "| mean | {ours:.2} | {other:.2} |");
     let _ = writeln!(
         text,
-        "\nOurs − PyTorch's, of the means: {apart:+.2} points; at most {TARGET} either way: {verdict}."
+        "| mean of those that both ended | {ours:.2} | {other:.2} |"
+    );
+    let _ = writeln!(
+        text,
+        "\nOurs − PyTorch's, of the means of {count} seeds: {apart:+.2} points; at most {TARGET} either way: {verdict}."
     );
     text
 }
@@ -267,31 +283,45 @@ mod tests {
 
     #[test]
     fn accuracies_are_held_against_each_other_by_their_means() {
-        let seeds =
-            |accuracies: &[f64]| SEEDS.into_iter().zip(accuracies.iter().copied()).collect();
-        let text_of = |other: &[f64]| {
+        let seeds = |outcomes: &[Outcome]| (0..).zip(outcomes.iter().copied()).collect();
+        let text_of = |ours: &[Outcome], other: &[Outcome]| {
             summary(&Report {
-                accuracy: seeds(&[50.0, 54.0, 55.0]),
+                accuracy: seeds(ours),
                 pytorch_accuracy: seeds(other),
                 ..Report::default()
             })
         };
-        let text = text_of(&[51.0, 51.0, 51.0]);
+        let ours = [50.0, 54.0, 55.0].map(Outcome::Accuracy);
+        let text = text_of(&ours, &[51.0; 3].map(Outcome::Accuracy));
         assert!(text.contains("| seed 1 | 54.00 | 51.00 |"), "{text}");
-        assert!(text.contains("| mean | 53.00 | 51.00 |"), "{text}");
-        assert!(
-            text.contains("+2.00 points; at most 2 either way: reached"),
-            "{text}"
-        );
-        let text = text_of(&[56.0, 55.0, 55.5]);
-        assert!(
-            text.contains("-2.50 points; at most 2 either way: missed"),
-            "{text}"
-        );
+        let means = "| mean of those that both ended | 53.00 | 51.00 |";
+        assert!(text.contains(means), "{text}");
+        let reached = "of 3 seeds: +2.00 points; at most 2 either way: reached";
+        assert!(text.contains(reached), "{text}");
+        let text = text_of(&ours, &[56.0, 55.0, 55.5].map(Outcome::Accuracy));
+        let missed = "of 3 seeds: -2.50 points; at most 2 either way: missed";
+        assert!(text.contains(missed), "{text}");
         // The third seed has nothing to be held against.
-        let text = text_of(&[56.0, 53.0]);
+        let text = text_of(&ours, &[56.0, 53.0].map(Outcome::Accuracy));
         assert!(text.contains("| seed 2 | 55.00 |  |"), "{text}");
         assert!(!text.contains("points"), "{text}");
-        assert!(!text_of(&[]).contains("points"));
+        assert!(!text_of(&ours, &[]).contains("points"));
+    }
+
+    #[test]
+    fn a_seed_that_diverged_counts_for_no_mean() {
+        let with_one_more = |first: Outcome| {
+            let of: Vec<(u32, Outcome)> =
+                (1..4).map(|seed| (seed, Outcome::Accuracy(54.0))).collect();
+            of.into_iter().chain([(0, first)]).collect()
+        };
+        let text = summary(&Report {
+            accuracy: with_one_more(Outcome::Diverged(23)),
+            pytorch_accuracy: with_one_more(Outcome::Accuracy(10.0)),
+            ..Report::default()
+        });
+        let line = "| seed 0 | diverged at step 23 | 10.00 |";
+        assert!(text.contains(line), "{text}");
+        assert!(text.contains("of 3 seeds: +0.00 points"), "{text}");
     }
 }

@@ -112,8 +112,8 @@ pub(super) const WAYS: [(&str, &[&str]); 3] = [
     (OURS_BY_PLANES, &["--no-channels-last"]),
     (OURS_ON_ONE_STREAM, &["--streams", "1"]),
 ];
-/// Of the runs whose accuracy is compared.
-pub(super) const SEEDS: [u32; 3] = [0, 1, 2];
+/// Of how many seeds accuracies are compared at the least: they differ by points from seed to seed.
+pub(super) const SEEDS: u32 = 3;
 
 pub(super) const EAGER: &str = "PyTorch, eager";
 /// PyTorch's variants and their flags. Work that is held against eager alone has the first only.
