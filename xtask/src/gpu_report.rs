@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use self::gpu::Gpu;
-use self::runs::{Outcome, Parity, Round, Runs, pytorch_accuracy};
+use self::runs::{Outcome, Parity, PytorchLesson, Round, Runs};
 use self::table::summary;
 use self::work::{ROW_NAMES, ROWS, Row, SEEDS};
 use crate::bench::pytorch;
@@ -243,20 +243,41 @@ impl Session<'_> {
 
     /// About what [`Self::accuracy`] takes.
     fn accuracy_takes(&self) -> Duration {
-        let sides = 1 + u32::from(self.python.is_some());
         match self.arguments.accuracy {
-            Some(_) => sides * self.arguments.seeds * ACCURACY,
+            Some(_) => self.arguments.seeds * self.seed_takes(),
             None => Duration::ZERO,
         }
     }
 
+    /// About what the accuracy of one seed takes.
+    fn seed_takes(&self) -> Duration {
+        match self.python {
+            Some(_) => ACCURACY_OF_BOTH,
+            None => ACCURACY,
+        }
+    }
+
+    /// Ours and PyTorch's beside each other, since no speed is measured: neither fills the GPU at all times.
     fn accuracy(&mut self) -> Result<()> {
         let Some(data) = &self.arguments.accuracy else {
             return Ok(());
         };
-        for seed in 0..self.arguments.seeds {
+        let seeds = self.arguments.seeds;
+        let theirs = "PyTorch's accuracy";
+        let mut pytorch = None;
+        let takes = self.accuracy_takes();
+        if let Some(python) = &self.python
+            && self.runs.has_time(&mut self.report, theirs, takes)
+        {
+            attempt(&mut self.report, theirs, |_| {
+                pytorch = Some(PytorchLesson::start(python, data, seeds)?);
+                Ok(())
+            });
+        }
+        for seed in 0..seeds {
             let what = format!("the accuracy of seed {seed}");
-            if !self.runs.has_time(&mut self.report, &what, ACCURACY) {
+            let takes = self.seed_takes();
+            if !self.runs.has_time(&mut self.report, &what, takes) {
                 continue;
             }
             attempt(&mut self.report, &what, |report| {
@@ -266,15 +287,10 @@ impl Session<'_> {
             });
             self.write()?;
         }
-        let theirs = "PyTorch's accuracy";
-        let seeds = self.arguments.seeds;
-        let takes = ACCURACY * seeds;
-        if let Some(python) = &self.python
-            && self.runs.has_time(&mut self.report, theirs, takes)
-        {
+        if let Some(pytorch) = pytorch {
             let (out, environment) = (self.out, &self.environment);
             attempt(&mut self.report, theirs, |report| {
-                pytorch_accuracy(python, data, seeds, |seed, outcome| {
+                pytorch.each(|seed, outcome| {
                     report.pytorch_accuracy.insert(seed, outcome);
                     write(out, report, environment)
                 })
@@ -298,7 +314,10 @@ impl Session<'_> {
 /// About what parts take on an H100.
 const TESTS: Duration = Duration::from_secs(120);
 const PARITY: Duration = Duration::from_secs(75);
-const ACCURACY: Duration = Duration::from_secs(80);
+/// Of a seed, ours alone.
+const ACCURACY: Duration = Duration::from_secs(60);
+/// Of a seed, ours and PyTorch's beside each other.
+const ACCURACY_OF_BOTH: Duration = Duration::from_secs(110);
 
 impl GpuReport {
     /// The Python of PyTorch's sides, if there is one. What it needs is asked before anything is measured.

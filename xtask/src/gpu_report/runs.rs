@@ -4,9 +4,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Lines};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -457,39 +457,53 @@ fn pytorch_side(row: &Row, python: &Path, name: &str, flags: &[&str]) -> Result<
     Ok(side)
 }
 
-/// Calls `f` with each seed and what comes of the lesson's 7 epochs by PyTorch, as soon as it is known. By the
-/// fastest PyTorch, which computes the same: eager it takes three minutes a seed and more.
-pub(super) fn pytorch_accuracy(
-    python: &Path,
-    data: &Path,
-    seeds: u32,
-    mut f: impl FnMut(u32, Outcome) -> Result<()>,
-) -> Result<()> {
-    let mut command = Command::new(python);
-    gpu::in_order(&mut command)
-        .arg(repository().join("tools/pytorch/train_lesson.py"))
-        .args(["--device", "cuda", "--compile", "--data-dir"])
-        .arg(data)
-        .arg("--seed")
-        .args((0..seeds).map(|seed| seed.to_string()))
-        .stdout(Stdio::piped());
-    let mut process = command
-        .spawn()
-        .with_context(|| format!("cannot start {}", python.display()))?;
-    let answers = process.stdout.take().context("a piped stdout is there")?;
-    let outcome = BufReader::new(answers).lines().try_for_each(|line| {
-        let line = line?;
-        let trained: Trained = serde_json::from_str(&line)
-            .with_context(|| format!("train_lesson.py answered {line:?}"))?;
-        f(trained.seed, trained.outcome()?)
-    });
-    if outcome.is_err() {
-        let _ = process.kill();
+/// A process of PyTorch's that trains the lesson's 7 epochs from seed to seed. By the fastest PyTorch, which computes the same:
+/// eager it takes three minutes a seed and more.
+pub(super) struct PytorchLesson {
+    process: Child,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl PytorchLesson {
+    pub(super) fn start(python: &Path, data: &Path, seeds: u32) -> Result<Self> {
+        let mut command = Command::new(python);
+        gpu::in_order(&mut command)
+            .arg(repository().join("tools/pytorch/train_lesson.py"))
+            .args(["--device", "cuda", "--compile", "--data-dir"])
+            .arg(data)
+            .arg("--seed")
+            .args((0..seeds).map(|seed| seed.to_string()))
+            .stdout(Stdio::piped());
+        let mut process = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", python.display()))?;
+        let answers = process.stdout.take().context("a piped stdout is there")?;
+        let answers = BufReader::new(answers).lines();
+        Ok(Self { process, answers })
     }
-    let status = process.wait()?;
-    outcome?;
-    ensure!(status.success(), "train_lesson.py failed: see above");
-    Ok(())
+
+    /// Calls `f` with each seed and what came of it, as soon as it is known.
+    pub(super) fn each(mut self, mut f: impl FnMut(u32, Outcome) -> Result<()>) -> Result<()> {
+        let outcome = self.answers.by_ref().try_for_each(|line| {
+            let line = line?;
+            let trained: Trained = serde_json::from_str(&line)
+                .with_context(|| format!("train_lesson.py answered {line:?}"))?;
+            f(trained.seed, trained.outcome()?)
+        });
+        // One that still runs ends with this.
+        outcome?;
+        let status = self.process.wait()?;
+        ensure!(status.success(), "train_lesson.py failed: see above");
+        Ok(())
+    }
+}
+
+impl Drop for PytorchLesson {
+    fn drop(&mut self) {
+        // Of one that has ended this does nothing.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 /// What train_lesson.py prints of a seed.
@@ -562,6 +576,48 @@ mod tests {
         assert!(ending(Some(long)).has_time(&mut report, "b", short));
         assert!(!ending(Some(short)).has_time(&mut report, "c", long));
         assert_eq!(report.left_out, ["c (for want of time)"]);
+    }
+
+    /// What is read of a program in the place of Python, and what comes of it.
+    #[cfg(unix)]
+    fn lesson_by(script: &str) -> (Vec<(u32, Outcome)>, Result<()>) {
+        let dir = tempfile::tempdir().unwrap();
+        let [text, python] = ["text", "python"].map(|name| dir.path().join(name));
+        fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
+        // By another process: what this one has open for writing, a child that another test starts at the time may hold
+        // open too, and then it cannot be started.
+        let installed = Command::new("install")
+            .args(["-m", "700"])
+            .args([&text, &python])
+            .status();
+        assert!(installed.unwrap().success());
+        let mut outcomes = Vec::new();
+        let lesson = PytorchLesson::start(&python, Path::new("data"), 2).unwrap();
+        let end = lesson.each(|seed, outcome| {
+            outcomes.push((seed, outcome));
+            Ok(())
+        });
+        (outcomes, end)
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn every_seed_of_pytorch_counts_up_to_a_failure() {
+        let first = r#"echo '{"seed": 0, "diverged": null, "accuracy": 55.5}'"#;
+        let seeds = r#"echo "{\"seed\": 1, \"diverged\": $#}""#;
+        let known = (0, Outcome::Accuracy(55.5));
+        // --device cuda --compile --data-dir data --seed 0 1, after the script.
+        let (outcomes, end) = lesson_by(&format!("{first}\n{seeds}"));
+        assert_eq!(outcomes, [known, (1, Outcome::Diverged(9))]);
+        end.unwrap();
+
+        let (outcomes, end) = lesson_by(&format!("{first}\nexit 3"));
+        assert_eq!(outcomes, [known]);
+        assert!(end.unwrap_err().to_string().contains("failed"));
+
+        let (outcomes, end) = lesson_by(&format!("{first}\necho no JSON\nexec sleep 20"));
+        assert_eq!(outcomes, [known]);
+        assert!(end.unwrap_err().to_string().contains("no JSON"));
     }
 
     #[test]
