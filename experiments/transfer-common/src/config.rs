@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use experiment_common::InitFile;
 use inception_model::FrozenBatchNorm;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::arguments::image_size;
 use crate::source::WeightsSource;
 
 /// What the command line says of the network.
@@ -44,6 +46,7 @@ pub struct TransferConfig {
     /// torchvision's does with pretrained weights.
     pub transform_input: bool,
     /// Height and width to which pictures are resized, in pixels.
+    #[serde(deserialize_with = "image_size_of_file")]
     pub image_size: usize,
     /// Probability that a feature is dropped before the head.
     pub dropout: f64,
@@ -97,5 +100,37 @@ impl Trained {
             Self::Head => Some(FrozenBatchNorm::Moving),
             Self::HeadWithFixedStatistics => Some(FrozenBatchNorm::Eval),
         }
+    }
+}
+
+/// Within the bounds of the flag: a run's file may have been written by anybody.
+fn image_size_of_file<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    let size = usize::deserialize(deserializer)?;
+    image_size(&size.to_string())
+        .map_err(|problem| D::Error::custom(format!("image_size is {size}: {problem}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_may_ask_for_no_size_that_the_flag_refuses() {
+        let read = |size: &str| {
+            let text = format!(
+                r#"{{"begin": {{"from": "random"}}, "transform_input": true, "image_size": {size}, "dropout": 0.2,
+                    "aux_heads": false, "trained": "head"}}"#
+            );
+            serde_json::from_str::<TransferConfig>(&text)
+        };
+        assert_eq!(read("224").unwrap().image_size, 224);
+        for size in ["0", "14", "1025", "1e19", "18446744073709551615"] {
+            assert!(read(size).is_err(), "{size}");
+        }
+        let error = read("100000").unwrap_err().to_string();
+        assert!(
+            error.contains("image_size is 100000: it must be a whole number from 15"),
+            "{error}"
+        );
     }
 }
