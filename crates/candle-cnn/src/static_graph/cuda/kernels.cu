@@ -38,12 +38,21 @@ template <> struct alignas(16) Pack<bf16, 8> {
 template <unsigned int N> struct alignas(N) Winners {
     unsigned char of[N];
 
+    // In no window of less than 256 places.
+    static __device__ Winners none() {
+        Winners winners;
+        for (unsigned int k = 0; k < N; k++) {
+            winners.of[k] = 0xff;
+        }
+        return winners;
+    }
     __device__ bool is(unsigned int k, unsigned int place) const { return of[k] == place; }
     __device__ void set(unsigned int k, unsigned int place) { of[k] = static_cast<unsigned char>(place); }
 };
 template <> struct alignas(4) Winners<4> {
     unsigned int word;
 
+    static __device__ Winners none() { return {0xffffffff}; }
     __device__ bool is(unsigned int k, unsigned int place) const {
         return ((word ^ place * 0x01010101) & 0xffu << 8 * k) == 0;
     }
@@ -52,6 +61,7 @@ template <> struct alignas(4) Winners<4> {
 template <> struct alignas(8) Winners<8> {
     Winners<4> of[2];
 
+    static __device__ Winners none() { return {{Winners<4>::none(), Winners<4>::none()}}; }
     __device__ bool is(unsigned int k, unsigned int place) const { return of[k / 4].is(k % 4, place); }
     __device__ void set(unsigned int k, unsigned int place) { of[k / 4].set(k % 4, place); }
 };
@@ -215,9 +225,10 @@ static __device__ __forceinline__ void add_windows(float (&sum)[N], const unsign
         unsigned int line = (image + (lines.first + a) * columns.axis.output + columns.first) * channels;
         // Of a line of windows all are loaded before the first is looked at.
         for (unsigned int begin = 0; begin < columns.most() && columns.has(begin); begin += MOST) {
-            Winners<N> won[MOST] = {};
+            Winners<N> won[MOST];
             Pack<T, N> gradient[MOST] = {};
             for (unsigned int b = 0; b < MOST; b++) {
+                won[b] = Winners<N>::none();
                 if (columns.has(begin + b)) {
                     won[b] = load_pack<Winners<N>>(&winners[line + (begin + b) * channels]);
                     gradient[b] = load_pack<Pack<T, N>>(&dy[line + (begin + b) * channels]);
@@ -225,7 +236,8 @@ static __device__ __forceinline__ void add_windows(float (&sum)[N], const unsign
             }
             for (unsigned int b = 0; b < MOST; b++) {
                 unsigned int place = lines.place(a) * columns.kernel() + columns.place(begin + b);
-                bool has = columns.has(begin + b);
+                // Windows that are not there have been won by no place of a small one.
+                bool has = K || columns.has(begin + b);
                 for (unsigned int k = 0; k < N; k++) {
                     if (has && won[b].is(k, place)) {
                         sum[k] += gradient[b].at(k);
