@@ -4,9 +4,8 @@
         [--test-limit N] [--max-steps N]
 
 Prints a line of JSON for each seed: test accuracy in percent, loss, images a second in training; or the step at which the loss
-was not finite any more. The same recipe: the
-lesson's initialisation, pictures at mean and standard deviation 0.5, batches of 32, SGD 1e-4 with momentum 0.9, 7 epochs,
-the last, smaller batch of an epoch included. Pictures stay on the device as bytes. Their order, the first weights and the
+was not finite any more. The same recipe: the lesson's initialisation, pictures at mean and standard deviation 0.5, batches of
+32, SGD 1e-4 with momentum 0.9, 7 epochs, the last, smaller batch of an epoch included. Pictures stay on the device as bytes. Their order, the first weights and the
 masks of the dropout are PyTorch's own.
 
 `--max-steps` ends each seed after so many steps, and prints their losses instead.
@@ -73,7 +72,7 @@ def main():
             epochs = f"seed {seed}, epoch {epoch + 1}"
             print(f"{epochs}: test accuracy {accuracy:.2f} %, loss {loss:.4f}", file=sys.stderr, flush=True)
         answer = {"seed": seed, "diverged": losses.diverged}
-        if arguments.max_steps:
+        if arguments.max_steps is not None:
             answer["losses"] = losses.known
         elif not losses.diverged:
             answer |= {"accuracy": accuracy, "loss": loss, "images_per_second": arguments.epochs * len(train) / seconds}
@@ -81,7 +80,7 @@ def main():
 
 
 class Losses:
-    """The losses of a run's steps, which stay on the device until they are looked at, every 64 steps."""
+    """The finite losses of a run's first steps, which stay on the device until they are looked at, every 64 steps."""
 
     def __init__(self, device):
         self.waiting = torch.empty(64, device=device)
@@ -98,10 +97,13 @@ class Losses:
             self.look()
 
     def look(self):
+        if self.diverged:
+            return
         for loss in self.waiting[: self.count - len(self.known)].tolist():
+            if not math.isfinite(loss):
+                self.diverged = len(self.known) + 1
+                break
             self.known.append(loss)
-            if not self.diverged and not math.isfinite(loss):
-                self.diverged = len(self.known)
 
 
 @torch.no_grad()
@@ -132,6 +134,8 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.epochs < 1:
         parser.error("--epochs: at least 1")
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        parser.error("--max-steps: at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: this PyTorch finds no GPU")
     return arguments

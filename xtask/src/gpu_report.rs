@@ -53,7 +53,7 @@ pub(crate) struct GpuReport {
     /// Also train the lesson's 7 epochs on CIFAR-10 in this folder (the Hub's parquet files), ours and PyTorch
     #[arg(long, value_name = "DIR")]
     accuracy: Option<PathBuf>,
-    /// Seeds of these trainings, from 0 on; more than three make up for those that diverge
+    /// Seeds of these trainings, from 0 on; of fewer than three that end on both sides the means are not compared, and some diverge
     #[arg(long, value_name = "N", default_value_t = SEEDS, value_parser = clap::value_parser!(u32).range(1..), requires = "accuracy")]
     seeds: u32,
     /// Leave the tests out
@@ -244,20 +244,13 @@ impl Session<'_> {
     /// About what [`Self::accuracy`] takes.
     fn accuracy_takes(&self) -> Duration {
         match self.arguments.accuracy {
-            Some(_) => self.arguments.seeds * self.seed_takes(),
+            Some(_) => self.arguments.seeds * seed_takes(self.python.is_some()),
             None => Duration::ZERO,
         }
     }
 
-    /// About what the accuracy of one seed takes.
-    fn seed_takes(&self) -> Duration {
-        match self.python {
-            Some(_) => ACCURACY_OF_BOTH,
-            None => ACCURACY,
-        }
-    }
-
-    /// Ours and PyTorch's beside each other, since no speed is measured: neither fills the GPU at all times.
+    /// Ours and PyTorch's beside each other, since no speed is measured: neither fills the GPU at all times. Both time their
+    /// engines while the other computes, so that these may be others than those of a run alone.
     fn accuracy(&mut self) -> Result<()> {
         let Some(data) = &self.arguments.accuracy else {
             return Ok(());
@@ -276,7 +269,7 @@ impl Session<'_> {
         }
         for seed in 0..seeds {
             let what = format!("the accuracy of seed {seed}");
-            let takes = self.seed_takes();
+            let takes = seed_takes(pytorch.is_some());
             if !self.runs.has_time(&mut self.report, &what, takes) {
                 continue;
             }
@@ -311,12 +304,18 @@ impl Session<'_> {
     }
 }
 
-/// About what parts take on an H100.
+/// About what the accuracy of one seed takes, with PyTorch's beside it or alone.
+fn seed_takes(pytorch: bool) -> Duration {
+    match pytorch {
+        true => ACCURACY_OF_BOTH,
+        false => ACCURACY,
+    }
+}
+
+/// About what parts take on an H100 or H200.
 const TESTS: Duration = Duration::from_secs(120);
 const PARITY: Duration = Duration::from_secs(75);
-/// Of a seed, ours alone.
 const ACCURACY: Duration = Duration::from_secs(60);
-/// Of a seed, ours and PyTorch's beside each other.
 const ACCURACY_OF_BOTH: Duration = Duration::from_secs(110);
 
 impl GpuReport {

@@ -28,7 +28,7 @@ pub(super) struct Timing {
 pub(super) type Round = BTreeMap<String, Timing>;
 
 /// What came of training the lesson's 7 epochs.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Outcome {
     /// On the test set, in percent.

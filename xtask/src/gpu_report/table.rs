@@ -94,7 +94,7 @@ pub(super) fn summary(report: &Report) -> String {
     text
 }
 
-/// The accuracy of each seed, ours and PyTorch's, and how far the means are apart, where both have all seeds.
+/// The accuracy of each seed, ours and PyTorch's, and how far the means of those are apart that ended on both sides.
 fn accuracies(report: &Report) -> String {
     /// Percentage points, either way.
     const TARGET: f64 = 2.0;
@@ -121,11 +121,15 @@ fn accuracies(report: &Report) -> String {
         .iter()
         .filter_map(|seed| Some((ended(ours, seed)?, ended(other, seed)?)))
         .collect();
-    if both.len() < SEEDS as usize {
+    let count = both.len();
+    if count < SEEDS as usize {
         // Means of different seeds cannot be compared, nor those of two.
+        let _ = writeln!(
+            text,
+            "\nThe means are not compared: {count} seed(s) ended on both sides, and {SEEDS} are needed."
+        );
         return text;
     }
-    let count = both.len();
     let (ours, other): (Vec<f64>, Vec<f64>) = both.into_iter().unzip();
     let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
     let (ours, other) = (mean(&ours), mean(&other));
@@ -136,7 +140,7 @@ fn accuracies(report: &Report) -> String {
     };
     let _ = writeln!(
         text,
-        "| mean of those that both ended | {ours:.2} | {other:.2} |"
+        "| mean of the seeds that ended on both sides | {ours:.2} | {other:.2} |"
     );
     let _ = writeln!(
         text,
@@ -294,7 +298,7 @@ mod tests {
         let ours = [50.0, 54.0, 55.0].map(Outcome::Accuracy);
         let text = text_of(&ours, &[51.0; 3].map(Outcome::Accuracy));
         assert!(text.contains("| seed 1 | 54.00 | 51.00 |"), "{text}");
-        let means = "| mean of those that both ended | 53.00 | 51.00 |";
+        let means = "| mean of the seeds that ended on both sides | 53.00 | 51.00 |";
         assert!(text.contains(means), "{text}");
         let reached = "of 3 seeds: +2.00 points; at most 2 either way: reached";
         assert!(text.contains(reached), "{text}");
@@ -304,6 +308,8 @@ mod tests {
         // The third seed has nothing to be held against.
         let text = text_of(&ours, &[56.0, 53.0].map(Outcome::Accuracy));
         assert!(text.contains("| seed 2 | 55.00 |  |"), "{text}");
+        let unknown = "not compared: 2 seed(s) ended on both sides, and 3 are needed";
+        assert!(text.contains(unknown), "{text}");
         assert!(!text.contains("points"), "{text}");
         assert!(!text_of(&ours, &[]).contains("points"));
     }
