@@ -7,6 +7,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
 // One block runs at a time, so that what it shares can be the process's.
 #define __shared__ static
 

@@ -34,25 +34,19 @@ template <> struct alignas(16) Pack<bf16, 8> {
         word = k % 2 ? (word & 0xffff) | (bits & 0xffff0000) : (word & 0xffff0000) | (bits >> 16);
     }
 };
+// In no window of 3x3.
+#define NO_PLACE 0xffu
+
 // Where in their windows some winners are.
 template <unsigned int N> struct alignas(N) Winners {
     unsigned char of[N];
 
-    // In no window of less than 256 places.
-    static __device__ Winners none() {
-        Winners winners;
-        for (unsigned int k = 0; k < N; k++) {
-            winners.of[k] = 0xff;
-        }
-        return winners;
-    }
     __device__ bool is(unsigned int k, unsigned int place) const { return of[k] == place; }
     __device__ void set(unsigned int k, unsigned int place) { of[k] = static_cast<unsigned char>(place); }
 };
 template <> struct alignas(4) Winners<4> {
     unsigned int word;
 
-    static __device__ Winners none() { return {0xffffffff}; }
     __device__ bool is(unsigned int k, unsigned int place) const {
         return ((word ^ place * 0x01010101) & 0xffu << 8 * k) == 0;
     }
@@ -61,7 +55,6 @@ template <> struct alignas(4) Winners<4> {
 template <> struct alignas(8) Winners<8> {
     Winners<4> of[2];
 
-    static __device__ Winners none() { return {{Winners<4>::none(), Winners<4>::none()}}; }
     __device__ bool is(unsigned int k, unsigned int place) const { return of[k / 4].is(k % 4, place); }
     __device__ void set(unsigned int k, unsigned int place) { of[k / 4].set(k % 4, place); }
 };
@@ -206,6 +199,10 @@ template <unsigned int K, unsigned int S> struct Seeing {
     // The position's place in window `first + a`.
     __device__ unsigned int place(unsigned int a) const { return i - (first + a) * (K ? S : axis.stride); }
     __device__ bool has(unsigned int a) const { return first + a < axis.output && place(a) < kernel(); }
+    // Window `first + a`, or the last where that is not there.
+    __device__ unsigned int nearest(unsigned int a) const {
+        return first + a < axis.output ? first + a : axis.output - 1;
+    }
     // How many `a` to ask for.
     __device__ unsigned int most() const { return K ? MOST : axis.output - first; }
 };
@@ -217,31 +214,43 @@ static __device__ __forceinline__ void add_windows(float (&sum)[N], const unsign
                                                    const Seeing<K, S> &lines, const Seeing<K, S> &columns,
                                                    unsigned int image, unsigned int channels) {
     constexpr unsigned int MOST = Seeing<K, S>::MOST;
-    UNROLL(MOST)
-    for (unsigned int a = 0; a < lines.most(); a++) {
-        if (!lines.has(a)) {
-            break;
-        }
-        unsigned int line = (image + (lines.first + a) * columns.axis.output + columns.first) * channels;
-        // Of a line of windows all are loaded before the first is looked at.
-        for (unsigned int begin = 0; begin < columns.most() && columns.has(begin); begin += MOST) {
+    if (K) {
+        // Of a line all are loaded before the first is looked at, and no load has a condition: the compiler puts one that has
+        // behind the use of the one before, and a thread waits for each. Instead of a window that is not there it sees the nearest
+        // that is, with a place that none has won.
+        UNROLL(MOST)
+        for (unsigned int a = 0; a < MOST; a++) {
             Winners<N> won[MOST];
-            Pack<T, N> gradient[MOST] = {};
+            Pack<T, N> gradient[MOST];
+            unsigned int line = image + lines.nearest(a) * columns.axis.output;
+            UNROLL(MOST)
             for (unsigned int b = 0; b < MOST; b++) {
-                won[b] = Winners<N>::none();
-                if (columns.has(begin + b)) {
-                    won[b] = load_pack<Winners<N>>(&winners[line + (begin + b) * channels]);
-                    gradient[b] = load_pack<Pack<T, N>>(&dy[line + (begin + b) * channels]);
-                }
+                unsigned int from = (line + columns.nearest(b)) * channels;
+                won[b] = load_pack<Winners<N>>(&winners[from]);
+                gradient[b] = load_pack<Pack<T, N>>(&dy[from]);
             }
+            UNROLL(MOST)
             for (unsigned int b = 0; b < MOST; b++) {
-                unsigned int place = lines.place(a) * columns.kernel() + columns.place(begin + b);
-                // Windows that are not there have been won by no place of a small one.
-                bool has = K || columns.has(begin + b);
+                bool has = lines.has(a) && columns.has(b);
+                unsigned int place = has ? lines.place(a) * K + columns.place(b) : NO_PLACE;
                 for (unsigned int k = 0; k < N; k++) {
-                    if (has && won[b].is(k, place)) {
+                    if (won[b].is(k, place)) {
                         sum[k] += gradient[b].at(k);
                     }
+                }
+            }
+        }
+        return;
+    }
+    for (unsigned int a = 0; a < lines.most() && lines.has(a); a++) {
+        unsigned int line = (image + (lines.first + a) * columns.axis.output + columns.first) * channels;
+        for (unsigned int b = 0; b < columns.most() && columns.has(b); b++) {
+            auto won = load_pack<Winners<N>>(&winners[line + b * channels]);
+            auto gradient = load_pack<Pack<T, N>>(&dy[line + b * channels]);
+            unsigned int place = lines.place(a) * columns.kernel() + columns.place(b);
+            for (unsigned int k = 0; k < N; k++) {
+                if (won.is(k, place)) {
+                    sum[k] += gradient.at(k);
                 }
             }
         }
@@ -935,15 +944,16 @@ static __device__ __forceinline__ void spread(const float *features, T *map, uns
                                                            float *statistics, unsigned int per_part) {                 \
         moments<T, N>(all, means, squares, statistics, per_part);                                                      \
     }                                                                                                                  \
-    GRADIENT_SUMS(NAME, T, N, 0, 1)                                                                                    \
+    GRADIENT_SUMS(NAME, T, N, 0, 1, )                                                                                  \
     extern "C" __global__ void static_graph_input_gradient_##NAME(Segments<T> all, const float *joined, float share,   \
                                                                   unsigned int per_part) {                             \
         input_gradient<T, N>(all, joined, share, per_part);                                                            \
     }                                                                                                                  \
     POOLINGS(NAME, T, N, (max_pool<T, N>), 0, 1)
 
-#define GRADIENT_SUMS(NAME, T, N, K, S)                                                                                \
-    extern "C" __global__ void static_graph_gradient_sums_##NAME(Segments<T> all, float *sums, unsigned int per_part) {\
+#define GRADIENT_SUMS(NAME, T, N, K, S, BOUNDS)                                                                        \
+    extern "C" __global__ void BOUNDS static_graph_gradient_sums_##NAME(Segments<T> all, float *sums,                  \
+                                                                        unsigned int per_part) {                       \
         gradient_sums<T, N, K, S>(all, sums, per_part);                                                                \
     }
 
@@ -965,9 +975,9 @@ OF_PACKS(1_f32, float, 1)
 OF_PACKS(1_bf16, bf16, 1)
 OF_PACKS(4_f32, float, 4)
 OF_PACKS(8_bf16, bf16, 8)
-// Windows of 3x3 pixels.
+// Windows of 3x3 pixels. Four blocks are on a multiprocessor at once, and their threads have the registers for the loads of a line.
 #define OF_WINDOWS(NAME, T, N, S, LINES)                                                                               \
-    GRADIENT_SUMS(NAME, T, N, 3, S)                                                                                    \
+    GRADIENT_SUMS(NAME, T, N, 3, S, __launch_bounds__(THREADS, 4))                                                     \
     POOLINGS(NAME, T, N, (max_pool_3<T, N, S, LINES>), 3, S)
 
 OF_WINDOWS(3_1_4_f32, float, 4, 1, 2)
