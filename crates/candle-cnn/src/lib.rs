@@ -26,7 +26,7 @@
 //! since the forward pass (`Var::set`) gives other gradients, where PyTorch refuses.
 //!
 //! With the feature `cuda`, all take tensors on an NVIDIA
-//! GPU, in bf16 too: see [`cuda`]. That side has run on an H100.
+//! GPU, in bf16 too: see [`cuda`]. That side has run on an H200 and an H100.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
