@@ -5,8 +5,8 @@
 
 Prints a line of JSON for each seed: test accuracy in percent, loss, images a second in training; or the step at which the loss
 was not finite any more. The same recipe: the lesson's initialisation, pictures at mean and standard deviation 0.5, batches of
-32, SGD 1e-4 with momentum 0.9, 7 epochs, the last, smaller batch of an epoch included. Pictures stay on the device as bytes. Their order, the first weights and the
-masks of the dropout are PyTorch's own.
+32, SGD 1e-4 with momentum 0.9, 7 epochs, the last, smaller batch of an epoch included. Pictures stay on the device as bytes.
+Their order, the first weights and the masks of the dropout are PyTorch's own.
 
 `--max-steps` ends each seed after so many steps, and prints their losses instead.
 
@@ -63,14 +63,16 @@ def main():
                     break
             losses.look()
             seconds += time.perf_counter() - start
-            if losses.diverged:
-                print(f"seed {seed} diverged at step {losses.diverged}", file=sys.stderr, flush=True)
-                break
-            if losses.count == arguments.max_steps:
+            if losses.diverged or losses.count == arguments.max_steps:
                 break
             accuracy, loss = evaluate(net, test, test_labels)
+            if not math.isfinite(loss):
+                losses.diverged = losses.count
+                break
             epochs = f"seed {seed}, epoch {epoch + 1}"
             print(f"{epochs}: test accuracy {accuracy:.2f} %, loss {loss:.4f}", file=sys.stderr, flush=True)
+        if losses.diverged:
+            print(f"seed {seed} diverged at step {losses.diverged}", file=sys.stderr, flush=True)
         answer = {"seed": seed, "diverged": losses.diverged}
         if arguments.max_steps is not None:
             answer["losses"] = losses.known

@@ -53,7 +53,7 @@ pub(crate) struct GpuReport {
     /// Also train the lesson's 7 epochs on CIFAR-10 in this folder (the Hub's parquet files), ours and PyTorch
     #[arg(long, value_name = "DIR")]
     accuracy: Option<PathBuf>,
-    /// Seeds of these trainings, from 0 on; of fewer than three that end on both sides the means are not compared, and some diverge
+    /// Seeds of these trainings, from 0 on. Means are compared only where three of each side end; as some diverge, ask for more
     #[arg(long, value_name = "N", default_value_t = SEEDS, value_parser = clap::value_parser!(u32).range(1..), requires = "accuracy")]
     seeds: u32,
     /// Leave the tests out
@@ -243,34 +243,25 @@ impl Session<'_> {
 
     /// About what [`Self::accuracy`] takes.
     fn accuracy_takes(&self) -> Duration {
+        let of_a_seed = match self.python {
+            Some(_) => ACCURACY + PYTORCH_ACCURACY,
+            None => ACCURACY,
+        };
         match self.arguments.accuracy {
-            Some(_) => self.arguments.seeds * seed_takes(self.python.is_some()),
+            Some(_) => self.arguments.seeds * of_a_seed,
             None => Duration::ZERO,
         }
     }
 
-    /// Ours and PyTorch's beside each other, since no speed is measured: neither fills the GPU at all times. Both time their
-    /// engines while the other computes, so that these may be others than those of a run alone.
+    /// One after the other: which engines are the fastest depends on what else the GPU does.
     fn accuracy(&mut self) -> Result<()> {
         let Some(data) = &self.arguments.accuracy else {
             return Ok(());
         };
         let seeds = self.arguments.seeds;
-        let theirs = "PyTorch's accuracy";
-        let mut pytorch = None;
-        let takes = self.accuracy_takes();
-        if let Some(python) = &self.python
-            && self.runs.has_time(&mut self.report, theirs, takes)
-        {
-            attempt(&mut self.report, theirs, |_| {
-                pytorch = Some(PytorchLesson::start(python, data, seeds)?);
-                Ok(())
-            });
-        }
         for seed in 0..seeds {
             let what = format!("the accuracy of seed {seed}");
-            let takes = seed_takes(pytorch.is_some());
-            if !self.runs.has_time(&mut self.report, &what, takes) {
+            if !self.runs.has_time(&mut self.report, &what, ACCURACY) {
                 continue;
             }
             attempt(&mut self.report, &what, |report| {
@@ -280,11 +271,17 @@ impl Session<'_> {
             });
             self.write()?;
         }
-        if let Some(pytorch) = pytorch {
+        let theirs = "PyTorch's accuracy";
+        let takes = PYTORCH_ACCURACY * seeds;
+        if let Some(python) = &self.python
+            && self.runs.has_time(&mut self.report, theirs, takes)
+        {
             let (out, environment) = (self.out, &self.environment);
             attempt(&mut self.report, theirs, |report| {
-                pytorch.each(|seed, outcome| {
-                    report.pytorch_accuracy.insert(seed, outcome);
+                PytorchLesson::start(python, data, seeds)?.each(|trained| {
+                    let outcome = trained.outcome()?;
+                    report.pytorch_accuracy.insert(trained.seed, outcome);
+                    report.versions.pytorch.get_or_insert(trained.framework);
                     write(out, report, environment)
                 })
             });
@@ -304,19 +301,12 @@ impl Session<'_> {
     }
 }
 
-/// About what the accuracy of one seed takes, with PyTorch's beside it or alone.
-fn seed_takes(pytorch: bool) -> Duration {
-    match pytorch {
-        true => ACCURACY_OF_BOTH,
-        false => ACCURACY,
-    }
-}
-
 /// About what parts take on an H100 or H200.
 const TESTS: Duration = Duration::from_secs(120);
 const PARITY: Duration = Duration::from_secs(75);
+/// Of a seed.
 const ACCURACY: Duration = Duration::from_secs(60);
-const ACCURACY_OF_BOTH: Duration = Duration::from_secs(110);
+const PYTORCH_ACCURACY: Duration = Duration::from_secs(80);
 
 impl GpuReport {
     /// The Python of PyTorch's sides, if there is one. What it needs is asked before anything is measured.

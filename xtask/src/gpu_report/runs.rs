@@ -482,13 +482,13 @@ impl PytorchLesson {
         Ok(Self { process, answers })
     }
 
-    /// Calls `f` with each seed and what came of it, as soon as it is known.
-    pub(super) fn each(mut self, mut f: impl FnMut(u32, Outcome) -> Result<()>) -> Result<()> {
+    /// Calls `f` with what it says of each seed, as soon as it is known.
+    pub(super) fn each(mut self, mut f: impl FnMut(Trained) -> Result<()>) -> Result<()> {
         let outcome = self.answers.by_ref().try_for_each(|line| {
             let line = line?;
-            let trained: Trained = serde_json::from_str(&line)
+            let trained = serde_json::from_str(&line)
                 .with_context(|| format!("train_lesson.py answered {line:?}"))?;
-            f(trained.seed, trained.outcome()?)
+            f(trained)
         });
         // One that still runs ends with this.
         outcome?;
@@ -508,16 +508,17 @@ impl Drop for PytorchLesson {
 
 /// What train_lesson.py prints of a seed.
 #[derive(Debug, Deserialize)]
-struct Trained {
-    seed: u32,
+pub(super) struct Trained {
+    pub(super) seed: u32,
     /// In percent.
     accuracy: Option<f64>,
     /// The step.
     diverged: Option<u64>,
+    pub(super) framework: String,
 }
 
 impl Trained {
-    fn outcome(&self) -> Result<Outcome> {
+    pub(super) fn outcome(&self) -> Result<Outcome> {
         let diverged = self.diverged.map(Outcome::Diverged);
         diverged
             .or(self.accuracy.map(Outcome::Accuracy))
@@ -593,8 +594,8 @@ mod tests {
         assert!(installed.unwrap().success());
         let mut outcomes = Vec::new();
         let lesson = PytorchLesson::start(&python, Path::new("data"), 2).unwrap();
-        let end = lesson.each(|seed, outcome| {
-            outcomes.push((seed, outcome));
+        let end = lesson.each(|trained| {
+            outcomes.push((trained.seed, trained.outcome()?));
             Ok(())
         });
         (outcomes, end)
@@ -603,8 +604,9 @@ mod tests {
     #[test]
     #[cfg(unix)]
     fn every_seed_of_pytorch_counts_up_to_a_failure() {
-        let first = r#"echo '{"seed": 0, "diverged": null, "accuracy": 55.5}'"#;
-        let seeds = r#"echo "{\"seed\": 1, \"diverged\": $#}""#;
+        let first =
+            r#"echo '{"seed": 0, "diverged": null, "accuracy": 55.5, "framework": "PyTorch"}'"#;
+        let seeds = r#"echo "{\"seed\": 1, \"diverged\": $#, \"framework\": \"\"}""#;
         let known = (0, Outcome::Accuracy(55.5));
         // --device cuda --compile --data-dir data --seed 0 1, after the script.
         let (outcomes, end) = lesson_by(&format!("{first}\n{seeds}"));
@@ -652,6 +654,6 @@ mod tests {
         assert_eq!(outcome_of(line).unwrap(), Outcome::Accuracy(55.5));
         let line = r#"{"seed": 4, "diverged": 19, "framework": "PyTorch"}"#;
         assert_eq!(outcome_of(line).unwrap(), Outcome::Diverged(19));
-        assert!(outcome_of(r#"{"seed": 4}"#).is_err());
+        assert!(outcome_of(r#"{"seed": 4, "framework": "PyTorch"}"#).is_err());
     }
 }

@@ -94,7 +94,7 @@ pub(super) fn summary(report: &Report) -> String {
     text
 }
 
-/// The accuracy of each seed, ours and PyTorch's, and how far the means of those are apart that ended on both sides.
+/// The accuracy of each seed, ours and PyTorch's, and how far the means of those are apart that ended.
 fn accuracies(report: &Report) -> String {
     /// Percentage points, either way.
     const TARGET: f64 = 2.0;
@@ -113,24 +113,27 @@ fn accuracies(report: &Report) -> String {
         let [ours, other] = [ours, other].map(|of| show(of.get(seed)));
         let _ = writeln!(text, "| seed {seed} | {ours} | {other} |");
     }
-    let ended = |of: &BTreeMap<u32, Outcome>, seed| match of.get(seed) {
-        Some(Outcome::Accuracy(accuracy)) => Some(*accuracy),
-        _ => None,
+    if ours.is_empty() || other.is_empty() {
+        return text;
+    }
+    // A seed stands for other weights, order and masks on each side, so that there are no pairs.
+    let ended = |of: &BTreeMap<u32, Outcome>| -> Vec<f64> {
+        let accuracies = of.values().filter_map(|outcome| match outcome {
+            Outcome::Accuracy(accuracy) => Some(*accuracy),
+            Outcome::Diverged(_) => None,
+        });
+        accuracies.collect()
     };
-    let both: Vec<(f64, f64)> = seeds
-        .iter()
-        .filter_map(|seed| Some((ended(ours, seed)?, ended(other, seed)?)))
-        .collect();
-    let count = both.len();
-    if count < SEEDS as usize {
-        // Means of different seeds cannot be compared, nor those of two.
+    let (ours, other) = (ended(ours), ended(other));
+    let counts = (ours.len(), other.len());
+    if counts.0.min(counts.1) < SEEDS as usize {
         let _ = writeln!(
             text,
-            "\nThe means are not compared: {count} seed(s) ended on both sides, and {SEEDS} are needed."
+            "\nThe means are not compared: {} of ours and {} of PyTorch's ended, and {SEEDS} of each are needed.",
+            counts.0, counts.1
         );
         return text;
     }
-    let (ours, other): (Vec<f64>, Vec<f64>) = both.into_iter().unzip();
     let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
     let (ours, other) = (mean(&ours), mean(&other));
     let apart = ours - other;
@@ -140,11 +143,12 @@ fn accuracies(report: &Report) -> String {
     };
     let _ = writeln!(
         text,
-        "| mean of the seeds that ended on both sides | {ours:.2} | {other:.2} |"
+        "| mean of those that ended | {ours:.2} | {other:.2} |"
     );
     let _ = writeln!(
         text,
-        "\nOurs − PyTorch's, of the means of {count} seeds: {apart:+.2} points; at most {TARGET} either way: {verdict}."
+        "\nOurs − PyTorch's, of the means of {} and {} seeds: {apart:+.2} points; at most {TARGET} either way: {verdict}.",
+        counts.0, counts.1
     );
     text
 }
@@ -298,20 +302,19 @@ mod tests {
         let ours = [50.0, 54.0, 55.0].map(Outcome::Accuracy);
         let text = text_of(&ours, &[51.0; 3].map(Outcome::Accuracy));
         assert!(text.contains("| seed 1 | 54.00 | 51.00 |"), "{text}");
-        let means = "| mean of the seeds that ended on both sides | 53.00 | 51.00 |";
+        let means = "| mean of those that ended | 53.00 | 51.00 |";
         assert!(text.contains(means), "{text}");
-        let reached = "of 3 seeds: +2.00 points; at most 2 either way: reached";
+        let reached = "of 3 and 3 seeds: +2.00 points; at most 2 either way: reached";
         assert!(text.contains(reached), "{text}");
         let text = text_of(&ours, &[56.0, 55.0, 55.5].map(Outcome::Accuracy));
-        let missed = "of 3 seeds: -2.50 points; at most 2 either way: missed";
+        let missed = "of 3 and 3 seeds: -2.50 points; at most 2 either way: missed";
         assert!(text.contains(missed), "{text}");
-        // The third seed has nothing to be held against.
         let text = text_of(&ours, &[56.0, 53.0].map(Outcome::Accuracy));
         assert!(text.contains("| seed 2 | 55.00 |  |"), "{text}");
-        let unknown = "not compared: 2 seed(s) ended on both sides, and 3 are needed";
+        let unknown = "not compared: 3 of ours and 2 of PyTorch's ended, and 3 of each are needed";
         assert!(text.contains(unknown), "{text}");
         assert!(!text.contains("points"), "{text}");
-        assert!(!text_of(&ours, &[]).contains("points"));
+        assert!(!text_of(&ours, &[]).contains("compared"));
     }
 
     #[test]
@@ -323,11 +326,11 @@ mod tests {
         };
         let text = summary(&Report {
             accuracy: with_one_more(Outcome::Diverged(23)),
-            pytorch_accuracy: with_one_more(Outcome::Accuracy(10.0)),
+            pytorch_accuracy: with_one_more(Outcome::Accuracy(58.0)),
             ..Report::default()
         });
-        let line = "| seed 0 | diverged at step 23 | 10.00 |";
+        let line = "| seed 0 | diverged at step 23 | 58.00 |";
         assert!(text.contains(line), "{text}");
-        assert!(text.contains("of 3 seeds: +0.00 points"), "{text}");
+        assert!(text.contains("of 3 and 4 seeds: -1.00 points"), "{text}");
     }
 }

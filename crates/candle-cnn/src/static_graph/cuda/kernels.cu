@@ -34,7 +34,7 @@ template <> struct alignas(16) Pack<bf16, 8> {
         word = k % 2 ? (word & 0xffff) | (bits & 0xffff0000) : (word & 0xffff0000) | (bits >> 16);
     }
 };
-// In no window of 3x3.
+// A place that is in no window of 3x3.
 #define NO_PLACE 0xffu
 
 // Where in their windows some winners are.
@@ -199,7 +199,7 @@ template <unsigned int K, unsigned int S> struct Seeing {
     // The position's place in window `first + a`.
     __device__ unsigned int place(unsigned int a) const { return i - (first + a) * (K ? S : axis.stride); }
     __device__ bool has(unsigned int a) const { return first + a < axis.output && place(a) < kernel(); }
-    // Window `first + a`, or the last where that is not there.
+    // Window `first + a`, or the last where that is beyond the output.
     __device__ unsigned int nearest(unsigned int a) const {
         return first + a < axis.output ? first + a : axis.output - 1;
     }
@@ -216,8 +216,8 @@ static __device__ __forceinline__ void add_windows(float (&sum)[N], const unsign
     constexpr unsigned int MOST = Seeing<K, S>::MOST;
     if (K) {
         // Of a line all are loaded before the first is looked at, and no load has a condition: the compiler puts one that has
-        // behind the use of the one before, and a thread waits for each. Instead of a window that is not there it sees the nearest
-        // that is, with a place that none has won.
+        // behind the use of the one before, and a thread waits for each. Instead of a window beyond the output it loads the last;
+        // one that does not see the position counts with a place that none has won.
         UNROLL(MOST)
         for (unsigned int a = 0; a < MOST; a++) {
             Winners<N> won[MOST];
@@ -975,7 +975,7 @@ OF_PACKS(1_f32, float, 1)
 OF_PACKS(1_bf16, bf16, 1)
 OF_PACKS(4_f32, float, 4)
 OF_PACKS(8_bf16, bf16, 8)
-// Windows of 3x3 pixels. Four blocks are on a multiprocessor at once, and their threads have the registers for the loads of a line.
+// Windows of 3x3 pixels. At least four blocks fit on a multiprocessor, whose threads have the registers for the loads of a line.
 #define OF_WINDOWS(NAME, T, N, S, LINES)                                                                               \
     GRADIENT_SUMS(NAME, T, N, 3, S, __launch_bounds__(THREADS, 4))                                                     \
     POOLINGS(NAME, T, N, (max_pool_3<T, N, S, LINES>), 3, S)
