@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use self::gpu::Gpu;
-use self::runs::{Outcome, Parity, PytorchLesson, Round, Runs};
+use self::runs::{Outcome, Parity, Round, Runs, pytorch_lesson};
 use self::table::summary;
 use self::work::{ROW_NAMES, ROWS, Row, SEEDS};
 use crate::bench::pytorch;
@@ -278,7 +278,7 @@ impl Session<'_> {
         {
             let (out, environment) = (self.out, &self.environment);
             attempt(&mut self.report, theirs, |report| {
-                PytorchLesson::start(python, data, seeds)?.each(|trained| {
+                pytorch_lesson(python, data, seeds, |trained| {
                     let outcome = trained.outcome()?;
                     report.pytorch_accuracy.insert(trained.seed, outcome);
                     report.versions.pytorch.get_or_insert(trained.framework);

@@ -4,9 +4,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Lines};
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -457,53 +457,39 @@ fn pytorch_side(row: &Row, python: &Path, name: &str, flags: &[&str]) -> Result<
     Ok(side)
 }
 
-/// A process of PyTorch's that trains the lesson's 7 epochs from seed to seed. By the fastest PyTorch, which computes the same:
+/// Calls `f` with what train_lesson.py says of each seed, as soon as it is known. By the fastest PyTorch, which computes the same:
 /// eager it takes three minutes a seed and more.
-pub(super) struct PytorchLesson {
-    process: Child,
-    answers: Lines<BufReader<ChildStdout>>,
-}
-
-impl PytorchLesson {
-    pub(super) fn start(python: &Path, data: &Path, seeds: u32) -> Result<Self> {
-        let mut command = Command::new(python);
-        gpu::in_order(&mut command)
-            .arg(repository().join("tools/pytorch/train_lesson.py"))
-            .args(["--device", "cuda", "--compile", "--data-dir"])
-            .arg(data)
-            .arg("--seed")
-            .args((0..seeds).map(|seed| seed.to_string()))
-            .stdout(Stdio::piped());
-        let mut process = command
-            .spawn()
-            .with_context(|| format!("cannot start {}", python.display()))?;
-        let answers = process.stdout.take().context("a piped stdout is there")?;
-        let answers = BufReader::new(answers).lines();
-        Ok(Self { process, answers })
+pub(super) fn pytorch_lesson(
+    python: &Path,
+    data: &Path,
+    seeds: u32,
+    mut f: impl FnMut(Trained) -> Result<()>,
+) -> Result<()> {
+    let mut command = Command::new(python);
+    gpu::in_order(&mut command)
+        .arg(repository().join("tools/pytorch/train_lesson.py"))
+        .args(["--device", "cuda", "--compile", "--data-dir"])
+        .arg(data)
+        .arg("--seed")
+        .args((0..seeds).map(|seed| seed.to_string()))
+        .stdout(Stdio::piped());
+    let mut process = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", python.display()))?;
+    let answers = process.stdout.take().context("a piped stdout is there")?;
+    let outcome = BufReader::new(answers).lines().try_for_each(|line| {
+        let line = line?;
+        let trained = serde_json::from_str(&line)
+            .with_context(|| format!("train_lesson.py answered {line:?}"))?;
+        f(trained)
+    });
+    if outcome.is_err() {
+        let _ = process.kill();
     }
-
-    /// Calls `f` with what it says of each seed, as soon as it is known.
-    pub(super) fn each(mut self, mut f: impl FnMut(Trained) -> Result<()>) -> Result<()> {
-        let outcome = self.answers.by_ref().try_for_each(|line| {
-            let line = line?;
-            let trained = serde_json::from_str(&line)
-                .with_context(|| format!("train_lesson.py answered {line:?}"))?;
-            f(trained)
-        });
-        // One that still runs ends with this.
-        outcome?;
-        let status = self.process.wait()?;
-        ensure!(status.success(), "train_lesson.py failed: see above");
-        Ok(())
-    }
-}
-
-impl Drop for PytorchLesson {
-    fn drop(&mut self) {
-        // Of one that has ended this does nothing.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+    let status = process.wait()?;
+    outcome?;
+    ensure!(status.success(), "train_lesson.py failed: see above");
+    Ok(())
 }
 
 /// What train_lesson.py prints of a seed.
@@ -593,8 +579,7 @@ mod tests {
             .status();
         assert!(installed.unwrap().success());
         let mut outcomes = Vec::new();
-        let lesson = PytorchLesson::start(&python, Path::new("data"), 2).unwrap();
-        let end = lesson.each(|trained| {
+        let end = pytorch_lesson(&python, Path::new("data"), 2, |trained| {
             outcomes.push((trained.seed, trained.outcome()?));
             Ok(())
         });
