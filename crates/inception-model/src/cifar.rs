@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
 
 use crate::init::Init;
-use crate::layers::{Conv, GraphCache, Inception, Linear, Stage, for_head};
+use crate::layers::{Conv, GraphCache, Inception, Linear, Stage, convert, for_head};
 use crate::summary::{Summary, summarise};
 use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
@@ -218,16 +218,15 @@ impl CifarGoogLeNet {
         summarise(self, height, width)
     }
 
-    /// The same network with parameters of another float type, for checks in f64.
+    /// A copy with parameters of the given float type, for checks in f64. It shares no variable with this one.
     ///
     /// # Errors
     /// A type that Candle cannot convert to.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        let convert = |v: &Var| Var::from_tensor(&v.to_dtype(dtype)?);
         let conv = |c: &Conv| -> Result<Conv> {
             Ok(Conv {
-                weight: convert(&c.weight)?,
-                bias: convert(&c.bias)?,
+                weight: convert(&c.weight, dtype)?,
+                bias: convert(&c.bias, dtype)?,
                 ..c.clone()
             })
         };
@@ -241,8 +240,8 @@ impl CifarGoogLeNet {
             stem: conv(&self.stem)?,
             body: self.body.iter().map(stage).collect::<Result<_>>()?,
             fc: Linear {
-                weight: convert(&self.fc.weight)?,
-                bias: convert(&self.fc.bias)?,
+                weight: convert(&self.fc.weight, dtype)?,
+                bias: convert(&self.fc.bias, dtype)?,
                 ..self.fc.clone()
             },
             dropout: self.dropout,

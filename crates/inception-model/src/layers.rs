@@ -67,6 +67,12 @@ impl Conv {
     }
 }
 
+/// The values of `var` as `dtype` in a variable of its own, also where the type stays: what trains one network must not move
+/// another.
+pub(crate) fn convert(var: &Var, dtype: DType) -> Result<Var> {
+    Var::from_tensor(&var.as_detached_tensor().to_dtype(dtype)?.copy()?)
+}
+
 /// A weight beside activations: rounded to bf16 where they are, so that the weight itself, its
 /// gradient and its updates keep f32.
 pub(crate) fn at_use(weight: &Tensor, activations: &Tensor) -> Result<Tensor> {

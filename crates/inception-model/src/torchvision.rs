@@ -12,7 +12,7 @@ use rand::Rng;
 
 use crate::error::ModelError;
 use crate::init::{truncated_normal, uniform};
-use crate::layers::{GraphCache, Inception, Linear, Stage, at_use, for_head};
+use crate::layers::{GraphCache, Inception, Linear, Stage, at_use, convert, for_head};
 use crate::summary::{Summary, summarise_torchvision};
 use crate::table::{BLOCKS, Entry, STEM_WIDTH};
 
@@ -355,8 +355,7 @@ impl GoogLeNet {
         summarise_torchvision(&Network::plan(&self.config), height, width)
     }
 
-    /// The same network with parameters and statistics of another float type,
-    /// for checks in f64.
+    /// A copy with parameters and statistics of the given float type, for checks in f64. It shares no variable with this one.
     ///
     /// # Errors
     /// A type that Candle cannot convert to.
@@ -574,11 +573,6 @@ fn transform_input(images: &Tensor) -> Result<Tensor> {
     let scale = per_channel(STD.map(|std| std / 0.5))?;
     let shift = per_channel(MEAN.map(|mean| (mean - 0.5) / 0.5))?;
     images.broadcast_mul(&scale)?.broadcast_add(&shift)
-}
-
-fn convert(var: &Var, dtype: DType) -> Result<Var> {
-    // A copy, even where the type stays: two networks must not share a Var.
-    Var::from_tensor(&var.as_detached_tensor().to_dtype(dtype)?.copy()?)
 }
 
 /// The network over any kind of convolution `C` and linear layer `L`: planned

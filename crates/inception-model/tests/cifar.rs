@@ -3,7 +3,7 @@
 use std::f64::consts::PI;
 
 use candle_cnn::{Mode, dropout, linear};
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use inception_model::{CifarConfig, CifarGoogLeNet, Init};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -120,6 +120,23 @@ fn each_filter_of_the_centred_initialisation_sums_to_zero() -> Result<()> {
                 sum.abs() <= magnitude * f64::from(f32::EPSILON),
                 "{name}: {sum:e}"
             );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn another_float_type_shares_no_variable_with_the_first() -> Result<()> {
+    let net = net(Init::Lesson)?;
+    for dtype in [DType::F32, DType::F64] {
+        let copy = net.to_dtype(dtype)?;
+        let pairs = net.named_parameters().into_iter();
+        for ((name, original), (_, copied)) in pairs.zip(copy.named_parameters()) {
+            assert_eq!(copied.dtype(), dtype);
+            let before = original.flatten_all()?.to_vec1::<f32>()?;
+            copied.set(&copied.ones_like()?)?;
+            let after = original.flatten_all()?.to_vec1::<f32>()?;
+            assert_eq!(before, after, "{name} moved with its copy");
         }
     }
     Ok(())

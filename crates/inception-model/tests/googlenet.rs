@@ -282,7 +282,7 @@ fn a_dropout_of_all_leaves_its_own_heads_their_biases_and_the_others_as_they_are
 }
 
 #[test]
-fn another_float_type_shares_nothing_with_the_first() -> Result<()> {
+fn another_float_type_shares_no_parameter_and_no_buffer_with_the_first() -> Result<()> {
     let net = net(false)?;
     for dtype in [DType::F32, DType::F64] {
         let copy = net.to_dtype(dtype)?;
@@ -290,6 +290,11 @@ fn another_float_type_shares_nothing_with_the_first() -> Result<()> {
         copy.forward(&images(4, 32, 32)?.to_dtype(dtype)?, TRAIN)?;
         assert_eq!(values(&net.named_buffers())?, before);
         assert_ne!(values(&copy.named_buffers())?, before);
+        let before = values(&net.named_parameters())?;
+        for (_, copied) in copy.named_parameters() {
+            copied.set(&copied.ones_like()?)?;
+        }
+        assert_eq!(values(&net.named_parameters())?, before);
     }
     Ok(())
 }
