@@ -39,7 +39,7 @@ pub(crate) struct CudaEmulate {
 /// The tests that use every device there is, and those of the programs that are about CUDA.
 const TESTS: [&str; 2] = [
     "test --features cuda,nccl --lib --tests --package candle-cnn --package inception-model --package trainer --package experiment-common",
-    "test --features cuda,nccl --package scratch-train --package finetune-full --test cuda",
+    "test --features cuda,nccl --package scratch-train --package finetune-full --package predict --test cuda",
 ];
 /// The names under which programs are linked with the library.
 const TAKES_THE_PLACE_OF: [&str; 8] = [

@@ -1,42 +1,34 @@
 //! The program as its users meet it, with weights of which it is known what they answer.
 
+mod answers;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use assert_cmd::Command;
-use assert_cmd::assert::Assert;
+use answers::{
+    ALL_CLASSES, assert_predicts, discerning, draw, json_lines, likeliest, predict, probabilities,
+    save, seeded, shapes, tensor,
+};
 use candle_cnn::Mode;
-use candle_core::{DType, Device, Result, Tensor, Var};
-use cifar_data::{CLASSES, ImageSet, SIDE, Split};
-use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig, Init};
+use candle_core::{DType, Device, Tensor};
+use cifar_data::CLASSES;
+use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
+use serde_json::json;
 use trainer::Model;
-use transfer_common::{Network, NetworkSettings, Trained};
 
 const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures");
 
-fn predict(weights: &Path) -> Command {
-    let path = env!("CARGO_BIN_EXE_predict");
-    let mut command = Command::from_std(test_support::program(path, ""));
-    command.arg("--weights").arg(weights);
-    command
-}
+const CPU: [&str; 2] = ["--device", "cpu"];
 
-/// What is on standard output, which must be JSON line by line.
-fn json_lines(run: &Assert) -> Vec<Value> {
-    let said = String::from_utf8(run.get_output().stdout.clone()).unwrap();
-    let lines = said.lines();
-    lines
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
-}
+/// Of probabilities and losses from f32 logits, which batches of another size may round otherwise.
+const TOLERANCE: f64 = 1e-6;
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
@@ -350,99 +342,6 @@ fn json_has_a_line_for_each_picture_good_or_not() {
     assert!((probability - 0.996_99).abs() < 1e-5, "{probability}");
 }
 
-/// The first pictures of `--evaluate shapes`.
-fn shapes(count: usize) -> ImageSet {
-    cifar_data::shapes::generate(0, Split::Test, count)
-}
-
-/// What a network of ours is to see of them: values from −1 to 1.
-fn tensor(set: &ImageSet) -> Tensor {
-    let pixels = set.pixels().iter();
-    let pixels: Vec<f32> = pixels
-        .map(|&x| (f32::from(x) / 255.0 - 0.5) / 0.5)
-        .collect();
-    Tensor::from_vec(pixels, (set.len(), 3, SIDE, SIDE), &Device::Cpu).unwrap()
-}
-
-/// The lesson's network with random weights, whose head answers by what `images` differ in.
-fn discerning(images: &Tensor) -> Result<CifarGoogLeNet> {
-    let config = CifarConfig {
-        init: Init::Centred,
-        ..CifarConfig::default()
-    };
-    let mut rng = ChaCha8Rng::seed_from_u64(0);
-    let network = CifarGoogLeNet::new(&config, &Device::Cpu, &mut rng)?;
-    let parameters: HashMap<_, _> = network.named_parameters().into_iter().collect();
-    let (weight, bias) = (&parameters["fc.weight"], &parameters["fc.bias"]);
-    let seeded = test_support::seeded_weight("fc.weight", weight.dims());
-    weight.set(&Tensor::from_vec(seeded, weight.dims(), &Device::Cpu)?)?;
-    // Logits of mean 0 and variance 1.
-    let logits = network.infer(images)?;
-    let mean = logits.mean(0)?;
-    let variance = logits.broadcast_sub(&mean)?.sqr()?.mean_all()?;
-    let scale = f64::from(variance.to_scalar::<f32>()?).powf(-0.5);
-    weight.set(&(weight.as_detached_tensor() * scale)?)?;
-    bias.set(&(mean * -scale)?)?;
-    Ok(network)
-}
-
-fn save(path: &Path, state: Vec<(String, Var)>, metadata: &[(&str, &str)]) {
-    let tensors = state
-        .into_iter()
-        .map(|(name, var)| (name, var.as_detached_tensor()));
-    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string()));
-    safetensors::serialize_to_file(tensors, Some(metadata.collect()), path).unwrap();
-}
-
-/// Of each row of logits.
-fn probabilities(logits: &Tensor) -> Vec<Vec<f64>> {
-    let softmax = |row: Vec<f32>| {
-        let exponentials = row.into_iter().map(|logit| f64::from(logit).exp());
-        let exponentials: Vec<f64> = exponentials.collect();
-        let sum: f64 = exponentials.iter().sum();
-        exponentials.into_iter().map(|e| e / sum).collect()
-    };
-    let rows = logits.to_vec2::<f32>().unwrap();
-    rows.into_iter().map(softmax).collect()
-}
-
-/// The class of highest probability.
-fn likeliest(probabilities: &[f64]) -> usize {
-    let indices = 0..probabilities.len();
-    indices
-        .max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b]))
-        .unwrap()
-}
-
-/// What a picture is, in full and in f32.
-const ALL_CLASSES: [&str; 5] = ["--json", "--top", "10", "--device", "cpu"];
-
-/// Of probabilities and losses from f32 logits, which batches of another size may round otherwise.
-const TOLERANCE: f64 = 1e-6;
-
-#[track_caller]
-fn assert_predicts(line: &Value, expected: &[f64]) {
-    let guesses = line["predictions"].as_array().unwrap();
-    assert_eq!(guesses.len(), expected.len());
-    assert_eq!(guesses[0]["index"], likeliest(expected), "{line}");
-    for guess in guesses {
-        let index = guess["index"].as_u64().unwrap();
-        let expected = expected[index as usize];
-        let difference = guess["probability"].as_f64().unwrap() - expected;
-        assert!(difference.abs() < TOLERANCE, "{expected} in {line}");
-    }
-}
-
-/// Writes a picture as a PNG.
-fn draw(path: &Path, image: &[u8]) {
-    let plane = SIDE * SIDE;
-    let pixels: Vec<u8> = (0..plane)
-        .flat_map(|pixel| [0, 1, 2].map(|channel| image[channel * plane + pixel]))
-        .collect();
-    let side = SIDE as u32;
-    image::save_buffer(path, &pixels, side, side, image::ColorType::Rgb8).unwrap();
-}
-
 #[test]
 fn each_picture_has_its_own_answer_behind_a_broken_one_and_beyond_a_batch() {
     let dir = tempfile::tempdir().unwrap();
@@ -464,7 +363,7 @@ fn each_picture_has_its_own_answer_behind_a_broken_one_and_beyond_a_batch() {
     }
     fs::write(pictures.join("07-broken.png"), "no picture").unwrap();
     let mut command = predict(&weights);
-    command.args(ALL_CLASSES).arg(&pictures);
+    command.args(ALL_CLASSES).args(CPU).arg(&pictures);
     let mut lines = json_lines(&command.assert().code(1));
     // Its name comes before 07.png.
     let broken = lines.remove(7);
@@ -473,30 +372,8 @@ fn each_picture_has_its_own_answer_behind_a_broken_one_and_beyond_a_batch() {
     for (index, (line, expected)) in lines.iter().zip(&expected).enumerate() {
         let picture = pictures.join(format!("{index:02}.png"));
         assert_eq!(line["file"], picture.to_str().unwrap());
-        assert_predicts(line, expected);
+        assert_predicts(line, expected, TOLERANCE);
     }
-}
-
-/// torchvision's network with random weights; its batch norms are as they begin.
-fn seeded(transform_input: bool, image_size: usize) -> Network {
-    let settings = NetworkSettings {
-        classes: CLASSES,
-        transform_input,
-        image_size: Some(image_size),
-        dropout: 0.0,
-        aux_heads: false,
-        trained: Trained::Everything,
-        class_names: "shapes".into(),
-    };
-    let network = Network::new(settings, 0, &Device::Cpu).unwrap();
-    for (name, weight) in network.named_parameters() {
-        if weight.rank() > 1 {
-            let values = test_support::seeded_weight(&name, weight.dims());
-            let values = Tensor::from_vec(values, weight.dims(), &Device::Cpu).unwrap();
-            weight.set(&values).unwrap();
-        }
-    }
-    network
 }
 
 #[test]
@@ -518,8 +395,9 @@ fn torchvisions_network_takes_pictures_as_its_weights_say() {
         let logits = network.forward(&tensor(&set), Mode::Eval).unwrap();
         let expected = probabilities(&logits).remove(0);
         let mut command = predict(&weights);
-        command.args(ALL_CLASSES).arg(&picture);
-        assert_predicts(&json_lines(&command.assert().success())[0], &expected);
+        command.args(ALL_CLASSES).args(CPU).arg(&picture);
+        let line = &json_lines(&command.assert().success())[0];
+        assert_predicts(line, &expected, TOLERANCE);
         expected
     });
     for (one, other) in [(0, 1), (0, 2), (1, 2)] {
@@ -551,7 +429,7 @@ fn an_evaluation_holds_each_answer_against_the_label_of_its_picture() {
 
     let mut command = predict(&weights);
     command.args(["--evaluate", "shapes", "--test-limit", "40", "--json"]);
-    command.args(["--device", "cpu"]);
+    command.args(CPU);
     let line = json_lines(&command.assert().success()).remove(0);
     for (class, expected) in taken_for.iter().enumerate() {
         let found = &line["classes"][class]["taken_for"];

@@ -13,7 +13,7 @@ use crate::workspace::cargo;
 /// fails keeps no other from being run.
 const TESTS: [&str; 2] = [
     "test --no-fail-fast --features cuda --lib --tests --package candle-cnn --package inception-model --package trainer",
-    "test --no-fail-fast --features cuda --package scratch-train --package finetune-full --test cuda",
+    "test --no-fail-fast --features cuda --package scratch-train --package finetune-full --package predict --test cuda",
 ];
 
 /// What the tests said.

@@ -1,0 +1,70 @@
+//! The program on a GPU, or on the emulated one of `cargo xtask cuda-emulate`.
+#![cfg(feature = "cuda")]
+
+mod answers;
+
+use std::path::Path;
+
+use answers::{
+    ALL_CLASSES, assert_predicts, discerning, draw, json_lines, likeliest, predict, probabilities,
+    save, seeded, shapes, tensor,
+};
+use candle_cnn::Mode;
+use serde_json::Value;
+use test_support::devices;
+use trainer::Model;
+
+const F32: [&str; 4] = ["--device", "cuda", "--precision", "f32"];
+/// Of probabilities and losses, between sums in another order.
+const TOLERANCE: f64 = 1e-5;
+
+fn on_the_gpu(weights: &Path, arguments: &[&str], pictures: Option<&Path>) -> Vec<Value> {
+    let mut command = predict(weights);
+    command.args(F32).args(arguments).args(pictures);
+    json_lines(&command.assert().success())
+}
+
+#[test]
+fn torchvisions_network_answers_as_on_the_cpu() {
+    if devices().len() == 1 {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let set = shapes(1);
+    let picture = dir.path().join("picture.png");
+    draw(&picture, set.image(0));
+    let network = seeded(true, 32);
+    let weights = dir.path().join("weights.safetensors");
+    let state = [network.named_parameters(), network.named_buffers()].concat();
+    let metadata = [("transform_input", "true"), ("image_size", "32")];
+    save(&weights, state, &metadata);
+    let logits = network.forward(&tensor(&set), Mode::Eval).unwrap();
+    let expected = probabilities(&logits).remove(0);
+    let lines = on_the_gpu(&weights, &ALL_CLASSES, Some(&picture));
+    assert_predicts(&lines[0], &expected, TOLERANCE);
+}
+
+#[test]
+fn an_evaluation_of_the_lessons_network_counts_what_the_cpu_does() {
+    if devices().len() == 1 {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let set = shapes(3);
+    let network = discerning(&tensor(&set)).unwrap();
+    let weights = dir.path().join("weights.safetensors");
+    let metadata = [("class_names", "shapes")];
+    save(&weights, network.named_parameters(), &metadata);
+    let rows = probabilities(&network.infer(&tensor(&set)).unwrap());
+    let labels = set.labels().iter().map(|&label| usize::from(label));
+    let (mut correct, mut loss) = (0, 0.0);
+    for (label, row) in labels.zip(&rows) {
+        correct += usize::from(likeliest(row) == label);
+        loss -= row[label].ln() / set.len() as f64;
+    }
+    let evaluate = ["--evaluate", "shapes", "--test-limit", "3", "--json"];
+    let line = on_the_gpu(&weights, &evaluate, None).remove(0);
+    assert_eq!(line["correct"], correct, "{line}");
+    let difference = line["loss"].as_f64().unwrap() - loss;
+    assert!(difference.abs() < TOLERANCE, "{loss}: {line}");
+}
