@@ -2,6 +2,20 @@
 //!
 //! What a pass needs besides its tensors is its [`Plan`], made when the geometry is first met, and kept by thread like
 //! the handle. After that a pass neither waits for the device nor allocates outside of the stream's order.
+//!
+//! A plan is chosen so:
+//!
+//! 1. cuDNN names engines with their settings, in the order in which it expects them to be fast. Left out is what rounds where
+//!    it must not ([`super::plan::Notes`]), what cuDNN cannot plan, and what wants more workspace than there may be.
+//! 2. The first 8, at most 4 of one engine, are timed as they will run, in a CUDA graph on a stream apart, there and back: a GPU
+//!    that was idle is slow at first. `deterministic`, shapes that are met seldom, and a capture leave them in cuDNN's order.
+//! 3. Where f32 is asked for in full, the next to be taken is tried out first (`exactness.rs`), and the least inexact is taken,
+//!    with a warning, where all round.
+//! 4. One that refuses to run is replaced by the next: at last those that compute almost everything, and where there is nothing
+//!    else, or all others may be left out, those that want more workspace.
+//!
+//! All but the running can be had of the real cuDNN without a GPU (`cargo xtask cuda-emulate --cudnn LIBRARY`). What it offers for
+//! both networks on an H200 can all be planned (results/2026-11-26-cudnn-engines-h200).
 
 #![allow(unsafe_code)]
 

@@ -22,7 +22,7 @@ const READ_EVERY_STEPS: usize = 64;
 /// And most time, so that slow steps are seen to advance, and a stop is heard. Where several processes train together, which have to
 /// read at the same steps, as many steps as took rank 0 this long the last time.
 const READ_EVERY: Duration = Duration::from_millis(200);
-/// Steps made as usual before one is recorded as a graph: the first makes the momentum buffers and chooses cuDNN's
+/// Steps made as usual before one is recorded as a graph: the first begins the momentum and chooses cuDNN's
 /// engines, the second runs as all that follow.
 #[cfg(feature = "cuda")]
 const WARM_UP_STEPS: usize = 2;

@@ -1,4 +1,11 @@
 //! A training step recorded as a CUDA graph, and replayed.
+//!
+//! A recorded step and other work cannot use each other's freed memory, so each gives its own back to the driver before the other
+//! runs. A run of two epochs at batch 32 with their evaluations (`--train-limit 144 --test-limit 600`) holds 531 MiB at most of
+//! the lesson's net, 102 of torchvision's and 38 while its head trains, on the emulated device with `CUDA_EMULATION_LOG=1
+//! CUDA_EMULATION_ZEROS=1`. With the workspaces that the real cuDNN 9.19 wants for the first of its engines it is 555, 94 and 37:
+//! within a graph, workspaces of branches side by side share no memory. What lasts has to be there before the first step: the
+//! driver gets memory back by pieces of 32 MiB and more (the emulated device gives back all that is free).
 
 use candle_core::Device;
 use candle_core::cuda_backend::WrapErr;
