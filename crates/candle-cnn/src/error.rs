@@ -32,7 +32,7 @@ pub enum OpError {
         op: &'static str,
         /// The argument.
         name: &'static str,
-        /// Its shape.
+        /// The argument's shape.
         found: Vec<usize>,
         /// The expected dimensions, in words.
         expected: &'static str,
@@ -44,9 +44,9 @@ pub enum OpError {
         op: &'static str,
         /// The setting.
         name: &'static str,
-        /// Its value.
+        /// The setting's value.
         found: String,
-        /// What it may be, in words.
+        /// What the setting may be, in words.
         expected: &'static str,
     },
     /// An environment variable asks for what there is not.
@@ -57,9 +57,9 @@ pub enum OpError {
     Unavailable {
         /// The environment variable.
         variable: &'static str,
-        /// Its value.
+        /// The variable's value.
         found: String,
-        /// What it may be on this machine.
+        /// The values that the variable may have on this machine.
         available: Vec<&'static str>,
     },
     /// The window does not fit into the padded input.
@@ -83,7 +83,7 @@ pub enum OpError {
         op: &'static str,
         /// The tensor, or what is made of it on the way.
         what: &'static str,
-        /// Its shape.
+        /// The shape with too many elements.
         found: Vec<usize>,
     },
     /// An element type without an implementation.
@@ -113,7 +113,7 @@ pub enum OpError {
         op: &'static str,
         /// The example's position in the batch.
         example: usize,
-        /// Its label.
+        /// The example's label.
         label: i64,
         /// The number of classes.
         classes: usize,
@@ -165,7 +165,7 @@ pub enum OpError {
         op: &'static str,
         /// What is too large.
         what: &'static str,
-        /// Its size.
+        /// The size found.
         found: usize,
     },
     /// A tensor with more elements than the CUDA kernels count.
@@ -173,7 +173,7 @@ pub enum OpError {
     KernelSize {
         /// The operation, as PyTorch names it.
         op: &'static str,
-        /// Its elements.
+        /// The tensor's elements.
         elements: usize,
     },
     /// A layout that should have been made contiguous: a defect of this crate.
@@ -206,7 +206,7 @@ impl OpError {
         Self::Device { op, device }.into()
     }
 
-    /// Of what is for CUDA alone.
+    /// The error of an operation that runs on CUDA alone and was asked to run on the CPU.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_cpu(op: &'static str) -> Error {
         let device = "Cpu".to_owned();

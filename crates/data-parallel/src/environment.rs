@@ -7,11 +7,11 @@ use crate::error::{Error, Result};
 pub struct Ranks {
     /// `RANK`: this process' number, from 0.
     pub rank: usize,
-    /// `WORLD_SIZE`: how many there are.
+    /// `WORLD_SIZE`: how many processes there are.
     pub world_size: usize,
     /// `LOCAL_RANK`: this process' number on its machine, from 0; the GPU that it takes.
     pub local_rank: usize,
-    /// `LOCAL_WORLD_SIZE`: how many there are on this machine.
+    /// `LOCAL_WORLD_SIZE`: how many processes there are on this machine.
     pub local_world_size: usize,
     /// `MASTER_ADDR`: name or address of rank 0's machine.
     pub master_addr: String,

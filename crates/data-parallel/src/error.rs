@@ -15,9 +15,9 @@ pub enum Error {
         found.as_deref().map_or_else(|| "not set".to_string(), |found| format!("{found:?}"))
     )]
     Environment {
-        /// Its name.
+        /// The variable's name.
         variable: &'static str,
-        /// Its value.
+        /// The variable's value; None where it is not set.
         found: Option<String>,
         /// What would be accepted.
         expected: String,
@@ -51,7 +51,7 @@ pub enum Error {
         timeout.as_secs_f64()
     )]
     Missing {
-        /// Their numbers.
+        /// Numbers of the ranks that did not come.
         missing: Vec<usize>,
         /// How many ranks there should be.
         world_size: usize,
@@ -61,7 +61,7 @@ pub enum Error {
     /// What answered is no rank of this group, or of another version.
     #[error("{peer} does not belong to this group: {reason}")]
     Stranger {
-        /// Its rank or address.
+        /// Rank or address of what answered.
         peer: String,
         /// What was wrong.
         reason: String,
@@ -73,11 +73,11 @@ pub enum Error {
         shown(expected)
     )]
     Different {
-        /// Which setting.
+        /// The setting that differs.
         what: String,
         /// The rank that differs.
         rank: usize,
-        /// Its value; None: it has no such setting.
+        /// The setting's value at that rank; None: it has no such setting.
         found: Option<String>,
         /// The value of rank 0.
         expected: Option<String>,
@@ -85,7 +85,7 @@ pub enum Error {
     /// A rank is gone.
     #[error("lost rank {rank} during {during}: it has ended, was killed, or cannot be reached")]
     Lost {
-        /// Its number.
+        /// Number of the rank that is gone.
         rank: usize,
         /// The call that noticed.
         during: &'static str,
@@ -95,11 +95,11 @@ pub enum Error {
     /// A rank is silent.
     #[error("rank {rank} did not answer for {} s during {during}", timeout.as_secs_f64())]
     Silent {
-        /// Its number.
+        /// Number of the rank that is silent.
         rank: usize,
         /// The call that waited.
         during: &'static str,
-        /// For how long.
+        /// How long the call waited.
         timeout: Duration,
     },
     /// The device does not get on, which waits for a rank.
@@ -113,15 +113,15 @@ pub enum Error {
     GaveUp {
         /// The rank that was first.
         rank: usize,
-        /// Its error.
+        /// The error of that rank.
         reason: String,
     },
     /// The ranks do not make the same calls.
     #[error("rank {rank} is at {found}, this rank at {expected}: they do not make the same steps")]
     OutOfStep {
-        /// The other rank.
+        /// The rank that makes another call.
         rank: usize,
-        /// What it sent.
+        /// What that rank sent.
         found: String,
         /// What was awaited.
         expected: String,
@@ -148,7 +148,7 @@ pub enum Error {
     Nccl {
         /// NCCL's function.
         call: &'static str,
-        /// Its status.
+        /// The status that it returned.
         status: String,
     },
 }

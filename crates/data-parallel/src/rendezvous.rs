@@ -48,9 +48,9 @@ struct Hello {
 /// What rank 0 answers when all are there.
 #[derive(Debug, Serialize, Deserialize)]
 struct Welcome {
-    /// Of this group, so that nobody enters the ring of another.
+    /// The group's token, so that nobody enters the ring of another group.
     token: u64,
-    /// By rank.
+    /// Where the ranks are reached in the ring, by rank.
     ring_addresses: Vec<SocketAddr>,
 }
 

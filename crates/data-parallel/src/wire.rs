@@ -18,7 +18,7 @@ const MAX_REASON: usize = 4 << 10;
 /// reader.
 const INLINE: usize = 4 << 10;
 
-/// The call that a message belongs to.
+/// The kind of call that a message belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Handshake = 1,
@@ -41,7 +41,7 @@ impl Kind {
         Self::GaveUp,
     ];
 
-    /// As errors call it.
+    /// The kind of call, as errors name it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Handshake => "the handshake",
@@ -55,7 +55,7 @@ impl Kind {
     }
 }
 
-/// Which message: a kind and the number of the call, the same on all ranks.
+/// What a message is of: the kind and the number of a call, the same on all ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Call {
     pub(crate) kind: Kind,

@@ -41,7 +41,7 @@ pub struct CifarGoogLeNet {
     pub(crate) body: Vec<Stage>,
     pub(crate) fc: Linear,
     dropout: f64,
-    /// What [`Self::forward`] runs.
+    /// The graph that [`Self::forward`] runs.
     graph: GraphCache,
 }
 
@@ -54,7 +54,7 @@ const HALVING_POOL: MaxPool2dConfig = MaxPool2dConfig {
 };
 
 impl CifarGoogLeNet {
-    /// What a file of its weights calls it, under `architecture` in the metadata.
+    /// What a file of the network's weights calls it, under `architecture` in the metadata.
     pub const ARCHITECTURE: &str = "googlenet-cifar";
 
     /// A freshly initialised network; parameters are drawn in the state dict's order.

@@ -136,7 +136,7 @@ pub(crate) enum Stage<C = Conv> {
 /// lesson's net, [`crate::ConvNorm`] in torchvision's.
 #[derive(Clone, Debug)]
 pub struct Inception<C = Conv> {
-    /// Its name in the table, such as `a3` or `inception3a`.
+    /// The block's name in the table, such as `a3` or `inception3a`.
     pub name: &'static str,
     /// 1×1.
     pub branch1: C,

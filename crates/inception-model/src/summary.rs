@@ -15,7 +15,7 @@ use crate::torchvision::{
 pub struct SummaryRow {
     /// Layer name, indented by its depth.
     pub layer: String,
-    /// What it does.
+    /// What the layer does.
     pub operation: String,
     /// Output shape of one picture.
     pub output: Vec<usize>,

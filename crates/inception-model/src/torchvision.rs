@@ -30,7 +30,7 @@ pub struct GoogLeNetConfig {
     pub transform_input: bool,
     /// Probability that a feature is dropped before the head in training.
     pub dropout: f64,
-    /// The same inside the auxiliary heads.
+    /// Probability that a feature is dropped inside the auxiliary heads in training.
     pub dropout_aux: f64,
 }
 
@@ -49,23 +49,23 @@ impl Default for GoogLeNetConfig {
 /// What [`GoogLeNet::forward`] yields.
 #[derive(Clone, Debug)]
 pub struct GoogLeNetOutputs {
-    /// (N, classes).
+    /// The head's logits, (N, classes).
     pub logits: Tensor,
-    /// The head after inception4d, (N, classes); only in training, and only
-    /// where the network has auxiliary heads.
+    /// Logits of the head after inception4d, (N, classes); only in training, and
+    /// only where the network has auxiliary heads.
     pub aux2: Option<Tensor>,
-    /// The head after inception4a, likewise.
+    /// Logits of the head after inception4a, (N, classes); there where `aux2` is.
     pub aux1: Option<Tensor>,
 }
 
 /// What the batch norms of a frozen backbone do in training mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrozenBatchNorm {
-    /// They normalise by the batch, and their running statistics move, as in a
+    /// Batch norms normalise by the batch, and their running statistics move, as in a
     /// PyTorch model whose parameters have `requires_grad = False` but which is
     /// in `train()` mode.
     Moving,
-    /// They normalise by the running statistics, which stay.
+    /// Batch norms normalise by the running statistics, which stay.
     Eval,
 }
 
@@ -85,7 +85,7 @@ pub struct GoogLeNet {
     network: Network<ConvNorm, Linear>,
     config: GoogLeNetConfig,
     frozen: Option<FrozenBatchNorm>,
-    /// What [`Self::forward`] runs where it can.
+    /// The graph that [`Self::forward`] runs where it can.
     graph: GraphCache,
 }
 
@@ -112,7 +112,7 @@ const fn halving_pool(kernel: usize) -> MaxPool2dConfig {
 }
 
 impl GoogLeNet {
-    /// What a file of its weights calls it, under `architecture` in the metadata.
+    /// What a file of the network's weights calls it, under `architecture` in the metadata.
     pub const ARCHITECTURE: &str = "googlenet-torchvision";
 
     /// A freshly initialised network, as torchvision's with `init_weights=True`:
@@ -614,7 +614,7 @@ pub(crate) struct LinearShape {
 }
 
 impl ConvShape {
-    /// Of the weight.
+    /// Shape of the weight: (C_out, C_in, kernel, kernel).
     pub(crate) fn dims(&self) -> Vec<usize> {
         vec![self.outputs, self.inputs, self.kernel, self.kernel]
     }
@@ -784,7 +784,7 @@ pub struct ConvNorm {
     pub name: String,
     /// (C_out, C_in, kernel, kernel).
     pub weight: Var,
-    /// What follows the convolution.
+    /// The batch norm that follows the convolution.
     pub norm: BatchNorm,
     config: Conv2dConfig,
 }
@@ -792,13 +792,13 @@ pub struct ConvNorm {
 /// `nn.BatchNorm2d(eps=0.001)`.
 #[derive(Clone, Debug)]
 pub struct BatchNorm {
-    /// (C).
+    /// The factor of each channel, (C).
     pub weight: Var,
-    /// (C).
+    /// The term of each channel, (C).
     pub bias: Var,
-    /// (C).
+    /// Running mean of each channel, (C).
     pub running_mean: Var,
-    /// Unbiased, (C).
+    /// Running unbiased variance of each channel, (C).
     pub running_var: Var,
     /// Training passes so far, i64 without dimensions.
     pub num_batches_tracked: Var,
@@ -834,7 +834,7 @@ impl ConvNorm {
             .forward(&x, &self.norm.weight, &self.norm.bias, mode)
     }
 
-    /// As part of a graph.
+    /// Adds convolution, batch norm and ReLU to a graph.
     fn describe(&self, graph: &mut StaticGraphBuilder, x: Node) -> Result<Node> {
         let (c_out, _, kernel, _) = self.weight.dims4()?;
         let window = (self.config.stride.0, self.config.padding.0);
@@ -855,7 +855,7 @@ impl ConvNorm {
         ]
     }
 
-    /// The same by weights that nobody tracks.
+    /// The forward pass by weights that nobody tracks.
     fn forward_frozen(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         let norm = &self.norm;
         let weight = at_use(&self.weight.as_detached_tensor(), x)?;

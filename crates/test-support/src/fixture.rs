@@ -36,7 +36,7 @@ impl Fixture {
         }
     }
 
-    /// The same fixture with its tensors on `device`.
+    /// This fixture with its tensors on `device`.
     ///
     /// # Errors
     /// Those of the copy.

@@ -43,14 +43,14 @@ pub struct Reply {
     body: Vec<u8>,
     /// How many bytes of the answer's body are sent before the connection closes.
     sends: usize,
-    /// Silence after these bytes.
+    /// How long the server is silent after the bytes that it sends.
     then_waits: Duration,
-    /// And until something comes, or cannot come any more.
+    /// The silence also lasts until something comes here, or cannot come any more.
     until: Option<Arc<Mutex<Receiver<()>>>>,
 }
 
 impl Reply {
-    /// This status and body.
+    /// A reply of this status and body, ranges not supported.
     pub fn status(status: u16, body: impl Into<Vec<u8>>) -> Reply {
         Reply {
             status,
@@ -64,12 +64,12 @@ impl Reply {
         }
     }
 
-    /// Status 200 with this body, ranges not supported.
+    /// A reply of status 200 with this body, ranges not supported.
     pub fn body(body: &[u8]) -> Reply {
         Reply::status(200, body)
     }
 
-    /// The same from a server that supports ranges.
+    /// A reply of status 200 with this body, from a server that supports ranges.
     pub fn file(body: &[u8]) -> Reply {
         Reply {
             ranges: true,
@@ -77,7 +77,7 @@ impl Reply {
         }
     }
 
-    /// With one more header.
+    /// The reply with one more header.
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Reply {
         self.headers.push((name, value.into()));
         self
@@ -88,7 +88,7 @@ impl Reply {
         Reply { sends, ..self }
     }
 
-    /// The same after a silence.
+    /// The connection closes after these bytes of the body and a silence.
     pub fn stalled_after(self, sends: usize, then_waits: Duration) -> Reply {
         Reply {
             sends,
@@ -97,7 +97,8 @@ impl Reply {
         }
     }
 
-    /// The same after a silence that ends when `released` has something to receive, or its sender is gone, or after a minute.
+    /// The connection closes after these bytes of the body and a silence, which ends when `released` has something to
+    /// receive, or its sender is gone, or after a minute.
     pub fn stalled_until(self, sends: usize, released: Receiver<()>) -> Reply {
         Reply {
             sends,
@@ -106,7 +107,7 @@ impl Reply {
         }
     }
 
-    /// Without Content-Length: the body ends with the connection.
+    /// The reply without Content-Length: the body ends with the connection.
     pub fn unannounced(self) -> Reply {
         Reply {
             announce: false,
@@ -203,7 +204,7 @@ impl Server {
         }
     }
 
-    /// Its address, without a `/` at the end.
+    /// The server's address, without a `/` at the end.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }

@@ -63,7 +63,7 @@ pub(crate) struct State {
     pub(crate) stream_scheme: String,
     pub(crate) position: Position,
     pub(crate) schedule: ResolvedSchedule,
-    /// As [`crate::config::described`]; empty in checkpoints of former versions.
+    /// The settings as [`crate::config::described`] gives them; empty in checkpoints of former versions.
     #[serde(default)]
     pub(crate) settings: BTreeMap<String, String>,
     pub(crate) metrics: MetricsPosition,
@@ -286,7 +286,7 @@ fn replaced_by(path: &Path) -> PathBuf {
 
 const REPLACED: &str = ".replaced";
 
-/// Those that lie aside, with their places.
+/// Checkpoints that lie aside, with their places.
 fn replaced(dir: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
     let place = |name: &str| {
         let name = name.strip_prefix('.')?.strip_suffix(REPLACED)?;

@@ -151,7 +151,7 @@ pub(crate) fn first_change<'a>(
 pub struct ConfigError {
     /// Name of the setting.
     pub setting: &'static str,
-    /// Its value.
+    /// The setting's value.
     pub found: String,
     /// What would be accepted.
     pub expected: &'static str,

@@ -82,7 +82,7 @@ impl Together<'_> {
         Ok(group.verify_same(&facts)?)
     }
 
-    /// Whether any rank says so.
+    /// Whether any rank says yes.
     pub(crate) fn any(self, yes: bool) -> Result<bool> {
         let Some(group) = self.0 else { return Ok(yes) };
         let mut count = [u64::from(yes)];
@@ -141,7 +141,7 @@ impl Together<'_> {
         Ok(self.sum_batches(&[(loss, correct, images)])?[0])
     }
 
-    /// The same for the parts of several batches: loss, right answers and images of each.
+    /// Loss and counts of several whole batches from this rank's part of each: mean loss, right answers, images.
     pub(crate) fn sum_batches(self, parts: &[(f32, u64, u64)]) -> Result<Vec<BatchSums>> {
         // Counts are far below 2^53, so that an f64 holds them exactly.
         let numbers = parts.iter().flat_map(|&(loss, correct, images)| {
@@ -168,8 +168,8 @@ impl Together<'_> {
             .collect())
     }
 
-    /// Which parameters have a gradient on any rank. They may differ by what a network leaves out at
-    /// random, or where a rank has no images. Asks through the host, all ranks at the same step; one that is alone asks nobody.
+    /// Whether each parameter has a gradient on any rank. Ranks may differ by what a network leaves out at random, or where one has no
+    /// images. Asks through the host, all ranks at the same step; one that is alone asks nobody, and the answer is empty.
     pub(crate) fn agree_on_gradients(
         self,
         gradients: &GradStore,

@@ -14,9 +14,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// The checkpoint that a run can go on from when it has failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LastCheckpoint {
-    /// There is none.
+    /// There is no checkpoint yet.
     None,
-    /// In this folder.
+    /// The checkpoint is in this folder.
     At(PathBuf),
     /// Rank 0 says it, which has the run's folder.
     OfRank0,
@@ -213,7 +213,7 @@ pub enum Error {
     MetricsLost {
         /// The file.
         path: PathBuf,
-        /// Its length.
+        /// The file's length in bytes.
         found: u64,
         /// The length recorded by the checkpoint.
         recorded: u64,
@@ -248,7 +248,7 @@ pub enum Error {
     /// What rank 0 sent cannot be used.
     #[error("rank 0 sent {what} that cannot be read")]
     Received {
-        /// Which part of its state.
+        /// The part of rank 0's state.
         what: &'static str,
         /// Why.
         source: serde_json::Error,
@@ -266,7 +266,7 @@ pub enum Error {
     /// A value cannot be written as JSON.
     #[error("cannot encode {what}")]
     Encode {
-        /// Which file.
+        /// The file whose value it is.
         what: &'static str,
         /// Why.
         source: serde_json::Error,

@@ -125,7 +125,7 @@ pub(crate) fn evaluate_examples(
 #[derive(Default)]
 struct Tally {
     sums: EvaluationSums,
-    /// Of batches that the host has not waited for: loss, right answers (each f32, (1,)), images.
+    /// Loss, right answers (each f32, (1,)) and images of batches that the host has not waited for.
     deferred: Vec<(Tensor, Tensor, u64)>,
 }
 

@@ -41,8 +41,8 @@ pub fn dropout_seed(seed: u64, step: u64) -> u64 {
     stream(seed, DROPOUT, step).next_u64()
 }
 
-/// The same for one process of several that train together, see
-/// [`Training::distributed`](crate::Training::distributed): rank 0 has the seed of a process that is
+/// The seed of the dropout masks of `step` (0-based) for one process of several that train together,
+/// see [`Training::distributed`](crate::Training::distributed): rank 0 has the seed of a process that is
 /// alone, every other a stream of its own, since equal masks would be no independent draws.
 pub fn dropout_seed_of_rank(seed: u64, step: u64, rank: usize) -> u64 {
     match rank {

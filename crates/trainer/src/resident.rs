@@ -13,7 +13,7 @@ pub(crate) struct ResidentSet {
 
 #[derive(Debug)]
 enum Inputs {
-    /// As they are.
+    /// Features, taken as they are.
     Features(Tensor),
     Pictures {
         /// `u8`, (images, 3, 32, 32)

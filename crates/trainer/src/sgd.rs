@@ -139,7 +139,7 @@ impl Sgd {
         &self.config
     }
 
-    /// What it moves, each once.
+    /// The parameters that the optimiser moves, each once.
     pub(crate) fn parameters(&self) -> Vec<Var> {
         let parameters = self.slots.iter().map(|slot| slot.parameter.clone());
         parameters.collect()
@@ -346,8 +346,8 @@ impl Slot {
         parameter.inplace_op2(&grad.contiguous()?, &update)
     }
 
-    /// The same update for devices other than the CPU, one kernel an operation, at the learning rate
-    /// `lr` (1,) on the device.
+    /// The update on devices other than the CPU, one kernel an operation, at the learning rate `lr`
+    /// (1,) on the device.
     fn step_with_tensor_ops(
         &mut self,
         grad: &Tensor,

@@ -24,7 +24,7 @@ pub(crate) struct TinyModel {
     pub(crate) pictures_seen: Cell<usize>,
     /// The batches that it has seen, by their images, and whether a GPU would have timed its engines for them.
     pub(crate) batches_seen: RefCell<BTreeSet<(usize, bool)>>,
-    /// Of the steps' dropout masks, in their order.
+    /// Seeds of the steps' dropout masks, in their order.
     pub(crate) dropout_seeds: RefCell<Vec<u64>>,
     /// Trains the last layer only, by the running mean.
     pub(crate) frozen: bool,
@@ -32,7 +32,7 @@ pub(crate) struct TinyModel {
     pub(crate) plain: bool,
     /// Multiplies the logits; a large one makes training diverge.
     pub(crate) gain: f64,
-    /// Multiplies them in evaluation alone.
+    /// Multiplies the logits in evaluation alone.
     pub(crate) evaluation_gain: f64,
     /// Leaves one bias or the other out of a step's loss, by the step's dropout seed.
     pub(crate) leaves_out: bool,

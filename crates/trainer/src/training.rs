@@ -48,14 +48,14 @@ pub struct Training<'a> {
     run: Option<RunDirectory>,
     metrics: Option<MetricsFiles>,
     together: Together<'a>,
-    /// Those that the optimiser moves, in an order that all ranks have.
+    /// The parameters that the optimiser moves, in an order that all ranks have.
     trainable: Vec<Var>,
     position: Position,
     last_evaluation: BTreeMap<String, Evaluation>,
-    /// Of networks with [`Model::fixed_features`]. Computed by each process anew.
+    /// Features of networks with [`Model::fixed_features`]. Computed by each process anew.
     features: FeatureCache,
     execution: Execution,
-    /// Of a [resident](Execution::resident) run.
+    /// What a [resident](Execution::resident) run keeps on its device.
     on_device: Option<OnDevice>,
     /// The sets that such a run has been evaluated on, in f32.
     evaluated: BTreeMap<&'static str, Arc<ResidentSet>>,
@@ -364,7 +364,7 @@ impl<'a> Training<'a> {
         })
     }
 
-    /// Of images, or of their features where those are kept.
+    /// The forward pass of images, or of their features where those are kept.
     fn forward_train(
         &self,
         inputs: &Tensor,
@@ -557,7 +557,7 @@ impl<'a> Training<'a> {
         }
     }
 
-    /// Of this rank's masks.
+    /// The seed of this rank's dropout masks in `step` (0-based).
     fn dropout_seed(&self, step: u64) -> u64 {
         random::dropout_seed_of_rank(self.config.seed, step, self.together.rank())
     }

@@ -128,7 +128,7 @@ struct Bin {
     count: usize,
 }
 
-/// As a real number: the border alone may have more pixels than can be counted.
+/// Pixels of a bin, as a real number: the border alone may have more than can be counted.
 fn divisor<T: Element>(h: &Bin, w: &Bin) -> T {
     T::real(h.count as f64 * w.count as f64)
 }
@@ -181,7 +181,7 @@ struct AvgPool2d {
     op: &'static str,
     h: Vec<Bin>,
     w: Vec<Bin>,
-    /// Of the two axes; the CUDA kernels make the bins themselves.
+    /// The rules of the two axes: the CUDA kernels make the bins themselves.
     #[cfg(feature = "cuda")]
     rules: [Rule; 2],
 }

@@ -86,7 +86,7 @@ pub(super) fn evaluate(
         .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
 }
 
-/// Of each channel, (C), contiguous, of the parameters' type.
+/// Statistics of each channel, (C) each, contiguous, of the parameters' type.
 #[derive(Debug)]
 struct Statistics {
     mean: Tensor,

@@ -166,7 +166,7 @@ fn train(
 }
 
 impl BatchStatistics {
-    /// Of `count` values per channel, as tensors of the type and on the device of `like`.
+    /// The statistics of `count` values per channel, as tensors of the type and on the device of `like`.
     pub(crate) fn new(moments: &[Moments], count: usize, like: &Tensor) -> Result<Self> {
         let tensor = |values: Vec<f64>| {
             Tensor::from_vec(values, moments.len(), like.device())?.to_dtype(like.dtype())
@@ -308,14 +308,15 @@ struct BatchNorm {
 #[derive(Clone, Copy)]
 struct Needs {
     x: bool,
-    /// That of the weight, of the bias, or of both.
+    /// The gradient of the weight, of the bias, or of both.
     parameters: bool,
 }
 
 /// The gradients of one pass, as far as they were needed.
 struct Gradients<T> {
     x: Option<Vec<T>>,
-    /// Of weight and bias. Where the batch's own statistics normalise, the input's gradient takes their sums as well.
+    /// The gradients of weight and bias. Where the batch's own statistics normalise, the input's gradient takes their sums as
+    /// well.
     parameters: Option<(Vec<T>, Vec<T>)>,
 }
 

@@ -7,7 +7,7 @@
 pub(super) struct Candidates<C> {
     /// The next last.
     waiting: Vec<C>,
-    /// Those that deviate too far, and how far.
+    /// Candidates that deviate too far, and how far.
     left_out: Vec<(C, f64)>,
     on_trial: bool,
     /// Whether the next one may be taken.
@@ -19,7 +19,7 @@ pub(super) struct Candidates<C> {
 pub(super) enum Trial {
     Deviates(f64),
     Refused,
-    /// It could not be tried out.
+    /// The candidate could not be tried out.
     Unknown,
 }
 
@@ -84,14 +84,14 @@ impl<C> Candidates<C> {
 /// How long a run takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Timing {
-    /// Infinite where it fails.
+    /// Time of one run; infinite where it fails.
     pub(super) milliseconds: f32,
-    /// Whether it could not be captured.
+    /// Whether the run could not be captured.
     pub(super) outside_graph: bool,
 }
 
 impl Default for Timing {
-    /// Of what does not run.
+    /// The timing of what does not run.
     fn default() -> Self {
         Self {
             milliseconds: f32::INFINITY,
@@ -118,7 +118,7 @@ pub(super) fn in_graphs_if_any(timings: &[Timing]) -> Vec<f32> {
     times.collect()
 }
 
-/// Those that run, the fastest first.
+/// The candidates that run, the fastest first.
 pub(super) fn by_time<C>(candidates: Vec<C>, times: &[f32]) -> Vec<C> {
     let mut timed: Vec<_> = times.iter().zip(candidates).collect();
     timed.retain(|(time, _)| time.is_finite());

@@ -73,7 +73,7 @@ impl Operands {
         common_alignment([x, weight, y, bias].map(|pointer| pointer as usize))
     }
 
-    /// The one that a pass writes.
+    /// The tensor that a pass writes.
     pub(super) fn written(&mut self, pass: Pass) -> &mut *mut c_void {
         match pass {
             Pass::Forward => &mut self.y,
@@ -82,7 +82,7 @@ impl Operands {
         }
     }
 
-    /// Those that there are, by their numbers in a graph.
+    /// The tensors that there are, by their numbers in a graph.
     pub(super) fn numbered(&self) -> Vec<(i64, *mut c_void)> {
         let Self { x, weight, y, bias } = *self;
         let mut numbered = vec![(X, x), (WEIGHT, weight), (Y, y)];
@@ -312,11 +312,11 @@ impl Plan {
 /// What cuDNN has for a pass and its key allows.
 #[derive(Default)]
 struct Offers {
-    /// In the order in which cuDNN expects them to be fast.
+    /// Candidates in the order in which cuDNN expects them to be fast.
     fast: Vec<Candidate>,
-    /// Those that compute almost everything.
+    /// Candidates that compute almost everything.
     general: Vec<Candidate>,
-    /// Those that want more workspace than there may be.
+    /// Candidates that want more workspace than there may be.
     beyond: Vec<Candidate>,
 }
 
@@ -382,7 +382,7 @@ fn planned(
     Ok((within, beyond))
 }
 
-/// Those under a mode of cuDNN's heuristics, which may know nothing of such a graph.
+/// The engines for a graph under a mode of cuDNN's heuristics; none where it knows no such graph.
 fn engines(graph: &OperationGraph, mode: Heuristics) -> Described<Vec<Engine>> {
     match graph.engines(mode) {
         Err(status) if is_refusal(status) => Ok(Vec::new()),

@@ -21,7 +21,7 @@ pub(crate) struct PackedWeight<T> {
 }
 
 impl<T: Element> PackedWeight<T> {
-    /// Of a weight (K, C, R·S) for the convolution, with the taps first in `shape`: (R·S, K, C).
+    /// Packs a weight (K, C, R·S) for the convolution, with the taps first in `shape`: (R·S, K, C).
     /// `data` is memory to use again; what is in it does not matter.
     pub(crate) fn new(
         weight: &[T],
@@ -52,8 +52,8 @@ impl<T: Element> PackedWeight<T> {
         packed
     }
 
-    /// The same for its input gradient, a convolution from K to C channels whose taps come the
-    /// other way round.
+    /// Packs a weight for the input gradient, a convolution from K to C channels whose taps come the
+    /// other way round; shapes are those of [`Self::new`].
     pub(crate) fn turned(
         weight: &[T],
         (taps, c_out, c_in): (usize, usize, usize),
@@ -100,8 +100,8 @@ impl<T: Element> PackedWeight<T> {
         }
     }
 
-    /// The same outputs with `to` rows for every `from` of this one's, in which `fill` writes a
-    /// panel from a panel.
+    /// A packed weight of the same outputs with `to` rows for every `from` of this one's; `fill`
+    /// writes a panel from a panel.
     pub(crate) fn expand(
         &self,
         (from, to): (usize, usize),

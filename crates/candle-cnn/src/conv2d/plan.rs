@@ -68,7 +68,8 @@ impl PlanKey {
         (self.dtype, self.math) == (DType::F32, F32Math::Full)
     }
 
-    /// Of a pass whose result takes the place of what was there, with nothing that follows, on addresses of the best alignment.
+    /// The key of a pass whose result takes the place of what was there, with nothing that follows, on addresses of the best
+    /// alignment.
     pub(super) fn new(
         geometry: Conv2dGeometry,
         format: MemoryFormat,
@@ -157,7 +158,7 @@ pub(super) struct DescriptorNumbers {
     pub(super) weight: [i64; 4],
     /// (N, C_out, H', W').
     pub(super) y: [i64; 4],
-    /// Vertical, horizontal, here and below.
+    /// Vertical, then horizontal, as are `stride` and `dilation`.
     pub(super) padding: [i64; 2],
     pub(super) stride: [i64; 2],
     pub(super) dilation: [i64; 2],
@@ -230,7 +231,7 @@ pub(crate) struct Notes {
     pub(crate) rounds_sums: bool,
     /// Products of what a transform makes of the factors (Fourier's, Winograd's), which rounds more.
     pub(crate) transforms: bool,
-    /// Other bits from run to run.
+    /// Gives other bits from run to run.
     pub(crate) nondeterministic: bool,
 }
 

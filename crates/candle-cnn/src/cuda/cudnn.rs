@@ -54,7 +54,7 @@ const KEPT_WORKSPACE: usize = 1 << 20;
 /// A handle, its stream and its workspace.
 pub(crate) struct Cudnn {
     handle: Rc<Handle>,
-    /// Of [`KEPT_WORKSPACE`] bytes, once it was needed. Engines have it one after the other: a stream runs one at a time.
+    /// Memory of [`KEPT_WORKSPACE`] bytes, once it was needed. Engines have it one after the other: a stream runs one at a time.
     workspace: Option<CudaSlice<u8>>,
     stream: Arc<CudaStream>,
     device: CudaDevice,
@@ -89,7 +89,7 @@ impl Cudnn {
         &self.device
     }
 
-    /// That of its lane, to which it gives its work.
+    /// The stream of its lane, to which it gives its work.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
@@ -224,10 +224,10 @@ pub(crate) fn data_type(op: &'static str, dtype: DType) -> Result<sys::cudnnData
     }
 }
 
-/// What functions of cuDNN are called with.
+/// A handle of cuDNN: what its functions are called with.
 pub(crate) struct Handle {
     raw: sys::cudnnHandle_t,
-    /// To which it gives its work.
+    /// The stream to which cuDNN gives its work.
     _stream: Arc<CudaStream>,
 }
 

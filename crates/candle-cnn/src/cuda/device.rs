@@ -19,9 +19,9 @@ use super::lanes;
 /// What the driver says of a GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
-    /// Its number, as in `cuda:0`.
+    /// The GPU's number, as in `cuda:0`.
     pub ordinal: usize,
-    /// Its model, such as `NVIDIA H200`.
+    /// The GPU's model, such as `NVIDIA H200`.
     pub name: String,
     /// All of its memory, in bytes.
     pub memory: usize,
@@ -109,13 +109,13 @@ pub fn memory(device: &Device) -> Result<(usize, usize)> {
 /// What this process holds of a device for tensors and for CUDA graphs, in bytes. Libraries and loaded kernels come on top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldMemory {
-    /// In use by tensors, and by what works on them.
+    /// Bytes in use by tensors, and by what works on them.
     pub tensors: u64,
-    /// Held for tensors: what was freed is kept.
+    /// Bytes held for tensors, those that were freed and kept included.
     pub for_tensors: u64,
-    /// In use by graphs.
+    /// Bytes in use by CUDA graphs.
     pub graphs: u64,
-    /// Held for graphs.
+    /// Bytes held for CUDA graphs.
     pub for_graphs: u64,
 }
 
@@ -166,7 +166,7 @@ pub fn make_lasting_memory(device: &Device) -> Result<()> {
 pub struct Marker(CudaEvent);
 
 impl Marker {
-    /// Behind all work that the device's stream was given until now.
+    /// A marker behind all work that the device's stream was given until now.
     ///
     /// # Errors
     /// A tensor device that is no GPU, or what the driver says.

@@ -288,7 +288,7 @@ impl Engine {
 /// A graph and the way in which it is computed.
 pub(crate) struct ExecutionPlan {
     plan: Descriptor,
-    /// That it was made with, which need not be the one that it is run with.
+    /// The handle that the plan was made with, which need not be the one that it is run with.
     _handle: Rc<Handle>,
     /// Bytes to work in.
     pub(crate) workspace: usize,

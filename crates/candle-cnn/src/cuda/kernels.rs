@@ -14,9 +14,9 @@ use crate::error::OpError;
 
 /// A `.cu` file of this crate.
 pub(crate) struct Source {
-    /// Its path under `src`, which also is its name among the device's modules.
+    /// The file's path under `src`, which also is its name among the device's modules.
     pub(crate) file: &'static str,
-    /// What it holds, behind [`PRELUDE`].
+    /// The file's text, which comes behind [`PRELUDE`].
     pub(crate) text: &'static str,
 }
 

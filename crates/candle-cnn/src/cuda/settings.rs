@@ -6,9 +6,9 @@ use std::sync::{PoisonError, RwLock};
 /// How the factors of an f32 product are taken on CUDA; sums are f32 in either case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum F32Math {
-    /// Rounded to TF32's 10 bits of mantissa, on the tensor cores.
+    /// Factors rounded to TF32's 10 bits of mantissa, on the tensor cores.
     Tf32,
-    /// As they are.
+    /// Factors as they are, not rounded.
     Full,
 }
 

@@ -116,9 +116,9 @@ pub fn count_correct(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
 /// A parameter with what its update needs: contiguous tensors of one shape and type, f32 or f64.
 #[derive(Clone, Copy, Debug)]
 pub struct SgdTensor<'a> {
-    /// Moved in place.
+    /// The parameter, moved in place.
     pub parameter: &'a Tensor,
-    /// Its gradient, without the weight decay's part.
+    /// The parameter's gradient, without the weight decay's part.
     pub gradient: &'a Tensor,
     /// The velocity, changed in place; none without momentum.
     pub momentum_buffer: Option<&'a Tensor>,

@@ -42,7 +42,7 @@ impl MaxPool2dConfig {
         }
     }
 
-    /// The same window with `ceil_mode` on.
+    /// This window with `ceil_mode` on.
     pub fn ceil(self) -> Self {
         Self {
             ceil_mode: true,

@@ -32,7 +32,7 @@ pub(crate) const OUTER_HEIGHTS: [usize; 4] = [8, 4, 2, 1];
 pub(crate) struct Tap {
     /// Elements from the row pointer to its input pixel.
     pub(crate) offset: usize,
-    /// Its place among the kernel's taps, and so in a panel.
+    /// The tap's place among the kernel's taps, and so in a panel.
     pub(crate) number: usize,
 }
 

@@ -26,7 +26,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn relu(value: Self::Vector) -> Self::Vector;
     /// Asks for the cache line of `at`, which need not be readable.
     unsafe fn prefetch(at: *const Self::Elem);
-    /// The same, no further than into the L2 cache.
+    /// Asks for the cache line of `at`, which need not be readable, no further than into the L2 cache.
     unsafe fn prefetch_l2(at: *const Self::Elem);
 }
 

@@ -488,14 +488,14 @@ struct Read<'a, T> {
     numbers: &'a [Numbers<'a, T>],
 }
 
-/// One of these operations.
+/// One of several operations that read the same input.
 struct Branch {
     index: usize,
-    /// Where its output lies.
+    /// The buffer that holds the operation's output.
     buffer: usize,
     channel: usize,
-    /// Which of the group's gradients is that of the whole buffer.
+    /// The number of the buffer's gradient among those of the group.
     dy: usize,
-    /// If anything of it does.
+    /// Which parameters train, if any of the operation's do.
     trains: Option<Trains>,
 }

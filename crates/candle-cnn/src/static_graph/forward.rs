@@ -26,7 +26,7 @@ use crate::simd::{Isa, Kernels};
 pub(super) struct Output<T> {
     /// (N, C).
     pub(super) features: Vec<T>,
-    /// Of each convolution; empty where the batch's statistics play no part.
+    /// Moments of the batch, of each convolution; empty where the batch's statistics play no part.
     pub(super) moments: Vec<Vec<Moments>>,
     pub(super) maps: Option<Maps<T>>,
 }
@@ -215,8 +215,8 @@ impl<'a, T: Element> Forward<'a, T> {
         times
     }
 
-    /// The same where no operation needs another's result of the whole batch and all maps are
-    /// kept: each thread takes its images through the network without waiting for the others.
+    /// The forward pass where no operation needs another's result of the whole batch and all maps
+    /// are kept: each thread takes its images through the network without waiting for the others.
     fn run_image_by_image(&self, images: &[T], numbers: &[Numbers<'_, T>]) -> Output<T> {
         let graph = self.graph;
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
@@ -663,7 +663,7 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 }
 
-/// The values of one image in a buffer, and the buffer's maps of some images.
+/// How many elements an image takes in a buffer, and the maps of some images in it, one after the other.
 type ImageMaps<'a, T> = (usize, &'a mut [T]);
 
 /// A buffer, and what writes it next.
@@ -681,7 +681,7 @@ struct ForwardStep<'a, T: 'static> {
 }
 
 impl<T: Element> ForwardStep<'_, T> {
-    /// What a part must have a multiple of.
+    /// The lines of a part must be a multiple of this.
     fn lines(&self) -> usize {
         self.convolution.as_ref().map_or(1, AnyPass::lines)
     }

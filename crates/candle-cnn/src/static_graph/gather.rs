@@ -40,10 +40,10 @@ pub(super) const MAX_WIDTH: usize = MAX_VECTORS * ALIGNMENT;
 
 /// Lists that a task keeps from one group of images to the next.
 pub(super) struct Rows<T> {
-    /// Of each tile, its height: the first tap's pixel. What is beyond the
-    /// tile's outputs repeats the last.
+    /// Pointers to the first tap's pixel, as many of each tile as its height.
+    /// What is beyond the tile's outputs repeats the last.
     pointers: Vec<*const T>,
-    /// The same for the output pixels, without repetition.
+    /// Where the outputs of each tile lie, without repetition.
     outputs: Vec<usize>,
     tiles: Vec<Tile>,
     taps: Vec<Tap>,
@@ -64,9 +64,9 @@ impl<T> Default for Rows<T> {
 unsafe impl<T: Send> Send for Rows<T> {}
 
 struct Tile {
-    /// Which of the taps.
+    /// The tile's range in the list of taps.
     taps: std::ops::Range<usize>,
-    /// Where its outputs begin among all of them, and how many there are.
+    /// Where the tile's outputs begin among all of them, and how many there are.
     first: usize,
     len: usize,
     /// Elements between them, where they are regular and fill the tile.
@@ -106,7 +106,7 @@ pub(super) fn inside(
 }
 
 impl<'a, T: Element> GatherPass<'a, T> {
-    /// The same convolution by way of transformed weights.
+    /// This convolution by way of transformed weights (Winograd's).
     pub(super) fn into_winograd(
         self,
         isa: Isa,

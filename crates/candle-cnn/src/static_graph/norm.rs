@@ -18,7 +18,7 @@ use crate::simd::multiversion;
 #[derive(Clone, Copy)]
 pub(super) struct Span {
     pub(super) layout: Layout,
-    /// The first.
+    /// The first of these channels.
     pub(super) channel: usize,
     pub(super) channels: usize,
 }
@@ -150,7 +150,7 @@ fn in_place_body<T: Element>(span: &Span, affine: &Affine<T>, x: &mut [T]) {
     }
 }
 
-/// From where to where.
+/// Where a normalisation reads (`x`) and where it writes (`y`).
 pub(super) struct Between {
     pub(super) x: Span,
     pub(super) y: Span,

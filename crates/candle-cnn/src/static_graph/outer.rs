@@ -26,7 +26,7 @@ pub(super) struct OuterPass<T: 'static> {
 /// Lists that a task keeps from one group of images to the next.
 pub(super) struct Rows<T> {
     pointers: Vec<*const T>,
-    /// Of the output gradient's pixels.
+    /// Offsets of the output gradient's pixels.
     offsets: Vec<usize>,
     packed: Vec<T>,
 }

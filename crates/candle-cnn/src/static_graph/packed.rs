@@ -80,7 +80,7 @@ struct Fingerprint {
     parts: Vec<u128>,
 }
 
-/// Of each. One parallel loop for all.
+/// The fingerprint of each weight; one parallel loop for all.
 fn fingerprints<T: Element>(wanted: &[Wanted<'_, T>]) -> Vec<Fingerprint> {
     let hashes: Vec<u128> = wanted
         .iter()

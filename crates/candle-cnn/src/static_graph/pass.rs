@@ -18,7 +18,7 @@ use crate::element::Element;
 pub(super) struct Maps<T> {
     /// The buffers of the nodes that have one.
     pub(super) nodes: Vec<Option<Vec<T>>>,
-    /// Of each convolution with batch norm: what it normalises, and its statistics.
+    /// What the batch norm of each convolution normalises, and its statistics.
     pub(super) normalised: Vec<Option<Normalised<T>>>,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Normalised<T> {
 /// Which parameters of a convolution need their gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Trains {
-    /// One of them or more.
+    /// At least one of the convolution's parameters.
     pub(super) any: bool,
     /// The weight, whose gradient is the work; those of the others are sums that the way back takes anyway.
     pub(super) weight: bool,
@@ -45,7 +45,7 @@ pub(super) struct Numbers<'a, T> {
 /// What stands between a convolution and its ReLU.
 pub(super) enum After<'a, T> {
     Bias(&'a [T]),
-    /// By the batch's own statistics.
+    /// A batch norm by the batch's own statistics.
     BatchNorm {
         weight: &'a [T],
         bias: &'a [T],
@@ -59,7 +59,7 @@ pub(super) enum After<'a, T> {
 }
 
 impl<'a, T: Element> Numbers<'a, T> {
-    /// From the slices of [`super::ConvParameters`], in its order.
+    /// The numbers of a convolution from the slices of [`super::ConvParameters`], in its order.
     pub(super) fn new(c: &Convolution, slices: &[&'a [T]]) -> Self {
         let after = match (slices, c.eps) {
             (&[_, weight, bias], Some(eps)) => After::BatchNorm { weight, bias, eps },
@@ -178,7 +178,7 @@ pub(super) fn start_values<T: Element>(c: &Convolution, numbers: &Numbers<'_, T>
     start
 }
 
-/// The direct sum or Winograd's.
+/// One pass over a convolution: the direct sum, or Winograd's products.
 pub(super) enum AnyPass<'a, T: 'static> {
     Direct(GatherPass<'a, T>),
     Winograd(WinogradPass<'a, T>),

@@ -37,14 +37,15 @@ multiversion! {
 }
 
 multiversion! {
-    /// Adds to `dx` of one image, or begins it where it is `fresh`.
+    /// Adds the gradient of one image's input to `dx`, or begins it where it is `fresh`, by comparing again.
     pub(super) fn backward<T: Element>(
         pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fresh: bool,
     ) = backward_image
 }
 
 multiversion! {
-    /// The same from the winners.
+    /// Adds the gradient of one image's input to `dx`, or begins it where it is `fresh`, from the
+    /// winners of [`forward_with_winners`].
     pub(super) fn scatter<T: Element>(
         pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], fresh: bool,
     ) = scatter_image

@@ -42,8 +42,8 @@ pub(super) struct Cost {
 }
 
 impl Cost {
-    /// Of one pass through `operation`: a convolution's three read two of its input, output and
-    /// weight and write the third.
+    /// The cost of one pass through `operation`: each of a convolution's three passes reads two of
+    /// its input, output and weight and writes the third.
     pub(super) fn of(graph: &Inner, operation: &Operation, batch: usize, element: usize) -> Self {
         let values = |node: usize| {
             let map = &graph.nodes[node];
@@ -87,7 +87,7 @@ pub(super) struct Times {
 }
 
 impl Times {
-    /// Of threads that work side by side.
+    /// The mean of the times of threads that work side by side.
     pub(super) fn mean(parts: impl ExactSizeIterator<Item = Self>) -> Self {
         let count = parts.len().max(1) as u32;
         let sum = parts.fold(Self::default(), |sum, part| Self {

@@ -27,15 +27,15 @@ pub(super) struct Unit {
 #[derive(Debug, PartialEq)]
 pub(super) struct Member {
     pub(super) convolution: Convolution,
-    /// Its number among the graph's convolutions.
+    /// The convolution's number among the graph's.
     pub(super) number: usize,
-    /// Its first channel in the unit.
+    /// The convolution's first channel in the unit.
     pub(super) channel: usize,
 }
 
 #[cfg(feature = "cuda")]
 impl Stage {
-    /// Those of all its units.
+    /// The members of all the stage's units.
     pub(super) fn members(&self) -> impl Iterator<Item = &Member> {
         self.units.iter().flat_map(|unit| &unit.members)
     }

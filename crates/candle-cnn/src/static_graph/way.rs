@@ -24,14 +24,14 @@ pub(super) enum PreparedWay<'a, T> {
 /// A convolution's way back, and what it works with.
 pub(super) struct Prepared<'a, T> {
     pub(super) c: Convolution,
-    /// The pooling that is part of it.
+    /// The pooling that is part of the convolution.
     pub(super) pool: Option<Pool>,
     pub(super) mask: Mask,
     pub(super) y: &'a [T],
     pub(super) norm: Option<NormGradient<'a, T>>,
-    /// Turned, where the gradient of the input is needed.
+    /// The weight, turned, where the gradient of the input is needed.
     pub(super) packed: Option<PackedWeight<T>>,
-    /// The same for Winograd's products, where they pay.
+    /// The turned weight for Winograd's products, where they pay.
     pub(super) transformed: Option<PackedWeight<T>>,
     pub(super) zeros: Vec<T>,
     /// Whether nothing has been added up yet in the gradient of the input.
@@ -158,9 +158,9 @@ impl<T: Element> Way<'_, T> {
 
 /// Some images, one after the other.
 pub(super) struct Images<'a, T> {
-    /// Which of the batch.
+    /// The images' numbers in the batch.
     pub(super) range: Range<usize>,
-    /// What the group reads of them.
+    /// What the group of operations reads of these images.
     pub(super) x: &'a [T],
     /// The gradient of what the operation writes.
     pub(super) dy: &'a mut [T],
@@ -277,7 +277,7 @@ pub(super) struct NormGradient<'a, T> {
     pub(super) x: &'a [T],
 }
 
-/// The same of the weight gradient.
+/// The weight gradient of a convolution: direct sums, or Winograd's products.
 pub(super) enum AnyOuterPass<T: 'static> {
     Direct(OuterPass<T>),
     Winograd(WinogradOuterPass<T>),
@@ -309,17 +309,17 @@ impl<T: Element> AnyOuterPass<T> {
 
 /// One thread's share of the parameters' gradients.
 pub(super) struct Sums<T> {
-    /// As the pass lays them out.
+    /// Sums of the weight's gradient, as the pass lays them out.
     pub(super) weight: Vec<T>,
     pub(super) bias: Vec<T>,
     pub(super) image_bias: Vec<T>,
     pub(super) times: Times,
-    /// Of the pooling that is part of the convolution.
+    /// Times of the pooling that is part of the convolution.
     pub(super) pooling: Times,
 }
 
 impl<T: Element> Sums<T> {
-    /// With memory for the weight's, of arbitrary values.
+    /// Sums of nothing, but for the weight's: their memory may hold anything.
     fn new(weight: Vec<T>, c_out: usize) -> Self {
         Self {
             weight,

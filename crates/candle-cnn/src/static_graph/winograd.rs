@@ -27,7 +27,7 @@ use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, Tap, multiversion}
 
 /// Height and width of an output tile.
 pub(super) const TILE: usize = 4;
-/// Height and width of the patch that it depends on.
+/// Height and width of the patch of inputs that an output tile depends on.
 const PATCH: usize = 6;
 /// Elements of a patch, and matrix products.
 pub(super) const PRODUCTS: usize = PATCH * PATCH;
@@ -384,7 +384,7 @@ pub(super) struct WinogradPass<'a, T: 'static> {
     pub(super) x_channel: usize,
     pub(super) channels: usize,
     pub(super) padding: usize,
-    /// Of [`transform_weight`].
+    /// The weight as [`transform_weight`] makes it.
     pub(super) weight: &'a PackedWeight<T>,
     /// A multiple of 16 values.
     pub(super) start: Start<'a, T>,

@@ -19,8 +19,8 @@ mod graph;
 
 /// Most steps between two readings of their losses.
 const READ_EVERY_STEPS: usize = 64;
-/// And most time, so that slow steps are seen to advance, and a stop is heard. Where several processes train together, which have to
-/// read at the same steps, as many steps as took rank 0 this long the last time.
+/// Most time between two readings of losses, so that slow steps are seen to advance, and a stop is heard. Where several processes
+/// train together, which have to read at the same steps, as many steps as took rank 0 this long the last time.
 const READ_EVERY: Duration = Duration::from_millis(200);
 /// Steps made as usual before one is recorded as a graph: the first begins the momentum and chooses cuDNN's
 /// engines, the second runs as all that follow.
@@ -34,7 +34,7 @@ pub(super) struct OnDevice {
     outputs: StepOutputs,
     /// Losses of the steps that have not been read, (READ_EVERY_STEPS,).
     losses: Tensor,
-    /// Right answers of the same.
+    /// Right answers of the steps that have not been read, (READ_EVERY_STEPS,).
     corrects: Tensor,
     unread: Vec<Unread>,
     /// How many steps are left unread at most.
@@ -48,7 +48,7 @@ pub(super) struct OnDevice {
 
 /// What changes from step to step, at addresses that stay: a recorded step reads it there.
 pub(super) struct StepInputs {
-    /// Of this rank's part of a whole batch, `u32`.
+    /// Places of this rank's part of a whole batch in the set, `u32`.
     indices: Tensor,
     /// f32, (1,)
     lr: Tensor,
@@ -73,9 +73,9 @@ struct Unread {
 struct EpochInputs {
     /// All images in the epoch's order, `u32`.
     order: Tensor,
-    /// Of each step of the epoch from `first` on, f32.
+    /// The learning rate of each step of the epoch from batch `first` on, f32, (steps,).
     lr: Tensor,
-    /// Likewise, (steps, 2).
+    /// The dropout seed of each of these steps in two halves, the lower first: `u32`, (steps, 2).
     seeds: Tensor,
     /// Batch of the epoch at which the others begin.
     first: u64,

@@ -57,7 +57,7 @@ pub(super) struct Segment {
     pub(super) first: u32,
     pub(super) kind: Kind,
     pub(super) eps: f32,
-    /// Set where the blocks are shared out.
+    /// A block takes 2^lanes packs side by side; set where the blocks are shared out.
     pub(super) lanes: u32,
 }
 
@@ -237,7 +237,7 @@ impl Launches {
         Ok(map)
     }
 
-    /// The way back.
+    /// Pixels of `width` channels, as [`Self::pixels_of`] makes them, as planes (N, C, pixels) again.
     pub(super) fn planes_of(
         &self,
         map: &CudaStorage,
@@ -568,7 +568,7 @@ impl Launches {
         Ok(features)
     }
 
-    /// The way back.
+    /// The gradient of [`Self::average`]: each pixel's share of `d_features` (N, channels), as a map.
     pub(super) fn spread(
         &self,
         d_features: Operand,
@@ -613,7 +613,7 @@ impl Windows {
         if self.known == Some(1) { 2 } else { 1 }
     }
 
-    /// As the kernels' names have it.
+    /// The windows as the kernels' names have them: `3_1_4`, or the pack alone.
     fn name(&self) -> String {
         match self.known {
             Some(stride) => format!("3_{stride}_{}", self.pack),

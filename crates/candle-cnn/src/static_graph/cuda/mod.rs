@@ -162,13 +162,14 @@ struct Run {
     needs_input: bool,
     /// Whether each convolution's parameters need their gradient.
     trainable: Vec<bool>,
-    /// Of each convolution, contiguous; running statistics are a part of weight and bias where somebody needs a gradient.
+    /// The tensors of each convolution, contiguous; running statistics are a part of weight and bias where somebody needs a
+    /// gradient.
     parameters: Vec<Vec<Tensor>>,
-    /// Of each parameter, in order.
+    /// Who gets the gradient of each parameter, in order.
     receivers: Vec<Receiver>,
     /// Where the backward pass leaves gradients for the tokens.
     gradients: Gradients,
-    /// Where the forward pass leaves them, of each convolution.
+    /// Where the forward pass leaves each convolution's statistics of the batch.
     statistics: Arc<Mutex<Vec<Option<BatchStatistics>>>>,
     /// The maps of the forward pass, where somebody needs a gradient.
     kept: Mutex<Option<Kept>>,
@@ -256,15 +257,15 @@ impl CustomOp2 for Run {
 struct Kept {
     /// The map of each node that has one of its own and is read again.
     nodes: Vec<Option<CudaStorage>>,
-    /// Of each stage and unit: the sums that a batch norm normalises.
+    /// The sums that a batch norm normalises, of each stage and unit.
     raws: Vec<Vec<Option<CudaStorage>>>,
-    /// Of each stage and chunk: mean, 1/σ and unbiased variance, (3, channels).
+    /// Mean, 1/σ and unbiased variance of each stage and chunk, (3, channels).
     statistics: Vec<Vec<Option<Tensor>>>,
-    /// Of each stage and chunk behind biases whose threads take packs: what of its maps passes a gradient.
+    /// What of its maps passes a gradient, of each stage and chunk behind biases whose threads take packs.
     masks: Vec<Vec<Option<CudaStorage>>>,
-    /// Of each pooling, by its operation.
+    /// The winners of each pooling, by its operation.
     winners: Vec<Option<CudaStorage>>,
-    /// As cuDNN takes them, by part; `None` once freed.
+    /// The weights as cuDNN takes them, by part; `None` once freed.
     weights: Vec<Option<CudaStorage>>,
 }
 
@@ -949,7 +950,7 @@ impl<'a> GraphPass<'a> {
         self.batch * height * width * self.width(node)
     }
 
-    /// Of each node, whether the gradient of a weight is taken from its map.
+    /// Whether the gradient of a weight is taken from the map, of each node.
     fn read_by_weight_gradients(&self) -> Vec<bool> {
         let mut read = vec![false; self.graph.nodes.len()];
         for unit in self.stages.iter().flat_map(|stage| &stage.units) {
@@ -958,7 +959,7 @@ impl<'a> GraphPass<'a> {
         read
     }
 
-    /// Of each node, the first stage that writes its map and the last that reads it.
+    /// The first stage that writes a map and the last that reads it, of each node.
     fn uses(&self) -> Vec<Uses> {
         let mut uses = vec![Uses::default(); self.graph.nodes.len()];
         for (index, stage) in self.stages.iter().enumerate() {
