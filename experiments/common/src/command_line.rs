@@ -177,7 +177,7 @@ mod tests {
     use trainer::{Schedule, SgdConfig, Span, TrainingConfig};
 
     use crate::arguments::common_defaults;
-    use crate::compute::{ComputeConfig, Precision};
+    use crate::compute::{ComputeConfig, DeviceChoice, Precision};
     use crate::data::DataConfig;
 
     use super::*;
@@ -281,7 +281,7 @@ mod tests {
                 keep_checkpoints: 2,
             },
             compute: ComputeConfig {
-                device: "cpu".into(),
+                device: DeviceChoice::Cpu,
                 threads: 1,
                 precision: Precision::F32,
                 deterministic: false,
@@ -313,7 +313,7 @@ mod tests {
         };
         assert_eq!(config.training.schedule, every_three_epochs);
         let by_device = ComputeConfig {
-            device: "cuda:1".into(),
+            device: DeviceChoice::Cuda(1),
             threads: 3,
             precision: Precision::Bf16,
             deterministic: true,
@@ -324,7 +324,7 @@ mod tests {
         };
         assert_eq!(config.compute, by_device);
         let by_number = ComputeConfig {
-            device: "cuda:0".into(),
+            device: DeviceChoice::Cuda(0),
             precision: Precision::Tf32Convolutions,
             deterministic: false,
             cuda_graph: true,

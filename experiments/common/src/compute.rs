@@ -19,7 +19,8 @@ use crate::parallel::Role;
 use crate::progress::say;
 
 /// The value of `--device`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum DeviceChoice {
     /// A GPU where there is one, else the CPU.
     #[default]
@@ -44,6 +45,21 @@ impl FromStr for DeviceChoice {
                 .map(Self::Cuda)
                 .ok_or_else(|| "it must be auto, cpu, cuda or cuda:N".to_string()),
         }
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let named = |error| format!("the device {text:?}: {error}");
+        text.parse().map_err(named)
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(device: DeviceChoice) -> Self {
+        device.to_string()
     }
 }
 
@@ -117,8 +133,8 @@ impl Precision {
 /// Device, threads and precision of a run, resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ComputeConfig {
-    /// `cpu` or `cuda:N`.
-    pub device: String,
+    /// The CPU or a GPU; `auto` where a launcher leaves the choice to those it launches.
+    pub device: DeviceChoice,
     /// Threads that compute, in each process.
     #[serde(deserialize_with = "up_to::<MOST_THREADS, _>")]
     pub threads: usize,
@@ -182,7 +198,7 @@ fn is_one(processes: &usize) -> bool {
 impl ComputeConfig {
     /// Whether the device is a GPU.
     pub fn is_gpu(&self) -> bool {
-        matches!(self.device.parse(), Ok(DeviceChoice::Cuda(_)))
+        matches!(self.device, DeviceChoice::Cuda(_))
     }
 }
 
@@ -242,7 +258,7 @@ impl ComputeArguments {
             (cores / role.processes_on_this_machine()).max(1)
         };
         Ok(ComputeConfig {
-            device: device.to_string(),
+            device,
             threads: self
                 .machine
                 .threads
@@ -278,7 +294,7 @@ impl ComputeConfig {
             1 => 0,
             _ => Role::from_environment()?.local_rank(),
         };
-        match self.device.parse().map_err(anyhow::Error::msg)? {
+        match self.device {
             DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(first) => open_cuda(first + local_rank, self.precision),
         }
@@ -451,7 +467,7 @@ mod tests {
         };
         let cpu = arguments(DeviceChoice::Cpu).resolve().unwrap();
         let gpu = ComputeConfig {
-            device: "cuda:1".into(),
+            device: DeviceChoice::Cuda(1),
             ..cpu.clone()
         };
         for (given, expected) in [(None, [200, 2000]), (Some(3), [3, 3])] {
@@ -542,6 +558,23 @@ mod tests {
         assert_eq!(config.precision, Precision::F32);
         assert!(!config.deterministic && !config.cuda_graph && !config.channels_last);
         assert_eq!(config.streams, 1);
+    }
+
+    #[test]
+    fn a_device_of_a_run_that_the_flag_refuses_is_named() {
+        let read = |device: &str| {
+            let text = format!(r#"{{"device": "{device}", "threads": 2}}"#);
+            serde_json::from_str::<ComputeConfig>(&text)
+        };
+        let config = read("cuda:3").unwrap();
+        assert_eq!(config.device, DeviceChoice::Cuda(3));
+        let written = serde_json::to_value(&config).unwrap();
+        assert_eq!(written["device"], "cuda:3");
+        let error = read("gpu").unwrap_err().to_string();
+        assert!(
+            error.contains(r#"the device "gpu": it must be auto"#),
+            "{error}"
+        );
     }
 
     #[test]

@@ -301,7 +301,7 @@ fn moved<M>(mut config: RunConfig<M>, data_dir: Option<PathBuf>) -> Result<RunCo
 fn environment<E: Experiment>(config: &RunConfig<E::ModelConfig>) -> Environment {
     Environment::capture(
         (E::NAME, E::VERSION),
-        &config.compute.device,
+        &config.compute.device.to_string(),
         config.compute.threads,
         config.training.seed,
     )
