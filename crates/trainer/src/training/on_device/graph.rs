@@ -171,12 +171,13 @@ impl Training<'_> {
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w().map_err(&failed)?;
         let computed = self.compute_step(state, batch, seed, Some(&state.agreed));
-        // Errors of memory freed in a capture that failed wait in the context, and would keep it from being ended.
-        let _ = stream.context().check_err();
+        // Errors of memory freed in the capture wait in the context, and would keep it from being ended.
+        let freed = stream.context().check_err();
         // Ends the capture also where the step failed: the stream could not be used any more.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags);
         let recorded = computed.and_then(|_| {
+            freed.w().map_err(&failed)?;
             let graph = graph.w().map_err(&failed)?;
             let nothing = || failed(candle_core::Error::msg("nothing was recorded"));
             let graph = graph.ok_or_else(nothing)?;
