@@ -303,7 +303,7 @@ impl Session<'_> {
 
 /// About what parts take on an H100 or H200.
 const TESTS: Duration = Duration::from_secs(120);
-const PARITY: Duration = Duration::from_secs(75);
+const PARITY: Duration = Duration::from_secs(90);
 /// Of a seed.
 const ACCURACY: Duration = Duration::from_secs(60);
 const PYTORCH_ACCURACY: Duration = Duration::from_secs(80);

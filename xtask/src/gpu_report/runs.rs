@@ -82,7 +82,7 @@ impl Parity {
 
 const BF16: &str = "bf16";
 /// Runs of the same steps, and their arguments.
-const CURVES: [(&str, &str); 6] = [
+const CURVES: [(&str, &str); 8] = [
     ("cpu", "--device cpu"),
     ("f32", "--device cuda --precision f32 --deterministic"),
     (
@@ -94,6 +94,11 @@ const CURVES: [(&str, &str); 6] = [
         "--device cuda --precision f32 --deterministic --no-channels-last",
     ),
     ("default", "--device cuda"),
+    ("tf32", "--device cuda --deterministic"),
+    (
+        "one-stream",
+        "--device cuda --deterministic --no-cuda-graph --streams 1",
+    ),
     (BF16, "--device cuda --precision bf16"),
 ];
 /// Which of them are compared, and how far apart they may be.
@@ -101,7 +106,7 @@ const CURVES: [(&str, &str); 6] = [
 /// Rounding grows from step to step: at the lesson's rate two instruction sets of a CPU are 1e-1 apart after
 /// five steps, at this one 4e-5 after twenty, while the loss falls by half; on the emulated device TF32 sets them
 /// 5e-4 apart and bf16 3e-3. The bounds leave room for that and none for a wrong gradient.
-const COMPARISONS: [(&str, f64, [&str; 2]); 5] = [
+const COMPARISONS: [(&str, f64, [&str; 2]); 6] = [
     ("STEPS, GPU in f32 against the CPU", 1e-3, ["cpu", "f32"]),
     (
         "the same, GPU in f32 with a plane per channel against the CPU",
@@ -112,6 +117,11 @@ const COMPARISONS: [(&str, f64, [&str; 2]); 5] = [
         "the same, CUDA graph against one operation at a time",
         0.0,
         ["eager", "f32"],
+    ),
+    (
+        "the same with TF32 in convolutions, CUDA graph on four streams against one operation at a time on one",
+        0.0,
+        ["one-stream", "tf32"],
     ),
     (
         "the same, GPU with TF32 in convolutions against the CPU",
