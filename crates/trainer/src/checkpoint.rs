@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataFingerprints;
-use crate::durable::{TEMPORARY, io_error, sha256_hex, sync_dir, temporary_sibling, write_synced};
+use crate::durable::{
+    TEMPORARY, io_error, read, sha256_hex, sync_dir, temporary_sibling, write_synced,
+};
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
 use crate::metrics::MetricsPosition;
@@ -28,7 +30,7 @@ use crate::schedule::ResolvedSchedule;
 /// Version of `state.json`.
 pub(crate) const FORMAT_VERSION: u32 = 1;
 
-const WEIGHTS: &str = "model.safetensors";
+pub(crate) const WEIGHTS: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
 const SUMS: &str = "SHA256SUMS";
@@ -104,18 +106,11 @@ pub(crate) fn save(
     let path = dir.join(format!("step-{:07}", state.position.step));
     let temporary = temporary_sibling(&path);
     fs::create_dir(&temporary).map_err(io_error("create", &temporary))?;
-
-    let state = serde_json::to_vec_pretty(state).map_err(|source| Error::Encode {
-        what: STATE,
-        source,
-    })?;
-    let mut sums = String::new();
-    for (name, bytes) in [(WEIGHTS, weights), (OPTIMIZER, optimizer), (STATE, &state)] {
-        write_synced(&temporary.join(name), bytes)?;
-        sums += &format!("{}  {name}\n", sha256_hex(bytes));
+    if let Err(error) = write_files(&temporary, state, weights, optimizer) {
+        // A disk that is full has use for its room; what cannot be removed now is before the next checkpoint.
+        let _ = remove_if_present(&temporary);
+        return Err(error);
     }
-    write_synced(&temporary.join(SUMS), sums.as_bytes())?;
-    sync_dir(&temporary)?;
 
     // The same step again: the run was stopped where it had just been saved, or between the last
     // step of an epoch and its evaluation. The older one gives way only now.
@@ -132,6 +127,20 @@ pub(crate) fn save(
         remove_if_present(&old)?;
     }
     Ok(path)
+}
+
+fn write_files(dir: &Path, state: &State, weights: &[u8], optimizer: &[u8]) -> Result<()> {
+    let state = serde_json::to_vec_pretty(state).map_err(|source| Error::Encode {
+        what: STATE,
+        source,
+    })?;
+    let mut sums = String::new();
+    for (name, bytes) in [(WEIGHTS, weights), (OPTIMIZER, optimizer), (STATE, &state)] {
+        write_synced(&dir.join(name), bytes)?;
+        sums += &format!("{}  {name}\n", sha256_hex(bytes));
+    }
+    write_synced(&dir.join(SUMS), sums.as_bytes())?;
+    sync_dir(dir)
 }
 
 /// The newest checkpoint in `dir` that is whole. Damaged ones are renamed to `damaged-…`, with a
@@ -196,6 +205,27 @@ pub(crate) fn newest_path(dir: &Path) -> Option<PathBuf> {
     Some(newest.1)
 }
 
+/// The hash that the checkpoint in `dir` records of its weights; None where there is no checkpoint.
+pub(crate) fn recorded_weights_sha256(dir: &Path) -> Result<Option<String>> {
+    let path = dir.join(SUMS);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let sums = read(&path)?;
+    let sums = String::from_utf8_lossy(&sums);
+    let found = recorded(&sums, WEIGHTS).ok_or_else(|| Error::DamagedCheckpoint {
+        path: dir.to_path_buf(),
+        reason: format!("{SUMS} has no entry for {WEIGHTS}"),
+    })?;
+    Ok(Some(found.to_string()))
+}
+
+/// The hash of a file, from the lines of [`SUMS`].
+fn recorded<'a>(sums: &'a str, name: &str) -> Option<&'a str> {
+    let mut entries = sums.lines().filter_map(|line| line.split_once("  "));
+    entries.find_map(|(sum, file)| (file == name).then_some(sum))
+}
+
 /// Reads a checkpoint and verifies every byte. A file that is missing is damage; one that the system does not let be read, for want of
 /// permission or of descriptors, is not.
 fn load(path: &Path) -> Result<Checkpoint> {
@@ -213,10 +243,7 @@ fn load(path: &Path) -> Result<Checkpoint> {
     let sums = bytes_of(SUMS)?;
     let sums = String::from_utf8_lossy(&sums);
     let verified = |name: &str| {
-        let expected = sums
-            .lines()
-            .filter_map(|line| line.split_once("  "))
-            .find_map(|(sum, file)| (file == name).then_some(sum))
+        let expected = recorded(&sums, name)
             .ok_or_else(|| damaged(format!("{SUMS} has no entry for {name}")))?;
         let bytes = bytes_of(name)?;
         match sha256_hex(&bytes) {

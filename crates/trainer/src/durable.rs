@@ -34,8 +34,12 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 /// or the new, never a part.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = temporary_sibling(path);
-    write_synced(&temporary, bytes)?;
-    fs::rename(&temporary, path).map_err(io_error("rename to", path))?;
+    let renamed = write_synced(&temporary, bytes)
+        .and_then(|()| fs::rename(&temporary, path).map_err(io_error("rename to", path)));
+    if renamed.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    renamed?;
     sync_parent(path)
 }
 

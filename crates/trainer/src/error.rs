@@ -134,6 +134,20 @@ pub enum Error {
         /// What is missing or wrong.
         reason: String,
     },
+    /// The summary of a finished run makes no sense.
+    #[error("{} is damaged ({source})", path.display())]
+    DamagedSummary {
+        /// `finished.json`.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// What a finished run left is damaged or gone, and so are its checkpoints.
+    #[error("{problem}, and no checkpoint of the run is left from which it could be written again")]
+    ResultLost {
+        /// Which file, and what is wrong with it.
+        problem: String,
+    },
     /// The folder is a run of another experiment.
     #[error("{} is a run of {found}, not of {expected}", dir.display())]
     OtherExperiment {

@@ -12,6 +12,7 @@
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint;
 use crate::data::{DataFingerprints, DataSets};
-use crate::durable::{io_error, read, sync_parent, write_atomically};
+use crate::durable::{io_error, read, sha256_hex, sync_parent, write_atomically};
 use crate::environment::Environment;
 use crate::error::{Error, Result};
 use crate::metrics::last_epoch;
@@ -219,20 +220,35 @@ impl RunDirectory {
         write_json(&self.dir.join(name), environment)
     }
 
-    /// What the run ended with, if it is finished.
+    /// What the run ended with, if it is finished and its weights are there as it left them. Where they are not, a warning says so,
+    /// and to go on with the run writes them again from its last checkpoint.
     ///
     /// # Errors
-    /// [`Error::NotARun`] when the file cannot be read.
+    /// [`Error::Io`] when a file cannot be read, [`Error::ResultLost`] without a checkpoint.
     pub fn finished(&self) -> Result<Option<Summary>> {
-        let path = self.dir.join("finished.json");
-        if !path.exists() {
-            return Ok(None);
+        let problem = match summary_of(&self.dir) {
+            Ok(None) => return Ok(None),
+            Ok(Some(summary)) => {
+                let path = self.dir.join(checkpoint::WEIGHTS);
+                match fs::read(&path) {
+                    Ok(bytes) if sha256_hex(&bytes) == summary.weights_sha256 => {
+                        return Ok(Some(summary));
+                    }
+                    Ok(_) => format!("{} is not what the run ended with", path.display()),
+                    Err(error) if error.kind() == ErrorKind::NotFound => {
+                        format!("{} is missing", path.display())
+                    }
+                    Err(error) => return Err(io_error("read", &path)(error)),
+                }
+            }
+            Err(error @ Error::DamagedSummary { .. }) => error.to_string(),
+            Err(error) => return Err(error),
+        };
+        if !checkpoint::was_saved(&self.checkpoints())? {
+            return Err(Error::ResultLost { problem });
         }
-        let summary = serde_json::from_slice(&read(&path)?).map_err(|error| Error::NotARun {
-            dir: self.dir.clone(),
-            reason: format!("its finished.json cannot be read ({error})"),
-        })?;
-        Ok(Some(summary))
+        tracing::warn!("{problem}: it is written again from the last checkpoint");
+        Ok(None)
     }
 
     /// Whether a checkpoint was ever saved, be it damaged; without one a run begins again.
@@ -266,6 +282,28 @@ impl RunDirectory {
     }
 }
 
+/// The SHA-256 that a finished run or a checkpoint records of its `model.safetensors`; None for a folder that is neither.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::DamagedSummary`] and [`Error::DamagedCheckpoint`] for a record that cannot be read.
+pub fn recorded_weights_sha256(dir: &Path) -> Result<Option<String>> {
+    match summary_of(dir)? {
+        Some(summary) => Ok(Some(summary.weights_sha256)),
+        None => checkpoint::recorded_weights_sha256(dir),
+    }
+}
+
+/// What `finished.json` says, if there is one.
+fn summary_of(dir: &Path) -> Result<Option<Summary>> {
+    let path = dir.join("finished.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let summary = serde_json::from_slice(&read(&path)?);
+    let damaged = |source| Error::DamagedSummary { path, source };
+    summary.map(Some).map_err(damaged)
+}
+
 /// A time as a folder's name: to the second, in UTC, without the colons that Windows refuses.
 fn folder_name(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H-%M-%SZ").to_string()
@@ -285,7 +323,7 @@ fn create_unused(parent: &Path, name: &str) -> Result<PathBuf> {
     let mut dir = parent.join(name);
     for suffix in 2.. {
         match fs::create_dir(&dir) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 dir = parent.join(format!("{name}-{suffix}"));
             }
             result => {

@@ -130,6 +130,19 @@ fn too_much_validation(validation: u64, train: u64) -> anyhow::Error {
 }
 
 impl DataConfig {
+    /// With the folder as it is found from anywhere, so that a run can be resumed from another folder.
+    ///
+    /// # Errors
+    /// A working folder that is gone.
+    pub(crate) fn located(mut self) -> Result<Self> {
+        if let Some(dir) = &self.data_dir {
+            let located = std::path::absolute(dir);
+            self.data_dir =
+                Some(located.with_context(|| format!("cannot locate {}", dir.display()))?);
+        }
+        Ok(self)
+    }
+
     /// The test pictures alone, fetched first where they are missing.
     ///
     /// # Errors

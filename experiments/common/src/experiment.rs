@@ -198,7 +198,13 @@ fn start<E: Experiment>(
         if role.is_first() {
             E::load_initial_weights(&network, &config)?;
             let environment = environment::<E>(&config);
-            let created = RunDirectory::create(out, E::NAME, &config, &data, &environment);
+            let recorded = RunConfig {
+                model: &config.model,
+                data: config.data.clone().located()?,
+                training: config.training.clone(),
+                compute: config.compute.clone(),
+            };
+            let created = RunDirectory::create(out, E::NAME, &recorded, &data, &environment);
             run = Some(created.with_context(cannot_start)?);
         }
         let training = config.training.clone();

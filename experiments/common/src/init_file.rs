@@ -1,17 +1,17 @@
 //! A file of weights that a run begins with.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
-use trainer::{Model, sha256_hex, weights};
+use trainer::{Model, recorded_weights_sha256, sha256_hex, weights};
 
 /// A file of weights and the hash that tells whether it is still the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InitFile {
     /// Absolute once resolved.
     pub path: PathBuf,
-    /// Empty until resolved.
+    /// Empty until resolved, but for that of a run's own weights, which the run records.
     pub sha256: String,
 }
 
@@ -24,20 +24,39 @@ impl InitFile {
         }
     }
 
+    /// The weights in the folder of a finished run or of a checkpoint.
+    ///
+    /// # Errors
+    /// A record of their hash that cannot be read.
+    pub fn in_folder(folder: &Path) -> trainer::Result<Self> {
+        Ok(Self {
+            path: folder.join("model.safetensors"),
+            sha256: recorded_weights_sha256(folder)?.unwrap_or_default(),
+        })
+    }
+
     /// Makes the path absolute, so that a resumption from another folder finds the file, and
     /// records its hash. `flag` names the argument in errors.
     ///
     /// # Errors
-    /// A file that cannot be read.
+    /// A file that cannot be read, or is not what the run in whose folder it is has written.
     pub fn resolve(self, flag: &str) -> Result<Self> {
         let cannot_read = || format!("cannot read {flag} {}", self.path.display());
         // A device may never end, and a pipe is empty when it is read again.
         let metadata = std::fs::metadata(&self.path).with_context(cannot_read)?;
         ensure!(metadata.is_file(), "{}: it is no file", cannot_read());
         let bytes = std::fs::read(&self.path).with_context(cannot_read)?;
+        let sha256 = sha256_hex(&bytes);
+        ensure!(
+            self.sha256.is_empty() || self.sha256 == sha256,
+            "cannot use {flag} {}: its SHA-256 is {sha256}, and the one recorded beside it is {}, so it is damaged or was \
+             replaced. --resume of a finished run writes its weights again; in place of a checkpoint give another",
+            self.path.display(),
+            self.sha256
+        );
         Ok(Self {
             path: self.path.canonicalize().with_context(cannot_read)?,
-            sha256: sha256_hex(&bytes),
+            sha256,
         })
     }
 

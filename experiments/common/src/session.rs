@@ -4,11 +4,11 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use candle_core::Device;
 use data_parallel::ProcessGroup;
 use trainer::{
-    DataSets, Execution, Model, Observer, Outcome, RunDirectory, Silent, Summary, Training,
+    DataSets, Error, Execution, Model, Observer, Outcome, RunDirectory, Silent, Summary, Training,
     TrainingConfig,
 };
 
@@ -57,7 +57,15 @@ pub(crate) fn train(
     };
     let outcome = run_with(training, &mut progress);
     progress.end();
-    let outcome = outcome.map_err(advised)?;
+    let outcome = outcome.map_err(|error| match error {
+        // Nothing is wrong with the run itself.
+        Error::Io { .. } | Error::Group(_) | Error::Received { .. } => anyhow!(
+            "{:#}. The run goes on from what it has saved with\n  {}",
+            advised(error),
+            resume_command(&experiment, &dir)
+        ),
+        _ => advised(error),
+    })?;
     if let Some(profile) = profile {
         print(profile.table().trim_end());
         profile.write(&dir)?;

@@ -449,7 +449,9 @@ fn a_run_whose_data_have_moved_is_resumed_with_their_new_folder_and_ends_with_th
     write_part_of_cifar10(&data);
     // Three steps.
     let mut start = program("--epochs 1 --batch-size 2 --lr 1e-7 --checkpoint-every 1 --threads 2");
-    start.arg("--data-dir").arg(&data).arg("--out").arg(&out);
+    // Given as it is called from where the run begins; it is resumed from elsewhere.
+    start.current_dir(dir.path()).args(["--data-dir", "data"]);
+    start.arg("--out").arg(&out);
     let finished = output(start);
     assert!(finished.status.success(), "{}", text(&finished));
     let run = run_directory(&out);
@@ -459,7 +461,8 @@ fn a_run_whose_data_have_moved_is_resumed_with_their_new_folder_and_ends_with_th
     fs::remove_dir_all(run.join("checkpoints/step-0000003")).unwrap();
 
     fs::rename(&data, &moved).unwrap();
-    assert_refused(resume(&run), "there is no CIFAR-10 in ");
+    let missing = format!("there is no CIFAR-10 in {}", data.display());
+    assert_refused(resume(&run), &missing);
     let mut elsewhere = resume(&run);
     elsewhere.arg("--data-dir").arg(&moved);
     let resumed = output(elsewhere);
@@ -494,6 +497,16 @@ fn a_run_whose_checkpoints_are_all_damaged_is_refused_again_and_again_and_keeps_
         assert_refused(resume(&run), "can be used");
         assert_eq!(files(&run), before);
     }
+}
+
+#[test]
+fn a_run_that_cannot_write_says_how_it_goes_on() {
+    let (_out, run) = finished();
+    remove(&run, &["finished.json", "metrics.csv"]);
+    fs::create_dir(run.join("metrics.csv")).unwrap();
+    let said = assert_refused(resume(&run), "metrics.csv");
+    let command = format!("--resume {}", run.display());
+    assert!(said.contains(&command), "{said}");
 }
 
 #[test]

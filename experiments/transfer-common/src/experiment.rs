@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use cifar_data::CLASSES;
-use experiment_common::{DataConfig, Dataset, Experiment, InitFile, RunConfig, print};
+use experiment_common::{DataConfig, Dataset, Experiment, RunConfig, print};
 use inception_model::{GoogLeNet, GoogLeNetConfig, LARGEST_OF_ONE_PIXEL};
 use serde::Deserialize;
 use trainer::{DataSets, RunDirectory};
@@ -196,7 +196,7 @@ fn find_backbone(source: &WeightsSource, request: &Request) -> Result<(BeginConf
 }
 
 fn find_state(path: &Path, request: &Request, dataset: Dataset) -> Result<(BeginConfig, Known)> {
-    let file = InitFile::given(weights_file(path, "--init")?).resolve("--init")?;
+    let file = weights_file(path, "--init")?.resolve("--init")?;
     let weights = Weights::read(&file).context("cannot use --init")?;
     check_architecture(&weights, "--init")?;
     let image_size = match request.image_size {

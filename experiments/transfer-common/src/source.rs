@@ -75,7 +75,7 @@ impl WeightsSource {
         let found = match self {
             Self::Random => return Ok(None),
             Self::Pretrained(Source::File(path)) => FoundWeights {
-                file: InitFile::given(weights_file(path, "--weights")?),
+                file: weights_file(path, "--weights")?,
                 origin: None,
             },
             Self::Pretrained(source) => fetch(source, ways_on)?,
@@ -115,14 +115,15 @@ fn fetch(source: &Source, ways_on: &[&str]) -> Result<FoundWeights> {
 /// those of a checkpoint. `flag` names the argument in errors.
 ///
 /// # Errors
-/// A folder that is none of these.
-pub fn weights_file(path: &Path, flag: &str) -> Result<PathBuf> {
+/// A folder that is none of these, or does not say which weights it should have.
+pub fn weights_file(path: &Path, flag: &str) -> Result<InitFile> {
     if !path.is_dir() {
-        return Ok(path.to_path_buf());
+        return Ok(InitFile::given(path.to_path_buf()));
     }
-    let (shown, file) = (path.display(), path.join("model.safetensors"));
-    if file.is_file() {
-        return Ok(file);
+    let shown = path.display();
+    let found = InitFile::in_folder(path).with_context(|| format!("cannot use {flag} {shown}"))?;
+    if found.path.is_file() {
+        return Ok(found);
     }
     if path.join("config.json").is_file() {
         bail!(
@@ -281,7 +282,10 @@ mod tests {
     #[test]
     fn a_folder_means_the_weights_of_the_finished_run_in_it() {
         let dir = tempfile::tempdir().unwrap();
-        let of = |path: &Path| weights_file(path, "--init").map_err(|error| error.to_string());
+        let of = |path: &Path| {
+            let file = weights_file(path, "--init").and_then(|file| file.resolve("--init"));
+            file.map_err(|error| format!("{error:#}"))
+        };
         let error = of(dir.path()).unwrap_err();
         assert!(error.contains("neither a run"), "{error}");
         std::fs::write(dir.path().join("config.json"), "{}").unwrap();
@@ -292,7 +296,43 @@ mod tests {
         );
         let file = dir.path().join("model.safetensors");
         std::fs::write(&file, "").unwrap();
-        assert_eq!(of(dir.path()), Ok(file.clone()));
-        assert_eq!(of(&file), Ok(file));
+        let resolved = of(&file).unwrap();
+        assert_eq!(resolved.path, file.canonicalize().unwrap());
+        assert_eq!(of(dir.path()), Ok(resolved.clone()));
+
+        // What a finished run and a checkpoint record.
+        let summary = |sha256: &str| {
+            format!(
+                r#"{{"steps": 1, "epochs": 1, "evaluations": {{}}, "weights_sha256": "{sha256}"}}"#
+            )
+        };
+        let sums = |sha256: &str| format!("{sha256}  model.safetensors\n1  state.json\n");
+        let records = [
+            (
+                "finished.json is damaged",
+                summary(&resolved.sha256),
+                summary("1234"),
+            ),
+            (
+                "SHA256SUMS has no entry",
+                sums(&resolved.sha256),
+                sums("1234"),
+            ),
+        ];
+        for (problem, right, wrong) in records {
+            let name = problem.split(' ').next().unwrap();
+            let record = dir.path().join(name);
+            std::fs::write(&record, right).unwrap();
+            assert_eq!(of(dir.path()), Ok(resolved.clone()));
+            std::fs::write(&record, wrong).unwrap();
+            let error = of(dir.path()).unwrap_err();
+            assert!(error.contains("recorded beside it is 1234"), "{error}");
+            // Nothing is recorded of a file that is given itself.
+            assert_eq!(of(&file), Ok(resolved.clone()));
+            std::fs::write(&record, "{").unwrap();
+            let error = of(dir.path()).unwrap_err();
+            assert!(error.contains(problem), "{error}");
+            std::fs::remove_file(&record).unwrap();
+        }
     }
 }

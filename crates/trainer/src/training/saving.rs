@@ -122,8 +122,8 @@ impl Training<'_> {
         if let Some(run) = &self.run {
             let newest = checkpoint::newest_path(&run.checkpoints());
             let source = newest.unwrap_or_else(|| run.checkpoints());
-            let weights = read(&source.join("model.safetensors"))?;
-            write_atomically(&run.path().join("model.safetensors"), &weights)?;
+            let weights = read(&source.join(checkpoint::WEIGHTS))?;
+            write_atomically(&run.path().join(checkpoint::WEIGHTS), &weights)?;
             summary.weights_sha256 = sha256_hex(&weights);
             run.write_finished(&summary)?;
         }

@@ -256,6 +256,40 @@ fn a_run_killed_between_its_last_checkpoint_and_finished_json_finishes() {
 }
 
 #[test]
+fn what_a_finished_run_has_lost_is_written_again_from_its_last_checkpoint() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let dir = run.path().to_path_buf();
+    let (model, outcome) = go_on(run, &|| false);
+    let expected = traces(&dir, &model, outcome);
+    let weights = fs::read(dir.join("model.safetensors")).unwrap();
+    let finished = || RunDirectory::open(&dir, EXPERIMENT).unwrap().finished();
+    let damages: [&dyn Fn(); 3] = [
+        &|| fs::remove_file(dir.join("model.safetensors")).unwrap(),
+        &|| fs::write(dir.join("model.safetensors"), [&weights[..], b"x"].concat()).unwrap(),
+        &|| fs::write(dir.join("finished.json"), "{").unwrap(),
+    ];
+    for damage in damages {
+        damage();
+        assert_eq!(finished().unwrap(), None);
+        let (model, outcome) = resume(&dir, &|| false);
+        assert_eq!(traces(&dir, &model, outcome), expected);
+        assert_eq!(fs::read(dir.join("model.safetensors")).unwrap(), weights);
+        assert_eq!(finished().unwrap().as_ref(), Some(&expected.summary));
+        let recorded = crate::recorded_weights_sha256(&dir).unwrap();
+        assert_eq!(recorded, Some(sha256_hex(&weights)));
+    }
+    // Beginning again would not be writing it again.
+    fs::remove_file(dir.join("model.safetensors")).unwrap();
+    fs::remove_dir_all(dir.join("checkpoints")).unwrap();
+    let error = finished().unwrap_err().to_string();
+    assert!(
+        error.contains("model.safetensors is missing, and no checkpoint"),
+        "{error}"
+    );
+}
+
+#[test]
 fn max_steps_ends_inside_an_epoch_with_an_evaluation() {
     let config = TrainingConfig {
         max_steps: Some(6),
