@@ -14,6 +14,7 @@ use super::{Activation, BatchStatistics, OP, Sizes};
 use crate::backward::aside;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor};
+use crate::cuda::parts::parts_of;
 use crate::error::OpError;
 
 const SOURCE: Source = Source {
@@ -108,7 +109,7 @@ struct Counts {
 
 impl Counts {
     fn new(sizes: &Sizes, x: &Tensor) -> Result<Self> {
-        let (parts, per_part) = crate::conv2d::parts_of(sizes.count());
+        let (parts, per_part) = parts_of(sizes.count());
         Ok(Self {
             images: count(OP, sizes.batch)?,
             channels: count(OP, sizes.channels)?,

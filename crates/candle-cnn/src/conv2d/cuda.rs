@@ -3,28 +3,28 @@
 #![allow(unsafe_code)]
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
-    PushKernelArg, ValidAsZeroBits,
-};
-use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
-use half::bf16;
+use candle_core::{CudaStorage, DType, Result, Shape, Tensor};
 
 use super::cpu::Needs;
 use super::engines::{Operands, Plan};
-use super::plan::{DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, parts_of};
+use super::plan::{DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey};
 use super::{Activation, Conv2d, Conv2dGeometry, OP};
-use crate::cuda::cudnn::{address, with_cudnn};
-use crate::cuda::kernels::{self, Source};
-use crate::cuda::launch::Divisor;
+use crate::cuda::cudnn::{self, with_cudnn};
+use crate::cuda::kernels::Source;
+use crate::cuda::launch::{
+    Held, Launch, Operand, THREADS, address, address_mut, address_of_all, alloc, compute_dtype,
+    count, suffix, tensor, zeros,
+};
+use crate::cuda::parts::parts_of;
 use crate::cuda::settings;
-use crate::error::OpError;
 
-/// A contiguous operand and where it lies.
-type Operand<'a> = (&'a CudaStorage, &'a Layout);
+const SOURCE: Source = Source {
+    file: "conv2d/kernels.cu",
+    text: include_str!("kernels.cu"),
+};
 
 /// `activation(x ∗ weight + bias)`.
 pub(super) fn forward(
@@ -33,83 +33,29 @@ pub(super) fn forward(
     weight: Operand,
     bias: Option<Operand>,
 ) -> Result<(CudaStorage, Shape)> {
-    match op.dtype {
-        DType::F32 => forward_typed::<f32>(op, x, weight, bias),
-        DType::F64 => forward_typed::<f64>(op, x, weight, bias),
-        DType::BF16 => forward_typed::<bf16>(op, x, weight, bias),
-        other => Err(OpError::dtype(OP, other)),
-    }
-}
-
-/// The gradients of input, weight and bias that somebody needs; `y` is the output and `dy` its gradient.
-pub(super) fn backward(
-    op: &Conv2d,
-    [x, weight, y, dy]: [&Tensor; 4],
-    needs: Needs,
-) -> Result<[Option<Tensor>; 3]> {
-    match op.dtype {
-        DType::F32 => backward_typed::<f32>(op, [x, weight, y, dy], needs),
-        DType::F64 => backward_typed::<f64>(op, [x, weight, y, dy], needs),
-        DType::BF16 => backward_typed::<bf16>(op, [x, weight, y, dy], needs),
-        other => Err(OpError::dtype(OP, other)),
-    }
-}
-
-/// An element type on the device.
-trait CudaElement: CudaDType + DeviceRepr + ValidAsZeroBits {
-    /// What its sums are taken in.
-    type Sum: DeviceRepr;
-    /// The ending of its kernels' names.
-    const NAME: &'static str;
-}
-
-impl CudaElement for f32 {
-    type Sum = f32;
-    const NAME: &'static str = "f32";
-}
-
-impl CudaElement for f64 {
-    type Sum = f64;
-    const NAME: &'static str = "f64";
-}
-
-impl CudaElement for bf16 {
-    type Sum = f32;
-    const NAME: &'static str = "bf16";
-}
-
-fn forward_typed<T: CudaElement>(
-    op: &Conv2d,
-    x: Operand,
-    weight: Operand,
-    bias: Option<Operand>,
-) -> Result<(CudaStorage, Shape)> {
     let g = &op.geometry;
     // Also the limit of the kernels below, which count in 32 bits.
     DescriptorNumbers::new(g)?;
-    let device = x.0.device().clone();
+    let device = x.0.device();
     let stream = device.cuda_stream();
-    let (x, weight) = (view::<T>(x)?, view::<T>(weight)?);
-    let bias = bias.map(view::<T>).transpose()?;
     let shape = g.output_shape();
     let elements = shape.elem_count();
     let relu = op.activation == Activation::Relu;
     if elements == 0 {
-        let y = device.alloc_zeros::<T>(1)?;
-        return Ok((T::wrap_cuda_slice(y, device), shape));
+        return Ok((zeros(device, op.dtype, 0)?, shape));
     }
     let (mut y, complete) = if g.macs() == 0 {
         // Without input channels every sum is empty; cuDNN knows no such tensors.
-        (device.alloc_zeros::<T>(elements)?, bias.is_none())
+        (zeros(device, op.dtype, elements)?, bias.is_none())
     } else {
-        // SAFETY: the convolution below writes every element.
-        let mut y = unsafe { device.alloc::<T>(elements)? };
+        // The convolution writes every element.
+        let mut y = alloc(OP, device, op.dtype, elements)?;
         let settings = settings();
-        let complete = with_cudnn(&device, 0, OP, |cudnn| {
-            let (x, _x) = x.device_ptr(&stream);
-            let (weight, _weight) = weight.device_ptr(&stream);
-            let (y, _y) = y.device_ptr_mut(&stream);
-            let bias = bias.as_ref().map(|bias| bias.device_ptr(&stream));
+        let complete = with_cudnn(device, 0, OP, |cudnn| {
+            let (x, _x) = address(OP, x, &stream)?;
+            let (weight, _weight) = address(OP, weight, &stream)?;
+            let (y, _y) = address_mut(OP, &mut y, &stream)?;
+            let bias = bias.map(|bias| address(OP, bias, &stream)).transpose()?;
             let mut operands = Operands::new(x, weight, y);
             let epilogue = Epilogue {
                 bias: bias.is_some(),
@@ -128,7 +74,7 @@ fn forward_typed<T: CudaElement>(
             };
             if !epilogue.is_nothing() && settings.fused_epilogue {
                 if let Some((bias, _)) = &bias {
-                    operands.bias = address(*bias);
+                    operands.bias = cudnn::address(*bias);
                 }
                 let key = key(&operands, epilogue);
                 let fused = Plan::of(cudnn, device.id(), key, operands)?;
@@ -144,55 +90,50 @@ fn forward_typed<T: CudaElement>(
         (y, complete)
     };
     if !complete {
-        bias_activation(&device, &mut y, bias.as_ref(), op)?;
+        bias_activation(op, device, &mut y, bias)?;
     }
-    Ok((T::wrap_cuda_slice(y, device), shape))
+    Ok((y, shape))
 }
 
-fn backward_typed<T: CudaElement>(
+/// The gradients of input, weight and bias that somebody needs; `y` is the output and `dy` its gradient.
+pub(super) fn backward(
     op: &Conv2d,
     tensors: [&Tensor; 4],
     needs: Needs,
 ) -> Result<[Option<Tensor>; 3]> {
-    let [x, weight, y, dy] = tensors;
     let g = &op.geometry;
     DescriptorNumbers::new(g)?;
-    let storages = tensors.map(Tensor::storage_and_layout);
-    let operand = |index: usize| -> Result<Operand> {
-        match &*storages[index].0 {
-            Storage::Cuda(storage) => Ok((storage, storages[index].1)),
-            _ => Err(OpError::device(OP, tensors[index])),
-        }
-    };
-    let device = operand(0)?.0.device().clone();
+    let held = tensors.map(Held::new);
+    let (x, weight) = (held[0].operand(OP)?, held[1].operand(OP)?);
+    let (y, dy) = (held[2].operand(OP)?, held[3].operand(OP)?);
+    let device = x.0.device();
     let stream = device.cuda_stream();
     let relu = op.activation == Activation::Relu;
-    let (x_view, weight_view) = (view::<T>(operand(0)?)?, view::<T>(operand(1)?)?);
-    let (y_view, dy_view) = (view::<T>(operand(2)?)?, view::<T>(operand(3)?)?);
 
-    let mut masked = None;
-    let mut bias_gradient = None;
-    if y.elem_count() == 0 {
-        bias_gradient = Some(device.alloc_zeros::<T>(g.c_out.max(1))?);
+    let (masked, bias_gradient) = if g.written_by(Pass::Forward) == 0 {
+        let zeros = needs.bias.then(|| zeros(device, op.dtype, g.c_out));
+        (None, zeros.transpose()?)
     } else if relu || needs.bias {
-        let y = relu.then_some(&y_view);
-        (masked, bias_gradient) = mask_and_sum(&device, &dy_view, y, op, needs.bias)?;
-    }
+        mask_and_sum(op, dy, relu.then_some(y), needs.bias)?
+    } else {
+        (None, None)
+    };
 
-    let gradient = |pass: Pass, elements: usize| -> Result<CudaSlice<T>> {
+    let gradient = |pass: Pass, of: &Tensor| -> Result<Tensor> {
+        let elements = of.elem_count();
         if g.macs() == 0 {
-            return device.alloc_zeros::<T>(elements.max(1));
+            return Ok(tensor(zeros(device, op.dtype, elements)?, of.shape()));
         }
-        // SAFETY: the pass below writes every element.
-        let mut written = unsafe { device.alloc::<T>(elements)? };
-        with_cudnn(&device, 0, OP, |cudnn| {
-            let (x, _x) = x_view.device_ptr(&stream);
-            let (weight, _weight) = weight_view.device_ptr(&stream);
+        // The pass writes every element.
+        let mut written = alloc(OP, device, op.dtype, elements)?;
+        with_cudnn(device, 0, OP, |cudnn| {
+            let (x, _x) = address(OP, x, &stream)?;
+            let (weight, _weight) = address(OP, weight, &stream)?;
             let (dy, _dy) = match &masked {
-                Some(masked) => masked.device_ptr(&stream),
-                None => dy_view.device_ptr(&stream),
+                Some(masked) => address_of_all(OP, masked, &stream)?,
+                None => address(OP, dy, &stream)?,
             };
-            let (written, _written) = written.device_ptr_mut(&stream);
+            let (written, _written) = address_mut(OP, &mut written, &stream)?;
             let operands = match pass {
                 Pass::InputGradient => Operands::new(written, weight, dy),
                 _ => Operands::new(x, written, dy),
@@ -203,30 +144,17 @@ fn backward_typed<T: CudaElement>(
             };
             Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)
         })?;
-        Ok(written)
+        Ok(tensor(written, of.shape()))
     };
-    let input = match needs.input {
-        true => Some(gradient(Pass::InputGradient, x.elem_count())?),
-        false => None,
-    };
-    let weight_gradient = match needs.weight {
-        true => Some(gradient(Pass::WeightGradient, weight.elem_count())?),
-        false => None,
-    };
-    let tensor = |data: Option<CudaSlice<T>>, shape: Shape| {
-        data.map(|data| {
-            let storage = Storage::Cuda(T::wrap_cuda_slice(data, device.clone()));
-            Tensor::from_storage(storage, shape, BackpropOp::none(), false)
-        })
-    };
-    Ok([
-        tensor(input, x.shape().clone()),
-        tensor(weight_gradient, weight.shape().clone()),
-        tensor(
-            bias_gradient.filter(|_| needs.bias),
-            Shape::from(dy.dim(1)?),
-        ),
-    ])
+    let input = needs
+        .input
+        .then(|| gradient(Pass::InputGradient, tensors[0]));
+    let input = input.transpose()?;
+    let weight = needs
+        .weight
+        .then(|| gradient(Pass::WeightGradient, tensors[1]));
+    let bias = bias_gradient.map(|gradient| tensor(gradient, g.c_out));
+    Ok([input, weight.transpose()?, bias])
 }
 
 /// The addresses of a convolution's input, weight and output, channels last and without gaps, of the sizes of `geometry`.
@@ -280,139 +208,89 @@ pub(crate) unsafe fn channels_last_pass(
     })
 }
 
-fn view<'a, T: CudaElement>((storage, layout): Operand<'a>) -> Result<CudaView<'a, T>> {
-    let (start, end) = layout
-        .contiguous_offsets()
-        .ok_or_else(|| OpError::not_contiguous(OP, layout))?;
-    storage
-        .as_cuda_slice::<T>()?
-        .try_slice(start..end)
-        .ok_or_else(|| OpError::not_contiguous(OP, layout))
-}
-
-/// Threads of a block, as in `kernels.cu`.
-const THREADS: u32 = 256;
-
 /// Adds the bias and takes the ReLU, in place.
-fn bias_activation<T: CudaElement>(
-    device: &CudaDevice,
-    y: &mut CudaSlice<T>,
-    bias: Option<&CudaView<T>>,
+fn bias_activation(
     op: &Conv2d,
+    device: &CudaDevice,
+    y: &mut CudaStorage,
+    bias: Option<Operand>,
 ) -> Result<()> {
     let g = &op.geometry;
-    let elements = count(y.len())?;
-    let (channels, pixels) = (Divisor::of(g.c_out), Divisor::of(g.output.0 * g.output.1));
-    let relu = u32::from(op.activation == Activation::Relu);
-    let null: CUdeviceptr = 0;
+    let elements = count(OP, g.written_by(Pass::Forward))?;
     let stream = device.cuda_stream();
-    let function = kernel::<T>(device, "bias_activation")?;
-    let mut arguments = stream.launch_builder(&function);
-    arguments.arg(y);
-    match bias {
-        Some(bias) => arguments.arg(bias),
-        None => arguments.arg(&null),
+    let launch = kernel(device, &stream, "bias_activation", op.dtype)?.write(y)?;
+    let launch = match bias {
+        Some(bias) => launch.read(bias)?,
+        None => launch.null(),
     };
-    arguments
-        .arg(&relu)
-        .arg(&channels)
-        .arg(&pixels)
-        .arg(&elements);
-    // SAFETY: the arguments are those of `bias_activation` in kernels.cu. `y` is (N, channels, pixels) of `elements`,
-    // and `bias` has `channels` values or is null. Four elements a thread.
-    unsafe { arguments.launch(grid(elements.div_ceil(4 * THREADS), 1)) }.w()?;
-    Ok(())
+    let launch = launch
+        .number((op.activation == Activation::Relu).into())
+        .divisor(g.c_out)
+        .divisor(g.output.0 * g.output.1)
+        .number(elements);
+    // SAFETY: the arguments of `bias_activation`: y is (N, channels, pixels) of `elements`, and the bias has `channels`
+    // values or is null. Four elements a thread.
+    unsafe { launch.run_blocks((elements.div_ceil(4 * THREADS), 1), None::<&u8>) }
 }
 
 /// The gradient before the ReLU whose output was `y` (without one, none: it is `dy`), and that of the bias if needed.
 /// Neither tensor is empty.
-#[allow(clippy::type_complexity)]
-fn mask_and_sum<T: CudaElement>(
-    device: &CudaDevice,
-    dy: &CudaView<T>,
-    y: Option<&CudaView<T>>,
+fn mask_and_sum(
     op: &Conv2d,
+    dy: Operand,
+    y: Option<Operand>,
     needs_sum: bool,
-) -> Result<(Option<CudaSlice<T>>, Option<CudaSlice<T>>)> {
+) -> Result<(Option<CudaStorage>, Option<CudaStorage>)> {
     let g = &op.geometry;
+    let device = dy.0.device();
+    let stream = device.cuda_stream();
     let pixels = g.output.0 * g.output.1;
     let (parts, per_part) = parts_of(g.batch * pixels);
-    let (images, channels) = (count(g.batch)?, count(g.c_out)?);
-    let (parts, per_part) = (count(parts)?, count(per_part)?);
-    let pixels = Divisor::of(pixels);
-    // SAFETY: the kernel writes every element of both.
-    let mut masked = y
-        .map(|y| unsafe { device.alloc::<T>(y.len()) })
-        .transpose()?;
-    let mut sums = match needs_sum {
-        // SAFETY: each block of the kernel writes its element, and there are as many.
-        true => Some(unsafe { device.alloc::<T::Sum>((channels * parts) as usize) }?),
-        false => None,
+    let (channels, all_sums) = (count(OP, g.c_out)?, g.c_out * parts);
+    let (parts, per_part) = (count(OP, parts)?, count(OP, per_part)?);
+    let new = |dtype: DType, elements: usize| alloc(OP, device, dtype, elements);
+    let masked = y.map(|_| new(op.dtype, g.written_by(Pass::Forward)));
+    let mut masked = masked.transpose()?;
+    let sums = needs_sum.then(|| new(compute_dtype(op.dtype), all_sums));
+    let mut sums = sums.transpose()?;
+    let launch = kernel(device, &stream, "mask_and_sum", op.dtype)?.read(dy)?;
+    let launch = match (y, &mut masked) {
+        (Some(y), Some(masked)) => launch.read(y)?.write(masked)?,
+        _ => launch.null().null(),
     };
-    let null: CUdeviceptr = 0;
-    let stream = device.cuda_stream();
-    let function = kernel::<T>(device, "mask_and_sum")?;
-    let mut arguments = stream.launch_builder(&function);
-    arguments.arg(dy);
-    match (y, &mut masked) {
-        (Some(y), Some(masked)) => arguments.arg(y).arg(masked),
-        _ => arguments.arg(&null).arg(&null),
+    let launch = match &mut sums {
+        Some(sums) => launch.write(sums)?,
+        None => launch.null(),
     };
-    match &mut sums {
-        Some(sums) => arguments.arg(sums),
-        None => arguments.arg(&null),
-    };
-    arguments
-        .arg(&images)
-        .arg(&channels)
-        .arg(&pixels)
-        .arg(&per_part);
-    // SAFETY: the arguments are those of `mask_and_sum` in kernels.cu. `dy`, `y` and `masked` are
-    // (images, channels, pixels), `sums` is (channels, parts), and `per_part` values times `parts` cover each channel with
-    // none of the parts empty.
-    unsafe { arguments.launch(grid(channels, parts)) }.w()?;
+    let launch = launch
+        .number(count(OP, g.batch)?)
+        .number(channels)
+        .divisor(pixels)
+        .number(per_part);
+    // SAFETY: the arguments of `mask_and_sum`: `dy`, `y` and `masked` are (images, channels, pixels), `sums` is
+    // (channels, parts), and the parts cover a channel's values with none of them empty.
+    unsafe { launch.run_blocks((channels, parts), None::<&u8>) }?;
     let Some(sums) = sums else {
         return Ok((masked, None));
     };
-    // SAFETY: the kernel writes every element.
-    let mut gradient = unsafe { device.alloc::<T>(g.c_out)? };
-    let function = kernel::<T>(device, "add_parts")?;
-    let mut arguments = stream.launch_builder(&function);
-    arguments
-        .arg(&sums)
-        .arg(&mut gradient)
-        .arg(&channels)
-        .arg(&parts);
-    // SAFETY: the arguments are those of `add_parts` in kernels.cu, of the sizes that it is told.
-    unsafe { arguments.launch(grid(channels.div_ceil(THREADS), 1)) }.w()?;
+    let mut gradient = new(op.dtype, g.c_out)?;
+    let launch = kernel(device, &stream, "add_parts", op.dtype)?
+        .read_all(&sums)?
+        .write(&mut gradient)?
+        .number(channels)
+        .number(parts);
+    // SAFETY: the arguments of `add_parts`: (channels, parts) and (channels).
+    unsafe { launch.run(channels) }?;
     Ok((masked, Some(gradient)))
 }
 
-/// A number that the kernels count in 32 bits; [`DescriptorNumbers`] has refused larger ones.
-fn count(number: usize) -> Result<u32> {
-    u32::try_from(number).map_err(|_| {
-        OpError::CudnnSize {
-            op: OP,
-            what: "elements of the output",
-            found: number,
-        }
-        .into()
-    })
-}
-
-fn grid(x: u32, y: u32) -> LaunchConfig {
-    LaunchConfig {
-        grid_dim: (x, y, 1),
-        block_dim: (THREADS, 1, 1),
-        shared_mem_bytes: 0,
-    }
-}
-
 /// `conv2d_<name>_<type>` of kernels.cu.
-fn kernel<T: CudaElement>(device: &CudaDevice, name: &str) -> Result<CudaFunction> {
-    let source = Source {
-        file: "conv2d/kernels.cu",
-        text: include_str!("kernels.cu"),
-    };
-    kernels::function(device, &source, &format!("conv2d_{name}_{}", T::NAME))
+fn kernel<'a>(
+    device: &CudaDevice,
+    stream: &'a CudaStream,
+    name: &str,
+    dtype: DType,
+) -> Result<Launch<'a>> {
+    let name = format!("conv2d_{name}_{}", suffix(OP, dtype)?);
+    Launch::new(OP, device, stream, &SOURCE, &name)
 }

@@ -25,7 +25,7 @@ use candle_core::{
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{ChannelsLast, channels_last_pass};
 #[cfg(feature = "cuda")]
-pub(crate) use plan::{Notes, Pass, parts_of};
+pub(crate) use plan::{Notes, Pass};
 
 use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slice};

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use candle_core::backend::BackendStorage;
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -151,6 +151,12 @@ pub(crate) fn alloc(
     Ok(CudaStorage { slice, device })
 }
 
+/// Memory for `elements` numbers, all zero.
+pub(crate) fn zeros(device: &CudaDevice, dtype: DType, elements: usize) -> Result<CudaStorage> {
+    // CUDA allocates nothing of size 0.
+    device.zeros_impl(&Shape::from(elements.max(1)), dtype)
+}
+
 /// A result as a tensor, outside of any graph of gradients.
 pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
@@ -199,18 +205,14 @@ impl<'a> Launch<'a> {
 
     /// A pointer to the whole of a storage that another kernel has written.
     pub(crate) fn read_all(mut self, storage: &'a CudaStorage) -> Result<Self> {
-        let (pointer, held) = typed!(self.op, &storage.slice, slice => Ok::<_, candle_core::Error>(
-            slice.device_ptr(self.stream)
-        ))?;
+        let (pointer, held) = address_of_all(self.op, storage, self.stream)?;
         self.held.push(held);
         Ok(self.long(pointer))
     }
 
     /// A pointer to what is written.
     pub(crate) fn write(mut self, storage: &'a mut CudaStorage) -> Result<Self> {
-        let (pointer, held) = typed!(self.op, &mut storage.slice, slice => Ok::<_, candle_core::Error>(
-            slice.device_ptr_mut(self.stream)
-        ))?;
+        let (pointer, held) = address_mut(self.op, storage, self.stream)?;
         self.held.push(held);
         Ok(self.long(pointer))
     }
@@ -303,10 +305,26 @@ pub(crate) fn address<'a>(
         .contiguous_offsets()
         .ok_or_else(|| OpError::not_contiguous(op, layout))?;
     let bytes = (start * storage.dtype().size_in_bytes()) as u64;
-    typed!(op, &storage.slice, slice => {
-        let (pointer, held) = slice.device_ptr(stream);
-        Ok((pointer + bytes, held))
-    })
+    let (pointer, held) = address_of_all(op, storage, stream)?;
+    Ok((pointer + bytes, held))
+}
+
+/// The address of a storage's first element, likewise.
+pub(crate) fn address_of_all<'a>(
+    op: &'static str,
+    storage: &'a CudaStorage,
+    stream: &'a CudaStream,
+) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
+    typed!(op, &storage.slice, slice => Ok(slice.device_ptr(stream)))
+}
+
+/// The address of the first element of a storage that is written, likewise.
+pub(crate) fn address_mut<'a>(
+    op: &'static str,
+    storage: &'a mut CudaStorage,
+    stream: &'a CudaStream,
+) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
+    typed!(op, &mut storage.slice, slice => Ok(slice.device_ptr_mut(stream)))
 }
 
 /// The address of a storage's first element, for a table of pointers. What is launched with it must come before the storage is
@@ -316,7 +334,7 @@ pub(crate) fn start(
     storage: &CudaStorage,
     stream: &CudaStream,
 ) -> Result<CUdeviceptr> {
-    typed!(op, &storage.slice, slice => Ok(slice.device_ptr(stream).0))
+    Ok(address_of_all(op, storage, stream)?.0)
 }
 
 #[cfg(test)]

@@ -24,6 +24,8 @@ pub(crate) mod kernels;
 pub(crate) mod lanes;
 #[cfg(feature = "cuda")]
 pub(crate) mod launch;
+#[cfg(any(feature = "cuda", test))]
+pub(crate) mod parts;
 mod settings;
 #[cfg(feature = "cuda")]
 mod training;
