@@ -25,16 +25,16 @@ pub enum OpError {
         /// What must hold between them.
         rule: &'static str,
     },
-    /// A tensor has the wrong number of dimensions.
+    /// A tensor has a shape that the operation does not take: the wrong number of dimensions, or one of a wrong size.
     #[error("{op}: {name} has shape {found:?}, expected {expected}")]
-    Rank {
+    Shape {
         /// The operation, as PyTorch names it.
         op: &'static str,
         /// The argument.
         name: &'static str,
         /// The argument's shape.
         found: Vec<usize>,
-        /// The expected dimensions, in words.
+        /// What it may be, in words.
         expected: &'static str,
     },
     /// A setting is out of its range.
@@ -176,6 +176,12 @@ pub enum OpError {
         /// The tensor's elements.
         elements: usize,
     },
+    /// Statistics of a batch that its forward pass should have left: a defect of this crate.
+    #[error("{op}: the forward pass has left no statistics of the batch, a defect of candle-cnn")]
+    NoStatistics {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+    },
     /// A layout that should have been made contiguous: a defect of this crate.
     #[error("{op}: layout {layout} is not contiguous")]
     NotContiguous {
@@ -218,14 +224,14 @@ impl OpError {
         Self::NotContiguous { op, layout }.into()
     }
 
-    pub(crate) fn rank(
+    pub(crate) fn shape(
         op: &'static str,
         name: &'static str,
         tensor: &Tensor,
         expected: &'static str,
     ) -> Error {
         let found = tensor.dims().to_vec();
-        Self::Rank {
+        Self::Shape {
             op,
             name,
             found,

@@ -77,7 +77,7 @@ impl Planes {
         ceil_mode: bool,
     ) -> Result<Self> {
         let Ok((batch, channels, height, width)) = x.dims4() else {
-            return Err(OpError::rank(op, "input", x, "(N, C, H, W)"));
+            return Err(OpError::shape(op, "input", x, "(N, C, H, W)"));
         };
         if kernel.0 == 0 || kernel.1 == 0 {
             return Err(OpError::setting(op, "kernel_size", kernel, "at least 1"));

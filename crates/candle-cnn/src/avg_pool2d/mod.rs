@@ -95,13 +95,13 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
     const OP: &str = "adaptive_avg_pool2d";
     float_dtype(OP, &[x])?;
     let Ok((batch, channels, height, width)) = x.dims4() else {
-        return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
+        return Err(OpError::shape(OP, "input", x, "(N, C, H, W)"));
     };
     if output.0 == 0 || output.1 == 0 {
         return Err(OpError::setting(OP, "output_size", output, "at least 1"));
     }
     if height == 0 || width == 0 {
-        return Err(OpError::rank(OP, "input", x, "at least one pixel"));
+        return Err(OpError::shape(OP, "input", x, "at least one pixel"));
     }
     for (what, size) in [("input", (height, width)), ("output", output)] {
         let shape = [batch.max(1), channels.max(1), size.0, size.1];

@@ -10,7 +10,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
 };
 
-use super::{Activation, BatchStatistics, OP, Sizes};
+use super::{Activation, BatchStatistics, OP, Sizes, left_behind};
 use crate::backward::aside;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor};
@@ -40,7 +40,7 @@ pub(super) fn train(
     let y = x
         .contiguous()?
         .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
-    let statistics = statistics.get().ok_or_else(|| OpError::device(OP, x))?;
+    let statistics = left_behind(&statistics)?;
     let statistics = BatchStatistics {
         mean: statistics.mean.clone(),
         unbiased_variance: statistics.unbiased_variance.clone(),
@@ -190,13 +190,7 @@ impl CudaBatchNorm {
     }
 
     fn statistics(&self) -> Result<&Statistics> {
-        self.statistics.get().ok_or_else(|| {
-            OpError::Device {
-                op: OP,
-                device: "none: backward without forward".to_owned(),
-            }
-            .into()
-        })
+        left_behind(&self.statistics)
     }
 
     fn forward(&self, x: Operand, weight: Operand, bias: Operand) -> Result<CudaStorage> {

@@ -140,7 +140,7 @@ fn train(
 ) -> Result<(Tensor, BatchStatistics)> {
     let sizes = Sizes::new(x, weight, bias, eps)?;
     if sizes.count() < 2 {
-        return Err(OpError::rank(
+        return Err(OpError::shape(
             OP,
             "input",
             x,
@@ -161,8 +161,14 @@ fn train(
     let y = x
         .contiguous()?
         .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
-    let moments = statistics.get().ok_or_else(|| OpError::device(OP, x))?;
+    let moments = left_behind(&statistics)?;
     Ok((y, BatchStatistics::new(moments, sizes.count(), x)?))
+}
+
+/// The statistics that the forward pass has left.
+fn left_behind<T>(statistics: &OnceLock<T>) -> Result<&T> {
+    let none = || OpError::NoStatistics { op: OP }.into();
+    statistics.get().ok_or_else(none)
 }
 
 impl BatchStatistics {
@@ -251,7 +257,7 @@ impl Sizes {
             return Err(OpError::dtype_mismatch(OP, dtype, weight.dtype()));
         }
         let [batch, channels, rest @ ..] = x.dims() else {
-            return Err(OpError::rank(OP, "input", x, "(N, C) or (N, C, …)"));
+            return Err(OpError::shape(OP, "input", x, "(N, C) or (N, C, …)"));
         };
         for (name, tensor) in [("weight", weight), ("bias", bias)] {
             if tensor.dims() != [*channels] {

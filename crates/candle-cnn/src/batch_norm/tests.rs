@@ -58,6 +58,14 @@ fn a_single_value_per_channel_is_refused_in_training_only() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn statistics_that_are_missing_are_an_error_that_says_so() {
+    let error = left_behind(&OnceLock::<Tensor>::new()).unwrap_err();
+    let text = error.to_string();
+    let expected = "batch_norm: the forward pass has left no statistics of the batch, a defect";
+    assert!(text.starts_with(expected), "{text}");
+}
+
 /// Shapes on both sides of every border: single pixels, planes below and above
 /// a vector and the switch at 64 pixels, many channels, remainders.
 const SHAPES: [[usize; 4]; 9] = [

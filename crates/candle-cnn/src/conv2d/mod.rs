@@ -106,10 +106,10 @@ impl Conv2dGeometry {
     /// memory holds.
     pub fn new(x: &Tensor, weight: &Tensor, config: Conv2dConfig) -> Result<Self> {
         let Ok((batch, c_in, height, width)) = x.dims4() else {
-            return Err(OpError::rank(OP, "input", x, "(N, C, H, W)"));
+            return Err(OpError::shape(OP, "input", x, "(N, C, H, W)"));
         };
         let Ok((c_out, weight_c_in, r, s)) = weight.dims4() else {
-            return Err(OpError::rank(
+            return Err(OpError::shape(
                 OP,
                 "weight",
                 weight,
@@ -132,7 +132,7 @@ impl Conv2dGeometry {
             ),
         ] {
             if sizes.contains(&0) {
-                return Err(OpError::rank(OP, name, tensor, expected));
+                return Err(OpError::shape(OP, name, tensor, expected));
             }
         }
         if c_in != weight_c_in {

@@ -52,7 +52,7 @@ pub fn cross_entropy(
 ) -> Result<Tensor> {
     float_dtype(OP, &[logits])?;
     let Ok((examples, classes)) = logits.dims2() else {
-        return Err(OpError::rank(OP, "logits", logits, "(N, C)"));
+        return Err(OpError::shape(OP, "logits", logits, "(N, C)"));
     };
     if labels.dims() != [examples] || examples == 0 || classes == 0 {
         return Err(OpError::Shapes {

@@ -112,9 +112,9 @@ impl<'a> Held<'a> {
     }
 }
 
-/// Runs an expression with the typed slice of a storage.
+/// Runs an expression with the typed slice of a storage, which is of `$dtype`.
 macro_rules! typed {
-    ($op:expr, $storage:expr, $slice:ident => $body:expr) => {
+    ($op:expr, $dtype:expr, $storage:expr, $slice:ident => $body:expr) => {
         match $storage {
             CudaStorageSlice::F32($slice) => $body,
             CudaStorageSlice::F64($slice) => $body,
@@ -122,7 +122,7 @@ macro_rules! typed {
             CudaStorageSlice::U8($slice) => $body,
             CudaStorageSlice::U32($slice) => $body,
             CudaStorageSlice::I64($slice) => $body,
-            _ => Err(OpError::dtype($op, DType::F16)),
+            _ => Err(OpError::dtype($op, $dtype)),
         }
     };
 }
@@ -315,7 +315,7 @@ pub(crate) fn address_of_all<'a>(
     storage: &'a CudaStorage,
     stream: &'a CudaStream,
 ) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
-    typed!(op, &storage.slice, slice => Ok(slice.device_ptr(stream)))
+    typed!(op, storage.dtype(), &storage.slice, slice => Ok(slice.device_ptr(stream)))
 }
 
 /// The address of the first element of a storage that is written, likewise.
@@ -324,7 +324,8 @@ pub(crate) fn address_mut<'a>(
     storage: &'a mut CudaStorage,
     stream: &'a CudaStream,
 ) -> Result<(CUdeviceptr, SyncOnDrop<'a>)> {
-    typed!(op, &mut storage.slice, slice => Ok(slice.device_ptr_mut(stream)))
+    let dtype = storage.dtype();
+    typed!(op, dtype, &mut storage.slice, slice => Ok(slice.device_ptr_mut(stream)))
 }
 
 /// The address of a storage's first element, for a table of pointers. What is launched with it must come before the storage is
@@ -339,7 +340,28 @@ pub(crate) fn start(
 
 #[cfg(test)]
 mod tests {
+    use test_support::devices;
+
     use super::*;
+
+    #[test]
+    fn a_type_that_no_kernel_takes_is_an_error_that_names_it() -> Result<()> {
+        for device in devices().iter().filter(|device| device.is_cuda()) {
+            let stream = device.as_cuda_device()?.cuda_stream();
+            for dtype in [DType::I16, DType::I32, DType::F16] {
+                let expected = format!("relu: dtype {dtype:?} is not supported");
+                let numbers = Tensor::zeros(2, dtype, device)?;
+                let held = Held::new(&numbers);
+                let read = address("relu", held.operand("relu")?, &stream).unwrap_err();
+                let mut numbers = zeros(device.as_cuda_device()?, dtype, 2)?;
+                let written = address_mut("relu", &mut numbers, &stream).unwrap_err();
+                for text in [read.to_string(), written.to_string()] {
+                    assert!(text.starts_with(&expected), "{text}");
+                }
+            }
+        }
+        Ok(())
+    }
 
     #[test]
     fn threads_divide_by_multiplying() {

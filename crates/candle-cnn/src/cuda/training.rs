@@ -37,10 +37,10 @@ pub fn gather_normalized(
     const OP: &str = "gather_normalized";
     let (total, height, width) = match images.dims() {
         &[total, 3, height, width] => (total, height, width),
-        _ => return Err(OpError::rank(OP, "images", images, "(N, 3, H, W)")),
+        _ => return Err(OpError::shape(OP, "images", images, "(N, 3, H, W)")),
     };
     let Ok(n) = indices.dims1() else {
-        return Err(OpError::rank(OP, "indices", indices, "(n)"));
+        return Err(OpError::shape(OP, "indices", indices, "(n)"));
     };
     of_type(OP, "dtype of images", images, DType::U8)?;
     of_type(OP, "dtype of indices", indices, DType::U32)?;
@@ -80,7 +80,7 @@ pub fn gather_normalized(
 pub fn count_correct(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     const OP: &str = "count_correct";
     let Ok((n, classes)) = logits.dims2() else {
-        return Err(OpError::rank(OP, "logits", logits, "(n, C)"));
+        return Err(OpError::shape(OP, "logits", logits, "(n, C)"));
     };
     if labels.dims() != [n] || classes == 0 {
         return Err(OpError::Shapes {
@@ -155,7 +155,7 @@ pub fn sgd_step(
     };
     of_type(SGD, "dtype of lr", lr, DType::F32)?;
     if lr.elem_count() != 1 {
-        return Err(OpError::rank(SGD, "lr", lr, "(1)"));
+        return Err(OpError::shape(SGD, "lr", lr, "(1)"));
     }
     let dtype = one.parameter.dtype();
     if !matches!(dtype, DType::F32 | DType::F64) {
@@ -381,12 +381,13 @@ fn check_statistics(
             return Err(OpError::not_contiguous(TAKE_UP, tensor.layout()));
         }
     }
-    if running.batches.dtype() != DType::I64 || running.batches.elem_count() != 1 {
-        return Err(OpError::rank(
+    of_type(TAKE_UP, "dtype of batches", running.batches, DType::I64)?;
+    if running.batches.elem_count() != 1 {
+        return Err(OpError::shape(
             TAKE_UP,
             "batches",
             running.batches,
-            "one i64",
+            "one element",
         ));
     }
     Ok(())
@@ -454,9 +455,48 @@ fn of_type(op: &'static str, name: &'static str, tensor: &Tensor, dtype: DType) 
         let expected = match dtype {
             DType::U8 => "U8",
             DType::U32 => "U32",
+            DType::I64 => "I64",
             _ => "F32",
         };
         return Err(OpError::setting(op, name, tensor.dtype(), expected));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_count_of_batches_that_is_none_is_an_error_that_names_what_is_wrong_with_it() -> Result<()>
+    {
+        let cpu = &Device::Cpu;
+        let numbers = Tensor::ones(3, DType::F32, cpu)?;
+        let batch = BatchStatistics {
+            mean: numbers.clone(),
+            unbiased_variance: numbers.clone(),
+        };
+        for (batches, expected) in [
+            (
+                Tensor::zeros(1, DType::F32, cpu)?,
+                "take_up_statistics: dtype of batches is F32, expected I64",
+            ),
+            (
+                Tensor::zeros(2, DType::I64, cpu)?,
+                "take_up_statistics: batches has shape [2], expected one element",
+            ),
+        ] {
+            let running = RunningStatistics {
+                mean: &numbers,
+                variance: &numbers,
+                batches: &batches,
+            };
+            let error = take_up_statistics(&[(running, &batch)], 0.1).unwrap_err();
+            let text = error.to_string();
+            assert!(text.starts_with(expected), "{text}");
+        }
+        Ok(())
+    }
 }

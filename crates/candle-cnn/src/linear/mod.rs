@@ -35,7 +35,7 @@ const OP: &str = "linear";
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let dtype = float_dtype(OP, &[x, weight])?;
     let Ok((examples, inputs)) = x.dims2() else {
-        return Err(OpError::rank(OP, "input", x, "(N, I)"));
+        return Err(OpError::shape(OP, "input", x, "(N, I)"));
     };
     let mismatch = |name, tensor: &Tensor, rule| {
         OpError::Shapes {
@@ -49,7 +49,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         .into()
     };
     let Ok((outputs, weight_inputs)) = weight.dims2() else {
-        return Err(OpError::rank(OP, "weight", weight, "(O, I)"));
+        return Err(OpError::shape(OP, "weight", weight, "(O, I)"));
     };
     if inputs != weight_inputs {
         return Err(mismatch(
