@@ -58,19 +58,48 @@ pub(crate) fn side_by_side<T>(
     let main = device.cuda_stream();
     let others = (1..lanes).map(|lane| stream(device, lane));
     let others = others.collect::<Result<Vec<_>>>()?;
-    for other in &others {
+    let mut forked = 0;
+    let mut given: Result<()> = others.iter().try_for_each(|other| {
         other.join(&main).w()?;
+        forked += 1;
+        Ok(())
+    });
+    if given.is_ok() {
+        given = tasks
+            .iter()
+            .enumerate()
+            .try_for_each(|(i, task)| run(first + i % (lanes - first), task));
     }
-    let mut given = tasks
-        .iter()
-        .enumerate()
-        .try_for_each(|(i, task)| run(first + i % (lanes - first), task));
     if let (Ok(()), Some(meanwhile)) = (&given, meanwhile) {
         given = meanwhile();
     }
     // Where something failed as well: memory must not be freed under those that run.
-    for other in &others {
-        main.join(other).w()?;
+    let joined = for_each(&others[..forked], |other| main.join(other).w());
+    given.and(joined)
+}
+
+/// Calls `f` with each of `items`, whatever fails, and returns the first error.
+fn for_each<T>(items: &[T], f: impl FnMut(&T) -> Result<()>) -> Result<()> {
+    items.iter().map(f).fold(Ok(()), Result::and)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_lanes_are_joined_where_one_fails_and_the_first_error_is_returned() {
+        let mut joined = Vec::new();
+        let outcome = for_each(&[1, 2, 3, 4], |&lane| {
+            joined.push(lane);
+            match lane {
+                2 | 3 => candle_core::bail!("lane {lane}"),
+                _ => Ok(()),
+            }
+        });
+        assert_eq!(joined, [1, 2, 3, 4]);
+        let text = outcome.unwrap_err().to_string();
+        assert!(text.contains("lane 2"), "{text}");
+        assert!(for_each(&[1], |_| Ok(())).is_ok());
     }
-    given
 }
