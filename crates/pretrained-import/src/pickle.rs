@@ -250,6 +250,65 @@ impl Pickle {
     }
 }
 
+/// The opcodes that state dicts are written in, under the names of Python's `pickletools`.
+mod op {
+    pub(super) const PROTO: u8 = 0x80;
+    pub(super) const FRAME: u8 = 0x95;
+    pub(super) const STOP: u8 = b'.';
+
+    pub(super) const MARK: u8 = b'(';
+    pub(super) const POP: u8 = b'0';
+    pub(super) const POP_MARK: u8 = b'1';
+    pub(super) const DUP: u8 = b'2';
+
+    pub(super) const NONE: u8 = b'N';
+    pub(super) const NEWTRUE: u8 = 0x88;
+    pub(super) const NEWFALSE: u8 = 0x89;
+    pub(super) const BININT: u8 = b'J';
+    pub(super) const BININT1: u8 = b'K';
+    pub(super) const BININT2: u8 = b'M';
+    pub(super) const LONG1: u8 = 0x8a;
+    pub(super) const LONG4: u8 = 0x8b;
+    pub(super) const BINFLOAT: u8 = b'G';
+
+    pub(super) const SHORT_BINUNICODE: u8 = 0x8c;
+    pub(super) const BINUNICODE: u8 = b'X';
+    pub(super) const BINUNICODE8: u8 = 0x8d;
+    pub(super) const SHORT_BINSTRING: u8 = b'U';
+    pub(super) const BINSTRING: u8 = b'T';
+    pub(super) const SHORT_BINBYTES: u8 = b'C';
+    pub(super) const BINBYTES: u8 = b'B';
+    pub(super) const BINBYTES8: u8 = 0x8e;
+    pub(super) const BYTEARRAY8: u8 = 0x96;
+
+    pub(super) const EMPTY_TUPLE: u8 = b')';
+    pub(super) const TUPLE1: u8 = 0x85;
+    pub(super) const TUPLE2: u8 = 0x86;
+    pub(super) const TUPLE3: u8 = 0x87;
+    pub(super) const TUPLE: u8 = b't';
+    pub(super) const EMPTY_LIST: u8 = b']';
+    pub(super) const APPEND: u8 = b'a';
+    pub(super) const APPENDS: u8 = b'e';
+    pub(super) const EMPTY_DICT: u8 = b'}';
+    pub(super) const SETITEM: u8 = b's';
+    pub(super) const SETITEMS: u8 = b'u';
+    pub(super) const EMPTY_SET: u8 = 0x8f;
+    pub(super) const ADDITEMS: u8 = 0x90;
+    pub(super) const FROZENSET: u8 = 0x91;
+
+    pub(super) const BINPUT: u8 = b'q';
+    pub(super) const LONG_BINPUT: u8 = b'r';
+    pub(super) const MEMOIZE: u8 = 0x94;
+    pub(super) const BINGET: u8 = b'h';
+    pub(super) const LONG_BINGET: u8 = b'j';
+
+    pub(super) const GLOBAL: u8 = b'c';
+    pub(super) const STACK_GLOBAL: u8 = 0x93;
+    pub(super) const REDUCE: u8 = b'R';
+    pub(super) const BUILD: u8 = b'b';
+    pub(super) const BINPERSID: u8 = b'Q';
+}
+
 struct Machine<'a> {
     input: &'a mut dyn Read,
     offset: u64,
@@ -274,193 +333,226 @@ impl Machine<'_> {
             self.count(0)?;
             let start = self.offset;
             let [opcode] = self.bytes()?;
-            match opcode {
-                // PROTO
-                0x80 => {
-                    let [version] = self.bytes()?;
-                    if !(2..=5).contains(&version) {
-                        return self.fail(start, format!("protocol {version}, expected 2 to 5"));
-                    }
-                }
-                // FRAME
-                0x95 => {
-                    self.bytes::<8>()?;
-                }
-                // STOP
-                b'.' => return self.pop(),
-                // MARK, POP, POP_MARK, DUP
-                b'(' => self.marks.push(self.stack.len()),
-                b'0' => {
-                    self.pop()?;
-                }
-                b'1' => {
-                    self.pop_mark()?;
-                }
-                b'2' => {
-                    let top = self.pop()?;
-                    self.stack.push(top.clone());
-                    self.stack.push(top);
-                }
-                // NONE, NEWTRUE, NEWFALSE
-                b'N' => self.stack.push(Value::None),
-                0x88 => self.stack.push(Value::Bool(true)),
-                0x89 => self.stack.push(Value::Bool(false)),
-                // BININT, BININT1, BININT2, LONG1, LONG4, BINFLOAT
-                b'J' => {
-                    let value = i32::from_le_bytes(self.bytes()?);
-                    self.stack.push(Value::Int(value.into()));
-                }
-                b'K' => {
-                    let [value] = self.bytes()?;
-                    self.stack.push(Value::Int(value.into()));
-                }
-                b'M' => {
-                    let value = u16::from_le_bytes(self.bytes()?);
-                    self.stack.push(Value::Int(value.into()));
-                }
-                0x8a => {
-                    let [len] = self.bytes()?;
-                    self.long(len.into())?;
-                }
-                0x8b => {
-                    let len = u32::from_le_bytes(self.bytes()?);
-                    self.long(len.into())?;
-                }
-                b'G' => {
-                    self.bytes::<8>()?;
-                    self.stack.push(Value::Other);
-                }
-                // SHORT_BINUNICODE, BINUNICODE, BINUNICODE8; BINSTRING and SHORT_BINSTRING of Python 2
-                0x8c | b'U' => {
-                    let [len] = self.bytes()?;
-                    self.text(len.into())?;
-                }
-                b'X' | b'T' => {
-                    let len = u32::from_le_bytes(self.bytes()?);
-                    self.text(len.into())?;
-                }
-                0x8d => {
-                    let len = u64::from_le_bytes(self.bytes()?);
-                    self.text(len)?;
-                }
-                // SHORT_BINBYTES, BINBYTES, BINBYTES8, BYTEARRAY8
-                b'C' => {
-                    let [len] = self.bytes()?;
-                    self.skip(len.into())?;
-                }
-                b'B' => {
-                    let len = u32::from_le_bytes(self.bytes()?);
-                    self.skip(len.into())?;
-                }
-                0x8e | 0x96 => {
-                    let len = u64::from_le_bytes(self.bytes()?);
-                    self.skip(len)?;
-                }
-                // EMPTY_TUPLE, TUPLE1 to 3, TUPLE
-                b')' => self.tuple(Vec::new())?,
-                0x85..=0x87 => {
-                    let count = usize::from(opcode - 0x84);
-                    let values = self.pop_many(count)?;
-                    self.tuple(values)?;
-                }
-                b't' => {
-                    let values = self.pop_mark()?;
-                    self.tuple(values)?;
-                }
-                // EMPTY_LIST, APPEND, APPENDS
-                b']' => {
-                    let list = self.container(Vec::new());
-                    self.stack.push(Value::List(list));
-                }
-                b'a' => {
-                    let value = self.pop()?;
-                    self.extend(start, vec![value], false)?;
-                }
-                b'e' => {
-                    let values = self.pop_mark()?;
-                    self.extend(start, values, false)?;
-                }
-                // EMPTY_DICT, SETITEM, SETITEMS
-                b'}' => {
-                    let dict = self.container(Vec::new());
-                    self.stack.push(Value::Dict(dict));
-                }
-                b's' => {
-                    let pair = self.pop_many(2)?;
-                    self.extend(start, pair, true)?;
-                }
-                b'u' => {
-                    let pairs = self.pop_mark()?;
-                    self.extend(start, pairs, true)?;
-                }
-                // EMPTY_SET, ADDITEMS, FROZENSET
-                0x8f => self.stack.push(Value::Other),
-                0x90 => {
-                    self.pop_mark()?;
-                    if !matches!(self.stack.last(), Some(Value::Other)) {
-                        let found = kind(self.stack.last());
-                        return self.fail(start, format!("items for {found}, expected a set"));
-                    }
-                }
-                0x91 => {
-                    self.pop_mark()?;
-                    self.stack.push(Value::Other);
-                }
-                // GLOBAL, STACK_GLOBAL
-                b'c' => {
-                    let (module, name) = (self.line()?, self.line()?);
-                    self.global(start, &module, &name)?;
-                }
-                0x93 => {
-                    let names = self.pop_many(2)?;
-                    let [Value::Text(module), Value::Text(name)] = names.as_slice() else {
-                        return self.fail(start, "a name that is no text");
-                    };
-                    let (module, name) = (module.clone(), name.clone());
-                    self.global(start, &module, &name)?;
-                }
-                // REDUCE, BUILD, BINPERSID
-                b'R' => self.reduce(start)?,
-                b'b' => {
-                    // Attributes of an OrderedDict: `_metadata` of a state dict. Not needed.
-                    self.pop()?;
-                    if !matches!(self.stack.last(), Some(Value::Dict(_))) {
-                        return self.fail(start, "attributes of something other than a dictionary");
-                    }
-                }
-                b'Q' => self.persistent(start)?,
-                // BINPUT, LONG_BINPUT, MEMOIZE
-                b'q' => {
-                    let [index] = self.bytes()?;
-                    self.memoize(start, index.into())?;
-                }
-                b'r' => {
-                    let index = u32::from_le_bytes(self.bytes()?);
-                    self.memoize(start, index)?;
-                }
-                0x94 => {
-                    let index = u32::try_from(self.memo.len()).unwrap_or(u32::MAX);
-                    self.memoize(start, index)?;
-                }
-                // BINGET, LONG_BINGET
-                b'h' => {
-                    let [index] = self.bytes()?;
-                    self.recall(start, index.into())?;
-                }
-                b'j' => {
-                    let index = u32::from_le_bytes(self.bytes()?);
-                    self.recall(start, index)?;
-                }
-                _ => {
-                    return self.fail(
-                        start,
-                        format!("opcode 0x{opcode:02x}, which no state dict needs"),
-                    );
-                }
+            if opcode == op::STOP {
+                return self.pop();
+            }
+            let taken = self.take_framing(opcode, start)?
+                || self.take_stack(opcode)?
+                || self.take_constant(opcode)?
+                || self.take_text_or_bytes(opcode)?
+                || self.take_sequence(opcode, start)?
+                || self.take_dict_or_set(opcode, start)?
+                || self.take_memo(opcode, start)?
+                || self.take_object(opcode, start)?;
+            if !taken {
+                return self.fail(
+                    start,
+                    format!("opcode 0x{opcode:02x}, which no state dict needs"),
+                );
             }
         }
     }
+}
 
+/// Opcodes by family. Each function runs an opcode of its own and says whether it was one; errors
+/// are at `start`, where the opcode is.
+impl Machine<'_> {
+    fn take_framing(&mut self, opcode: u8, start: u64) -> Step<bool> {
+        match opcode {
+            op::PROTO => {
+                let version = self.u8()?;
+                if !(2..=5).contains(&version) {
+                    return self.fail(start, format!("protocol {version}, expected 2 to 5"));
+                }
+            }
+            op::FRAME => {
+                self.u64()?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn take_stack(&mut self, opcode: u8) -> Step<bool> {
+        match opcode {
+            op::MARK => self.marks.push(self.stack.len()),
+            op::POP => {
+                self.pop()?;
+            }
+            op::POP_MARK => {
+                self.pop_mark()?;
+            }
+            op::DUP => {
+                let top = self.pop()?;
+                self.stack.push(top.clone());
+                self.stack.push(top);
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn take_constant(&mut self, opcode: u8) -> Step<bool> {
+        let value = match opcode {
+            op::NONE => Value::None,
+            op::NEWTRUE => Value::Bool(true),
+            op::NEWFALSE => Value::Bool(false),
+            op::BININT => Value::Int(i32::from_le_bytes(self.bytes()?).into()),
+            op::BININT1 => Value::Int(self.u8()?.into()),
+            op::BININT2 => Value::Int(u16::from_le_bytes(self.bytes()?).into()),
+            op::LONG1 => {
+                let len = self.u8()?;
+                self.long(len.into())?
+            }
+            op::LONG4 => {
+                let len = self.u32()?;
+                self.long(len.into())?
+            }
+            op::BINFLOAT => {
+                self.u64()?;
+                Value::Other
+            }
+            _ => return Ok(false),
+        };
+        self.stack.push(value);
+        Ok(true)
+    }
+
+    fn take_text_or_bytes(&mut self, opcode: u8) -> Step<bool> {
+        let len = match opcode {
+            op::SHORT_BINUNICODE | op::SHORT_BINSTRING | op::SHORT_BINBYTES => self.u8()?.into(),
+            op::BINUNICODE | op::BINSTRING | op::BINBYTES => self.u32()?.into(),
+            op::BINUNICODE8 | op::BINBYTES8 | op::BYTEARRAY8 => self.u64()?,
+            _ => return Ok(false),
+        };
+        let value = match opcode {
+            op::SHORT_BINBYTES | op::BINBYTES | op::BINBYTES8 | op::BYTEARRAY8 => {
+                self.counted(len)?;
+                Value::Other
+            }
+            // The strings of Python 2 are text here.
+            _ => self.text(len)?,
+        };
+        self.stack.push(value);
+        Ok(true)
+    }
+
+    fn take_sequence(&mut self, opcode: u8, start: u64) -> Step<bool> {
+        match opcode {
+            op::EMPTY_TUPLE => self.tuple(Vec::new())?,
+            op::TUPLE1 | op::TUPLE2 | op::TUPLE3 => {
+                let count = usize::from(opcode - op::TUPLE1) + 1;
+                let values = self.pop_many(count)?;
+                self.tuple(values)?;
+            }
+            op::TUPLE => {
+                let values = self.pop_mark()?;
+                self.tuple(values)?;
+            }
+            op::EMPTY_LIST => {
+                let list = self.container(Vec::new());
+                self.stack.push(Value::List(list));
+            }
+            op::APPEND => {
+                let value = self.pop()?;
+                self.append(start, vec![value])?;
+            }
+            op::APPENDS => {
+                let values = self.pop_mark()?;
+                self.append(start, values)?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn take_dict_or_set(&mut self, opcode: u8, start: u64) -> Step<bool> {
+        match opcode {
+            op::EMPTY_DICT => {
+                let dict = self.container(Vec::new());
+                self.stack.push(Value::Dict(dict));
+            }
+            op::SETITEM => {
+                let pair = self.pop_many(2)?;
+                self.set_items(start, pair)?;
+            }
+            op::SETITEMS => {
+                let pairs = self.pop_mark()?;
+                self.set_items(start, pairs)?;
+            }
+            op::EMPTY_SET => self.stack.push(Value::Other),
+            op::ADDITEMS => {
+                self.pop_mark()?;
+                if !matches!(self.stack.last(), Some(Value::Other)) {
+                    return self.fail_items(start, "a set");
+                }
+            }
+            op::FROZENSET => {
+                self.pop_mark()?;
+                self.stack.push(Value::Other);
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn take_memo(&mut self, opcode: u8, start: u64) -> Step<bool> {
+        match opcode {
+            op::BINPUT => {
+                let index = self.u8()?;
+                self.memoize(start, index.into())?;
+            }
+            op::LONG_BINPUT => {
+                let index = self.u32()?;
+                self.memoize(start, index)?;
+            }
+            op::MEMOIZE => {
+                let index = u32::try_from(self.memo.len()).unwrap_or(u32::MAX);
+                self.memoize(start, index)?;
+            }
+            op::BINGET => {
+                let index = self.u8()?;
+                self.recall(start, index.into())?;
+            }
+            op::LONG_BINGET => {
+                let index = self.u32()?;
+                self.recall(start, index)?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn take_object(&mut self, opcode: u8, start: u64) -> Step<bool> {
+        match opcode {
+            op::GLOBAL => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.global(start, &module, &name)?;
+            }
+            op::STACK_GLOBAL => {
+                let names = self.pop_many(2)?;
+                let [Value::Text(module), Value::Text(name)] = names.as_slice() else {
+                    return self.fail(start, "a name that is no text");
+                };
+                self.global(start, module, name)?;
+            }
+            op::REDUCE => self.reduce(start)?,
+            op::BUILD => {
+                // Attributes of an OrderedDict: `_metadata` of a state dict. Not needed.
+                self.pop()?;
+                if !matches!(self.stack.last(), Some(Value::Dict(_))) {
+                    return self.fail(start, "attributes of something other than a dictionary");
+                }
+            }
+            op::BINPERSID => self.persistent(start)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+/// What the opcodes are made of.
+impl Machine<'_> {
     fn fail<T>(&self, offset: u64, problem: impl Into<String>) -> Step<T> {
         Err(Problem::Pickle {
             offset,
@@ -487,6 +579,19 @@ impl Machine<'_> {
         Ok(bytes)
     }
 
+    fn u8(&mut self) -> Step<u8> {
+        let [byte] = self.bytes()?;
+        Ok(byte)
+    }
+
+    fn u32(&mut self) -> Step<u32> {
+        Ok(u32::from_le_bytes(self.bytes()?))
+    }
+
+    fn u64(&mut self) -> Step<u64> {
+        Ok(u64::from_le_bytes(self.bytes()?))
+    }
+
     /// As many bytes as are announced, and no room for more than are there.
     fn counted(&mut self, len: u64) -> Step<Vec<u8>> {
         self.advance(len)?;
@@ -498,33 +603,24 @@ impl Machine<'_> {
         Ok(bytes)
     }
 
-    fn skip(&mut self, len: u64) -> Step<()> {
-        self.counted(len)?;
-        self.stack.push(Value::Other);
-        Ok(())
-    }
-
-    fn text(&mut self, len: u64) -> Step<()> {
+    fn text(&mut self, len: u64) -> Step<Value> {
         let start = self.offset;
         match String::from_utf8(self.counted(len)?) {
-            Ok(text) => self.stack.push(Value::Text(text.into())),
-            Err(_) => return self.fail(start, "text that is not UTF-8"),
+            Ok(text) => Ok(Value::Text(text.into())),
+            Err(_) => self.fail(start, "text that is not UTF-8"),
         }
-        Ok(())
     }
 
-    fn long(&mut self, len: u64) -> Step<()> {
+    fn long(&mut self, len: u64) -> Step<Value> {
         let bytes = self.counted(len)?;
-        let value = if bytes.len() <= 8 {
+        Ok(if bytes.len() <= 8 {
             let negative = bytes.last().is_some_and(|&byte| byte >= 0x80);
             let mut wide = [if negative { 0xff } else { 0 }; 8];
             wide[..bytes.len()].copy_from_slice(&bytes);
             Value::Int(i64::from_le_bytes(wide))
         } else {
             Value::Long(bytes.into())
-        };
-        self.stack.push(value);
-        Ok(())
+        })
     }
 
     fn line(&mut self) -> Step<String> {
@@ -593,22 +689,34 @@ impl Machine<'_> {
         Ok(())
     }
 
-    fn extend(&mut self, start: u64, values: Vec<Value>, is_dict: bool) -> Step<()> {
-        if is_dict && !values.len().is_multiple_of(2) {
+    /// Into the list on top of the stack.
+    fn append(&mut self, start: u64, values: Vec<Value>) -> Step<()> {
+        match self.stack.last() {
+            Some(&Value::List(at)) => self.extend(at, values),
+            _ => self.fail_items(start, "a list"),
+        }
+    }
+
+    /// Into the dictionary on top of the stack: keys and values by turns.
+    fn set_items(&mut self, start: u64, items: Vec<Value>) -> Step<()> {
+        if !items.len().is_multiple_of(2) {
             return self.fail(start, "a key without a value");
         }
-        let at = match self.stack.last() {
-            Some(Value::Dict(at)) if is_dict => *at,
-            Some(Value::List(at)) if !is_dict => *at,
-            other => {
-                let found = kind(other);
-                let expected = if is_dict { "a dictionary" } else { "a list" };
-                return self.fail(start, format!("items for {found}, expected {expected}"));
-            }
-        };
+        match self.stack.last() {
+            Some(&Value::Dict(at)) => self.extend(at, items),
+            _ => self.fail_items(start, "a dictionary"),
+        }
+    }
+
+    fn extend(&mut self, container: usize, values: Vec<Value>) -> Step<()> {
         self.count(values.len())?;
-        self.containers[at].extend(values);
+        self.containers[container].extend(values);
         Ok(())
+    }
+
+    fn fail_items<T>(&self, start: u64, expected: &str) -> Step<T> {
+        let found = kind(self.stack.last());
+        self.fail(start, format!("items for {found}, expected {expected}"))
     }
 
     fn global(&mut self, start: u64, module: &str, name: &str) -> Step<()> {
