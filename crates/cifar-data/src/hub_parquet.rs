@@ -16,8 +16,9 @@ use image::{
 };
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
-use parquet::data_type::{ByteArrayType, DataType, Int64Type};
+use parquet::data_type::{ByteArray, ByteArrayType, DataType, Int64Type};
 use parquet::errors::ParquetError;
+use parquet::file::metadata::ColumnChunkMetaData;
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
 use rayon::prelude::*;
@@ -82,119 +83,205 @@ pub fn load(train: &Path, test: &Path) -> Result<TrainTest, DataError> {
 /// [`DataError::ParquetNull`], [`DataError::ParquetLabel`], [`DataError::Picture`],
 /// [`DataError::Decode`].
 pub fn read_file(path: &Path) -> Result<HubImages, DataError> {
-    let read_error = |source| DataError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    let file = File::open(path).map_err(read_error)?;
-    let file_bytes = file.metadata().map_err(read_error)?.len();
-    let parquet_error = |source| DataError::Parquet {
-        path: path.to_owned(),
-        source,
-    };
-    let pages = file.try_clone().map_err(read_error)?;
-    let reader = guarded(|| SerializedFileReader::new(file)).map_err(parquet_error)?;
-    let schema = reader.metadata().file_metadata().schema_descr();
-    let img = find_column(schema, "img.bytes", PhysicalType::BYTE_ARRAY, path)?;
-    let label = find_column(schema, "label", PhysicalType::INT64, path)?;
+    let file = ParquetFile::open(path)?;
+    file.check_place_of_chunks()?;
+    let rows = file.count_rows()?;
+    file.check_pages(rows)?;
+    let mut pictures = Pictures::default();
+    for group in 0..file.reader.num_row_groups() {
+        file.read_group(group, &mut pictures)?;
+    }
+    if pictures.labels.len() != rows {
+        return Err(DataError::ParquetRows {
+            path: path.to_owned(),
+            column: "label",
+            found: pictures.labels.len(),
+            expected: rows,
+        });
+    }
+    let set = ImageSet::new(pictures.pixels, pictures.labels)?;
+    let jpeg = pictures.jpeg;
+    Ok(HubImages { set, jpeg })
+}
 
-    let groups = reader.metadata().row_groups();
-    for chunk in groups.iter().flat_map(|g| [g.column(img), g.column(label)]) {
-        let start = chunk
-            .dictionary_page_offset()
-            .unwrap_or(chunk.data_page_offset());
-        let end = start.checked_add(chunk.compressed_size());
-        let in_file = end.is_some_and(|end| u64::try_from(end).is_ok_and(|end| end <= file_bytes));
-        if start < 0 || chunk.compressed_size() < 0 || !in_file {
-            return Err(parquet_error(ParquetError::General(format!(
-                "column `{}` is said to be at byte {start}, {} bytes long, in a file of {file_bytes}",
-                chunk.column_path().string(),
-                chunk.compressed_size()
-            ))));
+/// A file in which the two columns were found. Nothing else that its metadata says is believed before
+/// it has been checked.
+struct ParquetFile<'a> {
+    path: &'a Path,
+    bytes: u64,
+    /// For the check of the pages; the reader has taken the other handle.
+    pages: File,
+    reader: SerializedFileReader<File>,
+    /// Index of the leaf column `img.bytes`.
+    img: usize,
+    /// Index of the leaf column `label`.
+    label: usize,
+}
+
+/// What has been read.
+#[derive(Default)]
+struct Pictures {
+    pixels: Vec<u8>,
+    labels: Vec<u8>,
+    jpeg: usize,
+}
+
+impl<'a> ParquetFile<'a> {
+    fn open(path: &'a Path) -> Result<Self, DataError> {
+        let read_error = |source| DataError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let file = File::open(path).map_err(read_error)?;
+        let bytes = file.metadata().map_err(read_error)?.len();
+        let pages = file.try_clone().map_err(read_error)?;
+        let reader = guarded(|| SerializedFileReader::new(file))
+            .map_err(|source| parquet_error(path, source))?;
+        let schema = reader.metadata().file_metadata().schema_descr();
+        let img = find_column(schema, "img.bytes", PhysicalType::BYTE_ARRAY, path)?;
+        let label = find_column(schema, "label", PhysicalType::INT64, path)?;
+        Ok(Self {
+            path,
+            bytes,
+            pages,
+            reader,
+            img,
+            label,
+        })
+    }
+
+    /// The two columns' chunks, group by group.
+    fn chunks(&self) -> impl Iterator<Item = &ColumnChunkMetaData> {
+        let groups = self.reader.metadata().row_groups().iter();
+        groups.flat_map(|group| [group.column(self.img), group.column(self.label)])
+    }
+
+    /// Checks that the chunks lie in the file.
+    fn check_place_of_chunks(&self) -> Result<(), DataError> {
+        for chunk in self.chunks() {
+            let start = chunk
+                .dictionary_page_offset()
+                .unwrap_or(chunk.data_page_offset());
+            let end = start.checked_add(chunk.compressed_size());
+            let in_file =
+                end.is_some_and(|end| u64::try_from(end).is_ok_and(|end| end <= self.bytes));
+            if start < 0 || chunk.compressed_size() < 0 || !in_file {
+                let problem = format!(
+                    "column `{}` is said to be at byte {start}, {} bytes long, in a file of {}",
+                    chunk.column_path().string(),
+                    chunk.compressed_size(),
+                    self.bytes
+                );
+                return Err(parquet_error(self.path, ParquetError::General(problem)));
+            }
+        }
+        Ok(())
+    }
+
+    /// How many rows all groups are said to hold: at least one, and no more than [`MAX_ROWS`].
+    fn count_rows(&self) -> Result<usize, DataError> {
+        let groups = self.reader.metadata().row_groups();
+        let rows: i128 = groups
+            .iter()
+            .map(|group| i128::from(group.num_rows()))
+            .sum();
+        if rows > MAX_ROWS as i128 || groups.iter().any(|group| group.num_rows() < 0) {
+            return Err(DataError::TooMany {
+                path: self.path.to_owned(),
+                found: u64::try_from(rows).unwrap_or(u64::MAX),
+                max: MAX_ROWS as u64,
+            });
+        }
+        match rows as usize {
+            0 => Err(DataError::Empty {
+                path: self.path.to_owned(),
+            }),
+            rows => Ok(rows),
         }
     }
-    let rows: i128 = groups
-        .iter()
-        .map(|group| i128::from(group.num_rows()))
-        .sum();
-    if rows > MAX_ROWS as i128 || groups.iter().any(|group| group.num_rows() < 0) {
-        return Err(DataError::TooMany {
-            path: path.to_owned(),
-            found: u64::try_from(rows).unwrap_or(u64::MAX),
-            max: MAX_ROWS as u64,
-        });
-    }
-    let rows = rows as usize;
-    if rows == 0 {
-        return Err(DataError::Empty {
-            path: path.to_owned(),
-        });
-    }
-    for chunk in groups.iter().flat_map(|g| [g.column(img), g.column(label)]) {
-        pages::check(&pages, chunk.byte_range(), chunk.compression(), rows).map_err(|error| {
-            let column = chunk.column_path().string();
-            let problem = match error {
-                ParquetError::General(problem) => problem,
-                other => other.to_string(),
-            };
-            parquet_error(ParquetError::General(format!(
-                "column `{column}`: {problem}"
-            )))
-        })?;
+
+    /// Checks that no page takes more memory than a good one can. It comes after the chunks' place, since
+    /// the range of one that lies nowhere is a panic of the library's.
+    fn check_pages(&self, rows: usize) -> Result<(), DataError> {
+        for chunk in self.chunks() {
+            let (range, codec) = (chunk.byte_range(), chunk.compression());
+            pages::check(&self.pages, range, codec, rows).map_err(|error| {
+                let column = chunk.column_path().string();
+                let problem = match error {
+                    ParquetError::General(problem) => problem,
+                    other => other.to_string(),
+                };
+                let problem = format!("column `{column}`: {problem}");
+                parquet_error(self.path, ParquetError::General(problem))
+            })?;
+        }
+        Ok(())
     }
 
-    let mut pixels = Vec::new();
-    let mut labels = Vec::new();
-    let mut jpeg = 0;
-    for group in 0..reader.num_row_groups() {
-        let group = guarded(|| reader.get_row_group(group)).map_err(parquet_error)?;
-        let mut images = Column::<ByteArrayType>::open(&*group, img, "img.bytes", path)?;
-        let mut classes = Column::<Int64Type>::open(&*group, label, "label", path)?;
+    /// Appends the pictures of a row group, block by block.
+    fn read_group(&self, group: usize, pictures: &mut Pictures) -> Result<(), DataError> {
+        let path = self.path;
+        let group = guarded(|| self.reader.get_row_group(group))
+            .map_err(|source| parquet_error(path, source))?;
+        let mut images = Column::<ByteArrayType>::open(&*group, self.img, "img.bytes", path)?;
+        let mut classes = Column::<Int64Type>::open(&*group, self.label, "label", path)?;
         loop {
-            let row = labels.len();
+            let row = pictures.labels.len();
             let encoded = images.next_values(row)?;
-            let raw_labels = classes.next_values(row)?;
-            if encoded.len() != raw_labels.len() {
+            let labels = classes.next_values(row)?;
+            if encoded.len() != labels.len() {
                 return Err(DataError::ParquetRows {
                     path: path.to_owned(),
                     column: "label",
-                    found: row + raw_labels.len(),
+                    found: row + labels.len(),
                     expected: row + encoded.len(),
                 });
             }
             if encoded.is_empty() {
-                break;
+                return Ok(());
             }
-            for (i, found) in raw_labels.into_iter().enumerate() {
-                let label = u8::try_from(found)
-                    .ok()
-                    .filter(|&l| usize::from(l) < CLASSES);
-                labels.push(label.ok_or_else(|| DataError::ParquetLabel {
+            pictures.append(encoded, labels, path)?;
+        }
+    }
+}
+
+impl Pictures {
+    /// Appends a block of as many encoded pictures as labels.
+    fn append(
+        &mut self,
+        encoded: Vec<ByteArray>,
+        labels: Vec<i64>,
+        path: &Path,
+    ) -> Result<(), DataError> {
+        let row = self.labels.len();
+        for (i, found) in labels.into_iter().enumerate() {
+            let label = u8::try_from(found)
+                .ok()
+                .filter(|&l| usize::from(l) < CLASSES);
+            self.labels
+                .push(label.ok_or_else(|| DataError::ParquetLabel {
                     path: path.to_owned(),
                     row: row + i,
                     found,
                 })?);
-            }
-            pixels.resize(labels.len() * IMAGE_BYTES, 0);
-            let formats = pixels[row * IMAGE_BYTES..]
-                .par_chunks_exact_mut(IMAGE_BYTES)
-                .zip(encoded)
-                .enumerate()
-                .map(|(i, (image, encoded))| decode_picture(encoded.data(), image, row + i, path))
-                .collect::<Result<Vec<_>, _>>()?;
-            jpeg += formats.iter().filter(|&&f| f == ImageFormat::Jpeg).count();
         }
+        self.pixels.resize(self.labels.len() * IMAGE_BYTES, 0);
+        let formats = self.pixels[row * IMAGE_BYTES..]
+            .par_chunks_exact_mut(IMAGE_BYTES)
+            .zip(encoded)
+            .enumerate()
+            .map(|(i, (image, encoded))| decode_picture(encoded.data(), image, row + i, path))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.jpeg += formats.iter().filter(|&&f| f == ImageFormat::Jpeg).count();
+        Ok(())
     }
-    if labels.len() != rows {
-        return Err(DataError::ParquetRows {
-            path: path.to_owned(),
-            column: "label",
-            found: labels.len(),
-            expected: rows,
-        });
+}
+
+fn parquet_error(path: &Path, source: ParquetError) -> DataError {
+    DataError::Parquet {
+        path: path.to_owned(),
+        source,
     }
-    let set = ImageSet::new(pixels, labels)?;
-    Ok(HubImages { set, jpeg })
 }
 
 /// The index of the leaf column `name`.
@@ -257,11 +344,8 @@ impl<'a, T: DataType> Column<'a, T> {
         name: &'static str,
         path: &'a Path,
     ) -> Result<Self, DataError> {
-        let reader =
-            guarded(|| group.get_column_reader(index)).map_err(|source| DataError::Parquet {
-                path: path.to_owned(),
-                source,
-            })?;
+        let reader = guarded(|| group.get_column_reader(index))
+            .map_err(|source| parquet_error(path, source))?;
         Ok(Self {
             // `find_column` has checked the type, without which this would panic.
             reader: get_typed_column_reader(reader),
@@ -283,10 +367,7 @@ impl<'a, T: DataType> Column<'a, T> {
             let reader = &mut self.reader;
             reader.read_records(Self::BLOCK, Some(&mut levels), None, &mut values)
         })
-        .map_err(|source| DataError::Parquet {
-            path: self.path.to_owned(),
-            source,
-        })?;
+        .map_err(|source| parquet_error(self.path, source))?;
         if let Some(null) = levels.iter().position(|&level| level != self.full_level) {
             return Err(DataError::ParquetNull {
                 path: self.path.to_owned(),
@@ -295,14 +376,12 @@ impl<'a, T: DataType> Column<'a, T> {
             });
         }
         if values.len() != records {
-            return Err(DataError::Parquet {
-                path: self.path.to_owned(),
-                source: ParquetError::General(format!(
-                    "{} values in {records} records of `{}`",
-                    values.len(),
-                    self.name
-                )),
-            });
+            let problem = format!(
+                "{} values in {records} records of `{}`",
+                values.len(),
+                self.name
+            );
+            return Err(parquet_error(self.path, ParquetError::General(problem)));
         }
         Ok(values)
     }
