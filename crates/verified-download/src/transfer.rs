@@ -135,7 +135,33 @@ impl Transfer<'_> {
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
         // What is there stays until bytes of the file come that take its place.
-        let mut from = if state.use_range { part.len() } else { 0 };
+        let wanted = if state.use_range { part.len() } else { 0 };
+        let mut answer = self.ask(wanted, state.etag.as_deref())?;
+        let from = match answer.response.status() {
+            StatusCode::OK => 0,
+            StatusCode::PARTIAL_CONTENT => {
+                self.check_range(&answer, wanted, part, state)?;
+                wanted
+            }
+            _ => return Err(self.refused(answer).into()),
+        };
+        answer.refuse_web_page()?;
+        self.check_announced_size(&mut answer, from, state)?;
+        // Only a strong tag promises the same bytes. It is remembered for this run alone: between runs a
+        // content network may answer from elsewhere with another tag for the same bytes, and the hash decides anyway.
+        state.etag = header(answer.response.headers(), ETAG)
+            .filter(|tag| tag.starts_with('"'))
+            .map(str::to_owned);
+        progress(Event::Transferring {
+            path: &self.file.path,
+            from,
+            bytes: state.expected(self.file),
+        });
+        self.read_body(answer, from, part, state, progress)
+    }
+
+    /// Asks for the file from the byte `wanted` on, or for all of it if its tag is no longer `etag`.
+    fn ask(&self, wanted: u64, etag: Option<&str>) -> Result<Answer, RemoteError> {
         // Compressed transfer would make lengths and ranges those of other bytes.
         let mut request = self
             .client
@@ -144,133 +170,121 @@ impl Transfer<'_> {
         if let Some(token) = &self.file.token {
             request = request.bearer_auth(token.expose());
         }
-        if from > 0 {
-            request = request.header(RANGE, format!("bytes={from}-"));
-            if let Some(etag) = &state.etag {
+        if wanted > 0 {
+            request = request.header(RANGE, format!("bytes={wanted}-"));
+            if let Some(etag) = etag {
                 request = request.header(IF_RANGE, etag);
             }
         }
-        let mut response = request.send().map_err(|error| RemoteError::NoAnswer {
+        let response = request.send().map_err(|error| RemoteError::NoAnswer {
             url: self.shown_url(None),
             source: error.without_url(),
         })?;
         let url = self.shown_url(Some(response.url()));
-        let headers = response.headers();
+        Ok(Answer { response, url })
+    }
 
-        let status = response.status();
-        match status {
-            StatusCode::OK => from = 0,
-            StatusCode::PARTIAL_CONTENT => {
-                let (start, total) = content_range(headers).unwrap_or((u64::MAX, None));
-                if let (Some(announced), Some(expected)) = (total, self.file.pin.exact_bytes())
-                    && announced != expected
-                {
-                    return Err(RemoteError::WrongLength {
-                        url,
-                        announced,
-                        expected,
-                    }
-                    .into());
-                }
-                let most = self.file.pin.most_bytes();
-                if total.is_some_and(|total| total > most) {
-                    return Err(RemoteError::TooLong {
-                        url,
-                        expected: most,
-                    }
-                    .into());
-                }
-                state.total = state.total.or(total);
-                if start != from {
-                    // It answers ranges, but not the one we asked for: do without.
-                    state.use_range = false;
-                    return Err(RemoteError::BrokeOff {
-                        url,
-                        received: part.len(),
-                        expected: state.expected(self.file),
-                        source: None,
-                    }
-                    .into());
-                }
-            }
-            _ => {
-                let retry_after = retry_after(headers);
-                let hint = match status {
-                    StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                        self.file.hints.refused.clone()
-                    }
-                    _ => Text::Borrowed(""),
-                };
-                let excerpt = excerpt(&read_start(&mut response));
-                return Err(RemoteError::Status {
-                    url,
-                    status,
-                    excerpt,
-                    hint,
-                    retry_after,
-                }
-                .into());
-            }
-        }
-
-        if header(headers, CONTENT_TYPE)
-            .is_some_and(|kind| kind.trim_start().starts_with("text/html"))
+    /// Checks which part of the file a partial answer says it is, and of how many bytes, which may be news.
+    fn check_range(
+        &self,
+        answer: &Answer,
+        wanted: u64,
+        part: &PartFile<'_>,
+        state: &mut State,
+    ) -> Result<(), RemoteError> {
+        let url = || answer.url.clone();
+        let (start, total) = content_range(answer.response.headers()).unwrap_or((u64::MAX, None));
+        if let (Some(announced), Some(expected)) = (total, self.file.pin.exact_bytes())
+            && announced != expected
         {
-            return Err(RemoteError::WebPage {
-                url,
-                excerpt: excerpt(&read_start(&mut response)),
-            }
-            .into());
+            return Err(RemoteError::WrongLength {
+                url: url(),
+                announced,
+                expected,
+            });
         }
-        let announced =
-            header(headers, CONTENT_LENGTH).and_then(|length| length.trim().parse::<u64>().ok());
-        if let Some(length) = announced {
-            let announced = from.saturating_add(length);
-            let (exact, most) = (self.file.pin.exact_bytes(), self.file.pin.most_bytes());
-            // A partial answer may stop short of the end; a whole one may not.
-            let is_whole = status == StatusCode::OK;
-            if announced > most || (is_whole && exact.is_some_and(|exact| announced < exact)) {
-                return Err(match (page_instead(&mut response), exact) {
-                    (Some(excerpt), _) => RemoteError::WebPage { url, excerpt },
-                    (None, Some(expected)) => RemoteError::WrongLength {
-                        url,
-                        announced,
-                        expected,
-                    },
-                    (None, None) => RemoteError::TooLong {
-                        url,
-                        expected: most,
-                    },
-                }
-                .into());
-            }
-            if is_whole {
-                state.total = Some(announced);
-            }
+        let most = self.file.pin.most_bytes();
+        if total.is_some_and(|total| total > most) {
+            return Err(RemoteError::TooLong {
+                url: url(),
+                expected: most,
+            });
         }
-        // Only a strong tag promises the same bytes. It is remembered for this run alone: between runs a
-        // content network may answer from elsewhere with another tag for the same bytes, and the hash decides anyway.
-        state.etag = header(headers, ETAG)
-            .filter(|tag| tag.starts_with('"'))
-            .map(str::to_owned);
-        progress(Event::Transferring {
-            path: &self.file.path,
-            from,
-            bytes: state.expected(self.file),
-        });
-        self.read_body(&mut response, url, from, part, state, progress)
+        state.total = state.total.or(total);
+        if start != wanted {
+            // It answers ranges, but not the one we asked for: do without.
+            state.use_range = false;
+            return Err(RemoteError::BrokeOff {
+                url: url(),
+                received: part.len(),
+                expected: state.expected(self.file),
+                source: None,
+            });
+        }
+        Ok(())
+    }
+
+    /// The error for an answer whose status promises no file.
+    fn refused(&self, mut answer: Answer) -> RemoteError {
+        let status = answer.response.status();
+        RemoteError::Status {
+            retry_after: retry_after(answer.response.headers()),
+            excerpt: excerpt(&read_start(&mut answer.response)),
+            hint: match status {
+                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.file.hints.refused.clone(),
+                _ => Text::Borrowed(""),
+            },
+            url: answer.url,
+            status,
+        }
+    }
+
+    /// Checks at which size of the file a body ends that begins at the byte `from`; that of a whole one is the file's.
+    fn check_announced_size(
+        &self,
+        answer: &mut Answer,
+        from: u64,
+        state: &mut State,
+    ) -> Result<(), RemoteError> {
+        let length = header(answer.response.headers(), CONTENT_LENGTH);
+        let Some(length) = length.and_then(|length| length.trim().parse::<u64>().ok()) else {
+            return Ok(());
+        };
+        let announced = from.saturating_add(length);
+        let (exact, most) = (self.file.pin.exact_bytes(), self.file.pin.most_bytes());
+        // A partial answer may stop short of the end; a whole one may not.
+        let is_whole = answer.response.status() == StatusCode::OK;
+        if announced > most || (is_whole && exact.is_some_and(|exact| announced < exact)) {
+            let url = answer.url.clone();
+            return Err(match (page_instead(&mut answer.response), exact) {
+                (Some(excerpt), _) => RemoteError::WebPage { url, excerpt },
+                (None, Some(expected)) => RemoteError::WrongLength {
+                    url,
+                    announced,
+                    expected,
+                },
+                (None, None) => RemoteError::TooLong {
+                    url,
+                    expected: most,
+                },
+            });
+        }
+        if is_whole {
+            state.total = Some(announced);
+        }
+        Ok(())
     }
 
     /// Appends the body to the first `from` bytes of `part`, which are all of it or none.
     fn read_body(
         &self,
-        response: &mut Response,
-        url: String,
+        answer: Answer,
         from: u64,
         part: &mut PartFile<'_>,
         state: &mut State,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
+        let Answer { mut response, url } = answer;
         let expected = state.expected(self.file);
         let mut starts_over = from < part.len();
         let mut buffer = vec![0; 1 << 16];
@@ -463,6 +477,25 @@ impl State {
     /// The size of the file, or the most it may be while that is unknown.
     fn expected(&self, file: &FileRequest) -> u64 {
         self.total.unwrap_or(file.pin.most_bytes())
+    }
+}
+
+/// What a server answered, its body still to be read.
+struct Answer {
+    response: Response,
+    /// As users may see it.
+    url: String,
+}
+
+impl Answer {
+    fn refuse_web_page(&mut self) -> Result<(), RemoteError> {
+        match header(self.response.headers(), CONTENT_TYPE) {
+            Some(kind) if kind.trim_start().starts_with("text/html") => Err(RemoteError::WebPage {
+                url: self.url.clone(),
+                excerpt: excerpt(&read_start(&mut self.response)),
+            }),
+            _ => Ok(()),
+        }
     }
 }
 
