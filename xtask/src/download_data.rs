@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use cifar_data::download::{Event, Origin, Report, Request, Source, fetch};
+use cifar_data::download::{Event, FileEvent, Origin, Report, Request, Source, fetch};
 use clap::{Args, ValueEnum};
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -119,10 +119,11 @@ impl Display {
             self.say(&line);
         }
         match event {
-            Event::CopyingFromHubCache { path, .. } => self.begin(path, 0),
-            Event::Transferring { path, from, .. } => self.begin(path, *from),
+            Event::File(FileEvent::CopyingFromCache { path, .. }) => self.begin(path, 0),
+            Event::File(FileEvent::Transferring { path, from, .. }) => self.begin(path, *from),
             Event::Unpacking { archive } => self.begin(archive, 0),
-            Event::Progress { done, bytes } => self.advance(*done, *bytes),
+            Event::File(FileEvent::Progress { done, bytes })
+            | Event::UnpackingProgress { done, bytes } => self.advance(*done, *bytes),
             _ => {}
         }
     }

@@ -13,6 +13,9 @@ use crate::error::{DownloadError, RemoteError};
 use crate::transfer::{client_with, excerpt, header, shown_url, wait};
 use crate::{Hints, Options, Pin, Text, Token, parse_url};
 
+/// What messages call the cache that Hugging Face tools share.
+pub const CACHE_NAME: &str = "the Hugging Face cache";
+
 /// Where the Hub is and how to use it.
 #[derive(Debug, Clone)]
 pub struct HubSettings {

@@ -118,6 +118,15 @@ impl Default for Hints {
     }
 }
 
+/// A copy of a file in a cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachedCopy {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What messages call the cache, with the article: `the Hugging Face cache`.
+    pub cache: Text,
+}
+
 /// A complete file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fetched {
@@ -150,7 +159,7 @@ impl Downloader {
         }
     }
 
-    /// Makes `file` complete. `cached` is asked for a copy when the file is not there.
+    /// Makes `file` complete. `cached` is asked for a copy, and in which cache that is, when the file is not there.
     ///
     /// Blocks until it is, or until the first failure that retrying does not mend.
     ///
@@ -160,7 +169,7 @@ impl Downloader {
     pub fn fetch(
         &mut self,
         file: &FileRequest,
-        cached: &dyn Fn() -> Option<PathBuf>,
+        cached: &dyn Fn() -> Option<CachedCopy>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Fetched, DownloadError> {
         self.try_fetch(file, cached, progress)
@@ -170,7 +179,7 @@ impl Downloader {
     fn try_fetch(
         &mut self,
         file: &FileRequest,
-        cached: &dyn Fn() -> Option<PathBuf>,
+        cached: &dyn Fn() -> Option<CachedCopy>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Fetched, DownloadError> {
         let FileRequest { path, pin, .. } = file;
@@ -282,15 +291,20 @@ fn already_complete(
 
 /// Fills `part` from the cached file, if that is right.
 fn copy_from_cache(
-    cached: &Path,
+    copy: &CachedCopy,
     file: &FileRequest,
     part: &mut PartFile<'_>,
     progress: &mut dyn FnMut(Event<'_>),
 ) -> Result<bool, DownloadError> {
+    let CachedCopy {
+        path: cached,
+        cache,
+    } = copy;
     match store::check(cached, &file.pin, progress)? {
         State::Absent => return Ok(false),
         State::Wrong(problem) => {
-            progress(Event::HubCacheIsWrong {
+            progress(Event::CacheIsWrong {
+                cache,
                 cached,
                 problem: &problem,
             });
@@ -299,13 +313,21 @@ fn copy_from_cache(
         State::Complete(_) => {}
     }
     let path = &file.path;
-    progress(Event::CopyingFromHubCache { cached, path });
+    progress(Event::CopyingFromCache {
+        cache,
+        cached,
+        path,
+    });
     part.restart()?;
     part.append_file(cached, progress)?;
     // It was right a moment ago; what was copied is what counts.
     let copied = part.verify();
     if let Err(problem) = &copied {
-        progress(Event::HubCacheIsWrong { cached, problem });
+        progress(Event::CacheIsWrong {
+            cache,
+            cached,
+            problem,
+        });
         part.restart()?;
     }
     Ok(copied.is_ok())
@@ -431,15 +453,19 @@ pub enum Event<'a> {
         /// The file.
         path: &'a Path,
     },
-    /// The Hub cache has the file, and it is right.
-    CopyingFromHubCache {
+    /// A cache has the file, and it is right.
+    CopyingFromCache {
+        /// What the caller calls the cache.
+        cache: &'a str,
         /// The copy in the cache.
         cached: &'a Path,
         /// The file.
         path: &'a Path,
     },
-    /// The Hub cache has the file, but it is wrong, so it is fetched instead. The cache is left as it is.
-    HubCacheIsWrong {
+    /// A cache has the file, but it is wrong, so it is fetched instead. The cache is left as it is.
+    CacheIsWrong {
+        /// What the caller calls the cache.
+        cache: &'a str,
         /// The copy in the cache.
         cached: &'a Path,
         /// What is wrong with it.
@@ -465,7 +491,7 @@ pub enum Event<'a> {
         /// The size of the file.
         bytes: u64,
     },
-    /// The file under way (or what is unpacked) grew.
+    /// The file under way grew.
     Progress {
         /// Bytes so far.
         done: u64,
@@ -490,11 +516,6 @@ pub enum Event<'a> {
         /// Why.
         why: &'a str,
     },
-    /// An archive is complete and its caller unpacks it.
-    Unpacking {
-        /// The archive.
-        archive: &'a Path,
-    },
     /// A file has been verified and has its final name.
     Complete {
         /// The file.
@@ -504,11 +525,6 @@ pub enum Event<'a> {
     },
     /// An unfinished download of another version of a file that is now complete was removed.
     RemovedStalePart {
-        /// What was removed.
-        path: &'a Path,
-    },
-    /// What an unpacking that was killed had unpacked was removed by its caller.
-    RemovedStaleFolder {
         /// What was removed.
         path: &'a Path,
     },
@@ -532,13 +548,14 @@ impl Event<'_> {
                 "another process is fetching {}: waiting for it",
                 path.display()
             ),
-            Event::CopyingFromHubCache { cached, .. } => {
-                format!("copying {} from the Hugging Face cache", cached.display())
+            Event::CopyingFromCache { cache, cached, .. } => {
+                format!("copying {} from {cache}", cached.display())
             }
-            Event::HubCacheIsWrong { cached, problem } => format!(
-                "not using {} from the Hugging Face cache: {problem}",
-                cached.display()
-            ),
+            Event::CacheIsWrong {
+                cache,
+                cached,
+                problem,
+            } => format!("not using {} from {cache}: {problem}", cached.display()),
             Event::Fetching {
                 url, from, bytes, ..
             } => {
@@ -560,14 +577,9 @@ impl Event<'_> {
                 delay.as_secs_f64()
             ),
             Event::StartingOver { path, why } => format!("starting {} over: {why}", path.display()),
-            Event::Unpacking { archive } => format!("unpacking {}", archive.display()),
             Event::Complete { path, .. } => format!("{} is complete and verified", path.display()),
             Event::RemovedStalePart { path } => format!(
                 "removed {}, an unfinished download of another version",
-                path.display()
-            ),
-            Event::RemovedStaleFolder { path } => format!(
-                "removed {}, which an unpacking that was killed had left",
                 path.display()
             ),
             Event::Transferring { .. } | Event::Progress { .. } => return None,
@@ -627,6 +639,25 @@ mod tests {
                     why: "the server has another file",
                 },
                 Some("starting weights.bin over: the server has another file"),
+            ),
+            (
+                Event::CopyingFromCache {
+                    cache: hub::CACHE_NAME,
+                    cached: Path::new("blobs/1f"),
+                    path,
+                },
+                Some("copying blobs/1f from the Hugging Face cache"),
+            ),
+            (
+                Event::CacheIsWrong {
+                    cache: "the office's cache",
+                    cached: Path::new("blobs/1f"),
+                    problem: &Mismatch::Size {
+                        found: 1,
+                        expected: 2,
+                    },
+                },
+                Some("not using blobs/1f from the office's cache: it has 1 bytes instead of 2"),
             ),
             (Event::Progress { done: 1, bytes: 2 }, None),
             (

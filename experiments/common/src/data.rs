@@ -296,7 +296,7 @@ fn download(dir: &Path) -> Result<()> {
     let mut request = Request::from_env(Source::Hub, dir);
     request.hints.other_folder = "choose another folder with `--data-dir`".into();
     let mut progress = DownloadProgress::new();
-    fetch(&request, &mut |event| progress.show(&event))?;
+    fetch(&request, &mut |event| progress.show_data(&event))?;
     Ok(())
 }
 

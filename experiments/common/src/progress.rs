@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
+use cifar_data::download;
 use indicatif::{DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 use trainer::{EpochReport, Observer, StartReport, StepReport};
 use verified_download::Event;
@@ -179,12 +180,21 @@ impl DownloadProgress {
         Self::default()
     }
 
-    /// Shows what happens.
+    /// Shows what happens to a file.
     pub fn show(&mut self, event: &Event<'_>) {
         match event {
             // That all is as it should be is nothing to say at each start.
             Event::Checking { .. } | Event::AlreadyComplete { .. } => {}
             Event::Progress { done, bytes } => self.advance(*done, *bytes),
+            event => event.message().iter().for_each(|line| say(line)),
+        }
+    }
+
+    /// Shows what happens to CIFAR-10.
+    pub(crate) fn show_data(&mut self, event: &download::Event<'_>) {
+        match event {
+            download::Event::File(event) => self.show(event),
+            download::Event::UnpackingProgress { done, bytes } => self.advance(*done, *bytes),
             event => event.message().iter().for_each(|line| say(line)),
         }
     }

@@ -5,8 +5,9 @@ use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 
 use flate2::read::GzDecoder;
-use verified_download::{Event, Interrupt, Text, Verifier, sync_folder};
+use verified_download::{Interrupt, Text, Verifier, sync_folder};
 
+use super::Event;
 use super::error::{ArchiveError, DownloadError};
 use super::manifest::{ArchiveManifest, PinnedFile};
 
@@ -170,7 +171,7 @@ impl Unpacker<'_, '_> {
                 _ => {}
             }
             done += member.map_or(0, |member| member.bytes);
-            (self.progress)(Event::Progress { done, bytes: total });
+            (self.progress)(Event::UnpackingProgress { done, bytes: total });
         }
         match self
             .wanted
@@ -216,7 +217,7 @@ impl Unpacker<'_, '_> {
             file.write_all(&buffer[..count]).map_err(error)?;
             verifier.update(&buffer[..count]);
             written += count as u64;
-            (self.progress)(Event::Progress {
+            (self.progress)(Event::UnpackingProgress {
                 done: done + written,
                 bytes: total,
             });

@@ -5,11 +5,11 @@
 //! Nothing is printed here: [`Event`]s tell a caller what happens.
 //!
 //! ```no_run
-//! use cifar_data::download::{Event, Request, Source, fetch};
+//! use cifar_data::download::{Event, FileEvent, Request, Source, fetch};
 //!
 //! let request = Request::from_env(Source::Hub, "data");
 //! let report = fetch(&request, &mut |event| {
-//!     if let Event::Progress { done, bytes } = event {
+//!     if let Event::File(FileEvent::Progress { done, bytes }) = event {
 //!         eprint!("\r{done} of {bytes} bytes");
 //!     }
 //! })?;
@@ -21,12 +21,12 @@ mod archive;
 mod error;
 mod manifest;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use verified_download::hub::{HubFile, HubSettings, RepositoryKind};
-use verified_download::{Downloader, FileRequest, Options};
+use verified_download::hub::{CACHE_NAME, HubFile, HubSettings, RepositoryKind};
+use verified_download::{CachedCopy, Downloader, FileRequest, Options};
 pub use verified_download::{
-    Event, Hints, Interrupt, Mismatch, Network, Proxy, RemoteError, Text, Token,
+    Event as FileEvent, Hints, Interrupt, Mismatch, Network, Proxy, RemoteError, Text, Token,
 };
 
 pub use error::{ArchiveError, DownloadError};
@@ -164,6 +164,47 @@ impl From<verified_download::Origin> for Origin {
     }
 }
 
+/// What happens during [`fetch`], in order. Paths are those of the final files.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Something happens to one file, or a file from the archive is complete.
+    File(FileEvent<'a>),
+    /// An archive is complete and is being unpacked.
+    Unpacking {
+        /// The archive.
+        archive: &'a Path,
+    },
+    /// What is unpacked grew.
+    UnpackingProgress {
+        /// Bytes so far.
+        done: u64,
+        /// Bytes at the end.
+        bytes: u64,
+    },
+    /// What an unpacking that was killed had left was removed.
+    RemovedStaleFolder {
+        /// What was removed.
+        path: &'a Path,
+    },
+}
+
+impl Event<'_> {
+    /// What happened, as a line for people. None where only a bar moves: [`Event::UnpackingProgress`], and as
+    /// [`FileEvent::message`] says.
+    pub fn message(&self) -> Option<String> {
+        match self {
+            Event::File(event) => event.message(),
+            Event::Unpacking { archive } => Some(format!("unpacking {}", archive.display())),
+            Event::UnpackingProgress { .. } => None,
+            Event::RemovedStaleFolder { path } => Some(format!(
+                "removed {}, which an unpacking that was killed had left",
+                path.display()
+            )),
+        }
+    }
+}
+
 struct Run<'a> {
     request: &'a Request,
     downloader: Downloader,
@@ -188,7 +229,12 @@ impl Run<'_> {
                     "HF_TOKEN may be wrong or expired; the data set is public, so unset it".into();
             }
             let cache = request.hub_cache.as_deref();
-            let cached = || cache.and_then(|cache| on_hub.find_in_cache(cache));
+            let cached = || {
+                Some(CachedCopy {
+                    path: on_hub.find_in_cache(cache?)?,
+                    cache: CACHE_NAME.into(),
+                })
+            };
             reports.push(self.file(file, &cached)?);
         }
         Ok(reports)
@@ -201,7 +247,9 @@ impl Run<'_> {
         let mut wanted = Vec::new();
         for member in manifest.members.iter() {
             let path = dir.join(&*manifest.folder).join(&*member.path);
-            let complete = verified_download::is_complete(&path, &member.pin(), self.progress)?;
+            let complete = verified_download::is_complete(&path, &member.pin(), &mut |event| {
+                (self.progress)(Event::File(event));
+            })?;
             if !complete {
                 wanted.push(member);
             }
@@ -232,10 +280,10 @@ impl Run<'_> {
                 .iter()
                 .filter(|report| report.origin == Origin::Archive)
             {
-                (self.progress)(Event::Complete {
+                (self.progress)(Event::File(FileEvent::Complete {
                     path: &report.path,
                     bytes: report.bytes,
-                });
+                }));
             }
             reports.insert(0, archive);
         }
@@ -253,9 +301,11 @@ impl Run<'_> {
     fn file(
         &mut self,
         file: FileRequest,
-        cached: &dyn Fn() -> Option<PathBuf>,
+        cached: &dyn Fn() -> Option<CachedCopy>,
     ) -> Result<FileReport, DownloadError> {
-        let fetched = self.downloader.fetch(&file, cached, self.progress)?;
+        let fetched = self.downloader.fetch(&file, cached, &mut |event| {
+            (self.progress)(Event::File(event));
+        })?;
         Ok(FileReport {
             path: file.path,
             bytes: fetched.bytes,

@@ -178,6 +178,31 @@ fn a_damaged_or_missing_file_comes_from_the_kept_archive_and_others_stay() {
 }
 
 #[test]
+fn what_happens_to_an_archive_is_told_in_lines() {
+    let archive = tar_gz(&good_entries());
+    let server = Server::start([]);
+    let dir = temporary();
+    let request = archive_request(&server, dir.path(), &archive);
+    put(&dir.path().join("batches.tar.gz"), &archive);
+    put(&dir.path().join(".batches.aB3dE9/one.bin"), b"a part");
+    let mut lines = Vec::new();
+    fetch(&request, &mut |event| lines.extend(event.message())).unwrap();
+    let folder = format!("{}/", dir.path().display());
+    let lines = lines.iter().map(|line| line.replace(&folder, ""));
+    assert_eq!(
+        lines.collect::<Vec<_>>(),
+        [
+            &format!("checking batches.tar.gz ({} bytes)", archive.len()),
+            "batches.tar.gz is complete: not fetched again",
+            "removed .batches.aB3dE9, which an unpacking that was killed had left",
+            "unpacking batches.tar.gz",
+            "batches/one.bin is complete and verified",
+            "batches/two.bin is complete and verified",
+        ]
+    );
+}
+
+#[test]
 fn an_unpacking_that_is_interrupted_promises_nothing() {
     let archive = tar_gz(&good_entries());
     let server = Server::start([Reply::file(&archive)]);

@@ -115,9 +115,7 @@ fn a_wrong_file_in_the_hub_cache_is_fetched_instead_and_left_alone() {
         Origin::Network { received: 1000 }
     );
     assert!(
-        events
-            .iter()
-            .any(|event| event.starts_with("HubCacheIsWrong")),
+        events.iter().any(|event| event.starts_with("CacheIsWrong")),
         "{events:?}"
     );
     assert_eq!(fs::read(cached).unwrap(), [7; 1000]);

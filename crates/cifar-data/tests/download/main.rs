@@ -8,8 +8,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use cifar_data::download::{
-    DownloadError, Event, HubManifest, Manifest, Network, PinnedFile, Proxy, Report, Request,
-    Source, fetch,
+    DownloadError, Event, FileEvent, HubManifest, Manifest, Network, PinnedFile, Proxy, Report,
+    Request, Source, fetch,
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -56,10 +56,10 @@ fn request(endpoint: &str, dir: &Path, body: &[u8]) -> Request {
 /// Runs `fetch` and returns the names of its events (without the fine-grained progress) beside its result.
 fn run(request: &Request) -> (Result<Report, DownloadError>, Vec<String>) {
     let mut events = Vec::new();
-    let result = fetch(request, &mut |event| {
-        if !matches!(event, Event::Progress { .. }) {
-            events.push(format!("{event:?}"));
-        }
+    let result = fetch(request, &mut |event| match event {
+        Event::File(FileEvent::Progress { .. }) | Event::UnpackingProgress { .. } => {}
+        Event::File(event) => events.push(format!("{event:?}")),
+        event => events.push(format!("{event:?}")),
     });
     (result, events)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use test_support::http::{Reply, Server};
 use test_support::skipped;
-use verified_download::{DownloadError, Event, Mismatch, Origin};
+use verified_download::{CachedCopy, DownloadError, Event, Mismatch, Origin};
 
 use crate::{FILE, content, listing, message, part_path, put, request, run, temporary};
 
@@ -61,6 +61,37 @@ fn a_file_of_another_size_is_reported_with_both_sizes() {
         })
     );
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+}
+
+#[test]
+fn a_copy_in_a_cache_is_taken_or_refused_under_the_caches_name() {
+    let body = content(1000);
+    let caches = temporary();
+    for (content, origin, line) in [
+        (body.clone(), Origin::Cache, "copying COPY from the loft"),
+        (
+            body[..999].to_vec(),
+            Origin::Network { received: 1000 },
+            "not using COPY from the loft: it has 999 bytes instead of 1000",
+        ),
+    ] {
+        let copy = caches.path().join("copy.bin");
+        put(&copy, &content);
+        let server = Server::start([Reply::file(&body)]);
+        let dir = temporary();
+        let mut request = request(&server.url(), dir.path(), &body);
+        request.cached = Some(CachedCopy {
+            path: copy.clone(),
+            cache: "the loft".into(),
+        });
+        let mut lines = Vec::new();
+        let fetched = request.fetch(&mut |event| lines.extend(event.message()));
+        assert_eq!(fetched.unwrap().origin, origin);
+        let line = line.replace("COPY", &copy.display().to_string());
+        assert!(lines.contains(&line), "{lines:?}");
+        assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+        assert_eq!(fs::read(copy).unwrap(), content, "the cache is left alone");
+    }
 }
 
 #[cfg(target_os = "linux")]

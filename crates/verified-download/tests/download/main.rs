@@ -11,8 +11,8 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use test_support::files::{content, listing, message, put};
 use verified_download::{
-    DownloadError, Downloader, Event, Fetched, FileRequest, Network, Options, Pin, Proxy,
-    RemoteError,
+    CachedCopy, DownloadError, Downloader, Event, Fetched, FileRequest, Network, Options, Pin,
+    Proxy, RemoteError,
 };
 
 const FILE: &str = "folder/file.bin";
@@ -31,7 +31,7 @@ fn pin(content: &[u8]) -> Pin {
 struct Job {
     file: FileRequest,
     options: Options,
-    cached: Option<PathBuf>,
+    cached: Option<CachedCopy>,
 }
 
 impl Job {
