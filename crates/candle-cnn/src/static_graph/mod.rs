@@ -147,7 +147,7 @@ impl StaticGraphBuilder {
         self.node(0)
     }
 
-    /// Names the operation that makes `node`, for [`PROFILE_TARGET`]. A node that the builder does not have gets no name.
+    /// Names the operation that makes `node`, for [`PROFILE_TARGET`] and for errors. A node that the builder does not have gets no name.
     pub fn name(&mut self, node: Node, name: impl Into<String>) {
         if self.has(node) {
             self.names.insert(node.number, name.into());
@@ -324,7 +324,12 @@ impl StaticGraphBuilder {
         let map = self.map(node)?;
         if map.within.is_some() {
             let expected = "not part of a concatenation: only the whole can be read";
-            return Err(OpError::setting(OP, "node", node.number, expected));
+            return Err(OpError::setting(
+                OP,
+                "node",
+                self.describe(node.number),
+                expected,
+            ));
         }
         let shape = [map.channels, map.size.0, map.size.1];
         if shape.contains(&0) {
@@ -336,10 +341,27 @@ impl StaticGraphBuilder {
 
     fn map(&self, node: Node) -> Result<Map> {
         if !self.has(node) {
+            let found = format_args!("another builder's");
             let expected = "a node of this builder";
-            return Err(OpError::setting(OP, "node", node.number, expected));
+            return Err(OpError::setting(OP, "node", found, expected));
         }
         Ok(self.nodes[node.number])
+    }
+
+    /// What errors call a node: its name, or what it is.
+    fn describe(&self, number: usize) -> String {
+        if let Some(name) = self.names.get(&number) {
+            return name.clone();
+        }
+        let mut operations = self.operations.iter().enumerate();
+        match operations.find(|(_, operation)| operation.output() == number) {
+            Some((index, operation)) => operation.describe(index, &self.nodes),
+            None if number == 0 => "images".to_owned(),
+            None => {
+                let Map { channels, size, .. } = self.nodes[number];
+                format!("concatenation to {channels} × {} × {}", size.0, size.1)
+            }
+        }
     }
 
     /// Joins convolutions' results by channel. They are written in place, so
@@ -347,8 +369,8 @@ impl StaticGraphBuilder {
     ///
     /// # Errors
     /// Parts of different sizes; a part that is read elsewhere, is part of
-    /// another whole, or was made by a pooling; all but the last must have a
-    /// multiple of 16 channels.
+    /// another whole, is there twice, or was not made by a convolution; all but
+    /// the last must have a multiple of 16 channels.
     pub fn concat(&mut self, parts: &[Node]) -> Result<Node> {
         let whole = self.nodes.len();
         let first = parts.first().map(|&part| self.map(part)).transpose()?;
@@ -356,26 +378,8 @@ impl StaticGraphBuilder {
         let mut channels = 0usize;
         let mut gradient_halo = 0;
         let mut begins = Vec::with_capacity(parts.len());
-        for (number, part) in parts.iter().enumerate() {
-            let map = self.map(*part)?;
-            let is_convolution = self.operations.iter().any(
-                |operation| matches!(operation, Operation::Convolution(c) if c.output == part.number),
-            );
-            if map.size != size
-                || map.is_read
-                || map.within.is_some()
-                || parts[..number].contains(part)
-                || !is_convolution
-                || !channels.is_multiple_of(ALIGNMENT)
-            {
-                let expected = "unread convolutions of one size, of 16·n channels but for the last";
-                return Err(OpError::setting(
-                    OP,
-                    "concat",
-                    (map.channels, map.size),
-                    expected,
-                ));
-            }
+        for at in 0..parts.len() {
+            let map = self.part(parts, at)?;
             begins.push(channels);
             channels = channels.saturating_add(map.channels);
             gradient_halo = gradient_halo.max(map.gradient_halo);
@@ -393,6 +397,53 @@ impl StaticGraphBuilder {
         Ok(self.node(whole))
     }
 
+    /// The map of `parts[at]`, if it can be written in place where they are joined.
+    fn part(&self, parts: &[Node], at: usize) -> Result<Map> {
+        let (first, part) = (parts[0], parts[at]);
+        let map = self.map(part)?;
+        let refuse = |found: String, expected| {
+            let part = self.describe(part.number);
+            let found = format_args!("{part:?}{found}");
+            Err(OpError::setting(OP, "part", found, expected))
+        };
+        let mut operations = self.operations.iter();
+        let maker = operations.find(|operation| operation.output() == part.number);
+        if !matches!(maker, Some(Operation::Convolution(_))) {
+            let maker = match maker {
+                Some(_) => ", made by a pooling",
+                None if part.number == 0 => ", the input of the graph",
+                None => ", a concatenation itself",
+            };
+            let expected = "what a convolution made, which is written in place";
+            return refuse(maker.to_owned(), expected);
+        }
+        let of_first = self.map(first)?;
+        if map.size != of_first.size {
+            let first = self.describe(first.number);
+            let [(h, w), (first_h, first_w)] = [map.size, of_first.size];
+            let found = format!(" of {h} × {w} beside {first:?} of {first_h} × {first_w}");
+            return refuse(found, "parts of one height and width");
+        }
+        let mut operations = self.operations.iter();
+        if let Some(reader) = operations.find(|operation| operation.input() == part.number) {
+            let reader = self.describe(reader.output());
+            let expected = "a part that nothing reads, since only the whole can be read";
+            return refuse(format!(", which {reader:?} reads"), expected);
+        }
+        if let Some((whole, _)) = map.within {
+            let whole = self.describe(whole);
+            return refuse(format!(", a part of {whole:?}"), "a part of no other whole");
+        }
+        if parts[..at].contains(&part) {
+            return refuse(" for the second time".to_owned(), "each part once");
+        }
+        if at + 1 < parts.len() && !map.channels.is_multiple_of(ALIGNMENT) {
+            let found = format!(" of {} channels, and not the last", map.channels);
+            return refuse(found, "a multiple of 16 channels of all parts but the last");
+        }
+        Ok(map)
+    }
+
     /// Ends the graph with the mean of each channel of `output`:
     /// [`crate::global_avg_pool2d`].
     ///
@@ -401,9 +452,15 @@ impl StaticGraphBuilder {
     pub fn global_avg_pool2d(mut self, output: Node) -> Result<StaticGraph> {
         self.readable(output)?;
         self.nodes[output.number].is_read = true;
-        for (index, map) in self.nodes.iter().enumerate() {
+        for (number, map) in self.nodes.iter().enumerate() {
             if !map.is_read && map.within.is_none() {
-                return Err(OpError::setting(OP, "node", index, "to be read by another"));
+                let expected = "a node that another reads";
+                return Err(OpError::setting(
+                    OP,
+                    "node",
+                    self.describe(number),
+                    expected,
+                ));
             }
         }
         let mut convolutions = 0..;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tracing::Level;
 
-use super::{Convolution, Inner, MaxPool, Operation};
+use super::{Convolution, Inner, Map, MaxPool, Operation};
 
 /// Target of the events that tell where the time of a [`super::StaticGraph`] goes.
 ///
@@ -143,13 +143,22 @@ impl Inner {
     /// The name of operation `index`, or what it is.
     fn layer(&self, index: usize) -> String {
         let operation = &self.operations[index];
-        let (height, width) = self.nodes[operation.output()].size;
-        match (self.names.get(&operation.output()), operation) {
-            (Some(name), _) => name.clone(),
-            (None, &Operation::Convolution(Convolution { c_out, kernel, .. })) => {
+        match self.names.get(&operation.output()) {
+            Some(name) => name.clone(),
+            None => operation.describe(index, &self.nodes),
+        }
+    }
+}
+
+impl Operation {
+    /// What stands for the name of an operation that has none, `index` in the order of description.
+    pub(super) fn describe(&self, index: usize, nodes: &[Map]) -> String {
+        let (height, width) = nodes[self.output()].size;
+        match self {
+            Self::Convolution(Convolution { c_out, kernel, .. }) => {
                 format!("{index}: convolution {kernel}×{kernel} to {c_out} × {height} × {width}")
             }
-            (None, Operation::MaxPool(MaxPool { h, .. })) => {
+            Self::MaxPool(MaxPool { h, .. }) => {
                 let kernel = h.kernel;
                 format!("{index}: max pool {kernel}×{kernel} to {height} × {width}")
             }

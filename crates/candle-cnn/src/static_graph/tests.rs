@@ -962,50 +962,145 @@ fn what_does_not_fit_is_an_error_that_names_both_shapes() {
 }
 
 #[test]
-fn only_what_can_be_written_in_place_is_joined() {
+fn only_what_can_be_written_in_place_is_joined() -> Result<()> {
     let mut builder = StaticGraphBuilder::new(3, (8, 8));
+    let images = builder.input();
+    let read = builder.conv2d_relu(images, 16, 3, 1)?;
+    let narrow = builder.conv2d_relu(read, 8, 1, 0)?;
+    let wide = builder.conv2d_relu(read, 16, 1, 0)?;
+    let small = builder.conv2d_relu(read, 16, 3, 0)?;
+    let pooled = builder.max_pool2d(read, MaxPool2dConfig::square(1, 1, 0))?;
+    let taken = builder.conv2d_relu(read, 16, 1, 0)?;
+    let whole = builder.concat(&[taken])?;
+    let foreign = builder.clone().conv2d_relu(whole, 16, 1, 0)?;
+    // The first convolution and the whole have no names.
+    for (node, name) in [(narrow, "narrow"), (wide, "wide"), (small, "small")] {
+        builder.name(node, name);
+    }
+    builder.name(pooled, "pooled");
+    builder.name(taken, "taken");
+
+    let of_convolutions = "expected what a convolution made, which is written in place";
+    let refused: [(&[Node], &str, &str); 12] = [
+        (
+            &[wide, small],
+            r#"part is "small" of 6 × 6 beside "wide" of 8 × 8"#,
+            "expected parts of one height and width",
+        ),
+        (
+            &[wide, read],
+            r#"part is "0: convolution 3×3 to 16 × 8 × 8", which "narrow" reads"#,
+            "expected a part that nothing reads, since only the whole can be read",
+        ),
+        (
+            &[taken],
+            r#"part is "taken", a part of "concatenation to 16 × 8 × 8""#,
+            "expected a part of no other whole",
+        ),
+        (
+            &[wide, taken],
+            r#"part is "taken", a part of "concatenation to 16 × 8 × 8""#,
+            "expected a part of no other whole",
+        ),
+        (
+            &[wide, wide],
+            r#"part is "wide" for the second time"#,
+            "expected each part once",
+        ),
+        (
+            &[pooled, wide],
+            r#"part is "pooled", made by a pooling"#,
+            of_convolutions,
+        ),
+        (
+            &[wide, pooled],
+            r#"part is "pooled", made by a pooling"#,
+            of_convolutions,
+        ),
+        (
+            &[wide, images],
+            r#"part is "images", the input of the graph"#,
+            of_convolutions,
+        ),
+        (
+            &[whole],
+            r#"part is "concatenation to 16 × 8 × 8", a concatenation itself"#,
+            of_convolutions,
+        ),
+        (
+            &[narrow, wide],
+            r#"part is "narrow" of 8 channels, and not the last"#,
+            "expected a multiple of 16 channels of all parts but the last",
+        ),
+        (
+            &[foreign, wide],
+            "node is another builder's",
+            "expected a node of this builder",
+        ),
+        (
+            &[wide, foreign],
+            "node is another builder's",
+            "expected a node of this builder",
+        ),
+    ];
+    for (parts, found, expected) in refused {
+        let text = builder.concat(parts).unwrap_err().to_string();
+        // Candle may append a backtrace.
+        let text = text.lines().next().unwrap();
+        assert_eq!(text, format!("static_graph: {found}, {expected}"));
+    }
+    // What was refused has changed nothing: its parts may be joined after that.
+    assert!(builder.concat(&[wide, narrow]).is_ok());
+    Ok(())
+}
+
+#[test]
+fn a_node_that_cannot_be_read_or_is_not_read_is_an_error_that_names_it() -> Result<()> {
+    let text = |result: Result<Node>| result.unwrap_err().to_string();
+    let mut builder = StaticGraphBuilder::new(3, (8, 8));
+    let x = builder.conv2d_relu(builder.input(), 16, 3, 1)?;
+    let wide = builder.conv2d_relu(x, 16, 1, 0)?;
+    let narrow = builder.conv2d_relu(x, 8, 1, 0)?;
+    let whole = builder.concat(&[wide, narrow])?;
+    builder.name(wide, "wide");
+    let found = text(builder.conv2d_relu(wide, 4, 1, 0));
+    assert!(
+        found.contains(r#"node is "wide""#) && found.contains("only the whole can be read"),
+        "{found}"
+    );
+    let found = text(builder.max_pool2d(narrow, MaxPool2dConfig::square(2, 2, 0)));
+    assert!(
+        found.contains(r#""2: convolution 1×1 to 8 × 8 × 8""#)
+            && found.contains("only the whole can be read"),
+        "{found}"
+    );
+    let unread = |builder: &StaticGraphBuilder| {
+        let graph = builder.clone().global_avg_pool2d(x);
+        graph.unwrap_err().to_string()
+    };
+    let found = unread(&builder);
+    assert!(
+        found.contains(r#"node is "concatenation to 24 × 8 × 8", expected a node that another"#),
+        "{found}"
+    );
+    builder.name(whole, "whole");
+    let found = unread(&builder);
+    assert!(found.contains(r#"node is "whole""#), "{found}");
+
     let other = StaticGraphBuilder::new(3, (8, 8));
-    let x = builder.conv2d_relu(builder.input(), 16, 3, 1).unwrap();
-    let narrow = builder.conv2d_relu(x, 8, 1, 0).unwrap();
-    let wide = builder.conv2d_relu(x, 16, 1, 0).unwrap();
-    assert!(
-        builder.clone().concat(&[narrow, wide]).is_err(),
-        "8 channels end inside of a vector"
-    );
-    assert!(builder.clone().concat(&[x, wide]).is_err(), "x is read");
-    // What is refused changes nothing: its parts may be joined after that.
-    let pooled = builder
-        .clone()
-        .max_pool2d(x, MaxPool2dConfig::square(1, 1, 0));
-    assert!(pooled.is_ok_and(|pooled| builder.concat(&[wide, pooled]).is_err()));
-    assert!(builder.concat(&[wide, wide]).is_err(), "twice");
-    let whole = builder.concat(&[wide, narrow]).unwrap();
-    assert!(
-        builder.conv2d_relu(wide, 4, 1, 0).is_err(),
-        "only the whole can be read"
-    );
-    assert!(
-        builder.clone().global_avg_pool2d(x).is_err(),
-        "nobody reads the whole"
-    );
-    assert!(
-        builder.conv2d_relu(other.input(), 4, 1, 0).is_err(),
-        "of another builder"
-    );
+    let found = text(builder.conv2d_relu(other.input(), 4, 1, 0));
+    assert!(found.contains("a node of this builder"), "{found}");
     assert!(
         builder.clone().conv2d_relu(whole, 4, 1, 0).is_ok(),
         "a clone knows the nodes"
     );
     let mut empty = StaticGraphBuilder::new(0, (8, 8));
-    assert!(
-        empty.conv2d_relu(empty.input(), 4, 1, 0).is_err(),
-        "no channels"
-    );
-    assert!(
-        builder.clone().conv2d_relu(whole, 0, 1, 0).is_err(),
-        "no channels"
-    );
+    let found = text(empty.conv2d_relu(empty.input(), 4, 1, 0));
+    assert!(found.contains("(C, H, W) is [0, 8, 8]"), "{found}");
+    let found = text(builder.clone().conv2d_relu(whole, 0, 1, 0));
+    assert!(found.contains("c_out is 0"), "{found}");
     assert!(builder.global_avg_pool2d(whole).is_ok());
+    Ok(())
 }
 
 #[test]
