@@ -63,8 +63,12 @@ impl<'a, T: Element> Backward<'a, T> {
             let mut branches = Vec::with_capacity(group.len());
             let mut outputs: Vec<(usize, Vec<T>)> = Vec::new();
             for &index in group.iter().rev() {
-                let (buffer, channel) = graph.place(graph.operations[index].output());
-                let trains = graph.numbers[index].map(|n| self.trainable[n]);
+                let operation = &graph.operations[index];
+                let (buffer, channel) = graph.place(operation.output());
+                let trains = match operation {
+                    Operation::Convolution(c) => Some(self.trainable[c.number]),
+                    Operation::MaxPool(_) => None,
+                };
                 let trains = trains.filter(|trains| trains.any);
                 if trains.is_none() && !self.needed[input] {
                     continue;
@@ -102,8 +106,8 @@ impl<'a, T: Element> Backward<'a, T> {
             let earlier = &graph.groups[..position];
             for &index in group {
                 let operation = &graph.operations[index];
-                if let (Operation::Convolution(c), Some(number)) = (operation, graph.numbers[index])
-                    && let Some(kept) = normalised[number].take()
+                if let Operation::Convolution(c) = operation
+                    && let Some(kept) = normalised[c.number].take()
                 {
                     let layout = graph.normalised_span(c).layout;
                     graph.arenas.of().give_back(layout, kept.x);
@@ -210,19 +214,15 @@ impl<'a, T: Element> Backward<'a, T> {
             let watch = Watch::start();
             let way = match &graph.operations[branch.index] {
                 Operation::Convolution(c) => {
-                    let (number, needs) = (graph.numbers[branch.index], dx.is_some());
-                    let number = number.unwrap_or_default();
                     if let Some(trains) = branch.trains {
-                        d_numbers[number] = Some(read.numbers[number].gradients(c, trains));
+                        d_numbers[c.number] = Some(read.numbers[c.number].gradients(c, trains));
                     }
-                    let d_numbers = d_numbers[number].as_mut();
                     let way = self.prepare(
                         c,
-                        number,
                         read,
                         (branch, &mut outputs[branch.dy].1),
-                        (needs, is_first),
-                        d_numbers,
+                        (dx.is_some(), is_first),
+                        d_numbers[c.number].as_mut(),
                     );
                     PreparedWay::Convolution(Box::new(way))
                 }
@@ -317,7 +317,7 @@ impl<'a, T: Element> Backward<'a, T> {
             let watch = Watch::start();
             if let Way::Convolution(way) = way
                 && branch.trains.is_some()
-                && let Some(d) = graph.numbers[branch.index].and_then(|n| d_numbers[n].as_mut())
+                && let Some(d) = &mut d_numbers[way.prepared.c.number]
             {
                 if way.prepared.norm.is_none() {
                     for part in &parts {
@@ -361,7 +361,6 @@ impl<'a, T: Element> Backward<'a, T> {
     fn prepare<'b>(
         &self,
         c: &Convolution,
-        number: usize,
         read: &Read<'b, T>,
         (branch, dy): (&Branch, &mut [T]),
         (needs_input, is_first): (bool, bool),
@@ -379,9 +378,9 @@ impl<'a, T: Element> Backward<'a, T> {
             channel: branch.channel,
             channels: c.c_out,
         };
-        let numbers = &read.numbers[number];
+        let numbers = &read.numbers[c.number];
         let y = read.maps[branch.buffer].as_deref().unwrap_or_default();
-        let kept = read.normalised[number].as_ref();
+        let kept = read.normalised[c.number].as_ref();
         let norm = self.batch_norm(c, (numbers, kept), y, &mask, dy, d_numbers);
         let taps = c.kernel * c.kernel;
         let arenas = &graph.arenas;

@@ -69,8 +69,8 @@ impl<'a, T: Element> Forward<'a, T> {
         let graph = self.graph;
         let kept = (!keep).then(|| self.packed(numbers, false));
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        let mut normalised = Vec::new();
-        let mut moments = Vec::new();
+        let mut normalised: Vec<_> = numbers.iter().map(|_| None).collect();
+        let mut moments = vec![Vec::new(); numbers.len()];
         nodes[0] = Some(self.images(images));
         for (index, operation) in graph.operations.iter().enumerate() {
             let watch = Watch::start();
@@ -79,17 +79,17 @@ impl<'a, T: Element> Forward<'a, T> {
             let x = nodes[operation.input()].as_deref().unwrap_or_default();
             match operation {
                 Operation::Convolution(c) => {
-                    let number = moments.len();
-                    let numbers = &numbers[number];
+                    let numbers = &numbers[c.number];
                     let packed = match &kept {
-                        Some(kept) => kept[number].clone(),
+                        Some(kept) => kept[c.number].clone(),
                         None => self.pack(&self.wanted(c, numbers)),
                     };
                     let norm = self.convolution(c, x, (numbers, &packed), (&mut y, channel), keep);
                     self.release_packed(packed);
-                    let (x, found) = norm.map_or((None, Vec::new()), |(x, found)| (x, found));
-                    moments.push(found.clone());
-                    normalised.push(x.map(|x| Normalised { x, moments: found }));
+                    if let Some((x, found)) = norm {
+                        moments[c.number].clone_from(&found);
+                        normalised[c.number] = x.map(|x| Normalised { x, moments: found });
+                    }
                 }
                 Operation::MaxPool(p) => self.max_pool(p, x, &mut y),
             }
@@ -318,9 +318,8 @@ impl<'a, T: Element> Forward<'a, T> {
                     channel,
                     channels: c.c_out,
                 };
-                let number = graph.numbers[index].unwrap_or_default();
                 let pooling = graph.pooled[index].filter(|_| with_pooling);
-                let numbers = (&*packed[number], starts[number].as_slice());
+                let numbers = (&*packed[c.number], starts[c.number].as_slice());
                 (
                     pooling.and_then(pool_of),
                     Some(self.pass(c, numbers, span, true)),

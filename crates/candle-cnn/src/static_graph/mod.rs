@@ -112,6 +112,8 @@ enum Operation {
 /// A convolution, followed by a bias or a batch norm, and by ReLU.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Convolution {
+    /// How many convolutions were described before it: its parameters are at this place.
+    number: usize,
     input: usize,
     output: usize,
     c_in: usize,
@@ -243,7 +245,10 @@ impl StaticGraphBuilder {
         to.check_elements(1)?;
         let output = self.push(to);
         self.nodes[input.number] = from;
+        let is_convolution = |o: &&Operation| matches!(o, Operation::Convolution(_));
+        let number = self.operations.iter().filter(is_convolution).count();
         self.operations.push(Operation::Convolution(Convolution {
+            number,
             input: input.number,
             output,
             c_in: map.channels,
@@ -463,18 +468,12 @@ impl StaticGraphBuilder {
                 ));
             }
         }
-        let mut convolutions = 0..;
-        let number = |operation: &Operation| match operation {
-            Operation::Convolution(_) => convolutions.next(),
-            Operation::MaxPool(_) => None,
-        };
         let pooled = pooled(&self.operations);
         Ok(StaticGraph {
             inner: Arc::new(Inner {
                 groups: groups(&self.operations, &pooled),
                 pooled,
                 levels: levels(&self.nodes, &self.operations),
-                numbers: self.operations.iter().map(number).collect(),
                 nodes: self.nodes,
                 operations: self.operations,
                 names: self.names,
@@ -596,8 +595,6 @@ struct Inner {
     pooled: Vec<Option<usize>>,
     /// The operations by how many must run one after the other before them.
     levels: Vec<Vec<usize>>,
-    /// Of each operation that is a convolution: how many of those come before it.
-    numbers: Vec<Option<usize>>,
     /// Of operations, by the node that they make.
     names: BTreeMap<usize, String>,
     output: usize,
@@ -868,14 +865,14 @@ impl<'a> ConvParameters<'a> {
 }
 
 impl Inner {
-    /// Whether the gradient of each node's buffer is needed.
+    /// Whether the gradient of each node's buffer is needed. `trainable` says of each convolution whether any of its
+    /// parameters needs one.
     fn needed(&self, needs_input: bool, trainable: &[bool]) -> Vec<bool> {
         let mut needed = vec![false; self.nodes.len()];
         needed[0] = needs_input;
-        let mut parameters = trainable.iter();
         for operation in &self.operations {
             let is_trainable = match operation {
-                Operation::Convolution(_) => parameters.next().copied().unwrap_or(false),
+                Operation::Convolution(c) => trainable[c.number],
                 Operation::MaxPool(_) => false,
             };
             let output = self.place(operation.output()).0;

@@ -27,8 +27,6 @@ pub(super) struct Unit {
 #[derive(Debug, PartialEq)]
 pub(super) struct Member {
     pub(super) convolution: Convolution,
-    /// The convolution's number among the graph's.
-    pub(super) number: usize,
     /// The convolution's first channel in the unit.
     pub(super) channel: usize,
 }
@@ -61,20 +59,19 @@ pub(super) fn stages(
     let stage = |level: &Vec<usize>| {
         let mut stage = Stage::default();
         for &index in level {
-            let (convolution, number) = match (graph.operations[index], graph.numbers[index]) {
-                (Operation::Convolution(convolution), Some(number)) => (convolution, number),
-                _ => {
+            let convolution = match graph.operations[index] {
+                Operation::Convolution(convolution) => convolution,
+                Operation::MaxPool(_) => {
                     stage.pools.push(index);
                     continue;
                 }
             };
-            let trains = trainable.get(number).copied().unwrap_or(false);
+            let trains = trainable[convolution.number];
             let shape = |c: &Convolution| (c.input, c.kernel, c.stride, c.padding);
             let fits =
                 |u: &&mut Unit| u.trains == trains && shape(u.shape()) == shape(&convolution);
             let member = |channel| Member {
                 convolution,
-                number,
                 channel,
             };
             match stage.units.iter_mut().find(fits) {
@@ -146,10 +143,10 @@ mod tests {
 
     /// Of each stage: its units' members, and the number of its poolings.
     fn members(stages: &[Stage]) -> Vec<(Vec<Vec<usize>>, usize)> {
-        let of = |unit: &Unit| unit.members.iter().map(|member| member.number).collect();
+        let numbers = |unit: &Unit| unit.members.iter().map(|m| m.convolution.number).collect();
         stages
             .iter()
-            .map(|stage| (stage.units.iter().map(of).collect(), stage.pools.len()))
+            .map(|stage| (stage.units.iter().map(numbers).collect(), stage.pools.len()))
             .collect()
     }
 

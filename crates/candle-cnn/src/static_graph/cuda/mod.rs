@@ -389,7 +389,7 @@ impl<'a> GraphPass<'a> {
                 if let Some(moments) = &moments {
                     self.point_to(moments, &mut segments)?;
                     for (segment, &(u, m)) in segments.iter().zip(&chunk.members) {
-                        let number = stage.units[u].members[m].number;
+                        let number = stage.units[u].members[m].convolution.number;
                         of_convolutions[number] = Some(statistics_of(moments, segment)?);
                     }
                 }
@@ -502,7 +502,8 @@ impl<'a> GraphPass<'a> {
                 let sums = self
                     .launches
                     .gradient_sums(&segments, chunk.rows, pooling)?;
-                let of_member = |&(u, m): &(usize, usize)| stage.units[u].members[m].number;
+                let of_member =
+                    |&(u, m): &(usize, usize)| stage.units[u].members[m].convolution.number;
                 let members = chunk.members.iter().map(of_member);
                 if chunk.kind != Kind::Batch {
                     of_biases.push((sums, members.zip(segments).collect()));
@@ -635,7 +636,7 @@ impl<'a> GraphPass<'a> {
         mut d_follows: Vec<Vec<Tensor>>,
     ) -> Result<Vec<Option<Tensor>>> {
         let members = || self.members().filter(|(_, unit, _)| unit.trains);
-        let elements = |m: &Member| self.run.parameters[m.number][0].elem_count();
+        let elements = |m: &Member| self.run.parameters[m.convolution.number][0].elem_count();
         let planes = members().map(|(_, _, m)| elements(m)).sum();
         let planes = self.launches.room_of(DType::F32, planes)?;
         let mut weights = Vec::new();
@@ -652,9 +653,10 @@ impl<'a> GraphPass<'a> {
         let mut of_numbers: Vec<Option<Tensor>> = vec![None; self.run.parameters.len()];
         let mut first = 0;
         for (_, _, member) in members() {
-            let weight = &self.run.parameters[member.number][0];
+            let number = member.convolution.number;
+            let weight = &self.run.parameters[number][0];
             let gradient = planes.narrow(0, first, weight.elem_count())?;
-            of_numbers[member.number] = Some(gradient.reshape(weight.shape())?);
+            of_numbers[number] = Some(gradient.reshape(weight.shape())?);
             first += weight.elem_count();
         }
         let mut all = Vec::with_capacity(self.run.receivers.len());
@@ -908,7 +910,7 @@ impl<'a> GraphPass<'a> {
     }
 
     fn kind(&self, member: &Member) -> Kind {
-        match self.run.parameters[member.number].len() {
+        match self.run.parameters[member.convolution.number].len() {
             2 => Kind::Bias,
             3 => Kind::Batch,
             _ => Kind::Running,
@@ -916,7 +918,7 @@ impl<'a> GraphPass<'a> {
     }
 
     fn parameter(&self, member: &Member, at: usize) -> Result<CUdeviceptr> {
-        let held = Held::new(&self.run.parameters[member.number][at]);
+        let held = Held::new(&self.run.parameters[member.convolution.number][at]);
         let stream = self.launches.device.cuda_stream();
         // The run holds the tensor itself.
         let (pointer, _) = address(OP, held.operand(OP)?, &stream)?;
