@@ -2,16 +2,18 @@
 
 use rayon::prelude::*;
 
+use super::builder::{Convolution, Operation};
 use super::forward::Forward;
 use super::norm::{self, Affine, GradientSpans, GradientSums, InputGradient, Span};
 use super::pass::{
     After, Maps, Normalised, Numbers, Trains, give_back, give_back_gradient, max_pool_of, pays,
 };
+use super::plan::Inner;
 use super::profile::{self, Times, Watch};
 use super::way::{
     ConvolutionWay, Images, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once,
 };
-use super::{ALIGNMENT, Convolution, Inner, Operation, winograd};
+use super::{ALIGNMENT, winograd};
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
 use crate::simd::Isa;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use rayon::prelude::*;
 
 use super::arena::{Layout, Part};
+use super::builder::{Convolution, MaxPool, Operation};
 use super::gather::{GatherPass, Start};
 use super::norm::{self, Affine, Between, MomentSums, Span};
 use super::packed::{Packed, Wanted};
@@ -14,9 +15,9 @@ use super::pass::{
     After, AnyPass, Maps, Normalised, Numbers, Scratch, give_back, images_per_task, max_pool_of,
     pays, start_values,
 };
+use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{self, Cost, Watch};
-use super::{Convolution, Inner, MaxPool, Operation};
 use crate::batch_norm::Moments;
 use crate::conv2d::PIXELS_PER_TASK;
 use crate::element::Element;

@@ -1,16 +1,17 @@
-//! What both passes through a graph share: its numbers, where maps lie, and the two ways of a convolution.
+//! What both passes through a graph share: its numbers, and the two ways of a convolution.
 //!
 //! A convolution reads its input where it lies, halo included: its register
 //! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
 //! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
 
+use super::ALIGNMENT;
 use super::arena::{Layout, Part};
+use super::builder::{Convolution, MaxPool};
 use super::gather::{self, GatherPass};
-use super::norm::Span;
 use super::outer;
+use super::plan::Inner;
 use super::pool::Pool;
 use super::winograd::{self, WinogradPass};
-use super::{ALIGNMENT, Convolution, Inner, MaxPool, Operation};
 use crate::batch_norm::Moments;
 use crate::element::Element;
 
@@ -99,57 +100,10 @@ impl<'a, T: Element> Numbers<'a, T> {
     }
 }
 
-impl Inner {
-    /// The buffer that a node lies in, and its first channel there.
-    pub(super) fn place(&self, node: usize) -> (usize, usize) {
-        self.nodes[node].within.unwrap_or((node, 0))
-    }
-
-    pub(super) fn layout(&self, buffer: usize) -> Layout {
-        let map = &self.nodes[buffer];
-        Layout {
-            size: map.size,
-            halo: map.halo,
-            width: map.channels.next_multiple_of(ALIGNMENT),
-        }
-    }
-
-    /// Where a convolution's output lies until it is normalised.
-    pub(super) fn normalised_span(&self, c: &Convolution) -> Span {
-        let layout = Layout {
-            size: self.nodes[c.output].size,
-            halo: 0,
-            width: c.c_out.next_multiple_of(ALIGNMENT),
-        };
-        Span {
-            layout,
-            channel: 0,
-            channels: c.c_out,
-        }
-    }
-
-    pub(super) fn gradient_layout(&self, buffer: usize) -> Layout {
-        Layout {
-            halo: self.nodes[buffer].gradient_halo,
-            ..self.layout(buffer)
-        }
-    }
-}
-
-impl Operation {
-    pub(super) fn input(&self) -> usize {
-        match self {
-            Self::Convolution(c) => c.input,
-            Self::MaxPool(p) => p.input,
-        }
-    }
-
-    pub(super) fn output(&self) -> usize {
-        match self {
-            Self::Convolution(c) => c.output,
-            Self::MaxPool(p) => p.output,
-        }
-    }
+/// Runs a whole pass on a thread of the pool. From any other thread, each of its hundred parallel
+/// loops would wake the pool and sleep until it is done.
+pub(super) fn in_pool<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| pass())
 }
 
 /// Images per task: about so many `pixels`, but work for every thread.

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use tracing::Level;
 
-use super::{Convolution, Inner, Map, MaxPool, Operation};
+use super::builder::{Convolution, Map, MaxPool, Operation};
+use super::plan::Inner;
 
 /// Target of the events that tell where the time of a [`super::StaticGraph`] goes.
 ///

@@ -2,7 +2,8 @@
 //! same earlier ones form a stage, in which one launch does the like work of all; and convolutions that read the same map
 //! in the same way run as one. Nothing here needs CUDA.
 
-use super::{Convolution, Inner, Operation};
+use super::builder::{Convolution, Operation};
+use super::plan::Inner;
 
 /// Operations that wait for the same earlier ones.
 #[derive(Debug, Default, PartialEq)]

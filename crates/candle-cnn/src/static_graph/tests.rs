@@ -1,7 +1,7 @@
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 use test_support::{assert_close, check_gradients, relative_error, seeded_values};
 
@@ -12,8 +12,9 @@ use super::pass::{Numbers, Trains};
 use super::*;
 use crate::element::Element;
 use crate::{
-    Conv2dConfig, Conv2dGeometry, batch_norm_relu_eval, batch_norm_relu_train, conv2d,
-    conv2d_backward_reference, conv2d_reference, conv2d_relu, global_avg_pool2d, max_pool2d,
+    Conv2dConfig, Conv2dGeometry, MaxPool2dConfig, batch_norm_relu_eval, batch_norm_relu_train,
+    conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu, global_avg_pool2d,
+    max_pool2d,
 };
 
 /// A graph with everything in it: two Inception blocks with a pool between,

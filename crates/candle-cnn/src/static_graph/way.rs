@@ -3,15 +3,16 @@
 use std::ops::Range;
 
 use super::arena::{Layout, Part};
+use super::builder::Convolution;
 use super::forward::Forward;
 use super::gather::{GatherPass, Start};
 use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
 use super::pass::{AnyPass, Pooled, Scratch, images_per_task, pays};
+use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
 use super::winograd::WinogradOuterPass;
-use super::{Convolution, Inner};
 use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, keep_positive};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};

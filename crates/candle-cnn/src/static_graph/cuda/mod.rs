@@ -49,10 +49,12 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use self::launches::{Kind, Launches, SEGMENTS, Segment, Sums, Way, Weight};
+use super::builder::{MaxPool, Operation};
+use super::custom_op::{Gradients, Token, lock};
+use super::parameters::{ConvParameters, GraphOutput};
+use super::plan::Inner;
 use super::stages::{Member, Stage, Unit, stages};
-use super::{
-    ConvParameters, Gradients, GraphOutput, Inner, MaxPool, OP, Operation, StaticGraph, Token, lock,
-};
+use super::{OP, StaticGraph};
 use crate::backward::aside;
 use crate::batch_norm::BatchStatistics;
 use crate::conv2d::{ChannelsLast, Conv2dConfig, Conv2dGeometry, Pass, channels_last_pass};

@@ -1,0 +1,190 @@
+//! What a pass through a graph takes besides the images, and what it yields.
+
+use candle_core::{D, Result, Storage, Tensor};
+
+use super::OP;
+use super::builder::Convolution;
+use super::pass::Numbers;
+use super::plan::Inner;
+use crate::batch_norm::{BatchStatistics, Moments};
+use crate::element::{Element, slice};
+use crate::error::OpError;
+
+/// The parameters of one convolution of a [`crate::StaticGraph`]: its weight (C_out,
+/// C_in, k, k), and one value per output channel (C_out) in all else.
+#[derive(Clone, Copy, Debug)]
+pub enum ConvParameters<'a> {
+    /// Of [`crate::StaticGraphBuilder::conv2d_relu`].
+    Bias {
+        /// (C_out, C_in, k, k).
+        weight: &'a Tensor,
+        /// (C_out).
+        bias: &'a Tensor,
+    },
+    /// Of [`crate::StaticGraphBuilder::conv2d_batch_norm_relu`] in training:
+    /// normalised by this batch.
+    BatchNorm {
+        /// (C_out, C_in, k, k).
+        weight: &'a Tensor,
+        /// (C_out).
+        norm_weight: &'a Tensor,
+        /// (C_out).
+        norm_bias: &'a Tensor,
+    },
+    /// Of the same in evaluation: normalised by running statistics, which get no gradient.
+    Running {
+        /// (C_out, C_in, k, k).
+        weight: &'a Tensor,
+        /// (C_out).
+        norm_weight: &'a Tensor,
+        /// (C_out).
+        norm_bias: &'a Tensor,
+        /// (C_out).
+        mean: &'a Tensor,
+        /// (C_out).
+        variance: &'a Tensor,
+    },
+}
+
+/// What [`crate::StaticGraph::forward`] yields.
+#[derive(Clone, Debug)]
+pub struct GraphOutput {
+    /// The mean of each channel of the last map, (N, C).
+    pub features: Tensor,
+    /// Of each [`ConvParameters::BatchNorm`], in order.
+    pub statistics: Vec<BatchStatistics>,
+}
+
+impl<'a> ConvParameters<'a> {
+    /// The weight first.
+    pub(super) fn tensors(&self) -> Vec<&'a Tensor> {
+        match *self {
+            Self::Bias { weight, bias } => vec![weight, bias],
+            Self::BatchNorm {
+                weight,
+                norm_weight,
+                norm_bias,
+            } => vec![weight, norm_weight, norm_bias],
+            Self::Running {
+                weight,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+            } => vec![weight, norm_weight, norm_bias, mean, variance],
+        }
+    }
+
+    /// Whether the batch's own statistics normalise.
+    fn is_norm(&self) -> bool {
+        matches!(self, Self::BatchNorm { .. })
+    }
+
+    /// The same with running statistics as a part of weight and bias:
+    /// `w·x·s + (b − mean·s)` with `s = norm_weight/√(variance + eps)`.
+    pub(super) fn folded(&self, eps: f64) -> Result<Vec<Tensor>> {
+        let Self::Running {
+            weight,
+            norm_weight,
+            norm_bias,
+            mean,
+            variance,
+        } = *self
+        else {
+            return Ok(self.tensors().into_iter().cloned().collect());
+        };
+        let scale = (norm_weight / (variance.detach() + eps)?.sqrt()?)?;
+        let columns = scale.reshape((scale.dim(D::Minus1)?, 1, 1, 1))?;
+        let bias = (norm_bias - (mean.detach() * &scale)?)?;
+        Ok(vec![weight.broadcast_mul(&columns)?, bias])
+    }
+}
+
+impl Inner {
+    /// Calls `pass` with the numbers of each convolution's tensors, which are contiguous.
+    pub(super) fn with_numbers<T: Element, R>(
+        &self,
+        parameters: &[Vec<Tensor>],
+        pass: impl FnOnce(&[Numbers<'_, T>]) -> Result<R>,
+    ) -> Result<R> {
+        let guards: Vec<Vec<_>> = parameters
+            .iter()
+            .map(|tensors| tensors.iter().map(Tensor::storage_and_layout).collect())
+            .collect();
+        let mut numbers = Vec::with_capacity(guards.len());
+        for ((c, guards), tensors) in self.convolutions().iter().zip(&guards).zip(parameters) {
+            let mut slices = Vec::with_capacity(guards.len());
+            for ((storage, layout), tensor) in guards.iter().zip(tensors) {
+                let Storage::Cpu(storage) = &**storage else {
+                    return Err(OpError::device(OP, tensor));
+                };
+                slices.push(slice::<T>(OP, storage, layout)?);
+            }
+            numbers.push(Numbers::new(c, &slices));
+        }
+        pass(&numbers)
+    }
+
+    pub(super) fn check_parameters(
+        &self,
+        c: &Convolution,
+        parameters: &ConvParameters<'_>,
+        batch: usize,
+    ) -> Result<()> {
+        let has_bias = matches!(parameters, ConvParameters::Bias { .. });
+        if has_bias != c.eps.is_none() {
+            let (found, expected) = match has_bias {
+                true => ("a bias", "batch norm, as it was described"),
+                false => ("batch norm", "a bias, as it was described"),
+            };
+            return Err(OpError::setting(OP, "parameters", found, expected));
+        }
+        let (height, width) = self.nodes[c.output].size;
+        if parameters.is_norm() && batch * height * width < 2 {
+            return Err(OpError::setting(
+                OP,
+                "values per channel",
+                batch * height * width,
+                "more than one value per channel in training",
+            ));
+        }
+        let shape = [c.c_out, c.c_in, c.kernel, c.kernel];
+        let names = match has_bias {
+            true => &["weight", "bias"][..],
+            false => &["weight", "norm weight", "norm bias", "mean", "variance"],
+        };
+        for (at, (name, tensor)) in names.iter().zip(parameters.tensors()).enumerate() {
+            let shape = if at == 0 { &shape[..] } else { &shape[..1] };
+            if tensor.dims() != shape {
+                return Err(OpError::Shapes {
+                    op: OP,
+                    left_name: name,
+                    left: tensor.dims().to_vec(),
+                    right_name: "the graph's",
+                    right: shape.to_vec(),
+                    rule: "a parameter has the shape that the graph was made for",
+                }
+                .into());
+            }
+        }
+        Ok(())
+    }
+
+    /// As tensors like `images`, of the convolutions that have any.
+    pub(super) fn statistics(
+        &self,
+        moments: &[Vec<Moments>],
+        batch: usize,
+        images: &Tensor,
+    ) -> Result<Vec<BatchStatistics>> {
+        let mut statistics = Vec::new();
+        for (c, moments) in self.convolutions().iter().zip(moments) {
+            if !moments.is_empty() {
+                let (height, width) = self.nodes[c.output].size;
+                let count = batch * height * width;
+                statistics.push(BatchStatistics::new(moments, count, images)?);
+            }
+        }
+        Ok(statistics)
+    }
+}
