@@ -329,7 +329,7 @@ pub fn conv2d_relu(
 
 /// What follows the sum and the bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Activation {
+pub(crate) enum Activation {
     Identity,
     Relu,
 }

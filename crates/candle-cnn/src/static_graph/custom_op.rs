@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, W
 
 use super::OP;
 use super::backward::Backward;
-use super::forward::Forward;
+use super::forward::{Forward, Keep};
 use super::pass::{Maps, Trains, in_pool};
 use super::plan::Inner;
 use crate::backward::aside;
@@ -51,9 +51,9 @@ impl CustomOp2 for Run {
             let output = self
                 .graph
                 .with_numbers(&self.parameters, |numbers| {
-                    Ok(in_pool(|| pass.run(images, numbers, true)))
+                    Ok(in_pool(|| pass.run(images, numbers, Keep::ForBackward)))
                 })?;
-            *lock(&self.kept) = output.maps.map(Keep::keep);
+            *lock(&self.kept) = output.maps.map(Keepable::keep);
             *lock(&self.statistics) = output.moments;
             let shape = Shape::from((batch, self.graph.nodes[self.graph.output].channels));
             Ok((T::to_cpu_storage_owned(output.features), shape))
@@ -70,7 +70,7 @@ impl CustomOp2 for Run {
         let gradient = gradient.contiguous()?;
         let kept = lock(&self.kept).take();
         dispatch!(OP, self.dtype, T => {
-            let Some(maps) = kept.and_then(<T as Keep>::take) else {
+            let Some(maps) = kept.and_then(<T as Keepable>::take) else {
                 let expected = "one backward pass for each forward pass";
                 return Err(OpError::setting(OP, "backward", "a second one", expected));
             };
@@ -163,14 +163,14 @@ pub(super) enum Kept {
 }
 
 /// Wraps and unwraps the maps of an element type.
-trait Keep: Sized {
+trait Keepable: Sized {
     fn keep(maps: Maps<Self>) -> Kept;
     fn take(kept: Kept) -> Option<Maps<Self>>;
 }
 
 macro_rules! keep {
     ($t:ty, $variant:ident) => {
-        impl Keep for $t {
+        impl Keepable for $t {
             fn keep(maps: Maps<Self>) -> Kept {
                 Kept::$variant(maps)
             }

@@ -19,9 +19,17 @@ use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{self, Cost, Watch};
 use crate::batch_norm::Moments;
-use crate::conv2d::PIXELS_PER_TASK;
+use crate::conv2d::{Activation, PIXELS_PER_TASK};
 use crate::element::Element;
 use crate::simd::{Isa, Kernels};
+
+/// What is left of a forward pass besides its features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// The maps, and what else the backward pass needs.
+    ForBackward,
+    Nothing,
+}
 
 /// What a forward pass yields.
 pub(super) struct Output<T> {
@@ -51,14 +59,14 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// Runs the graph, and keeps what the backward pass needs if asked to.
-    pub(super) fn run(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
+    pub(super) fn run(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: Keep) -> Output<T> {
         let normalises = |n: &Numbers<'_, T>| matches!(n.after, After::BatchNorm { .. });
-        if keep {
+        if keep == Keep::ForBackward {
             self.graph.packed.clear();
         }
         if numbers.iter().any(normalises) {
             self.run_one_by_one(images, numbers, keep)
-        } else if keep && self.batch >= rayon::current_num_threads() {
+        } else if keep == Keep::ForBackward && self.batch >= rayon::current_num_threads() {
             self.run_image_by_image(images, numbers)
         } else {
             self.run_by_levels(images, numbers, keep)
@@ -66,9 +74,9 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// Operation by operation, since the statistics of a batch norm are of the whole batch.
-    fn run_one_by_one(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
+    fn run_one_by_one(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: Keep) -> Output<T> {
         let graph = self.graph;
-        let kept = (!keep).then(|| self.packed(numbers, false));
+        let kept = (keep == Keep::Nothing).then(|| self.packed(numbers, keep));
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
         let mut normalised: Vec<_> = numbers.iter().map(|_| None).collect();
         let mut moments = vec![Vec::new(); numbers.len()];
@@ -97,7 +105,7 @@ impl<'a, T: Element> Forward<'a, T> {
             nodes[buffer] = Some(y);
             let time = watch.elapsed();
             profile::forward(graph, index, (&watch, time), || self.cost(operation));
-            if !keep || graph.pooled[index].is_some() {
+            if keep == Keep::Nothing || graph.pooled[index].is_some() {
                 let later = index + 1..graph.operations.len();
                 self.release_read(&[index], later, &mut nodes);
             }
@@ -111,16 +119,17 @@ impl<'a, T: Element> Forward<'a, T> {
         nodes: Vec<Option<Vec<T>>>,
         normalised: Vec<Option<Normalised<T>>>,
         moments: Vec<Vec<Moments>>,
-        keep: bool,
+        keep: Keep,
     ) -> Output<T> {
         let features = self.global_average(nodes[self.graph.output].as_deref().unwrap_or_default());
-        let maps = if keep {
-            Some(Maps { nodes, normalised })
-        } else {
-            for (node, map) in nodes.into_iter().enumerate() {
-                give_back(self.graph, node, map);
+        let maps = match keep {
+            Keep::ForBackward => Some(Maps { nodes, normalised }),
+            Keep::Nothing => {
+                for (node, map) in nodes.into_iter().enumerate() {
+                    give_back(self.graph, node, map);
+                }
+                None
             }
-            None
         };
         Output {
             features,
@@ -131,12 +140,12 @@ impl<'a, T: Element> Forward<'a, T> {
 
     /// Where no operation needs another's result of the whole batch: all operations that wait for the same earlier ones
     /// share out their work at once, those that read the same images one after the other.
-    fn run_by_levels(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: bool) -> Output<T> {
+    fn run_by_levels(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: Keep) -> Output<T> {
         let graph = self.graph;
         let packed = self.packed(numbers, keep);
         let starts = self.starts(numbers);
         let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
-            .map(|index| self.step(index, (&packed, &starts), false))
+            .map(|index| self.step(index, (&packed, &starts), Pooling::Apart))
             .collect();
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
         nodes[0] = Some(self.images(images));
@@ -150,7 +159,7 @@ impl<'a, T: Element> Forward<'a, T> {
                 let cost = || self.cost(&graph.operations[index]);
                 profile::forward(graph, index, (&watch, time), cost);
             }
-            let is_done = |&index: &usize| !keep || graph.pooled[index].is_some();
+            let is_done = |&index: &usize| keep == Keep::Nothing || graph.pooled[index].is_some();
             let read: Vec<usize> = level.iter().copied().filter(is_done).collect();
             let later = graph.levels[position + 1..].iter().flatten().copied();
             self.release_read(&read, later, &mut nodes);
@@ -226,11 +235,11 @@ impl<'a, T: Element> Forward<'a, T> {
             nodes[buffer].get_or_insert_with(|| self.take(buffer));
         }
         nodes[0] = Some(self.images(images));
-        let packed = self.packed(numbers, true);
+        let packed = self.packed(numbers, Keep::ForBackward);
         let starts = self.starts(numbers);
         let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
             .filter(|&index| !graph.pooled.contains(&Some(index)))
-            .map(|index| self.step(index, (&packed, &starts), true))
+            .map(|index| self.step(index, (&packed, &starts), Pooling::Within))
             .collect();
 
         let per_part = self.batch.div_ceil(rayon::current_num_threads()).max(1);
@@ -296,7 +305,8 @@ impl<'a, T: Element> Forward<'a, T> {
             self.release_packed(packed);
         }
         let none = || numbers.iter().map(|_| None).collect();
-        self.output(nodes, none(), vec![Vec::new(); numbers.len()], true)
+        let moments = vec![Vec::new(); numbers.len()];
+        self.output(nodes, none(), moments, Keep::ForBackward)
     }
 
     /// What runs operation `index` on some images: with the pooling that is part of it, or on what that has left.
@@ -304,7 +314,7 @@ impl<'a, T: Element> Forward<'a, T> {
         &self,
         index: usize,
         (packed, starts): (&'p [Arc<Packed<T>>], &'p [Vec<T>]),
-        with_pooling: bool,
+        pooling: Pooling,
     ) -> ForwardStep<'p, T> {
         let graph = self.graph;
         let pool_of = |index: usize| match &graph.operations[index] {
@@ -319,11 +329,11 @@ impl<'a, T: Element> Forward<'a, T> {
                     channel,
                     channels: c.c_out,
                 };
-                let pooling = graph.pooled[index].filter(|_| with_pooling);
+                let pooling = graph.pooled[index].filter(|_| pooling == Pooling::Within);
                 let numbers = (&*packed[c.number], starts[c.number].as_slice());
                 (
                     pooling.and_then(pool_of),
-                    Some(self.pass(c, numbers, span, true)),
+                    Some(self.pass(c, numbers, span, Activation::Relu)),
                 )
             }
             Operation::MaxPool(_) => (pool_of(index), None),
@@ -336,13 +346,13 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// The weights of all convolutions as the tiles read them; kept for the next time unless a gradient is wanted.
-    fn packed(&self, numbers: &[Numbers<'_, T>], keep_maps: bool) -> Vec<Arc<Packed<T>>> {
+    fn packed(&self, numbers: &[Numbers<'_, T>], keep: Keep) -> Vec<Arc<Packed<T>>> {
         let convolutions = self.graph.convolutions();
         let wanted = convolutions.iter().zip(numbers);
         let wanted: Vec<_> = wanted.map(|(c, n)| self.wanted(c, n)).collect();
-        match keep_maps {
-            true => wanted.iter().map(|wanted| self.pack(wanted)).collect(),
-            false => self.graph.packed.all(&wanted),
+        match keep {
+            Keep::ForBackward => wanted.iter().map(|wanted| self.pack(wanted)).collect(),
+            Keep::Nothing => self.graph.packed.all(&wanted),
         }
     }
 
@@ -440,7 +450,7 @@ impl<'a, T: Element> Forward<'a, T> {
         x: &[T],
         (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
         (y, channel): (&mut [T], usize),
-        keep: bool,
+        keep: Keep,
     ) -> Option<(Option<Vec<T>>, Vec<Moments>)> {
         let y_layout = self.graph.layout(self.graph.place(c.output).0);
         let y_span = Span {
@@ -449,10 +459,11 @@ impl<'a, T: Element> Forward<'a, T> {
             channels: c.c_out,
         };
         let &After::BatchNorm { weight, bias, eps } = &numbers.after else {
-            self.convolve(c, x, (numbers, packed), (y, y_span), true, |_| ());
+            let numbers = (numbers, packed);
+            self.convolve(c, x, numbers, (y, y_span), Activation::Relu, |_| ());
             return None;
         };
-        if !keep {
+        if keep == Keep::Nothing {
             let moments = self.convolve_and_measure(c, x, (numbers, packed), (y, y_span));
             let affine = Affine::new(&moments, weight, bias, eps);
             y[..self.batch * y_layout.image()]
@@ -506,7 +517,7 @@ impl<'a, T: Element> Forward<'a, T> {
         numbers: (&Numbers<'_, T>, &Packed<T>),
         (y, span): (&mut [T], Span),
     ) -> Vec<Moments> {
-        let sums = self.convolve(c, x, numbers, (y, span), false, |images| {
+        let sums = self.convolve(c, x, numbers, (y, span), Activation::Identity, |images| {
             let mut sums = MomentSums::new(c.c_out);
             for image in images.chunks_exact(span.layout.image()) {
                 norm::add_moments(self.isa, &span, image, &mut sums);
@@ -522,7 +533,7 @@ impl<'a, T: Element> Forward<'a, T> {
         c: &Convolution,
         (packed, start): (&'p Packed<T>, &'p [T]),
         span: Span,
-        relu: bool,
+        activation: Activation,
     ) -> AnyPass<'p, T> {
         let pass = GatherPass {
             kernels: self.kernels,
@@ -534,7 +545,7 @@ impl<'a, T: Element> Forward<'a, T> {
             padding: c.padding,
             weight: &packed.direct,
             start: Start::Values(start),
-            relu,
+            relu: activation == Activation::Relu,
             y: span.layout,
             y_channel: span.channel,
         };
@@ -552,12 +563,12 @@ impl<'a, T: Element> Forward<'a, T> {
         x: &[T],
         (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
         (y, span): (&mut [T], Span),
-        relu: bool,
+        activation: Activation,
         measure: impl Fn(&[T]) -> R + Sync,
     ) -> Vec<R> {
         let (x_layout, y_layout) = (self.graph.layout(c.input), span.layout);
         let start = start_values(c, numbers);
-        let pass = self.pass(c, (packed, &start), span, relu);
+        let pass = self.pass(c, (packed, &start), span, activation);
         let threads = rayon::current_num_threads();
         if self.batch < threads {
             let parts = self.parts((y, y_layout), pass.lines());
@@ -671,6 +682,15 @@ struct Written<'a, T: 'static> {
     buffer: usize,
     y: Vec<T>,
     writers: Vec<&'a ForwardStep<'a, T>>,
+}
+
+/// When a pooling runs that is part of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pooling {
+    /// In the convolution's step, for a few images at a time.
+    Within,
+    /// In a step of its own.
+    Apart,
 }
 
 /// An operation on some images: a pooling, a convolution, or the one and then the other.

@@ -41,7 +41,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 pub use self::builder::{Node, StaticGraphBuilder};
 use self::custom_op::{Run, Token, lock};
-use self::forward::Forward;
+use self::forward::{Forward, Keep};
 pub use self::parameters::{ConvParameters, GraphOutput};
 use self::pass::{Trains, in_pool};
 use self::plan::Inner;
@@ -213,7 +213,7 @@ impl StaticGraph {
             let output = inner.with_numbers::<T, _>(&contiguous, |numbers| {
                 with_slice::<T, _>(OP, images, |images| {
                     let pass = Forward::<T>::new(inner, Isa::detect(), batch);
-                    Ok(in_pool(|| pass.run(images, numbers, false)))
+                    Ok(in_pool(|| pass.run(images, numbers, Keep::Nothing)))
                 })
             })?;
             let channels = inner.nodes[inner.output].channels;

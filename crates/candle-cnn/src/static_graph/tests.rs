@@ -7,7 +7,7 @@ use test_support::{assert_close, check_gradients, relative_error, seeded_values}
 
 use super::arena::{Layout, Part};
 use super::backward::Backward;
-use super::forward::Forward;
+use super::forward::{Forward, Keep};
 use super::pass::{Numbers, Trains};
 use super::*;
 use crate::element::Element;
@@ -285,7 +285,7 @@ fn both_passes<T: Element>(
     let batch = images.dims()[0];
     let like = |values: Vec<T>, shape| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
     let forward = |keep| Forward::new(inner, isa, batch).run(&values::<T>(images), &numbers, keep);
-    let (unkept, kept) = (forward(false), forward(true));
+    let (unkept, kept) = (forward(Keep::Nothing), forward(Keep::ForBackward));
     let features = like(kept.features, upstream.shape());
     let unkept = like(unkept.features, upstream.shape());
     assert!(
@@ -439,7 +439,7 @@ fn running_statistics_give_what_ordinary_operations_give_where_winograd_pays() -
         let numbers = numbers(inner, &owned);
         let images = values::<f32>(&example.images);
         for isa in Isa::available() {
-            let actual = Forward::new(inner, isa, batch).run(&images, &numbers, false);
+            let actual = Forward::new(inner, isa, batch).run(&images, &numbers, Keep::Nothing);
             let actual = Tensor::from_vec(actual.features, expected.shape(), &Device::Cpu)?;
             assert_close(&format!("{isa:?}"), &actual, &expected, 2e-5);
         }
@@ -1329,7 +1329,7 @@ fn a_frozen_weight_gets_no_gradient_and_the_bias_or_batch_norm_behind_it_the_sam
                 let images = values::<f32>(&example.images);
                 let isa = Isa::detect();
                 let maps = Forward::new(inner, isa, 3)
-                    .run(&images, &numbers, true)
+                    .run(&images, &numbers, Keep::ForBackward)
                     .maps;
                 Backward::new(inner, isa, 3, needs_input, &trainable).run(
                     maps.unwrap(),
