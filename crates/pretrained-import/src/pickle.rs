@@ -792,8 +792,11 @@ impl Machine<'_> {
                 }
                 Value::Dict(self.container(items))
             }
-            (Global::RebuildTensor, [storage, offset, shape, strides])
-            | (Global::RebuildTensorV2, [storage, offset, shape, strides, _, _, ..]) => {
+            (Global::RebuildTensor, [storage, offset, shape, strides]) => {
+                self.tensor(start, storage, offset, shape, strides)?
+            }
+            (Global::RebuildTensorV2, [storage, offset, shape, strides, _, _, metadata @ ..]) => {
+                self.check_metadata(start, metadata)?;
                 self.tensor(start, storage, offset, shape, strides)?
             }
             (
@@ -810,6 +813,19 @@ impl Machine<'_> {
         };
         self.stack.push(value);
         Ok(())
+    }
+
+    /// Refuses a tensor whose values are not those of its storage: PyTorch keeps beside it that they are to be negated, for one.
+    fn check_metadata(&self, start: u64, metadata: &[Value]) -> Step<()> {
+        match metadata {
+            [] | [Value::None] => Ok(()),
+            [Value::Dict(at)] if self.containers[*at].is_empty() => Ok(()),
+            _ => self.fail(
+                start,
+                "a tensor whose values are not as stored, such as one with PyTorch's negative bit; save what \
+                 tensor.resolve_neg() gives",
+            ),
+        }
     }
 
     fn tensor(

@@ -180,6 +180,22 @@ fn a_file_made_by_hand_reads_as_it_should_so_that_its_hostile_twins_mean_somethi
 }
 
 #[test]
+fn a_tensor_with_the_negative_bit_is_refused_and_one_with_empty_metadata_read() {
+    let with_metadata = |metadata: &[u8]| {
+        let mut pickle = one_tensor(2, 0, &[2], &[1]);
+        // Behind requires_grad and the hooks.
+        pickle.splice(pickle.len() - 4..pickle.len() - 4, metadata.iter().copied());
+        legacy(&pickle, &one_storage(&[1., 2.]))
+    };
+    for nothing in [&b"}"[..], b"N", b""] {
+        let state = StateDict::from_bytes(&with_metadata(nothing), Path::new("x")).unwrap();
+        assert_eq!(state.tensors["w"].to_vec1::<f32>().unwrap(), [1.0, 2.0]);
+    }
+    let found = message(&with_metadata(b"}X\x03\x00\x00\x00neg\x88s"));
+    assert!(found.contains("resolve_neg()"), "{found}");
+}
+
+#[test]
 fn hostile_and_damaged_files_are_errors_that_say_what_was_found() {
     let four = one_storage(&[1., 2., 3., 4.]);
     let tensor = |offset, shape: &[i32], strides: &[i32]| {

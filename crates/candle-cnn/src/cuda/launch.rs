@@ -378,7 +378,7 @@ mod tests {
                 ((1 << 31) - 1) / number * number,
             ];
             for n in near.chain(far).filter(|&n| n < 1 << 31) {
-                let sum = (n * multiplier >> 32) + n;
+                let sum = ((n * multiplier) >> 32) + n;
                 assert!(sum < 1 << 32, "{n} by {number}");
                 assert_eq!(sum >> shift, n / number, "{n} by {number}");
             }
