@@ -63,7 +63,7 @@ pub fn assign(
                     expected: describe(&var),
                 });
             }
-            Some(tensor) => assignments.push((var, tensor)),
+            Some(tensor) => assignments.push((name, var, tensor)),
         }
     }
     mismatch.unexpected = found.into_keys().collect();
@@ -73,13 +73,32 @@ pub fn assign(
             mismatch: Box::new(mismatch),
         });
     }
-    for (var, tensor) in assignments {
+    for (name, _, tensor) in &assignments {
+        let finite = is_finite(tensor).map_err(|source| WeightsError::Tensor { source })?;
+        if !finite {
+            return Err(WeightsError::NotFinite {
+                path: path.to_path_buf(),
+                name: name.clone(),
+            });
+        }
+    }
+    for (_, var, tensor) in assignments {
         tensor
             .to_device(var.device())
             .and_then(|tensor| var.set(&tensor))
             .map_err(|source| WeightsError::Tensor { source })?;
     }
     Ok(())
+}
+
+/// Whether no value is NaN or infinite; of other types than floats none is.
+pub(crate) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
+    if !tensor.dtype().is_float() {
+        return Ok(true);
+    }
+    let values = tensor.flatten_all()?.to_dtype(DType::F32)?;
+    let values = values.to_vec1::<f32>()?;
+    Ok(values.iter().all(|value| value.is_finite()))
 }
 
 /// The bytes of a safetensors file that `safetensors.torch.load_file` and `load_state_dict` take.
@@ -128,8 +147,14 @@ pub fn encode(
 pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, WeightsError> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| WeightsError::Parse {
         path: path.to_path_buf(),
-        // It may quote the file.
-        reason: error.to_string().replace(char::is_control, " "),
+        reason: match bytes {
+            // A zip archive or a pickle.
+            [b'P', b'K', ..] | [0x80, 2..=5, ..] => "it looks like a .pth file; in Python, \
+                safetensors.torch.save_file(state_dict, FILE) writes what is read here"
+                .to_string(),
+            // It may quote the file.
+            _ => error.to_string().replace(char::is_control, " "),
+        },
     })?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
@@ -179,6 +204,14 @@ pub enum WeightsError {
         path: PathBuf,
         /// All differences.
         mismatch: Box<Mismatch>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("{}: {name} has values that are not finite: what it was saved from had diverged, or the file is damaged", path.display())]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The parameter or buffer.
+        name: String,
     },
     /// Two tensors have one name.
     #[error(
@@ -400,6 +433,36 @@ mod tests {
             assert!(error.contains(part), "{part} not in {error}");
         }
         assert_eq!(model.bits(), before);
+    }
+
+    #[test]
+    fn a_pth_file_is_refused_with_what_to_do_instead() {
+        for file in [&b"PK\x03\x04"[..], b"\x80\x02}q\x00."] {
+            let error = decode(file, Path::new("w.pth")).unwrap_err().to_string();
+            assert!(
+                error.starts_with("w.pth is not a safetensors file"),
+                "{error}"
+            );
+            assert!(error.contains("save_file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_weight_that_is_not_finite_is_named_and_changes_nothing() {
+        let model = TinyModel::new(1);
+        let before = model.bits();
+        for value in [f32::NAN, f32::INFINITY] {
+            let mut file = tensors(&TinyModel::new(2));
+            let (name, tensor) = &mut file[1];
+            let mut values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values[0] = value;
+            *tensor = Tensor::from_vec(values, tensor.dims(), &Device::Cpu).unwrap();
+            let expected = format!("init.safetensors: {name} has values that are not finite");
+            let loaded = load_from_bytes(&model, &encoded(&file), Path::new("init.safetensors"));
+            let error = loaded.unwrap_err().to_string();
+            assert!(error.starts_with(&expected), "{error}");
+            assert_eq!(model.bits(), before);
+        }
     }
 
     #[test]

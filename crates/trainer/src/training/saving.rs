@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::{Summary, Training};
 use crate::checkpoint::{self, Checkpoint, State};
@@ -87,19 +87,10 @@ impl Training<'_> {
 
     /// A finite loss can still leave weights that are not; they must not replace good ones on disk.
     fn check_finite(&self, tensors: &[(String, Tensor)]) -> Result<()> {
-        for (name, tensor) in tensors
-            .iter()
-            .filter(|(_, tensor)| tensor.dtype().is_float())
-        {
-            let finite = || {
-                let values = tensor
-                    .to_dtype(DType::F32)?
-                    .flatten_all()?
-                    .to_vec1::<f32>()?;
-                Ok(values.iter().all(|value| value.is_finite()))
-            };
+        for (name, tensor) in tensors {
             let place = self.place(self.position.step);
-            if !finite().map_err(Error::tensor("reading the weights", place))? {
+            let finite = weights::is_finite(tensor);
+            if !finite.map_err(Error::tensor("reading the weights", place))? {
                 return Err(Error::NonFiniteWeights {
                     name: name.clone(),
                     epoch: self.position.epoch + 1,
