@@ -346,6 +346,13 @@ fn print_report(
     let shown = arguments.out.display();
     let size = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
     writeln!(out, "written     {shown} ({})", DecimalBytes(size))?;
+    if !report.missing.is_empty() || !report.misshapen.is_empty() {
+        writeln!(
+            out,
+            "\nIt is not whole: finetune-full and predict do not take it"
+        )?;
+        return Ok(());
+    }
     let path = arguments.out.to_string_lossy();
     // Only a zero byte cannot be quoted, and no path has one.
     let quoted = shlex::try_quote(&path).unwrap_or(Cow::Borrowed(&path));

@@ -210,7 +210,8 @@ fn what_does_not_fit_is_listed_and_nothing_is_written() {
     import(&[text(&from), "--out", text(&to), "--no-strict"])
         .assert()
         .success()
-        .stdout(contains("342 loaded, 1 missing, 1 unexpected, 1 misshapen"));
+        .stdout(contains("342 loaded, 1 missing, 1 unexpected, 1 misshapen"))
+        .stdout(contains("It is not whole").and(contains("Next:").not()));
     assert_eq!(StateDict::read(&to).unwrap().tensors.len(), 342);
 
     import(&[text(&from), "--out", text(&to), "--force", "--keep-aux"])

@@ -487,7 +487,7 @@ fn at_most(text: &str, most: u64) -> Result<u64, String> {
 fn not_negative(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
-        _ => Err("it must be a number of at least 0".into()),
+        _ => Err("it must be a finite number of at least 0".into()),
     }
 }
 
