@@ -27,7 +27,7 @@ pub enum OpError {
     },
     /// A tensor has a shape that the operation does not take: the wrong number of dimensions, or one of a wrong size.
     #[error("{op}: {name} has shape {found:?}, expected {expected}")]
-    Shape {
+    WrongShape {
         /// The operation, as PyTorch names it.
         op: &'static str,
         /// The argument.
@@ -231,7 +231,7 @@ impl OpError {
         expected: &'static str,
     ) -> Error {
         let found = tensor.dims().to_vec();
-        Self::Shape {
+        Self::WrongShape {
             op,
             name,
             found,

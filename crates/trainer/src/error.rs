@@ -135,7 +135,7 @@ pub enum Error {
         reason: String,
     },
     /// The summary of a finished run makes no sense.
-    #[error("{} is damaged ({source})", path.display())]
+    #[error("{} is damaged", path.display())]
     DamagedSummary {
         /// `finished.json`.
         path: PathBuf,

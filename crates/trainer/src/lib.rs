@@ -44,7 +44,7 @@ pub use metrics::Metric;
 pub use model::{AuxiliaryOutput, FixedFeatures, Model, TrainOutput};
 pub use observer::{EpochReport, Observer, Silent, StartReport, StepReport};
 pub use profile::PROFILE_TARGET;
-pub use run_directory::{RunDirectory, recorded_weights_sha256};
+pub use run_directory::{Finished, RunDirectory, recorded_weights_sha256};
 pub use schedule::{ResolvedSchedule, Schedule, Span};
 pub use sgd::{Sgd, SgdConfig, SgdStateError};
 pub use training::{Outcome, Summary, Training};

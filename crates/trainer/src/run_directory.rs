@@ -220,19 +220,18 @@ impl RunDirectory {
         write_json(&self.dir.join(name), environment)
     }
 
-    /// What the run ended with, if it is finished and its weights are there as it left them. Where they are not, a warning says so,
-    /// and to go on with the run writes them again from its last checkpoint.
+    /// Whether the run is finished, and whether its weights are there as it left them.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read, [`Error::ResultLost`] without a checkpoint.
-    pub fn finished(&self) -> Result<Option<Summary>> {
+    /// [`Error::Io`] when a file cannot be read, [`Error::ResultLost`] where what is lost cannot be written again.
+    pub fn finished(&self) -> Result<Finished> {
         let problem = match summary_of(&self.dir) {
-            Ok(None) => return Ok(None),
+            Ok(None) => return Ok(Finished::No),
             Ok(Some(summary)) => {
                 let path = self.dir.join(checkpoint::WEIGHTS);
                 match fs::read(&path) {
                     Ok(bytes) if sha256_hex(&bytes) == summary.weights_sha256 => {
-                        return Ok(Some(summary));
+                        return Ok(Finished::Yes(summary));
                     }
                     Ok(_) => format!("{} is not what the run ended with", path.display()),
                     Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -241,14 +240,13 @@ impl RunDirectory {
                     Err(error) => return Err(io_error("read", &path)(error)),
                 }
             }
-            Err(error @ Error::DamagedSummary { .. }) => error.to_string(),
+            Err(error @ Error::DamagedSummary { .. }) => error.with_sources(),
             Err(error) => return Err(error),
         };
         if !checkpoint::was_saved(&self.checkpoints())? {
             return Err(Error::ResultLost { problem });
         }
-        tracing::warn!("{problem}: it is written again from the last checkpoint");
-        Ok(None)
+        Ok(Finished::Lost(problem))
     }
 
     /// Whether a checkpoint was ever saved, be it damaged; without one a run begins again.
@@ -280,6 +278,18 @@ impl RunDirectory {
     pub(crate) fn check_data(&self, data: &DataSets) -> Result<()> {
         self.data.check(&data.fingerprints())
     }
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Finished {
+    /// It can go on.
+    No,
+    /// It ended with this.
+    Yes(Summary),
+    /// It was finished, and a file of its result is missing or damaged, in words. To go on with the run writes it again from the last
+    /// checkpoint.
+    Lost(String),
 }
 
 /// The SHA-256 that a finished run or a checkpoint records of its `model.safetensors`; None for a folder that is neither.

@@ -148,10 +148,12 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, Wei
     let file = SafeTensors::deserialize(bytes).map_err(|error| WeightsError::Parse {
         path: path.to_path_buf(),
         reason: match bytes {
-            // A zip archive or a pickle.
-            [b'P', b'K', ..] | [0x80, 2..=5, ..] => "it looks like a .pth file; in Python, \
+            // A zip archive or a pickle, whose third byte is an opcode; the length of a header would have zeros.
+            [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, 1..=255, ..] => {
+                "it looks like a .pth file; in Python, \
                 safetensors.torch.save_file(state_dict, FILE) writes what is read here"
-                .to_string(),
+                    .to_string()
+            }
             // It may quote the file.
             _ => error.to_string().replace(char::is_control, " "),
         },

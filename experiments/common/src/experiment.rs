@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use trainer::{DataSets, Environment, Model, RunDirectory, Summary, TrainingConfig};
+use trainer::{DataSets, Environment, Finished, Model, RunDirectory, Summary, TrainingConfig};
 
 use crate::advice::advised;
 use crate::compute::ComputeConfig;
@@ -237,12 +237,17 @@ fn resume<E: Experiment>(
         let opened = RunDirectory::open(dir, E::NAME).map_err(advised);
         run = Some(opened.context("cannot resume")?);
     }
-    let finished = run
-        .as_ref()
-        .map(RunDirectory::finished)
-        .transpose()?
-        .flatten();
-    let finished = finished.as_ref();
+    let finished = run.as_ref().map(RunDirectory::finished).transpose();
+    let finished = finished.map_err(advised).context("cannot resume")?;
+    if let (Some(Finished::Lost(problem)), false) = (&finished, role.is_launcher()) {
+        say(&format!(
+            "{problem}: it is written again from the last checkpoint"
+        ));
+    }
+    let finished = match &finished {
+        Some(Finished::Yes(summary)) => Some(summary),
+        _ => None,
+    };
     if let (Some(summary), Role::Alone | Role::Launcher { .. }) = (finished, &role) {
         return Ok(finished_already(dir, summary));
     }

@@ -57,14 +57,13 @@ pub(crate) fn train(
     };
     let outcome = run_with(training, &mut progress);
     progress.end();
-    let outcome = outcome.map_err(|error| match error {
-        // Nothing is wrong with the run itself.
-        Error::Io { .. } | Error::Group(_) | Error::Received { .. } => anyhow!(
+    let outcome = outcome.map_err(|error| match is_of_the_machine(&error) {
+        true => anyhow!(
             "{:#}. The run goes on from what it has saved with\n  {}",
             advised(error),
             resume_command(&experiment, &dir)
         ),
-        _ => advised(error),
+        false => advised(error),
     })?;
     if let Some(profile) = profile {
         print(profile.table().trim_end());
@@ -84,6 +83,16 @@ pub(crate) fn train(
             ));
             Ok(exit_code)
         }
+    }
+}
+
+/// Whether a disk or a process is to blame, and not the run itself: it can be resumed once that is mended.
+fn is_of_the_machine(error: &Error) -> bool {
+    use data_parallel::Error::{Lost, Silent, Stuck};
+    match error {
+        Error::Io { .. } => true,
+        Error::Group(error) => matches!(error, Lost { .. } | Silent { .. } | Stuck { .. }),
+        _ => false,
     }
 }
 
@@ -139,6 +148,25 @@ pub(crate) fn print_finished(dir: &str, summary: &Summary) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_is_to_be_resumed_after_a_failure_of_the_machine_alone() {
+        let disk = Error::Io {
+            action: "write",
+            path: "metrics.csv".into(),
+            source: std::io::ErrorKind::StorageFull.into(),
+        };
+        assert!(is_of_the_machine(&disk));
+        let gone = data_parallel::Error::Lost {
+            rank: 1,
+            during: "all_reduce_sum",
+            source: std::io::ErrorKind::ConnectionReset.into(),
+        };
+        assert!(is_of_the_machine(&Error::Group(gone)));
+        let unsupported = data_parallel::Error::Unsupported { what: "x".into() };
+        assert!(!is_of_the_machine(&Error::Group(unsupported)));
+        assert!(!is_of_the_machine(&Error::EmptySet { set: "train" }));
+    }
 
     #[test]
     fn the_command_that_resumes_a_run_is_one_of_this_build_that_a_shell_understands() {

@@ -121,7 +121,9 @@ pub fn weights_file(path: &Path, flag: &str) -> Result<InitFile> {
         return Ok(InitFile::given(path.to_path_buf()));
     }
     let shown = path.display();
-    let found = InitFile::in_folder(path).with_context(|| format!("cannot use {flag} {shown}"))?;
+    let found = InitFile::in_folder(path).with_context(|| {
+        format!("cannot use {flag} {shown} (--resume of a finished run writes its result again)")
+    })?;
     if found.path.is_file() {
         return Ok(found);
     }

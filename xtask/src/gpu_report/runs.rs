@@ -105,7 +105,8 @@ const CURVES: [(&str, &str); 8] = [
 ///
 /// Rounding grows from step to step: at the lesson's rate two instruction sets of a CPU are 1e-1 apart after
 /// five steps, at this one 4e-5 after twenty, while the loss falls by half; on the emulated device TF32 sets them
-/// 5e-4 apart and bf16 3e-3. The bounds leave room for that and none for a wrong gradient.
+/// 5e-4 apart and bf16 3e-3. The bounds leave room for that and none for a wrong gradient. Steps of one precision take the same
+/// engines, as long as the first that cuDNN names want no more workspace than a fourth of what one stream may have.
 const COMPARISONS: [(&str, f64, [&str; 2]); 6] = [
     ("STEPS, GPU in f32 against the CPU", 1e-3, ["cpu", "f32"]),
     (

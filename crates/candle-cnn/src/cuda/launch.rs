@@ -179,7 +179,7 @@ pub(crate) struct Launch<'a> {
 }
 
 impl<'a> Launch<'a> {
-    /// Of the kernel `name` in `source`.
+    /// The launch of the kernel `name` in `source`.
     pub(crate) fn new(
         op: &'static str,
         device: &CudaDevice,
@@ -309,7 +309,7 @@ pub(crate) fn address<'a>(
     Ok((pointer + bytes, held))
 }
 
-/// The address of a storage's first element, likewise.
+/// The address of a storage's first element, and what holds it against being freed.
 pub(crate) fn address_of_all<'a>(
     op: &'static str,
     storage: &'a CudaStorage,
@@ -318,7 +318,7 @@ pub(crate) fn address_of_all<'a>(
     typed!(op, storage.dtype(), &storage.slice, slice => Ok(slice.device_ptr(stream)))
 }
 
-/// The address of the first element of a storage that is written, likewise.
+/// The address of the first element of a storage that is written, and what holds it against being freed.
 pub(crate) fn address_mut<'a>(
     op: &'static str,
     storage: &'a mut CudaStorage,

@@ -25,7 +25,7 @@ pub struct Node {
 #[derive(Clone, Debug)]
 pub struct StaticGraphBuilder {
     nodes: Vec<Map>,
-    /// Of each node.
+    /// The number of each node.
     ids: Vec<NodeId>,
     operations: Vec<Operation>,
     names: BTreeMap<usize, String>,
@@ -394,7 +394,7 @@ pub(super) struct Map {
     pub(super) within: Option<(usize, usize)>,
     /// Pixels around the image that a convolution reads as zeros.
     pub(super) halo: usize,
-    /// The same of the gradient.
+    /// Pixels of zeros around the gradient of the map.
     pub(super) gradient_halo: usize,
     is_read: bool,
 }
@@ -455,7 +455,7 @@ pub(super) struct Convolution {
     pub(super) kernel: usize,
     pub(super) stride: usize,
     pub(super) padding: usize,
-    /// Of its batch norm, if it has one and not a bias.
+    /// The eps of the batch norm, if the convolution has one and not a bias.
     pub(super) eps: Option<f64>,
 }
 

@@ -22,11 +22,11 @@ pub(super) struct Run {
     pub(super) needs_input: bool,
     /// Which of each convolution's parameters need their gradient.
     pub(super) trainable: Vec<Trains>,
-    /// Of each convolution; running statistics are a part of weight and bias.
+    /// The tensors of each convolution; running statistics are a part of weight and bias.
     pub(super) parameters: Vec<Vec<Tensor>>,
-    /// Where the backward pass leaves their gradients for the tokens.
+    /// Where the backward pass leaves the gradients of the parameters for the tokens.
     pub(super) gradients: Gradients,
-    /// Where the forward pass leaves them: of each convolution, empty where it has none.
+    /// Where the forward pass leaves the moments of each convolution, empty where it has none.
     pub(super) statistics: Arc<Mutex<Vec<Vec<Moments>>>>,
     /// The maps of the forward pass, where somebody needs a gradient.
     pub(super) kept: Mutex<Option<Kept>>,

@@ -31,7 +31,7 @@ pub enum ConvParameters<'a> {
         /// (C_out).
         norm_bias: &'a Tensor,
     },
-    /// Of the same in evaluation: normalised by running statistics, which get no gradient.
+    /// A convolution with batch norm in evaluation: normalised by running statistics, which get no gradient.
     Running {
         /// (C_out, C_in, k, k).
         weight: &'a Tensor,
@@ -51,7 +51,7 @@ pub enum ConvParameters<'a> {
 pub struct GraphOutput {
     /// The mean of each channel of the last map, (N, C).
     pub features: Tensor,
-    /// Of each [`ConvParameters::BatchNorm`], in order.
+    /// Statistics of the batch, of each [`ConvParameters::BatchNorm`] in order.
     pub statistics: Vec<BatchStatistics>,
 }
 

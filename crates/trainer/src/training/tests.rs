@@ -11,6 +11,7 @@ use super::*;
 use crate::durable::sha256_hex;
 use crate::environment::Environment;
 use crate::observer::Silent;
+use crate::run_directory::Finished;
 use crate::sgd::SgdConfig;
 use crate::tiny_model::TinyModel;
 
@@ -252,7 +253,7 @@ fn a_run_killed_between_its_last_checkpoint_and_finished_json_finishes() {
     let (model, outcome) = resume(&dir, &|| false);
     assert_eq!(traces(&dir, &model, outcome), expected);
     let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
-    assert_eq!(run.finished().unwrap(), Some(expected.summary));
+    assert_eq!(run.finished().unwrap(), Finished::Yes(expected.summary));
 }
 
 #[test]
@@ -264,18 +265,33 @@ fn what_a_finished_run_has_lost_is_written_again_from_its_last_checkpoint() {
     let expected = traces(&dir, &model, outcome);
     let weights = fs::read(dir.join("model.safetensors")).unwrap();
     let finished = || RunDirectory::open(&dir, EXPERIMENT).unwrap().finished();
-    let damages: [&dyn Fn(); 3] = [
-        &|| fs::remove_file(dir.join("model.safetensors")).unwrap(),
-        &|| fs::write(dir.join("model.safetensors"), [&weights[..], b"x"].concat()).unwrap(),
-        &|| fs::write(dir.join("finished.json"), "{").unwrap(),
+    let model_file = dir.join("model.safetensors");
+    let summary_file = dir.join("finished.json");
+    let damages: [(&dyn Fn(), &str); 3] = [
+        (
+            &|| fs::remove_file(&model_file).unwrap(),
+            "model.safetensors is missing",
+        ),
+        (
+            &|| fs::write(&model_file, [&weights[..], b"x"].concat()).unwrap(),
+            "model.safetensors is not what the run ended with",
+        ),
+        (
+            &|| fs::write(&summary_file, "{").unwrap(),
+            "finished.json is damaged: EOF",
+        ),
     ];
-    for damage in damages {
+    for (damage, expected_problem) in damages {
         damage();
-        assert_eq!(finished().unwrap(), None);
+        let Finished::Lost(problem) = finished().unwrap() else {
+            panic!("not lost: {expected_problem}");
+        };
+        assert!(problem.contains(expected_problem), "{problem}");
         let (model, outcome) = resume(&dir, &|| false);
         assert_eq!(traces(&dir, &model, outcome), expected);
         assert_eq!(fs::read(dir.join("model.safetensors")).unwrap(), weights);
-        assert_eq!(finished().unwrap().as_ref(), Some(&expected.summary));
+        let again = Finished::Yes(expected.summary.clone());
+        assert_eq!(finished().unwrap(), again);
         let recorded = crate::recorded_weights_sha256(&dir).unwrap();
         assert_eq!(recorded, Some(sha256_hex(&weights)));
     }

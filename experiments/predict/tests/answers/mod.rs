@@ -76,7 +76,7 @@ pub(crate) fn save(path: &Path, state: Vec<(String, Var)>, metadata: &[(&str, &s
     safetensors::serialize_to_file(tensors, Some(metadata.collect()), path).unwrap();
 }
 
-/// Of each row of logits.
+/// The probabilities of the classes, from each row of logits.
 pub(crate) fn probabilities(logits: &Tensor) -> Vec<Vec<f64>> {
     let softmax = |row: Vec<f32>| {
         let exponentials = row.into_iter().map(|logit| f64::from(logit).exp());
