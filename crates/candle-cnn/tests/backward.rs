@@ -144,7 +144,8 @@ fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
             ..running
         };
         let error = take_up_statistics(&[(wrong, &batch)], 0.1).unwrap_err();
-        assert!(error.to_string().contains("one i64"), "{error}");
+        let expected = "dtype of batches is F32, expected I64";
+        assert!(error.to_string().contains(expected), "{error}");
     }
     Ok(())
 }
