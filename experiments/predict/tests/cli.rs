@@ -7,10 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use answers::{
-    ALL_CLASSES, assert_predicts, discerning, draw, json_lines, likeliest, predict, probabilities,
-    save, seeded, shapes, tensor,
+    ALL_CLASSES, assert_predicts, discerned, draw, json_lines, likeliest, predict, seeded, shapes,
 };
-use candle_cnn::Mode;
 use candle_core::{DType, Device, Tensor};
 use cifar_data::CLASSES;
 use inception_model::{CifarConfig, CifarGoogLeNet, GoogLeNet, GoogLeNetConfig};
@@ -21,7 +19,6 @@ use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::json;
-use trainer::Model;
 
 const PICTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures");
 
@@ -346,10 +343,7 @@ fn json_has_a_line_for_each_picture_good_or_not() {
 fn each_picture_has_its_own_answer_behind_a_broken_one_and_beyond_a_batch() {
     let dir = tempfile::tempdir().unwrap();
     let set = shapes(18);
-    let network = discerning(&tensor(&set)).unwrap();
-    let weights = dir.path().join("weights.safetensors");
-    save(&weights, network.named_parameters(), &[]);
-    let expected = probabilities(&network.infer(&tensor(&set)).unwrap());
+    let (weights, expected) = discerned(dir.path(), &set);
     let classes: BTreeSet<usize> = expected.iter().map(|row| likeliest(row)).collect();
     assert!(
         classes.len() > 5,
@@ -383,17 +377,9 @@ fn torchvisions_network_takes_pictures_as_its_weights_say() {
     let picture = dir.path().join("picture.png");
     draw(&picture, set.image(0));
     let cases = [("true", "32"), ("false", "32"), ("true", "40")];
-    let answers = cases.map(|(transform_input, image_size)| {
-        let network = seeded(transform_input == "true", image_size.parse().unwrap());
-        let weights = dir.path().join("weights.safetensors");
-        let state = [network.named_parameters(), network.named_buffers()].concat();
-        let metadata = [
-            ("transform_input", transform_input),
-            ("image_size", image_size),
-        ];
-        save(&weights, state, &metadata);
-        let logits = network.forward(&tensor(&set), Mode::Eval).unwrap();
-        let expected = probabilities(&logits).remove(0);
+    let answers = cases.map(|said| {
+        let (weights, mut expected) = seeded(dir.path(), &set, said);
+        let expected = expected.remove(0);
         let mut command = predict(&weights);
         command.args(ALL_CLASSES).args(CPU).arg(&picture);
         let line = &json_lines(&command.assert().success())[0];
@@ -415,11 +401,7 @@ fn an_evaluation_holds_each_answer_against_the_label_of_its_picture() {
     let dir = tempfile::tempdir().unwrap();
     // More than a batch.
     let set = shapes(40);
-    let network = discerning(&tensor(&set)).unwrap();
-    let weights = dir.path().join("weights.safetensors");
-    let metadata = [("class_names", "shapes")];
-    save(&weights, network.named_parameters(), &metadata);
-    let expected = probabilities(&network.infer(&tensor(&set)).unwrap());
+    let (weights, expected) = discerned(dir.path(), &set);
     let mut taken_for = [[0; CLASSES]; CLASSES];
     let mut loss = 0.0;
     for (&label, row) in set.labels().iter().zip(&expected) {

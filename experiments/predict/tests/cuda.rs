@@ -6,13 +6,10 @@ mod answers;
 use std::path::Path;
 
 use answers::{
-    ALL_CLASSES, assert_predicts, discerning, draw, json_lines, likeliest, predict, probabilities,
-    save, seeded, shapes, tensor,
+    ALL_CLASSES, assert_predicts, discerned, draw, json_lines, likeliest, predict, seeded, shapes,
 };
-use candle_cnn::Mode;
 use serde_json::Value;
 use test_support::devices;
-use trainer::Model;
 
 const F32: [&str; 4] = ["--device", "cuda", "--precision", "f32"];
 /// Of probabilities and losses, between sums in another order.
@@ -33,15 +30,9 @@ fn torchvisions_network_answers_as_on_the_cpu() {
     let set = shapes(1);
     let picture = dir.path().join("picture.png");
     draw(&picture, set.image(0));
-    let network = seeded(true, 32);
-    let weights = dir.path().join("weights.safetensors");
-    let state = [network.named_parameters(), network.named_buffers()].concat();
-    let metadata = [("transform_input", "true"), ("image_size", "32")];
-    save(&weights, state, &metadata);
-    let logits = network.forward(&tensor(&set), Mode::Eval).unwrap();
-    let expected = probabilities(&logits).remove(0);
+    let (weights, expected) = seeded(dir.path(), &set, ("true", "32"));
     let lines = on_the_gpu(&weights, &ALL_CLASSES, Some(&picture));
-    assert_predicts(&lines[0], &expected, TOLERANCE);
+    assert_predicts(&lines[0], &expected[0], TOLERANCE);
 }
 
 #[test]
@@ -51,11 +42,7 @@ fn an_evaluation_of_the_lessons_network_counts_what_the_cpu_does() {
     }
     let dir = tempfile::tempdir().unwrap();
     let set = shapes(3);
-    let network = discerning(&tensor(&set)).unwrap();
-    let weights = dir.path().join("weights.safetensors");
-    let metadata = [("class_names", "shapes")];
-    save(&weights, network.named_parameters(), &metadata);
-    let rows = probabilities(&network.infer(&tensor(&set)).unwrap());
+    let (weights, rows) = discerned(dir.path(), &set);
     let labels = set.labels().iter().map(|&label| usize::from(label));
     let (mut correct, mut loss) = (0, 0.0);
     for (label, row) in labels.zip(&rows) {

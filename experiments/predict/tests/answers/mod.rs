@@ -1,10 +1,11 @@
 //! Networks whose answers depend on the picture, the program that is asked, and what it should say.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 use assert_cmd::assert::Assert;
+use candle_cnn::Mode;
 use candle_core::{Device, Result, Tensor, Var};
 use cifar_data::{CLASSES, ImageSet, SIDE, Split};
 use inception_model::{CifarConfig, CifarGoogLeNet, Init};
@@ -37,7 +38,7 @@ pub(crate) fn shapes(count: usize) -> ImageSet {
 }
 
 /// What a network of ours is to see of them: values from −1 to 1.
-pub(crate) fn tensor(set: &ImageSet) -> Tensor {
+fn tensor(set: &ImageSet) -> Tensor {
     let pixels = set.pixels().iter();
     let pixels: Vec<f32> = pixels
         .map(|&x| (f32::from(x) / 255.0 - 0.5) / 0.5)
@@ -46,7 +47,7 @@ pub(crate) fn tensor(set: &ImageSet) -> Tensor {
 }
 
 /// The lesson's network with random weights, whose head answers by what `images` differ in.
-pub(crate) fn discerning(images: &Tensor) -> Result<CifarGoogLeNet> {
+fn discerning(images: &Tensor) -> Result<CifarGoogLeNet> {
     let config = CifarConfig {
         init: Init::Centred,
         ..CifarConfig::default()
@@ -67,17 +68,28 @@ pub(crate) fn discerning(images: &Tensor) -> Result<CifarGoogLeNet> {
     Ok(network)
 }
 
-/// Writes a state as safetensors.
-pub(crate) fn save(path: &Path, state: Vec<(String, Var)>, metadata: &[(&str, &str)]) {
+/// Weights in `dir` of [`discerning`], and the probabilities that it gives each picture of `set`.
+pub(crate) fn discerned(dir: &Path, set: &ImageSet) -> (PathBuf, Vec<Vec<f64>>) {
+    let images = tensor(set);
+    let network = discerning(&images).unwrap();
+    let metadata = [("class_names", "shapes")];
+    let weights = save(dir, network.named_parameters(), &metadata);
+    (weights, probabilities(&network.infer(&images).unwrap()))
+}
+
+/// Writes a state as safetensors into `dir`.
+fn save(dir: &Path, state: Vec<(String, Var)>, metadata: &[(&str, &str)]) -> PathBuf {
+    let path = dir.join("weights.safetensors");
     let tensors = state
         .into_iter()
         .map(|(name, var)| (name, var.as_detached_tensor()));
     let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string()));
-    safetensors::serialize_to_file(tensors, Some(metadata.collect()), path).unwrap();
+    safetensors::serialize_to_file(tensors, Some(metadata.collect()), &path).unwrap();
+    path
 }
 
 /// The probabilities of the classes, from each row of logits.
-pub(crate) fn probabilities(logits: &Tensor) -> Vec<Vec<f64>> {
+fn probabilities(logits: &Tensor) -> Vec<Vec<f64>> {
     let softmax = |row: Vec<f32>| {
         let exponentials = row.into_iter().map(|logit| f64::from(logit).exp());
         let exponentials: Vec<f64> = exponentials.collect();
@@ -123,12 +135,17 @@ pub(crate) fn draw(path: &Path, image: &[u8]) {
     image::save_buffer(path, &pixels, side, side, image::ColorType::Rgb8).unwrap();
 }
 
-/// torchvision's network with random weights; its batch norms are as they begin.
-pub(crate) fn seeded(transform_input: bool, image_size: usize) -> Network {
+/// Weights in `dir` of torchvision's network, random and with batch norms as they begin, with what they say of pictures; and the
+/// probabilities that it gives each picture of `set`.
+pub(crate) fn seeded(
+    dir: &Path,
+    set: &ImageSet,
+    (transform_input, image_size): (&str, &str),
+) -> (PathBuf, Vec<Vec<f64>>) {
     let settings = NetworkSettings {
         classes: CLASSES,
-        transform_input,
-        image_size: Some(image_size),
+        transform_input: transform_input == "true",
+        image_size: Some(image_size.parse().unwrap()),
         dropout: 0.0,
         aux_heads: false,
         trained: Trained::Everything,
@@ -142,5 +159,12 @@ pub(crate) fn seeded(transform_input: bool, image_size: usize) -> Network {
             weight.set(&values).unwrap();
         }
     }
-    network
+    let state = [network.named_parameters(), network.named_buffers()].concat();
+    let metadata = [
+        ("transform_input", transform_input),
+        ("image_size", image_size),
+    ];
+    let weights = save(dir, state, &metadata);
+    let logits = network.forward(&tensor(set), Mode::Eval).unwrap();
+    (weights, probabilities(&logits))
 }
