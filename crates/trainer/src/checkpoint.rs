@@ -107,7 +107,7 @@ pub(crate) fn save(
     let temporary = temporary_sibling(&path);
     fs::create_dir(&temporary).map_err(io_error("create", &temporary))?;
     if let Err(error) = write_files(&temporary, state, weights, optimizer) {
-        // A disk that is full has use for its room; what cannot be removed now is before the next checkpoint.
+        // A full disk has use for the room. What cannot be removed now is removed before the next checkpoint.
         let _ = remove_if_present(&temporary);
         return Err(error);
     }
@@ -213,17 +213,17 @@ pub(crate) fn recorded_weights_sha256(dir: &Path) -> Result<Option<String>> {
     }
     let sums = read(&path)?;
     let sums = String::from_utf8_lossy(&sums);
-    let found = recorded(&sums, WEIGHTS).ok_or_else(|| Error::DamagedCheckpoint {
-        path: dir.to_path_buf(),
-        reason: format!("{SUMS} has no entry for {WEIGHTS}"),
-    })?;
-    Ok(Some(found.to_string()))
+    Ok(Some(recorded(dir, &sums, WEIGHTS)?.to_string()))
 }
 
-/// The hash of a file, from the lines of [`SUMS`].
-fn recorded<'a>(sums: &'a str, name: &str) -> Option<&'a str> {
+/// The hash of a file of the checkpoint in `dir`, from the lines of its [`SUMS`].
+fn recorded<'a>(dir: &Path, sums: &'a str, name: &str) -> Result<&'a str> {
     let mut entries = sums.lines().filter_map(|line| line.split_once("  "));
-    entries.find_map(|(sum, file)| (file == name).then_some(sum))
+    let found = entries.find_map(|(sum, file)| (file == name).then_some(sum));
+    found.ok_or_else(|| Error::DamagedCheckpoint {
+        path: dir.to_path_buf(),
+        reason: format!("{SUMS} has no entry for {name}"),
+    })
 }
 
 /// Reads a checkpoint and verifies every byte. A file that is missing is damage; one that the system does not let be read, for want of
@@ -243,8 +243,7 @@ fn load(path: &Path) -> Result<Checkpoint> {
     let sums = bytes_of(SUMS)?;
     let sums = String::from_utf8_lossy(&sums);
     let verified = |name: &str| {
-        let expected = recorded(&sums, name)
-            .ok_or_else(|| damaged(format!("{SUMS} has no entry for {name}")))?;
+        let expected = recorded(path, &sums, name)?;
         let bytes = bytes_of(name)?;
         match sha256_hex(&bytes) {
             found if found == expected => Ok(bytes),

@@ -239,31 +239,33 @@ fn resume<E: Experiment>(
     }
     let finished = run.as_ref().map(RunDirectory::finished).transpose();
     let finished = finished.map_err(advised).context("cannot resume")?;
-    if let (Some(Finished::Lost(problem)), false) = (&finished, role.is_launcher()) {
+    let (summary, lost) = match finished {
+        Some(Finished::Yes(summary)) => (Some(summary), None),
+        Some(Finished::Lost(problem)) => (None, Some(problem)),
+        Some(Finished::No) | None => (None, None),
+    };
+    let summary = summary.as_ref();
+    if let (Some(summary), Role::Alone | Role::Launcher { .. }) = (summary, &role) {
+        return Ok(finished_already(dir, summary));
+    }
+    if let Role::Launcher { processes } = role {
+        // The first of the processes works in it, and tells what it has lost.
+        drop(run);
+        return launch(processes);
+    }
+    if let Some(problem) = lost {
         say(&format!(
             "{problem}: it is written again from the last checkpoint"
         ));
     }
-    let finished = match &finished {
-        Some(Finished::Yes(summary)) => Some(summary),
-        _ => None,
-    };
-    if let (Some(summary), Role::Alone | Role::Launcher { .. }) = (finished, &role) {
-        return Ok(finished_already(dir, summary));
-    }
-    if let Role::Launcher { processes } = role {
-        // The first of the processes works in it.
-        drop(run);
-        return launch(processes);
-    }
     let device = config.compute.start()?;
     let group = connect(&role, &device, facts((E::NAME, E::VERSION), &config)?)?;
     with_group(group.as_ref(), || {
-        let mut over = [u64::from(finished.is_some())];
+        let mut over = [u64::from(summary.is_some())];
         if let Some(group) = &group {
             group.all_reduce_sum(&mut over)?;
         }
-        if let Some(summary) = finished {
+        if let Some(summary) = summary {
             return Ok(finished_already(dir, summary));
         }
         if over[0] > 0 {

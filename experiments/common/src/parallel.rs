@@ -79,10 +79,6 @@ impl Role {
     }
 
     /// Whether this process works in the run's folder, if it works at all.
-    pub(crate) fn is_launcher(&self) -> bool {
-        matches!(self, Self::Launcher { .. })
-    }
-
     pub(crate) fn is_first(&self) -> bool {
         !matches!(self, Self::Rank(ranks) if ranks.rank > 0)
     }

@@ -251,13 +251,18 @@ impl StaticGraphBuilder {
         Ok(self.nodes[node.number])
     }
 
+    /// The operation that makes a node, with its number; none makes the images and a concatenation.
+    fn maker(&self, number: usize) -> Option<(usize, &Operation)> {
+        let mut operations = self.operations.iter().enumerate();
+        operations.find(|(_, operation)| operation.output() == number)
+    }
+
     /// What errors call a node: its name, or what it is.
     fn describe(&self, number: usize) -> String {
         if let Some(name) = self.names.get(&number) {
             return name.clone();
         }
-        let mut operations = self.operations.iter().enumerate();
-        match operations.find(|(_, operation)| operation.output() == number) {
+        match self.maker(number) {
             Some((index, operation)) => operation.describe(index, &self.nodes),
             None if number == 0 => "images".to_owned(),
             None => {
@@ -309,9 +314,8 @@ impl StaticGraphBuilder {
             let found = format_args!("{part:?}{found}");
             Err(OpError::setting(OP, "part", found, expected))
         };
-        let mut operations = self.operations.iter();
-        let maker = operations.find(|operation| operation.output() == part.number);
-        if !matches!(maker, Some(Operation::Convolution(_))) {
+        let maker = self.maker(part.number);
+        if !matches!(maker, Some((_, Operation::Convolution(_)))) {
             let maker = match maker {
                 Some(_) => ", made by a pooling",
                 None if part.number == 0 => ", the input of the graph",
