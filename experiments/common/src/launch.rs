@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use data_parallel::Ranks;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::raise;
 
 use crate::progress::say;
@@ -71,7 +71,7 @@ pub(crate) fn watch_launcher() {
         let mut number = [0];
         while let Ok(1) = std::io::stdin().read(&mut number) {
             let signal = i32::from(number[0]);
-            if [SIGINT, SIGTERM].contains(&signal) {
+            if [SIGINT, SIGTERM, SIGHUP].contains(&signal) {
                 // The handlers note it; that there are none yet ends the process, which is right too.
                 let _ = raise(signal);
             }

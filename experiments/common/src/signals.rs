@@ -1,13 +1,14 @@
-//! Ctrl-C and termination: the step is finished and saved, a second signal ends at once.
+//! Ctrl-C, termination and a terminal that closes: the step is finished and saved. A second Ctrl-C or
+//! termination ends at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// Whether SIGINT or SIGTERM has arrived.
+/// Whether SIGINT, SIGTERM or SIGHUP has arrived.
 #[derive(Debug)]
 pub(crate) struct StopSignals {
     /// The signal's number; 0: none.
@@ -27,7 +28,12 @@ impl StopSignals {
             flag::register_conditional_shutdown(signal, exit_code(signal), armed.clone())
                 .and_then(|_| flag::register(signal, armed.clone()))
                 .and_then(|_| flag::register_usize(signal, received.clone(), signal as usize))
-                .context("cannot listen for signals")?;
+                .context(CANNOT_LISTEN)?;
+        }
+        if hangup_ends() {
+            // A shell and its terminal send one each, so that the second may not end what the first began.
+            flag::register_usize(SIGHUP, received.clone(), SIGHUP as usize)
+                .context(CANNOT_LISTEN)?;
         }
         Ok(Self { received })
     }
@@ -37,10 +43,10 @@ impl StopSignals {
         match self.received.load(Ordering::Relaxed) as i32 {
             0 => None,
             number => Some(Signal {
-                name: if number == SIGINT {
-                    "SIGINT"
-                } else {
-                    "SIGTERM"
+                name: match number {
+                    SIGINT => "SIGINT",
+                    SIGHUP => "SIGHUP",
+                    _ => "SIGTERM",
                 },
                 exit_code: exit_code(number) as u8,
             }),
@@ -51,10 +57,23 @@ impl StopSignals {
 /// A signal that asked to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Signal {
-    /// `SIGINT` or `SIGTERM`.
+    /// `SIGINT`, `SIGTERM` or `SIGHUP`.
     pub(crate) name: &'static str,
-    /// 128 + its number, the shell's convention: 130 or 143.
+    /// 128 + its number, the shell's convention: 130, 143 or 129.
     pub(crate) exit_code: u8,
+}
+
+const CANNOT_LISTEN: &str = "cannot listen for signals";
+
+/// Whether SIGHUP ends this process, so that it has to be caught to save anything. Under `nohup` it does not, and
+/// a handler would undo that. Linux tells; elsewhere nobody listens for the signal.
+fn hangup_ends() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & (1 << (SIGHUP - 1)) == 0)
 }
 
 fn exit_code(signal: i32) -> i32 {

@@ -134,6 +134,13 @@ fn a_run_killed_again_and_again_ends_with_the_weights_and_metrics_of_one_never_s
 }
 
 #[cfg(unix)]
+fn send(signal: &str, child: &Child) {
+    let process = child.id().to_string();
+    let kill = Command::new("kill").args(["-s", signal, &process]).status();
+    assert!(kill.unwrap().success());
+}
+
+#[cfg(unix)]
 #[test]
 fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
     let of_epochs = |epochs: usize, out: &Path| {
@@ -149,10 +156,7 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
         let steps = steps_made(out.path()) + 2;
         let mut child = start(command);
         assert!(wait_for_steps(&mut child, out.path(), steps));
-        let kill = Command::new("kill")
-            .args(["-s", signal, &child.id().to_string()])
-            .status();
-        assert!(kill.unwrap().success());
+        send(signal, &child);
         let stopped = child.wait_with_output().unwrap();
         let said = text(&stopped);
         assert_eq!(stopped.status.code(), Some(code), "{said}");
@@ -183,6 +187,45 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
     let mut other = program("--lr 1");
     other.arg("--resume").arg(&run);
     assert_refused(other, "takes every setting from its config.json");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_terminal_that_closes_stops_and_saves_a_run_but_under_nohup() {
+    let out = tempfile::tempdir().unwrap();
+    let line = SMALL_RUN.replace("--epochs 2", "--epochs 100000");
+    let begun = |mut child: Child, steps: usize| {
+        assert!(wait_for_steps(&mut child, out.path(), steps));
+        child
+    };
+
+    let nohup = r#"trap "" HUP; exec "$0" "$@""#;
+    let mut command = test_support::program("sh", "-c");
+    command.args([nohup, env!("CARGO_BIN_EXE_scratch-train")]);
+    command.args(line.split_whitespace());
+    command.arg("--out").arg(out.path());
+    let child = begun(start(command), 2);
+    send("HUP", &child);
+    let child = begun(child, steps_made(out.path()) + 2);
+    send("TERM", &child);
+    let stopped = text(&child.wait_with_output().unwrap());
+    assert!(stopped.contains("Stopped by SIGTERM"), "{stopped}");
+
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
+    if ignored & 1 == 1 {
+        test_support::skipped("these tests run under nohup, and so does what they start");
+        return;
+    }
+    let child = start(resume(&run_directory(out.path())));
+    let child = begun(child, steps_made(out.path()) + 2);
+    send("HUP", &child);
+    send("HUP", &child);
+    let stopped = child.wait_with_output().unwrap();
+    assert_eq!(stopped.status.code(), Some(129), "{}", text(&stopped));
+    let said = text(&stopped);
+    assert!(said.contains("Stopped by SIGHUP"), "{said}");
 }
 
 #[test]
