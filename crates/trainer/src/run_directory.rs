@@ -99,10 +99,10 @@ impl RunDirectory {
         fs::remove_file(&probe).map_err(io_error("remove", &probe))
     }
 
-    /// Makes `<out>/<experiment>/<time>/` and writes `config.json` and `environment.json`.
+    /// Makes `<out>/<experiment>/<time>/` and writes `config.json` and `environment.json`, or leaves nothing.
     ///
     /// # Errors
-    /// [`Error::Io`] when a folder or file cannot be made.
+    /// [`Error::Io`] when a folder or file cannot be made, [`Error::Encode`] for a configuration that JSON cannot hold.
     pub fn create(
         out: &Path,
         experiment: &str,
@@ -113,8 +113,6 @@ impl RunDirectory {
         let parent = out.join(experiment);
         fs::create_dir_all(&parent).map_err(io_error("create", &parent))?;
         let started = Timestamp::now();
-        let dir = create_unused(&parent, &folder_name(started))?;
-        let lock = lock(&dir)?;
         let file = ConfigFile {
             format_version: FORMAT_VERSION,
             experiment: experiment.into(),
@@ -122,15 +120,23 @@ impl RunDirectory {
             data: data.fingerprints(),
             config: to_value(config)?,
         };
-        write_json(&dir.join("environment.json"), environment)?;
-        write_json(&dir.join("config.json"), &file)?;
-        sync_parent(&dir)?;
+        let dir = create_unused(&parent, &folder_name(started))?;
+        let filled = lock(&dir).and_then(|lock| {
+            write_json(&dir.join("environment.json"), environment)?;
+            write_json(&dir.join("config.json"), &file)?;
+            sync_parent(&dir)?;
+            Ok(lock)
+        });
+        if filled.is_err() {
+            // A full disk; that it cannot be removed either is told by nobody.
+            let _ = fs::remove_dir_all(&dir);
+        }
         Ok(Self {
+            _lock: filled?,
             dir,
             experiment: file.experiment,
             data: file.data,
             resumed_in: None,
-            _lock: lock,
         })
     }
 

@@ -23,6 +23,16 @@ fn program(arguments: &str) -> Command {
     test_support::program(env!("CARGO_BIN_EXE_scratch-train"), arguments)
 }
 
+/// The program in place of a shell that has done `first`.
+#[cfg(unix)]
+fn program_after(first: &str, arguments: &str) -> Command {
+    let mut command = test_support::program("sh", "-c");
+    command.arg(format!(r#"{first}; exec "$0" "$@""#));
+    command.arg(env!("CARGO_BIN_EXE_scratch-train"));
+    command.args(arguments.split_whitespace());
+    command
+}
+
 fn small_run(out: &Path) -> Command {
     let mut command = program(SMALL_RUN);
     command.arg("--out").arg(out);
@@ -189,6 +199,18 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
     assert_refused(other, "takes every setting from its config.json");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_run_that_a_full_disk_lets_nobody_begin_leaves_nothing() {
+    let out = tempfile::tempdir().unwrap();
+    // No file may have a byte, and who writes one learns it as of a full disk.
+    let mut command = program_after(r#"trap "" XFSZ; ulimit -f 0"#, SMALL_RUN);
+    command.arg("--out").arg(out.path());
+    assert_refused(command, "environment.json");
+    let runs = fs::read_dir(out.path().join("scratch-train")).unwrap();
+    assert_eq!(runs.count(), 0);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_terminal_that_closes_stops_and_saves_a_run_but_under_nohup() {
@@ -199,10 +221,7 @@ fn a_terminal_that_closes_stops_and_saves_a_run_but_under_nohup() {
         child
     };
 
-    let nohup = r#"trap "" HUP; exec "$0" "$@""#;
-    let mut command = test_support::program("sh", "-c");
-    command.args([nohup, env!("CARGO_BIN_EXE_scratch-train")]);
-    command.args(line.split_whitespace());
+    let mut command = program_after(r#"trap "" HUP"#, &line);
     command.arg("--out").arg(out.path());
     let child = begun(start(command), 2);
     send("HUP", &child);
