@@ -16,8 +16,7 @@ use crate::workspace::repository;
 ///
 /// Runs `cargo clippy` on the experiments and what they use with `--features cuda`, then with `--features nccl`, with a stand-in for
 /// nvcc that writes empty kernels.
-/// The result cannot be run: to build a real binary, install CUDA and run
-/// `cargo build --features cuda`.
+/// It makes no program: to build one, install CUDA and run `cargo build --features cuda`.
 #[derive(clap::Args)]
 pub(crate) struct CudaCheck {
     /// The release of CUDA whose interface it is checked against [default: 13.0]. That of another one has a build of its own, under

@@ -113,8 +113,8 @@ impl Classifier {
         if transform_input.is_none() {
             assumed.push(
                 "The weights do not say whether the network converts its input: it does, from ImageNet's mean and standard \
-                 deviation to −1…1, as torchvision's pretrained one (pretrained-import --no-transform-input writes a file \
-                 that says no)",
+                 deviation to −1…1, as torchvision's pretrained one (pretrained-import --no-transform-input turns \
+                 it off)",
             );
         }
         let settings = NetworkSettings {

@@ -59,12 +59,12 @@ impl<S: Stage> Experiment for FineTune<S> {
             print(
                 "The pictures, already at −1…1, are converted once more in front of the network (transform_input), as in the \
                  lesson. The batch's statistics undo that, and those that --bn-eval fixes cannot, unless the weights were trained so: \
-                 better are ones that say no, which pretrained-import --no-transform-input writes",
+                 better are ones with it off, which pretrained-import --no-transform-input writes",
             );
         } else if known.transform_input.is_none() && begin != BeginConfig::Random {
             print(
                 "These weights do not say whether the network converts its input: it does, as torchvision's pretrained one \
-                 (pretrained-import --no-transform-input writes a file that says no)",
+                 (pretrained-import --no-transform-input turns it off)",
             );
         }
         Ok(TransferConfig {

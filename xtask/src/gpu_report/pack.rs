@@ -11,7 +11,8 @@ use serde::Deserialize;
 use crate::cuda_check::nvcc;
 use crate::workspace::{cargo, repository};
 
-/// What is built, and where the programs go below the folder. Tests that compile something themselves are left out.
+/// What is built, and where the programs go below the folder. Tests that compile something themselves are left out, and those of the
+/// programs, which look for their program where it was built.
 const PARTS: [(&str, &str); 3] = [
     (
         "build --features cuda --package scratch-train --package finetune-full --package finetune-frozen",
