@@ -5,14 +5,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use trainer::Environment;
+use trainer::{Environment, Program};
 
 use crate::workspace::repository;
 
 /// This process' own, with a command that names no path of the machine.
 pub(crate) fn environment(threads: usize) -> Environment {
-    let package = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
-    let mut environment = Environment::capture(package, "cpu", threads, 0);
+    let program = Program {
+        name: env!("CARGO_PKG_NAME"),
+        version: env!("CARGO_PKG_VERSION"),
+        sources: env!("CARGO_MANIFEST_DIR"),
+    };
+    let mut environment = Environment::capture(program, "cpu", threads, 0);
     // Records are committed: a path on somebody's machine says nothing there.
     let command = std::mem::take(&mut environment.command);
     environment.command = recorded_command(command.into_iter().skip(1));

@@ -11,6 +11,10 @@ use crate::sgd::SgdConfig;
 /// Everything that decides the numbers of a run, apart from the model and the data.
 ///
 /// The default is a plain run: one epoch of batch 32 in shuffled order.
+///
+/// A run is resumed with the settings that it began with. Only `epochs`, `evaluation_batch_size`, `evaluate_every_epochs`,
+/// `checkpoint_every_steps` and `keep_checkpoints` may be others: so it can be made longer, as long as its schedule does not depend on the
+/// length, as [`Schedule::Cosine`] does, and `max_steps` is not what ended it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingConfig {
     /// Passes over the training set.

@@ -169,21 +169,19 @@ impl Together<'_> {
     }
 
     /// Whether each parameter has a gradient on any rank. Ranks may differ by what a network leaves out at random, or where one has no
-    /// images. Asks through the host, all ranks at the same step; one that is alone asks nobody, and the answer is empty.
+    /// images. Asks through the host, all ranks at the same step; one that is alone asks nobody.
     pub(crate) fn agree_on_gradients(
         self,
         gradients: &GradStore,
         parameters: &[Var],
     ) -> Result<Vec<bool>> {
+        let is_there = |parameter| gradients.get(parameter).is_some();
         let Some(group) = self.0 else {
-            return Ok(Vec::new());
+            return Ok(parameters.iter().map(|p| is_there(p)).collect());
         };
-        let mut present: Vec<u64> = parameters
-            .iter()
-            .map(|parameter| gradients.get(parameter).is_some().into())
-            .collect();
-        group.all_reduce_sum(&mut present)?;
-        Ok(present.into_iter().map(|ranks| ranks > 0).collect())
+        let mut ranks: Vec<u64> = parameters.iter().map(|p| is_there(p).into()).collect();
+        group.all_reduce_sum(&mut ranks)?;
+        Ok(ranks.into_iter().map(|ranks| ranks > 0).collect())
     }
 
     /// The gradients of the whole batch from those of this rank's part of it, of the parameters that were `agreed` on.
@@ -313,11 +311,7 @@ impl Together<'_> {
         match checkpoint {
             Some(checkpoint) => (weights, optimizer) = (checkpoint.weights, checkpoint.optimizer),
             None if group.is_first() => {
-                let tensors = weights::state_dict(model).into_iter();
-                let tensors: Vec<(String, Tensor)> = tensors
-                    .map(|(name, var)| (name, var.as_detached_tensor()))
-                    .collect();
-                weights = weights::encode(&tensors, &model.metadata())?;
+                weights = weights::of_model(model)?;
             }
             None => (),
         }

@@ -15,7 +15,7 @@ pub struct Environment {
     pub time: String,
     /// The command line; the program without its folder.
     pub command: Vec<String>,
-    /// Versions of the experiment and of the packages that compute.
+    /// Versions of the program and of the packages that compute.
     pub packages: BTreeMap<String, String>,
     /// The compiler.
     pub rustc: String,
@@ -42,16 +42,28 @@ pub struct Environment {
     pub seed: u64,
 }
 
+/// The program that trains, as cargo knows its package.
+#[derive(Debug, Clone, Copy)]
+pub struct Program<'a> {
+    /// `env!("CARGO_PKG_NAME")`.
+    pub name: &'a str,
+    /// `env!("CARGO_PKG_VERSION")`.
+    pub version: &'a str,
+    /// `env!("CARGO_MANIFEST_DIR")`, or another folder of its repository.
+    pub sources: &'a str,
+}
+
 impl Environment {
-    /// Looks around. `experiment` is the binary's name and version.
-    pub fn capture(experiment: (&str, &str), device: &str, threads: usize, seed: u64) -> Self {
+    /// Looks around.
+    pub fn capture(program: Program<'_>, device: &str, threads: usize, seed: u64) -> Self {
         let mut packages: BTreeMap<String, String> = env!("TRAINER_PACKAGES")
             .split_whitespace()
             .filter_map(|entry| entry.split_once('='))
             .map(|(name, version)| (name.into(), version.into()))
             .collect();
-        packages.insert(experiment.0.into(), experiment.1.into());
+        packages.insert(program.name.into(), program.version.into());
         // Sources that were unpacked within somebody else's repository are none of its files.
+        let git = |arguments: &[&str]| git(program.sources, arguments);
         let tracked = git(&["ls-files", "--error-unmatch", "Cargo.toml"]).is_some();
         let source_git = |arguments: &[&str]| tracked.then(|| git(arguments)).flatten();
         Self {
@@ -90,10 +102,10 @@ fn command() -> Vec<String> {
     command
 }
 
-/// Output of git in the folder that this crate was built from; None without git, outside a repository, or where the folder is gone.
-fn git(arguments: &[&str]) -> Option<String> {
+/// Output of git in the folder; None without git, outside a repository, or where the folder is gone.
+fn git(folder: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new("git")
-        .args(["-C", env!("CARGO_MANIFEST_DIR")])
+        .args(["-C", folder])
         .args(arguments)
         .output()
         .ok()?;
@@ -127,9 +139,29 @@ fn cpu_features() -> Vec<String> {
 mod tests {
     use super::*;
 
+    fn environment(sources: &str) -> Environment {
+        let program = Program {
+            name: "some-experiment",
+            version: "1.2.3",
+            sources,
+        };
+        Environment::capture(program, "cpu", 2, 7)
+    }
+
+    #[test]
+    fn the_commit_is_that_of_the_programs_sources() {
+        let elsewhere = tempfile::tempdir().unwrap();
+        fs::write(elsewhere.path().join("Cargo.toml"), "").unwrap();
+        let environment = environment(elsewhere.path().to_str().unwrap());
+        assert_eq!(
+            (environment.git_commit, environment.git_dirty),
+            (None, None)
+        );
+    }
+
     #[test]
     fn the_environment_names_compiler_and_computing_packages() {
-        let environment = Environment::capture(("some-experiment", "1.2.3"), "cpu", 2, 7);
+        let environment = environment(env!("CARGO_MANIFEST_DIR"));
         assert!(
             environment.rustc.starts_with("rustc "),
             "{}",

@@ -123,6 +123,23 @@ pub enum Error {
         /// 1-based.
         step: u64,
     },
+    /// A model without a parameter to train.
+    #[error(
+        "the model has nothing to train: is_trainable refuses each of its {parameters} named_parameters"
+    )]
+    NothingTrains {
+        /// How many parameters it has.
+        parameters: usize,
+    },
+    /// A step has no gradient of any parameter that trains.
+    #[error(
+        "no trainable parameter has a gradient at step {step}: the loss depends on none of them. Does the forward pass \
+         detach its output, or compute with other variables than named_parameters lists?"
+    )]
+    NoGradient {
+        /// 1-based.
+        step: u64,
+    },
     /// The folder to resume is no run.
     #[error(
         "{} is not a run directory: {reason}. A run directory holds config.json",

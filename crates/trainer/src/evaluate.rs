@@ -38,7 +38,7 @@ impl Evaluation {
 /// `progress` hears how many images are done and may break off, which gives None.
 ///
 /// # Errors
-/// [`Error::Data`], [`Error::Tensor`].
+/// [`Error::EmptySet`], [`Error::Data`], [`Error::Tensor`].
 pub fn evaluate(
     model: &dyn Model,
     set: (&'static str, &Arc<ImageSet>),
@@ -48,6 +48,9 @@ pub fn evaluate(
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Option<Evaluation>> {
     let (name, images) = set;
+    if images.is_empty() {
+        return Err(Error::EmptySet { set: name });
+    }
     let order = (0..images.len() as u32).collect();
     let batches = batches(name, images, order, batch_size, normalization, device, 0)?;
     let batches = batches.map(|batch| batch.map(Examples::from).map_err(Error::data(name)));
@@ -210,6 +213,15 @@ mod tests {
         assert_eq!(in_batches.correct, at_once.correct);
         assert!((in_batches.loss - at_once.loss).abs() < 1e-6);
         assert_eq!(evaluated(4, &mut |_| ControlFlow::Break(())), None);
+    }
+
+    #[test]
+    fn an_empty_set_has_no_accuracy() {
+        let set = Arc::new(shapes::generate(1, Split::Test, 0));
+        let (half, cpu) = (Normalization::HALF, &Device::Cpu);
+        let on = &mut |_| ControlFlow::Continue(());
+        let error = evaluate(&TinyModel::new(3), ("test", &set), 4, half, cpu, on).unwrap_err();
+        assert!(matches!(error, Error::EmptySet { set: "test" }), "{error}");
     }
 
     #[test]

@@ -11,7 +11,8 @@ use candle_core::{Result, Tensor, Var};
 /// [`cifar_data::ImageSet`]s, though: 32×32 pictures of ten classes.) Names are PyTorch's state-dict keys, because they become the keys of every checkpoint.
 pub trait Model {
     /// Logits `(N, classes)` of images `(N, channels, height, width)`. In [`Mode::Eval`] nobody
-    /// asks for a gradient.
+    /// asks for a gradient: compute with `var.as_detached_tensor()` there, or Candle keeps every map
+    /// until the batch is done.
     fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor>;
 
     /// The forward pass of a training step. Networks with auxiliary heads override it; for all
@@ -25,10 +26,12 @@ pub trait Model {
         })
     }
 
-    /// Every parameter in the order of the state dict, trainable or not.
+    /// Every parameter, trainable or not: the variables that the forward pass computes with, of f32 or
+    /// f64. The order, which nobody relies on, is best the state dict's.
     fn named_parameters(&self) -> Vec<(String, Var)>;
 
-    /// State that is saved with the weights and has no gradient: batch-norm statistics.
+    /// State that is saved with the weights and has no gradient: batch-norm statistics. F32, F64 or I64, and finite as
+    /// the weights are, or no checkpoint is written.
     fn named_buffers(&self) -> Vec<(String, Var)> {
         Vec::new()
     }

@@ -4,7 +4,11 @@
 //! next, so the position in a run (epoch, step) is all it takes to restore its randomness: there is
 //! no generator state to save, and a resumed run cannot draw other numbers than an uninterrupted
 //! one.
+//!
+//! The trainer draws no weights. Whoever makes a model draws them from `stream(seed, INIT, 0)`: Candle's own generator cannot be
+//! seeded on the CPU, so that weights from `Var::randn` or a `VarBuilder` are others in every run. [`rand`] is that of the generator.
 
+pub use rand;
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};

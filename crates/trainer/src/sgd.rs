@@ -118,11 +118,11 @@ impl Sgd {
     /// under the first of them.
     ///
     /// # Errors
-    /// [`ConfigError`] as [`SgdConfig::validate`].
+    /// [`ConfigError`] as [`SgdConfig::validate`], and for two parameters of one name.
     pub fn new(parameters: Vec<(String, Var)>, config: SgdConfig) -> Result<Self, ConfigError> {
         config.validate()?;
         let mut seen = HashSet::new();
-        let slots = parameters
+        let slots: Vec<Slot> = parameters
             .into_iter()
             .filter(|(_, parameter)| seen.insert(parameter.id()))
             .map(|(name, parameter)| Slot {
@@ -131,6 +131,14 @@ impl Sgd {
                 buffer: None,
             })
             .collect();
+        let mut names = HashSet::new();
+        if let Some(slot) = slots.iter().find(|slot| !names.insert(&slot.name)) {
+            return Err(ConfigError {
+                setting: "a parameter's name",
+                found: format!("{}, as another's", slot.name),
+                expected: "its own, under which its state is saved",
+            });
+        }
         Ok(Self { config, slots })
     }
 
@@ -150,7 +158,8 @@ impl Sgd {
     /// momentum included, as in PyTorch.
     ///
     /// # Errors
-    /// Candle's, when a gradient does not fit its parameter or the type is neither f32 nor f64.
+    /// Candle's, when a gradient does not fit its parameter. (Other types than f32 and f64 are moved by Candle's
+    /// operations, and rounded in each of them; for bf16 keep f32 parameters and cast them in the forward pass.)
     pub fn step(&mut self, grads: &GradStore, lr: f64) -> candle_core::Result<()> {
         for slot in &mut self.slots {
             if let Some(grad) = grads.get(&slot.parameter) {
@@ -547,6 +556,19 @@ mod tests {
     }
 
     const GRADS: [[f64; 2]; 3] = [[1., -2.], [0.5, 4.], [-3., 1.]];
+
+    #[test]
+    fn two_parameters_of_one_name_are_refused() {
+        let parameters = [1, 2].map(|len| {
+            let var = Var::zeros(len, DType::F32, &Device::Cpu).unwrap();
+            ("w".to_string(), var)
+        });
+        let error = Sgd::new(parameters.into(), SgdConfig::default()).unwrap_err();
+        assert!(
+            error.to_string().contains("name is w, as another's"),
+            "{error}"
+        );
+    }
 
     #[test]
     fn a_parameter_with_two_names_moves_once() {

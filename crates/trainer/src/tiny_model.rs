@@ -38,6 +38,14 @@ pub(crate) struct TinyModel {
     pub(crate) leaves_out: bool,
     /// Lists its last layer's weight under the name of the first's too.
     pub(crate) repeats_a_name: bool,
+    /// Lists its parameters from the last to the first.
+    pub(crate) lists_backwards: bool,
+    /// Answers with logits that have no gradient.
+    pub(crate) detaches: bool,
+    /// A buffer besides its own.
+    pub(crate) more_state: Option<Var>,
+    /// Says of no parameter that it trains.
+    pub(crate) is_fixed: bool,
     /// Weights of auxiliary heads, each of which answers with another multiple of the logits.
     pub(crate) auxiliary: Vec<f64>,
 }
@@ -70,6 +78,10 @@ impl TinyModel {
             evaluation_gain: 1.0,
             leaves_out: false,
             repeats_a_name: false,
+            lists_backwards: false,
+            detaches: false,
+            more_state: None,
+            is_fixed: false,
             auxiliary: Vec::new(),
         }
     }
@@ -128,7 +140,11 @@ impl TinyModel {
 
 impl Model for TinyModel {
     fn forward(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
-        self.classify(&self.hidden(images, mode)?, mode)
+        let logits = self.classify(&self.hidden(images, mode)?, mode)?;
+        Ok(match self.detaches {
+            true => logits.detach(),
+            false => logits,
+        })
     }
 
     fn forward_train(&self, images: &Tensor, dropout_seed: u64) -> Result<TrainOutput> {
@@ -147,21 +163,27 @@ impl Model for TinyModel {
         if self.repeats_a_name {
             parameters.push(("fc1.weight".into(), self.parameters[2].1.clone()));
         }
+        if self.lists_backwards {
+            parameters.reverse();
+        }
         parameters
     }
 
     fn named_buffers(&self) -> Vec<(String, Var)> {
-        vec![
+        let mut buffers = vec![
             ("norm.running_mean".into(), self.running_mean.clone()),
             (
                 "norm.num_batches_tracked".into(),
                 self.batches_tracked.clone(),
             ),
-        ]
+        ];
+        let more = self.more_state.iter();
+        buffers.extend(more.map(|var| ("more.state".into(), var.clone())));
+        buffers
     }
 
     fn is_trainable(&self, parameter: &str) -> bool {
-        !self.frozen || parameter.starts_with("fc2.")
+        !self.is_fixed && (!self.frozen || parameter.starts_with("fc2."))
     }
 
     fn fixed_features(&self) -> Option<&dyn FixedFeatures> {

@@ -93,8 +93,10 @@ impl<'a> Training<'a> {
     /// the model's weights, or from the beginning when there is none.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::EmptySet`], [`Error::Weights`] for a name that comes twice,
-    /// [`Error::DataChanged`], and what loading a checkpoint can say.
+    /// [`Error::Config`], [`Error::EmptySet`], [`Error::Weights`] for a name that comes twice or a tensor of a
+    /// type that is not saved, [`Error::NothingTrains`], [`Error::DataChanged`],
+    /// [`Error::IncompatibleCheckpoint`] where a setting is not what the run began with
+    /// ([`TrainingConfig`] says which may change), and what else loading a checkpoint can say.
     pub fn new(
         model: &'a dyn Model,
         data: DataSets,
@@ -141,12 +143,8 @@ impl<'a> Training<'a> {
         config.validate()?;
         data.check_not_empty()?;
         together.check(&config, &data)?;
-        weights::check_names(weights::state_dict(model).iter().map(|(name, _)| name))?;
-        let trainable = model.named_parameters();
-        let trainable: Vec<(String, Var)> = trainable
-            .into_iter()
-            .filter(|(name, _)| model.is_trainable(name))
-            .collect();
+        weights::check_savable(&weights::state_dict(model))?;
+        let trainable = trainable(model)?;
         let images = data.train.len();
         let schedule = config.schedule.resolve(
             config.total_steps(images),
@@ -209,6 +207,7 @@ impl<'a> Training<'a> {
     ///
     /// # Errors
     /// [`Error::NonFiniteLoss`] and [`Error::NonFiniteWeights`] when training diverges;
+    /// [`Error::NoGradient`] when the loss depends on no trainable parameter;
     /// [`Error::OutOfMemory`]; [`Error::Io`], [`Error::Weights`], [`Error::Data`], [`Error::Tensor`]
     /// and [`Error::Group`] when something else fails. Checkpoints saved before stay
     /// usable.
@@ -346,6 +345,7 @@ impl<'a> Training<'a> {
         let agreed = self
             .together
             .agree_on_gradients(&gradients, &self.trainable)?;
+        self.check_gradients(&agreed, step)?;
         let gradients =
             self.together
                 .average_gradients(gradients, &self.trainable, &agreed, sums.batch)?;
@@ -362,6 +362,14 @@ impl<'a> Training<'a> {
             images: sums.batch.images,
             lr,
         })
+    }
+
+    /// Refuses a step that would move nothing.
+    fn check_gradients(&self, agreed: &[bool], step: u64) -> Result<()> {
+        match agreed.contains(&true) {
+            true => Ok(()),
+            false => Err(Error::NoGradient { step: step + 1 }),
+        }
     }
 
     /// The forward pass of images, or of their features where those are kept.
@@ -613,6 +621,19 @@ impl<'a> Training<'a> {
         let every = self.config.checkpoint_every_steps;
         every > 0 && self.position.step.is_multiple_of(every) && !self.epoch_is_over()
     }
+}
+
+/// The parameters that train, by name, so that all ranks have them in one order.
+fn trainable(model: &dyn Model) -> Result<Vec<(String, Var)>> {
+    let all = model.named_parameters();
+    let parameters = all.len();
+    let trainable = all.into_iter().filter(|(name, _)| model.is_trainable(name));
+    let mut trainable: Vec<(String, Var)> = trainable.collect();
+    if trainable.is_empty() {
+        return Err(Error::NothingTrains { parameters });
+    }
+    trainable.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(trainable)
 }
 
 /// The numbers of one step.

@@ -11,6 +11,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 
+use crate::durable::write_atomically;
 use crate::model::Model;
 
 /// Parameters, then buffers, under the keys of PyTorch's `state_dict()`.
@@ -18,6 +19,24 @@ pub fn state_dict(model: &dyn Model) -> Vec<(String, Var)> {
     let mut all = model.named_parameters();
     all.extend(model.named_buffers());
     all
+}
+
+/// Writes every parameter and buffer of `model` into a safetensors file, with the model's metadata: whole or not at all, in
+/// the place of a file that is there. [`load`] reads it, and PyTorch's `load_state_dict`.
+///
+/// # Errors
+/// [`Error::Weights`](crate::Error::Weights) as of [`encode`], [`Error::Io`](crate::Error::Io).
+pub fn save(model: &dyn Model, path: &Path) -> crate::Result<()> {
+    write_atomically(path, &of_model(model)?)
+}
+
+/// The file that [`save`] writes.
+pub(crate) fn of_model(model: &dyn Model) -> Result<Vec<u8>, WeightsError> {
+    let state = state_dict(model).into_iter();
+    let tensors: Vec<(String, Tensor)> = state
+        .map(|(name, var)| (name, var.as_detached_tensor()))
+        .collect();
+    encode(&tensors, &model.metadata())
 }
 
 /// Fills every parameter and buffer of `model` from a safetensors file. Strict: the file must hold
@@ -96,9 +115,15 @@ pub(crate) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
     if !tensor.dtype().is_float() {
         return Ok(true);
     }
-    let values = tensor.flatten_all()?.to_dtype(DType::F32)?;
-    let values = values.to_vec1::<f32>()?;
-    Ok(values.iter().all(|value| value.is_finite()))
+    let values = tensor.flatten_all()?;
+    // In f32 large ones of an f64 would be infinite.
+    Ok(match values.dtype() {
+        DType::F64 => values.to_vec1::<f64>()?.iter().all(|v| v.is_finite()),
+        _ => {
+            let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            values.iter().all(|v| v.is_finite())
+        }
+    })
 }
 
 /// The bytes of a safetensors file that `safetensors.torch.load_file` and `load_state_dict` take.
@@ -124,7 +149,7 @@ pub fn encode(
     order.sort_by_key(|(name, tensor)| (Reverse(tensor.dtype().size_in_bytes()), name));
     for (name, tensor) in order {
         let begin = data.len();
-        let dtype = append_bytes(tensor, &mut data)?;
+        let dtype = append_bytes(name, tensor, &mut data)?;
         let entry = json!({
             "dtype": dtype,
             "shape": tensor.dims(),
@@ -223,6 +248,14 @@ pub enum WeightsError {
         /// The name.
         name: String,
     },
+    /// A tensor of a type that is not saved.
+    #[error("{name} is {}, and cannot be saved: F32, F64 and I64 can", dtype.as_str())]
+    NotSaved {
+        /// The parameter or buffer.
+        name: String,
+        /// Its type.
+        dtype: DType,
+    },
     /// Candle failed.
     #[error("cannot copy the weights")]
     Tensor {
@@ -287,10 +320,19 @@ fn describe(tensor: &Tensor) -> String {
     format!("{} {:?}", tensor.dtype().as_str(), tensor.dims())
 }
 
+/// Refuses a name that comes twice, and a type that [`encode`] would.
+pub(crate) fn check_savable(state: &[(String, Var)]) -> Result<(), WeightsError> {
+    const SAVED: [DType; 3] = [DType::F32, DType::F64, DType::I64];
+    check_names(state.iter().map(|(name, _)| name))?;
+    let mut types = state.iter().map(|(name, var)| (name, var.dtype()));
+    match types.find(|(_, dtype)| !SAVED.contains(dtype)) {
+        Some((name, dtype)) => Err(not_saved(name, dtype)),
+        None => Ok(()),
+    }
+}
+
 /// Refuses a name that comes twice.
-pub(crate) fn check_names<'a>(
-    mut names: impl Iterator<Item = &'a String>,
-) -> Result<(), WeightsError> {
+fn check_names<'a>(mut names: impl Iterator<Item = &'a String>) -> Result<(), WeightsError> {
     let mut seen = BTreeSet::new();
     match names.find(|name| !seen.insert(*name)) {
         Some(name) => Err(WeightsError::DuplicateName { name: name.clone() }),
@@ -299,26 +341,38 @@ pub(crate) fn check_names<'a>(
 }
 
 /// Appends a tensor's values; returns safetensors' name of their type.
-fn append_bytes(tensor: &Tensor, out: &mut Vec<u8>) -> Result<&'static str, WeightsError> {
+fn append_bytes(
+    name: &str,
+    tensor: &Tensor,
+    out: &mut Vec<u8>,
+) -> Result<&'static str, WeightsError> {
     let mut append = || {
         let flat = tensor.flatten_all()?;
         Ok(match tensor.dtype() {
             DType::F32 => {
                 out.extend(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()));
-                "F32"
+                Some("F32")
             }
             DType::F64 => {
                 out.extend(flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()));
-                "F64"
+                Some("F64")
             }
             DType::I64 => {
                 out.extend(flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()));
-                "I64"
+                Some("I64")
             }
-            other => candle_core::bail!("tensors of type {other:?} are not saved"),
+            _ => None,
         })
     };
-    append().map_err(|source| WeightsError::Tensor { source })
+    let saved = append().map_err(|source| WeightsError::Tensor { source })?;
+    saved.ok_or_else(|| not_saved(name, tensor.dtype()))
+}
+
+fn not_saved(name: &str, dtype: DType) -> WeightsError {
+    WeightsError::NotSaved {
+        name: name.into(),
+        dtype,
+    }
 }
 
 fn from_view(view: &TensorView<'_>) -> Result<Tensor, String> {
@@ -380,6 +434,9 @@ mod tests {
         std::fs::write(&path, encoded(&tensors(&saved))).unwrap();
         load(&loaded, &path).unwrap();
         assert_eq!(saved.bits(), loaded.bits());
+        save(&TinyModel::new(3), &path).unwrap();
+        load(&loaded, &path).unwrap();
+        assert_eq!(TinyModel::new(3).bits(), loaded.bits());
         let error = load(&loaded, &dir.path().join("absent")).unwrap_err();
         assert!(matches!(&error, WeightsError::Read { path, .. } if path.ends_with("absent")));
     }

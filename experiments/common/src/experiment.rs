@@ -7,7 +7,9 @@ use anyhow::{Context, Result, ensure};
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use trainer::{DataSets, Environment, Finished, Model, RunDirectory, Summary, TrainingConfig};
+use trainer::{
+    DataSets, Environment, Finished, Model, Program, RunDirectory, Summary, TrainingConfig,
+};
 
 use crate::advice::advised;
 use crate::compute::ComputeConfig;
@@ -312,8 +314,14 @@ fn moved<M>(mut config: RunConfig<M>, data_dir: Option<PathBuf>) -> Result<RunCo
 }
 
 fn environment<E: Experiment>(config: &RunConfig<E::ModelConfig>) -> Environment {
+    // All experiments are in one repository.
+    let program = Program {
+        name: E::NAME,
+        version: E::VERSION,
+        sources: env!("CARGO_MANIFEST_DIR"),
+    };
     Environment::capture(
-        (E::NAME, E::VERSION),
+        program,
         &config.compute.device.to_string(),
         config.compute.threads,
         config.training.seed,

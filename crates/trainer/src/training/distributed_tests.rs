@@ -131,10 +131,12 @@ impl Run<'_> {
 
     fn rank(&self, rank: usize, run: Option<RunDirectory>, group: Option<&ProcessGroup>) -> Rank {
         // What a test model begins with must come from rank 0.
-        let model = match rank {
+        let mut model = match rank {
             0 => (self.model)(),
             _ => {
-                let model = (self.model)();
+                let mut model = (self.model)();
+                // As from a map without order.
+                model.lists_backwards = rank % 2 == 1;
                 for (_, var) in model.named_parameters() {
                     var.set(&var.zeros_like().unwrap()).unwrap();
                 }
@@ -157,6 +159,7 @@ impl Run<'_> {
         };
         let outcome =
             training.and_then(|training| training.executed(execution).run(&mut Silent, &stop));
+        model.lists_backwards = false;
         Rank {
             outcome,
             state: model.bits(),

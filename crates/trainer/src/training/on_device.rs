@@ -255,6 +255,7 @@ impl Training<'_> {
                 .together
                 .agree_on_gradients(&gradients, &self.trainable)?,
         };
+        self.check_gradients(&agreed, self.position.step + unread)?;
         let gradients =
             self.together
                 .average_gradients(gradients, &self.trainable, &agreed, batch)?;

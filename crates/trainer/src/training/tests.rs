@@ -9,13 +9,19 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::durable::sha256_hex;
-use crate::environment::Environment;
+use crate::environment::{Environment, Program};
 use crate::observer::Silent;
 use crate::run_directory::Finished;
 use crate::sgd::SgdConfig;
 use crate::tiny_model::TinyModel;
 
 const EXPERIMENT: &str = "tiny";
+
+const PROGRAM: Program<'_> = Program {
+    name: EXPERIMENT,
+    version: "0",
+    sources: ".",
+};
 
 /// 2 epochs of 4 steps (the last batch partial), a validation set, checkpoints every 3 steps.
 fn config() -> TrainingConfig {
@@ -49,7 +55,7 @@ pub(super) fn data() -> DataSets {
 /// Looked up once: it starts git, and a child that another test's thread has just forked would hold
 /// this one's lock for an instant.
 pub(super) static ENVIRONMENT: LazyLock<Environment> =
-    LazyLock::new(|| Environment::capture((EXPERIMENT, "0"), "cpu", 1, 0));
+    LazyLock::new(|| Environment::capture(PROGRAM, "cpu", 1, 0));
 
 pub(super) fn create(out: &Path, config: &TrainingConfig) -> RunDirectory {
     let environment = &*ENVIRONMENT;
@@ -491,6 +497,63 @@ fn a_model_with_a_name_twice_is_refused_before_the_first_step() {
     let training = Training::new(&model, data(), &Device::Cpu, config(), run);
     let error = training.err().unwrap().to_string();
     assert!(error.contains("are named fc1.weight"), "{error}");
+}
+
+#[test]
+fn state_that_cannot_be_saved_is_refused_before_the_first_step() {
+    let out = tempfile::tempdir().unwrap();
+    let run = create(out.path(), &config());
+    let mut model = TinyModel::new(1);
+    let counter = Var::zeros(1, DType::U32, &Device::Cpu).unwrap();
+    model.more_state = Some(counter);
+    let training = Training::new(&model, data(), &Device::Cpu, config(), run);
+    let error = training.err().unwrap().to_string();
+    assert!(error.contains("more.state is u32"), "{error}");
+}
+
+#[test]
+fn large_values_of_an_f64_are_no_divergence() {
+    let out = tempfile::tempdir().unwrap();
+    let mut model = TinyModel::new(1);
+    model.more_state = Some(Var::new(&[1e300f64], &Device::Cpu).unwrap());
+    let train = || {
+        let run = create(out.path(), &config());
+        let mut training = Training::new(&model, data(), &Device::Cpu, config(), run)?;
+        training.run(&mut Silent, &|| false)
+    };
+    assert!(matches!(train(), Ok(Outcome::Finished(_))));
+    let infinite = Tensor::new(&[f64::INFINITY], &Device::Cpu).unwrap();
+    model.more_state.as_ref().unwrap().set(&infinite).unwrap();
+    let error = train().unwrap_err().to_string();
+    assert!(error.contains("more.state has a value"), "{error}");
+}
+
+#[test]
+fn a_model_that_nothing_can_move_is_refused() {
+    let out = tempfile::tempdir().unwrap();
+    let mut model = TinyModel::new(1);
+    model.is_fixed = true;
+    let run = create(out.path(), &config());
+    let training = Training::new(&model, data(), &Device::Cpu, config(), run);
+    let error = training.err().unwrap().to_string();
+    assert!(error.contains("each of its 4 named_parameters"), "{error}");
+
+    model.is_fixed = false;
+    model.detaches = true;
+    for resident in [false, true] {
+        let run = create(out.path(), &config());
+        let execution = Execution {
+            resident,
+            ..Execution::on(&Device::Cpu)
+        };
+        let training = Training::new(&model, data(), &Device::Cpu, config(), run);
+        let mut training = training.unwrap().executed(execution);
+        let error = training.run(&mut Silent, &|| false).unwrap_err();
+        assert!(
+            matches!(error, Error::NoGradient { step: 1 }),
+            "resident {resident}: {error}"
+        );
+    }
 }
 
 #[test]
