@@ -12,8 +12,11 @@ use serde_json::Value;
 use test_support::devices;
 
 const F32: [&str; 4] = ["--device", "cuda", "--precision", "f32"];
-/// Of probabilities and losses, between sums in another order.
+/// Of probabilities, between sums in another order. TF32 moves one by 2.5e-5.
 const TOLERANCE: f64 = 1e-5;
+/// Of a loss of 3. Instruction sets of the CPU differ by 2.4e-6, and engines of cuDNN that count as f32 may by more
+/// than those; TF32 moves it by 2.0e-3.
+const LOSS_TOLERANCE: f64 = 1e-4;
 
 fn on_the_gpu(weights: &Path, arguments: &[&str], pictures: Option<&Path>) -> Vec<Value> {
     let mut command = predict(weights);
@@ -53,5 +56,5 @@ fn an_evaluation_of_the_lessons_network_counts_what_the_cpu_does() {
     let line = on_the_gpu(&weights, &evaluate, None).remove(0);
     assert_eq!(line["correct"], correct, "{line}");
     let difference = line["loss"].as_f64().unwrap() - loss;
-    assert!(difference.abs() < TOLERANCE, "{loss}: {line}");
+    assert!(difference.abs() < LOSS_TOLERANCE, "{loss}: {line}");
 }

@@ -73,9 +73,11 @@ pub(crate) fn side_by_side<T>(
     if let (Ok(()), Some(meanwhile)) = (&given, meanwhile) {
         given = meanwhile();
     }
-    // Where something failed as well: memory must not be freed under those that run.
+    // Where something failed as well: memory must not be freed under those that run. An error that the context has noted would be
+    // returned in place of a join.
+    let noted = main.context().check_err().w();
     let joined = for_each(&others[..forked], |other| main.join(other).w());
-    given.and(joined)
+    given.and(noted).and(joined)
 }
 
 /// Calls `f` with each of `items`, whatever fails, and returns the first error.
