@@ -19,7 +19,10 @@ use serde::Serialize;
 use self::gpu::Gpu;
 use self::runs::{Outcome, Parity, Round, Runs, pytorch_lesson};
 use self::table::summary;
-use self::work::{ROW_NAMES, ROWS, Row, SEEDS};
+use self::work::{
+    ACCURACY, PYTORCH_ACCURACY, ROW_NAMES, ROWS, Row, SEEDS, accuracy_claims, claims_after_ours,
+    those_that_fit,
+};
 use crate::bench::pytorch;
 use crate::record;
 use crate::workspace::{cargo, repository};
@@ -226,13 +229,17 @@ impl Session<'_> {
             false => self.arguments.rounds,
         };
         let rows = self.arguments.rows();
+        let accuracy = match self.arguments.accuracy {
+            Some(_) => accuracy_claims(self.arguments.seeds, self.pytorch_takes()),
+            None => Duration::ZERO,
+        };
         for (index, row) in rows.iter().enumerate() {
             eprintln!("{}: {}", row.name, row.what);
             let python = self.python.as_deref();
             // What comes later has a claim to its time before this row has one to another round.
             let later = rows[index + 1..].iter();
             let later: Duration = later.map(|row| row.takes(python.is_some())).sum();
-            let later = later + self.accuracy_takes();
+            let later = later + accuracy;
             attempt(&mut self.report, row.name, |report| {
                 self.runs.row(row, python, (rounds, later), report)
             });
@@ -241,14 +248,10 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// About what [`Self::accuracy`] takes.
-    fn accuracy_takes(&self) -> Duration {
-        let of_a_seed = match self.python {
-            Some(_) => ACCURACY + PYTORCH_ACCURACY,
-            None => ACCURACY,
-        };
-        match self.arguments.accuracy {
-            Some(_) => self.arguments.seeds * of_a_seed,
+    /// About what PyTorch takes for the accuracy of a seed.
+    fn pytorch_takes(&self) -> Duration {
+        match self.python {
+            Some(_) => PYTORCH_ACCURACY,
             None => Duration::ZERO,
         }
     }
@@ -261,7 +264,8 @@ impl Session<'_> {
         let seeds = self.arguments.seeds;
         for seed in 0..seeds {
             let what = format!("the accuracy of seed {seed}");
-            if !self.runs.has_time(&mut self.report, &what, ACCURACY) {
+            let needs = ACCURACY + claims_after_ours(seed, self.pytorch_takes());
+            if !self.runs.has_time(&mut self.report, &what, needs) {
                 continue;
             }
             attempt(&mut self.report, &what, |report| {
@@ -271,13 +275,23 @@ impl Session<'_> {
             });
             self.write()?;
         }
-        let theirs = "PyTorch's accuracy";
-        let takes = PYTORCH_ACCURACY * seeds;
-        if let Some(python) = &self.python
-            && self.runs.has_time(&mut self.report, theirs, takes)
-        {
-            let (out, environment) = (self.out, &self.environment);
-            attempt(&mut self.report, theirs, |report| {
+        self.pytorch_accuracy(data)
+    }
+
+    /// Of as many seeds as there is time for: one process trains them all, so that it compiles once.
+    fn pytorch_accuracy(&mut self, data: &Path) -> Result<()> {
+        let Some(python) = &self.python else {
+            return Ok(());
+        };
+        let asked = self.arguments.seeds;
+        let seeds = those_that_fit(asked, self.runs.time_left(), PYTORCH_ACCURACY);
+        for seed in seeds..asked {
+            let what = format!("PyTorch's accuracy of seed {seed}");
+            self.report.leave_out_for_want_of_time(&what);
+        }
+        let (out, environment) = (self.out, &self.environment);
+        if seeds > 0 {
+            attempt(&mut self.report, "PyTorch's accuracy", |report| {
                 pytorch_lesson(python, data, seeds, |trained| {
                     let outcome = trained.outcome()?;
                     report.pytorch_accuracy.insert(trained.seed, outcome);
@@ -285,9 +299,8 @@ impl Session<'_> {
                     write(out, report, environment)
                 })
             });
-            self.write()?;
         }
-        Ok(())
+        self.write()
     }
 
     fn write(&mut self) -> Result<()> {
@@ -304,9 +317,6 @@ impl Session<'_> {
 /// About what parts take on an H100 or H200.
 const TESTS: Duration = Duration::from_secs(120);
 const PARITY: Duration = Duration::from_secs(90);
-/// Of a seed.
-const ACCURACY: Duration = Duration::from_secs(60);
-const PYTORCH_ACCURACY: Duration = Duration::from_secs(80);
 
 impl GpuReport {
     /// The Python of PyTorch's sides, if there is one. What it needs is asked before anything is measured.
@@ -355,6 +365,12 @@ impl Report {
         let failure = format!("{part}: {error:#}");
         eprintln!("failed: {failure}");
         self.failures.push(failure);
+    }
+
+    /// Notes that a part was not begun, since it would probably not have ended in time.
+    fn leave_out_for_want_of_time(&mut self, part: &str) {
+        eprintln!("left out, for want of time: {part}");
+        self.left_out.push(format!("{part} (for want of time)"));
     }
 }
 

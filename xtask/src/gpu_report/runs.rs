@@ -151,12 +151,17 @@ pub(super) struct Runs<'a> {
 impl Runs<'_> {
     /// Whether a part that takes about so long will end in time; else notes that it was left out.
     pub(super) fn has_time(&self, report: &mut Report, part: &str, needs: Duration) -> bool {
-        let is_late = self.end.is_some_and(|end| Instant::now() + needs > end);
+        let is_late = self.time_left().is_some_and(|left| needs > left);
         if is_late {
-            eprintln!("left out, for want of time: {part}");
-            report.left_out.push(format!("{part} (for want of time)"));
+            report.leave_out_for_want_of_time(part);
         }
         !is_late
+    }
+
+    /// Up to the limit, where there is one.
+    pub(super) fn time_left(&self) -> Option<Duration> {
+        let end = self.end?;
+        Some(end.saturating_duration_since(Instant::now()))
     }
 
     /// Keeps what a program wrote of itself, and what it warned of.

@@ -115,6 +115,33 @@ pub(super) const WAYS: [(&str, &[&str]); 3] = [
 /// Of how many seeds accuracies are compared at the least: they differ by points from seed to seed.
 pub(super) const SEEDS: u32 = 3;
 
+/// About what training the lesson's 7 epochs takes on an H100 or H200, of a seed.
+pub(super) const ACCURACY: Duration = Duration::from_secs(60);
+pub(super) const PYTORCH_ACCURACY: Duration = Duration::from_secs(80);
+
+/// What the accuracies have a claim to before a row has one to another round: to the seeds that a comparison needs, of which
+/// PyTorch takes so long for each. More of them are repetitions, as more rounds are, and have what time the rounds leave.
+pub(super) fn accuracy_claims(seeds: u32, pytorch: Duration) -> Duration {
+    seeds.min(SEEDS) * (ACCURACY + pytorch)
+}
+
+/// What must stay free when this seed of ours has been trained: nothing, until ours are as many as a comparison needs; then
+/// PyTorch's to compare them with.
+pub(super) fn claims_after_ours(seed: u32, pytorch: Duration) -> Duration {
+    match seed < SEEDS {
+        true => Duration::ZERO,
+        false => SEEDS * pytorch,
+    }
+}
+
+/// How many of the trainings that are asked for end in the time that is left, if each takes about so long.
+pub(super) fn those_that_fit(asked: u32, left: Option<Duration>, each: Duration) -> u32 {
+    match left {
+        Some(left) => asked.min(left.div_duration_f64(each) as u32),
+        None => asked,
+    }
+}
+
 pub(super) const EAGER: &str = "PyTorch, eager";
 /// PyTorch's variants and their flags. Work that is held against eager alone has the first only.
 pub(super) const VARIANTS: [(&str, &[&str]); 3] = [
@@ -125,3 +152,53 @@ pub(super) const VARIANTS: [(&str, &[&str]); 3] = [
         &["--layout", "channels_last", "--compile"],
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Seeds of ours and of PyTorch's that are trained, if all take what they are thought to.
+    fn trained(asked: u32, minutes: u64) -> (u32, u32) {
+        let mut left = Duration::from_secs(60 * minutes);
+        let mut ours = 0;
+        for seed in 0..asked {
+            if ACCURACY + claims_after_ours(seed, PYTORCH_ACCURACY) <= left {
+                left -= ACCURACY;
+                ours += 1;
+            }
+        }
+        (ours, those_that_fit(asked, Some(left), PYTORCH_ACCURACY))
+    }
+
+    #[test]
+    fn within_a_limit_three_seeds_of_each_side_go_before_more_of_one() {
+        // Three of ours take 3 minutes, three of PyTorch's 4.
+        assert_eq!(trained(3, 7), (3, 3));
+        assert_eq!(trained(5, 7), (3, 3));
+        assert_eq!(trained(5, 8), (4, 3));
+        assert_eq!(trained(5, 12), (5, 5));
+        assert_eq!(trained(5, 60), (5, 5));
+        // What does not fit as a whole is trained in part.
+        assert_eq!(trained(5, 6), (3, 2));
+        assert_eq!(trained(3, 4), (3, 0));
+        assert_eq!(trained(3, 2), (2, 0));
+        assert_eq!(trained(3, 0), (0, 0));
+    }
+
+    #[test]
+    fn without_a_limit_or_pytorch_nothing_is_left_out_or_kept_free() {
+        assert_eq!(those_that_fit(u32::MAX, None, PYTORCH_ACCURACY), u32::MAX);
+        let hours = Duration::from_secs(u64::MAX);
+        assert_eq!(those_that_fit(7, Some(hours), PYTORCH_ACCURACY), 7);
+        assert_eq!(claims_after_ours(SEEDS, Duration::ZERO), Duration::ZERO);
+        assert_eq!(accuracy_claims(2, Duration::ZERO), 2 * ACCURACY);
+    }
+
+    #[test]
+    fn another_round_waits_for_the_accuracies_that_a_comparison_needs_and_for_no_more() {
+        let of_a_seed = ACCURACY + PYTORCH_ACCURACY;
+        assert_eq!(accuracy_claims(2, PYTORCH_ACCURACY), 2 * of_a_seed);
+        assert_eq!(accuracy_claims(3, PYTORCH_ACCURACY), 3 * of_a_seed);
+        assert_eq!(accuracy_claims(20, PYTORCH_ACCURACY), 3 * of_a_seed);
+    }
+}
