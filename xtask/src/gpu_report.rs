@@ -163,7 +163,8 @@ pub(crate) fn run(arguments: &GpuReport) -> Result<()> {
     session.parity()?;
     session.rows()?;
     session.accuracy()?;
-    let _ = fs::remove_dir_all(&work);
+    // Where nothing failed, it is empty.
+    let _ = fs::remove_dir(&work);
     let report = &session.report;
     print!("{}", summary(report));
     println!("\nRecorded in {}", out.display());
@@ -270,6 +271,7 @@ impl Session<'_> {
             }
             attempt(&mut self.report, &what, |report| {
                 let outcome = self.runs.accuracy(data, seed)?;
+                say("ours", seed, outcome);
                 report.accuracy.insert(seed, outcome);
                 Ok(())
             });
@@ -294,6 +296,7 @@ impl Session<'_> {
             attempt(&mut self.report, "PyTorch's accuracy", |report| {
                 pytorch_lesson(python, data, seeds, |trained| {
                     let outcome = trained.outcome()?;
+                    say("PyTorch's", trained.seed, outcome);
                     report.pytorch_accuracy.insert(trained.seed, outcome);
                     report.versions.pytorch.get_or_insert(trained.framework);
                     write(out, report, environment)
@@ -379,6 +382,11 @@ fn attempt(report: &mut Report, part: &str, f: impl FnOnce(&mut Report) -> Resul
     if let Err(error) = f(report) {
         report.fail(part, &error);
     }
+}
+
+/// Says what came of a training, long before the record is read.
+fn say(whose: &str, seed: u32, outcome: Outcome) {
+    eprintln!("test accuracy in %, {whose}, seed {seed}: {outcome}");
 }
 
 /// Builds the experiments, and the tests unless they are left out, and says where the experiments are.

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -35,6 +36,15 @@ pub(super) enum Outcome {
     Accuracy(f64),
     /// At this step the loss was not finite any more.
     Diverged(u64),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Accuracy(accuracy) => write!(f, "{accuracy:.2}"),
+            Self::Diverged(step) => write!(f, "diverged at step {step}"),
+        }
+    }
 }
 
 /// Two runs of the same steps.
@@ -180,8 +190,15 @@ impl Runs<'_> {
         Ok(())
     }
 
-    /// Runs a program to its end; its run directory.
-    fn train(&self, program: &str, name: &str, arguments: &[OsString]) -> Result<PathBuf> {
+    /// Runs a program to its end; what `read` takes from this file of its run. The run is removed then, since its checkpoints
+    /// are large, and one that fails is kept, to be looked into.
+    fn train<T>(
+        &self,
+        program: &str,
+        name: &str,
+        arguments: &[OsString],
+        (file, read): (&str, impl FnOnce(&str) -> Result<T>),
+    ) -> Result<T> {
         let out = self.work.join(name);
         let output = gpu::in_order(&mut Command::new(self.programs.join(program)))
             .args(arguments)
@@ -198,7 +215,17 @@ impl Runs<'_> {
         let mut entries =
             fs::read_dir(&runs).with_context(|| format!("cannot read {}", runs.display()))?;
         let run = entries.next().context("the program made no run")??;
-        Ok(run.path())
+        let path = run.path().join(file);
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let taken = read(&text)?;
+        self.remove(name);
+        Ok(taken)
+    }
+
+    /// Removes what a program wrote under this name; where that cannot be done, it takes room and does no other harm.
+    fn remove(&self, name: &str) {
+        let _ = fs::remove_dir_all(self.work.join(name));
     }
 
     /// The losses of the same steps on both devices, and with and without the graph. Epochs end with a smaller batch and an
@@ -215,11 +242,8 @@ impl Runs<'_> {
         let losses = |name: &str, extra: &str| -> Result<Vec<f64>> {
             let arguments =
                 format!("--dataset shapes {pictures} --epochs 2 --seed 3 --lr 1e-7 {extra}");
-            let run = self.train("scratch-train", name, &words(&arguments))?;
-            let path = run.join("metrics.jsonl");
-            let text = fs::read_to_string(&path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            step_losses(&text)
+            let read = ("metrics.jsonl", step_losses);
+            self.train("scratch-train", name, &words(&arguments), read)
         };
         let mut curves = BTreeMap::new();
         for (name, arguments) in CURVES {
@@ -371,33 +395,30 @@ impl Runs<'_> {
         ));
         arguments.extend(row.arguments.iter().chain(flags).map(OsString::from));
         let name = format!("{}{}-{number}", row.name, flags.concat());
-        let run = self.train(row.program, &name, &arguments)?;
-        let path = run.join("metrics.csv");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        last_speed(&text)
+        self.train(row.program, &name, &arguments, ("metrics.csv", last_speed))
     }
 
     pub(super) fn accuracy(&self, data: &Path, seed: u32) -> Result<Outcome> {
         let mut arguments = words(&format!("--device cuda --seed {seed}"));
         arguments.extend(["--data-dir".into(), data.into()]);
-        let run = match self.train("scratch-train", &format!("accuracy-{seed}"), &arguments) {
-            Ok(run) => run,
+        let name = format!("accuracy-{seed}");
+        let read = ("finished.json", test_accuracy);
+        match self.train("scratch-train", &name, &arguments, read) {
+            Ok(accuracy) => Ok(Outcome::Accuracy(accuracy)),
             Err(error) => {
-                let step = step_of_divergence(&error.to_string());
-                return step.map(Outcome::Diverged).ok_or(error);
+                let step = step_of_divergence(&error.to_string()).ok_or(error)?;
+                self.remove(&name);
+                Ok(Outcome::Diverged(step))
             }
-        };
-        let path = run.join("finished.json");
-        let text =
-            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let summary: trainer::Summary = serde_json::from_str(&text)?;
-        let test = summary
-            .evaluations
-            .get("test")
-            .context("no test evaluation")?;
-        Ok(Outcome::Accuracy(100.0 * test.accuracy()))
+        }
     }
+}
+
+/// In percent, as `finished.json` has it.
+fn test_accuracy(text: &str) -> Result<f64> {
+    let summary: trainer::Summary = serde_json::from_str(text)?;
+    let test = summary.evaluations.get("test");
+    Ok(100.0 * test.context("no test evaluation")?.accuracy())
 }
 
 /// The step that a program names where it says that training has diverged.
@@ -549,6 +570,9 @@ fn with_peak_memory<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(unix)]
+    use std::path::PathBuf;
+
     use super::*;
 
     #[test]
@@ -561,17 +585,25 @@ mod tests {
         assert!(Parity::new("a", 1.0, vec![1.0], Vec::new()).is_err());
     }
 
-    #[test]
-    fn what_would_end_too_late_is_left_out_by_name() {
-        let ending = |end: Option<Duration>| Runs {
-            programs: Path::new(""),
-            work: Path::new(""),
-            logs: Path::new(""),
+    /// Everything in one folder, and no limit.
+    fn runs_in(dir: &Path) -> Runs<'_> {
+        Runs {
+            programs: dir,
+            work: dir,
+            logs: dir,
             rehearse: false,
             skip_other_ways: false,
             warnings: RefCell::default(),
             device: RefCell::default(),
+            end: None,
+        }
+    }
+
+    #[test]
+    fn what_would_end_too_late_is_left_out_by_name() {
+        let ending = |end: Option<Duration>| Runs {
             end: end.map(|end| Instant::now() + end),
+            ..runs_in(Path::new(""))
         };
         let (long, short) = (Duration::from_secs(1000), Duration::from_secs(1));
         let mut report = Report::default();
@@ -581,19 +613,60 @@ mod tests {
         assert_eq!(report.left_out, ["c (for want of time)"]);
     }
 
-    /// What is read of a program in the place of Python, and what comes of it.
+    /// A program of that name in `dir`.
     #[cfg(unix)]
-    fn lesson_by(script: &str) -> (Vec<(u32, Outcome)>, Result<()>) {
-        let dir = tempfile::tempdir().unwrap();
-        let [text, python] = ["text", "python"].map(|name| dir.path().join(name));
+    fn program(dir: &Path, name: &str, script: &str) -> PathBuf {
+        let [text, program] = ["text", name].map(|name| dir.join(name));
         fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
         // By another process: what this one has open for writing, a child that another test starts at the time may hold
         // open too, and then it cannot be started.
         let installed = Command::new("install")
             .args(["-m", "700"])
-            .args([&text, &python])
+            .args([&text, &program])
             .status();
         assert!(installed.unwrap().success());
+        program
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_run_is_removed_once_its_outcome_is_known_and_kept_if_it_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        // --out DIR comes last.
+        let run = r#"for out; do :; done; run=$out/scratch-train/run; mkdir -p "$run""#;
+        let outcome_of = |seed: u32, end: &str| {
+            program(dir, "scratch-train", &format!("{run}\n{end}"));
+            runs_in(dir).accuracy(Path::new("data"), seed)
+        };
+        let is_kept = |seed: u32| {
+            dir.join(format!("accuracy-{seed}/scratch-train/run"))
+                .exists()
+        };
+
+        let test = r#"{"test": {"loss": 1.5, "correct": 5, "images": 8}}"#;
+        let finished =
+            format!(r#"{{"steps": 9, "epochs": 7, "evaluations": {test}, "weights_sha256": ""}}"#);
+        let outcome = outcome_of(0, &format!("echo '{finished}' > \"$run/finished.json\""));
+        assert_eq!(outcome.unwrap(), Outcome::Accuracy(62.5));
+        assert!(!is_kept(0));
+
+        let diverged = "echo 'error: step 23 (epoch 1): training has diverged' >&2; exit 1";
+        assert_eq!(outcome_of(1, diverged).unwrap(), Outcome::Diverged(23));
+        assert!(!is_kept(1));
+
+        let error = outcome_of(2, "echo 'error: no memory' >&2; exit 1").unwrap_err();
+        assert!(error.to_string().contains("no memory"), "{error}");
+        assert!(is_kept(2));
+        assert!(outcome_of(3, "echo '{}' > \"$run/finished.json\"").is_err());
+        assert!(is_kept(3));
+    }
+
+    /// What is read of a program in the place of Python, and what comes of it.
+    #[cfg(unix)]
+    fn lesson_by(script: &str) -> (Vec<(u32, Outcome)>, Result<()>) {
+        let dir = tempfile::tempdir().unwrap();
+        let python = program(dir.path(), "python", script);
         let mut outcomes = Vec::new();
         let end = pytorch_lesson(&python, Path::new("data"), 2, |trained| {
             outcomes.push((trained.seed, trained.outcome()?));

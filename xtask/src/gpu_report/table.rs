@@ -103,11 +103,7 @@ fn accuracies(report: &Report) -> String {
         return String::new();
     }
     let mut text = "\n| test accuracy after the lesson's 7 epochs, % | ours | PyTorch |\n| --- | ---: | ---: |\n".to_string();
-    let show = |outcome: Option<&Outcome>| match outcome {
-        Some(Outcome::Accuracy(accuracy)) => format!("{accuracy:.2}"),
-        Some(Outcome::Diverged(step)) => format!("diverged at step {step}"),
-        None => String::new(),
-    };
+    let show = |outcome: Option<&Outcome>| outcome.map(Outcome::to_string).unwrap_or_default();
     let seeds: BTreeSet<u32> = ours.keys().chain(other.keys()).copied().collect();
     for seed in &seeds {
         let [ours, other] = [ours, other].map(|of| show(of.get(seed)));
