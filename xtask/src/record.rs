@@ -1,6 +1,7 @@
 //! The folder that a measurement is recorded in: what was found, on what machine, from what commit.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -106,7 +107,8 @@ pub(crate) fn processor(environment: &Environment) -> &str {
         .unwrap_or("unknown processor")
 }
 
-/// Writes the record into `out`, over an earlier state of the same: `numbers` is a file's name and what it holds.
+/// Writes the record into `out`, over an earlier state of the same: `numbers` is a file's name and what it holds. Whoever is killed
+/// meanwhile leaves each file whole.
 pub(crate) fn write<T: Serialize + ?Sized>(
     out: &Path,
     readme: &str,
@@ -125,9 +127,21 @@ pub(crate) fn write<T: Serialize + ?Sized>(
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     for (name, text) in files {
         let path = out.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        write_atomically(&path, &text)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// Under another name beside `path` first: `path` holds the old text or the new, never a part.
+fn write_atomically(path: &Path, text: &str) -> io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}.tmp"));
+    let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
 
 #[cfg(test)]
@@ -165,6 +179,24 @@ mod tests {
     fn a_machine_becomes_a_folder_name() {
         let name = slug("Intel(R) Xeon(R) Processor @ 2.50GHz 2 threads");
         assert_eq!(name, "intel-xeon-processor-2-50ghz-2-threads");
+    }
+
+    #[test]
+    fn a_file_of_the_record_is_replaced_as_a_whole_or_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = folder.path().join("record");
+        let numbers = ("report.json", &[1, 2]);
+        for readme in ["earlier", "later"] {
+            write(&record, readme, numbers, &environment(1)).unwrap();
+        }
+        let readme = record.join("README.md");
+        assert_eq!(fs::read_to_string(&readme).unwrap(), "later");
+        assert_eq!(fs::read_dir(&record).unwrap().count(), 3);
+        // What cannot be written whole replaces nothing.
+        fs::create_dir(record.join(".README.md.tmp")).unwrap();
+        let error = write(&record, "last", numbers, &environment(1)).unwrap_err();
+        assert!(error.to_string().contains("README.md"), "{error}");
+        assert_eq!(fs::read_to_string(&readme).unwrap(), "later");
     }
 
     #[test]
