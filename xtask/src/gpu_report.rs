@@ -36,7 +36,7 @@ pub(crate) struct GpuReport {
     /// Python that can import torch [default: python3, if it can; else only our side is timed]
     #[arg(long, value_name = "PYTHON")]
     pytorch: Option<PathBuf>,
-    /// Folder with scratch-train, finetune-full and finetune-frozen, and with tests/ of programs that
+    /// Folder with scratch-train, finetune-full, finetune-frozen and predict, and with tests/ of programs that
     /// test, all built with --features cuda, as by --pack [default: builds them]
     #[arg(long, value_name = "DIR")]
     binaries: Option<PathBuf>,
@@ -318,7 +318,7 @@ impl Session<'_> {
 }
 
 /// About what parts take on an H100 or H200.
-const TESTS: Duration = Duration::from_secs(120);
+const TESTS: Duration = Duration::from_secs(150);
 const PARITY: Duration = Duration::from_secs(90);
 
 impl GpuReport {

@@ -18,7 +18,7 @@ pub use devices::devices;
 pub use fixture::{Case, Fixture};
 pub use gradient::check_gradients;
 pub use jpeg::odd_jpeg;
-pub use runs::{free_port, only_run, program, run_begun, set_epochs, step_losses};
+pub use runs::{TESTED_PROGRAMS, free_port, only_run, program, run_begun, set_epochs, step_losses};
 pub use seeded::{seeded_indices, seeded_values, seeded_weight};
 pub use skipped::skipped;
 pub use torch_file::legacy_pth;

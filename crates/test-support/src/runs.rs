@@ -1,5 +1,6 @@
 //! Programs under test, and what they have written.
 
+use std::env;
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -31,10 +32,15 @@ const INHERITED: [&str; 20] = [
     "all_proxy",
 ];
 
-/// The program at `path` with these arguments, parted by spaces, in an environment that is the same on every machine: it is
-/// alone, logs what it logs by default, and reaches neither the network nor the caches of whoever runs the tests.
+/// The variable that names a folder with the programs that tests start, where they are not run where cargo has built them.
+pub const TESTED_PROGRAMS: &str = "TESTED_PROGRAMS";
+
+/// The program at `path`, or of that name in the folder of [`TESTED_PROGRAMS`], with these arguments, parted by spaces, in an
+/// environment that is the same on every machine: it is alone, logs what it logs by default, and reaches neither the network nor
+/// the caches of whoever runs the tests.
 pub fn program(path: &str, arguments: &str) -> Command {
-    let mut command = Command::new(path);
+    let folder = env::var_os(TESTED_PROGRAMS).map(PathBuf::from);
+    let mut command = Command::new(moved(Path::new(path), folder.as_deref()));
     command.args(arguments.split_whitespace());
     for variable in INHERITED {
         command.env_remove(variable);
@@ -48,6 +54,13 @@ pub fn program(path: &str, arguments: &str) -> Command {
         command.env(proxy, "http://127.0.0.1:9");
     }
     command
+}
+
+fn moved(path: &Path, folder: Option<&Path>) -> PathBuf {
+    match (folder, path.file_name()) {
+        (Some(folder), Some(name)) => folder.join(name),
+        _ => path.to_path_buf(),
+    }
 }
 
 /// A port of loopback on which nobody listens.
@@ -108,4 +121,17 @@ pub fn step_losses(out: &Path, experiment: &str) -> Vec<f64> {
         .filter(|event| event["event"] == "step")
         .map(|event| event["loss"].as_f64().expect("no loss"))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_where_cargo_has_built_it_unless_a_folder_is_named() {
+        let built = Path::new("/target/debug/predict");
+        assert_eq!(moved(built, None), built);
+        let elsewhere = moved(built, Some(Path::new("/pack")));
+        assert_eq!(elsewhere, Path::new("/pack/predict"));
+    }
 }

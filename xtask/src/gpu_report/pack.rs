@@ -1,5 +1,6 @@
 //! `cargo xtask gpu-report --pack DIR`: what the report runs, for a machine with a GPU that builds nothing.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -11,20 +12,14 @@ use serde::Deserialize;
 use crate::cuda_check::nvcc;
 use crate::workspace::{cargo, repository};
 
-/// What is built, and where the programs go below the folder. Tests that compile something themselves are left out, and those of the
-/// programs, which look for their program where it was built.
-const PARTS: [(&str, &str); 3] = [
-    (
-        "build --features cuda --package scratch-train --package finetune-full --package finetune-frozen",
-        "",
-    ),
-    (
-        "test --no-run --features cuda --package candle-cnn --package inception-model --package trainer --lib \
-         --test backward --test cuda_conv2d --test cuda_memory --test cuda_static_graph --test pytorch_fixtures \
-         --test googlenet_parity --test pytorch_parity --test pytorch_sgd",
-        "tests",
-    ),
-    ("build --package xtask", ""),
+/// What is built, as arguments of cargo. Tests that compile something themselves are left out.
+const PARTS: [&str; 4] = [
+    "build --features cuda --package scratch-train --package finetune-full --package finetune-frozen --package predict",
+    "test --no-run --features cuda --package candle-cnn --package inception-model --package trainer --lib \
+     --test backward --test cuda_conv2d --test cuda_memory --test cuda_static_graph --test pytorch_fixtures \
+     --test googlenet_parity --test pytorch_parity --test pytorch_sgd",
+    "test --no-run --features cuda --package scratch-train --package finetune-full --package predict --test cuda",
+    "build --package xtask",
 ];
 
 /// Builds it all into a new folder, without debug information.
@@ -34,20 +29,20 @@ pub(super) fn pack(dir: &Path) -> Result<()> {
         "--pack: {} exists already, and nothing is overwritten",
         dir.display()
     );
-    let mut programs = Vec::new();
-    for (arguments, folder) in PARTS {
-        for program in build(arguments)? {
-            programs.push((program, dir.join(folder)));
-        }
+    // A program is built with its tests once more.
+    let mut programs = BTreeSet::new();
+    for arguments in PARTS {
+        programs.extend(build(arguments)?);
     }
     let mut bytes = 0;
-    for (program, folder) in &programs {
+    for Program { path, folder } in &programs {
+        let folder = &dir.join(folder);
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let name = program.file_name().context("a program without a name")?;
+        let name = path.file_name().context("a program without a name")?;
         let copy = folder.join(name);
         let status = Command::new("strip")
             .arg("-o")
-            .args([&copy, program])
+            .args([&copy, path])
             .status()
             .context("cannot start strip, which is in binutils")?;
         ensure!(status.success(), "cannot write {}", copy.display());
@@ -75,10 +70,23 @@ pub(super) fn pack(dir: &Path) -> Result<()> {
 struct Message {
     reason: String,
     executable: Option<PathBuf>,
+    profile: Option<Profile>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Program {
+    path: PathBuf,
+    /// Where it goes below the pack's folder.
+    folder: &'static str,
 }
 
 /// Runs cargo, and returns the programs that are built by it.
-fn build(arguments: &str) -> Result<Vec<PathBuf>> {
+fn build(arguments: &str) -> Result<Vec<Program>> {
     let mut process = cargo()
         .args(arguments.split_whitespace())
         .arg("--message-format=json-render-diagnostics")
@@ -98,25 +106,51 @@ fn build(arguments: &str) -> Result<Vec<PathBuf>> {
     Ok(programs)
 }
 
-fn program_of(line: &str) -> Result<Option<PathBuf>> {
+fn program_of(line: &str) -> Result<Option<Program>> {
     let message: Message =
         serde_json::from_str(line).with_context(|| format!("cargo said {line:?}"))?;
     let is_artifact = message.reason == "compiler-artifact";
-    Ok(message.executable.filter(|_| is_artifact))
+    let is_test = message.profile.is_some_and(|profile| profile.test);
+    let folder = if is_test { "tests" } else { "" };
+    let executable = message.executable.filter(|_| is_artifact);
+    Ok(executable.map(|path| Program { path, folder }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu_report::suite;
 
     #[test]
     fn programs_are_those_that_cargo_names() {
-        let program = r#"{"reason":"compiler-artifact","target":{"name":"a"},"executable":"/target/debug/a"}"#;
-        assert_eq!(program_of(program).unwrap(), Some("/target/debug/a".into()));
+        let artifact = |test: &str| {
+            let profile = format!(r#"{{"opt_level":"3","test":{test}}}"#);
+            let line = format!(
+                r#"{{"reason":"compiler-artifact","profile":{profile},"executable":"/target/a"}}"#
+            );
+            program_of(&line).unwrap()
+        };
+        // What cargo builds besides, since the tests start it, is no test.
+        for (is_test, folder) in [("true", "tests"), ("false", "")] {
+            let path = "/target/a".into();
+            assert_eq!(artifact(is_test), Some(Program { path, folder }));
+        }
         let library = r#"{"reason":"compiler-artifact","executable":null}"#;
         assert_eq!(program_of(library).unwrap(), None);
         let end = r#"{"reason":"build-finished","success":true}"#;
         assert_eq!(program_of(end).unwrap(), None);
         assert!(program_of("warning").is_err());
+    }
+
+    #[test]
+    fn a_pack_has_tests_of_all_that_the_report_tests_without_one() {
+        let packages = |lines: &[&'static str]| -> BTreeSet<&str> {
+            let lines = lines.iter().filter(|line| line.starts_with("test "));
+            let words: Vec<&str> = lines.flat_map(|line| line.split_whitespace()).collect();
+            let pairs = words.windows(2).filter(|pair| pair[0] == "--package");
+            pairs.map(|pair| pair[1]).collect()
+        };
+        assert_eq!(packages(&PARTS), packages(&suite::TESTS));
+        assert!(packages(&PARTS).contains("predict"));
     }
 }

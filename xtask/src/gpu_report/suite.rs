@@ -1,7 +1,8 @@
 //! The CUDA tests: which are run, and what came of them.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, DirEntry};
+use std::io;
+use std::path::{self, Path};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -11,10 +12,13 @@ use crate::workspace::cargo;
 
 /// Cargo's arguments: the tests of the packages that compute on a GPU, and those of the programs that are about it. A test that
 /// fails keeps no other from being run.
-const TESTS: [&str; 2] = [
+pub(super) const TESTS: [&str; 2] = [
     "test --no-fail-fast --features cuda --lib --tests --package candle-cnn --package inception-model --package trainer",
     "test --no-fail-fast --features cuda --package scratch-train --package finetune-full --package predict --test cuda",
 ];
+
+/// The variable by which tests are told where the programs are that they start: `test_support::TESTED_PROGRAMS`.
+const TESTED_PROGRAMS: &str = "TESTED_PROGRAMS";
 
 /// What the tests said.
 #[derive(Debug, Default, PartialEq)]
@@ -46,24 +50,8 @@ pub(super) fn build() -> Result<()> {
 
 /// Runs those that `build` built, or the programs in a folder; all that they print is kept in the file `log`.
 pub(super) fn run(binaries: Option<&Path>, log: &Path) -> Result<Outcome> {
-    let mut commands = Vec::new();
-    match binaries {
-        None => commands.extend(TESTS.map(|arguments| {
-            let mut command = cargo();
-            command.args(arguments.split(' '));
-            command
-        })),
-        Some(dir) => {
-            let dir = dir.join("tests");
-            let entries =
-                fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
-            for entry in entries {
-                commands.push(Command::new(entry?.path()));
-            }
-        }
-    }
     let (mut text, mut broken_off) = (String::new(), Vec::new());
-    for mut command in commands {
+    for mut command in commands(binaries)? {
         let output = gpu::in_order(&mut command)
             // A test must not pass because it found no device.
             .env("CUDA_TESTS_MUST_RUN", "1")
@@ -90,6 +78,27 @@ pub(super) fn run(binaries: Option<&Path>, log: &Path) -> Result<Outcome> {
         broken_off,
         ..read(&text)
     })
+}
+
+/// Of cargo, or the programs of tests in a folder.
+fn commands(binaries: Option<&Path>) -> Result<Vec<Command>> {
+    let Some(programs) = binaries else {
+        let of_cargo = |arguments: &str| {
+            let mut command = cargo();
+            command.args(arguments.split(' '));
+            command
+        };
+        return Ok(TESTS.map(of_cargo).into());
+    };
+    let programs = path::absolute(programs)?;
+    let dir = programs.join("tests");
+    let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let of_program = |entry: io::Result<DirEntry>| {
+        let mut command = Command::new(entry?.path());
+        command.env(TESTED_PROGRAMS, &programs);
+        Ok(command)
+    };
+    entries.map(of_program).collect()
 }
 
 /// Whether a program of tests began and did not come to its result, or none began at all.
@@ -132,6 +141,22 @@ fn read(text: &str) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tests_of_a_pack_are_told_where_its_programs_are() {
+        assert_eq!(TESTED_PROGRAMS, test_support::TESTED_PROGRAMS);
+        let dir = tempfile::tempdir().unwrap();
+        let tests = dir.path().join("tests");
+        fs::create_dir(&tests).unwrap();
+        fs::write(tests.join("cuda-1"), "").unwrap();
+        let commands = commands(Some(dir.path())).unwrap();
+        let [command] = &commands[..] else {
+            panic!("{commands:?}");
+        };
+        assert_eq!(command.get_program(), tests.join("cuda-1"));
+        let told = (TESTED_PROGRAMS.as_ref(), Some(dir.path().as_os_str()));
+        assert_eq!(command.get_envs().collect::<Vec<_>>(), [told]);
+    }
 
     #[test]
     fn tests_are_counted_and_those_that_failed_are_named() {
