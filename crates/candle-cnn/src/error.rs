@@ -104,6 +104,20 @@ pub enum OpError {
         /// The other argument's dtype.
         right: DType,
     },
+    /// A parameter of an element type that does not go with the input's.
+    #[error("{op}: {name} has dtype {found:?}, expected {expected:?} for an input of {input:?}")]
+    ParameterDType {
+        /// The operation, as PyTorch names it.
+        op: &'static str,
+        /// The parameter.
+        name: &'static str,
+        /// The parameter's dtype.
+        found: DType,
+        /// The dtype that a parameter has with this input.
+        expected: DType,
+        /// The input's dtype.
+        input: DType,
+    },
     /// A label outside of the classes.
     #[error(
         "{op}: label {label} of example {example} is not below the number of classes {classes}"

@@ -237,6 +237,26 @@ fn evaluate(
         .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
 }
 
+/// Refuses a parameter of another dtype than the one that goes with an input of dtype `input`.
+fn check_dtype(input: DType, name: &'static str, found: DType) -> Result<()> {
+    // Parameters of activations in bf16, which only CUDA has, are f32.
+    let expected = match input {
+        DType::BF16 => DType::F32,
+        same => same,
+    };
+    if found != expected {
+        return Err(OpError::ParameterDType {
+            op: OP,
+            name,
+            found,
+            expected,
+            input,
+        }
+        .into());
+    }
+    Ok(())
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
     batch: usize,
@@ -247,14 +267,9 @@ struct Sizes {
 
 impl Sizes {
     fn new(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Self> {
-        // Parameters of activations in bf16, which only CUDA has, are f32.
         let dtype = float_dtype(OP, &[x])?;
-        let expected = match dtype {
-            DType::BF16 => DType::F32,
-            same => same,
-        };
-        if float_dtype(OP, &[weight, bias])? != expected {
-            return Err(OpError::dtype_mismatch(OP, dtype, weight.dtype()));
+        for (name, tensor) in [("weight", weight), ("bias", bias)] {
+            check_dtype(dtype, name, tensor.dtype())?;
         }
         let [batch, channels, rest @ ..] = x.dims() else {
             return Err(OpError::shape(OP, "input", x, "(N, C) or (N, C, …)"));

@@ -59,6 +59,51 @@ fn a_single_value_per_channel_is_refused_in_training_only() -> Result<()> {
 }
 
 #[test]
+fn parameters_of_another_dtype_are_errors_that_say_which_goes_with_the_input() -> Result<()> {
+    for (input, weight, bias, expected) in [
+        (
+            DType::F32,
+            DType::BF16,
+            DType::F32,
+            "weight has dtype BF16, expected F32 for an input of F32",
+        ),
+        (
+            DType::F64,
+            DType::F32,
+            DType::F32,
+            "weight has dtype F32, expected F64 for an input of F64",
+        ),
+        (
+            DType::F32,
+            DType::F32,
+            DType::F64,
+            "bias has dtype F64, expected F32 for an input of F32",
+        ),
+    ] {
+        let ones = |dtype| Tensor::ones(2, dtype, &Device::Cpu);
+        let x = Tensor::ones((2, 2), input, &Device::Cpu)?;
+        let (weight, bias, running) = (ones(weight)?, ones(bias)?, ones(input)?);
+        for result in [
+            batch_norm_train(&x, &weight, &bias, 1e-3).map(|(y, _)| y),
+            batch_norm_eval(&x, &weight, &bias, &running, &running, 1e-3),
+        ] {
+            let text = result.unwrap_err().to_string();
+            assert!(
+                text.starts_with(&format!("batch_norm: {expected}")),
+                "{text}"
+            );
+        }
+    }
+    // Activations in bf16 are CUDA's alone.
+    let text = check_dtype(DType::BF16, "weight", DType::BF16)
+        .unwrap_err()
+        .to_string();
+    let expected = "batch_norm: weight has dtype BF16, expected F32 for an input of BF16";
+    assert!(text.starts_with(expected), "{text}");
+    check_dtype(DType::BF16, "weight", DType::F32)
+}
+
+#[test]
 fn statistics_that_are_missing_are_an_error_that_says_so() {
     let error = left_behind(&OnceLock::<Tensor>::new()).unwrap_err();
     let text = error.to_string();
