@@ -22,6 +22,9 @@ use cpu::{Affine, InputGradient};
 const OP: &str = "batch_norm";
 
 /// What a training pass found out about its batch.
+///
+/// Numbers for the running statistics, which carry no gradient, as PyTorch's running statistics carry none: a loss of
+/// them moves nothing. Where a loss needs the mean or variance of a batch, take it of the input.
 #[derive(Clone, Debug)]
 pub struct BatchStatistics {
     /// Mean of each channel, (C).
@@ -36,8 +39,9 @@ pub struct BatchStatistics {
 /// `(x − mean) / √(variance + eps) · weight + bias`.
 ///
 /// As `torch.nn.functional.batch_norm(training=True)`: the variance is the
-/// biased one. Gradients flow through the statistics. f32 and f64, on CUDA
-/// bf16 too; sums in f64 (on CUDA by parts, which are joined in f64). To keep running statistics, mix the returned ones in with
+/// biased one. Gradients flow through the statistics that normalise; those that
+/// are returned carry none. f32 and f64, on CUDA
+/// bf16 too, with weight and bias in f32; sums in f64 (on CUDA by parts, which are joined in f64). To keep running statistics, mix the returned ones in with
 /// [`update_running`].
 ///
 /// # Errors
