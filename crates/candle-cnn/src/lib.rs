@@ -25,6 +25,9 @@
 //! A backward pass reads inputs and parameters as they are then, as Candle's own do: one that was written to
 //! since the forward pass (`Var::set`) gives other gradients, where PyTorch refuses.
 //!
+//! There are no gradients of gradients. What a backward pass of these operations gives has no graph behind it: a second one
+//! through it, as for a penalty on gradients, finds no gradient (`None`) and reports no error, where PyTorch has values.
+//!
 //! With the feature `cuda`, all take tensors on an NVIDIA
 //! GPU, in bf16 too: see [`cuda`]. That side has run on an H200 and an H100.
 //!
