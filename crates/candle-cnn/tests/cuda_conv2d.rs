@@ -28,11 +28,7 @@ type Shape = ([usize; 4], [usize; 4], Conv2dConfig);
 
 /// Layers of GoogLeNet, and one with everything odd.
 fn shapes() -> [Shape; 5] {
-    let strided = Conv2dConfig {
-        stride: (2, 2),
-        padding: (3, 3),
-        ..Conv2dConfig::default()
-    };
+    let strided = Conv2dConfig::padded(3).strided(2);
     let odd = Conv2dConfig {
         stride: (2, 1),
         padding: (0, 3),

@@ -620,10 +620,7 @@ impl ConvShape {
     }
 
     pub(crate) fn config(&self) -> Conv2dConfig {
-        Conv2dConfig {
-            stride: (self.stride, self.stride),
-            ..Conv2dConfig::padded(self.kernel / 2)
-        }
+        Conv2dConfig::padded(self.kernel / 2).strided(self.stride)
     }
 }
 

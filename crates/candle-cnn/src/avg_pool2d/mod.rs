@@ -41,6 +41,23 @@ impl AvgPool2dConfig {
             count_include_pad: true,
         }
     }
+
+    /// This window with `ceil_mode` on.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_cnn::{AvgPool2dConfig, avg_pool2d};
+    /// let x = Tensor::new(&[[[[1f32, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]]], &Device::Cpu)?;
+    /// let y = avg_pool2d(&x, AvgPool2dConfig::square(2, 2, 0).ceil())?;
+    /// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [3.0, 4.5, 7.5, 9.0]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn ceil(self) -> Self {
+        Self {
+            ceil_mode: true,
+            ..self
+        }
+    }
 }
 
 /// The mean of each window of `x` (N, C, H, W), as

@@ -7,10 +7,7 @@ use super::*;
 fn gradients_agree_with_finite_differences() -> Result<()> {
     let values = seeded_values("x", 2 * 2 * 7 * 5, 2.0);
     let x = Tensor::from_vec(values, (2, 2, 7, 5), &Device::Cpu)?.to_dtype(DType::F64)?;
-    let config = AvgPool2dConfig {
-        ceil_mode: true,
-        ..AvgPool2dConfig::square(3, 2, 1)
-    };
+    let config = AvgPool2dConfig::square(3, 2, 1).ceil();
     for worst in [
         check_gradients(&[&x], 1e-4, |inputs| avg_pool2d(&inputs[0], config))?,
         check_gradients(&[&x], 1e-4, |inputs| {

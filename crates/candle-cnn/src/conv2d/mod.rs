@@ -46,6 +46,8 @@ const OP: &str = "conv2d";
 /// use candle_cnn::Conv2dConfig;
 /// let same = Conv2dConfig::padded(1);
 /// assert_eq!(same, Conv2dConfig { padding: (1, 1), ..Default::default() });
+/// let halving = Conv2dConfig::padded(3).strided(2);
+/// assert_eq!(halving, Conv2dConfig { stride: (2, 2), padding: (3, 3), ..Default::default() });
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Conv2dConfig {
@@ -73,6 +75,23 @@ impl Conv2dConfig {
         Self {
             padding: (padding, padding),
             ..Self::default()
+        }
+    }
+
+    /// These settings with a step of `stride` pixels, in both directions.
+    pub fn strided(self, stride: usize) -> Self {
+        Self {
+            stride: (stride, stride),
+            ..self
+        }
+    }
+
+    /// These settings with taps `dilation` pixels apart, in both directions: 1 for those that lie side by side, as in
+    /// PyTorch.
+    pub fn dilated(self, dilation: usize) -> Self {
+        Self {
+            dilation: (dilation, dilation),
+            ..self
         }
     }
 }

@@ -225,6 +225,28 @@ fn fused_relu_keeps_the_sign_of_zero_in_every_instruction_set() -> Result<()> {
 }
 
 #[test]
+fn strided_and_dilated_settings_mean_what_pytorch_means_by_them() -> Result<()> {
+    let x = Tensor::arange(0f32, 25.0, &Device::Cpu)?.reshape((1, 1, 5, 5))?;
+    let weight = Tensor::ones((1, 1, 2, 2), DType::F32, &Device::Cpu)?;
+    let values = |config| -> Result<Vec<Vec<f32>>> {
+        conv2d(&x, &weight, None, config)?
+            .squeeze(0)?
+            .squeeze(0)?
+            .to_vec2()
+    };
+    // torch.nn.functional.conv2d(x, weight, stride=2)
+    let config = Conv2dConfig::default().strided(2);
+    assert_eq!(values(config)?, [[12.0, 20.0], [52.0, 60.0]]);
+    // torch.nn.functional.conv2d(x, weight, dilation=4)
+    let config = Conv2dConfig::default().dilated(4);
+    assert_eq!(values(config)?, [[48.0]]);
+    // torch.nn.functional.conv2d(x, weight, stride=3, padding=1, dilation=2)
+    let config = Conv2dConfig::padded(1).strided(3).dilated(2);
+    assert_eq!(values(config)?, [[6.0, 16.0], [32.0, 72.0]]);
+    Ok(())
+}
+
+#[test]
 fn strided_inputs_give_the_result_of_contiguous_ones() -> Result<()> {
     on_each_device(|device| {
         let x = Tensor::randn(0f32, 1.0, (2, 6, 5, 3), device)?.permute((0, 3, 1, 2))?;
@@ -314,11 +336,7 @@ fn bad_arguments_are_errors_that_name_both_shapes() -> Result<()> {
 #[test]
 fn sizes_that_overflow_are_errors_and_not_read_beyond_their_end() -> Result<()> {
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
-    let config = |stride: usize, padding: usize| Conv2dConfig {
-        stride: (stride, stride),
-        padding: (padding, padding),
-        ..Default::default()
-    };
+    let config = |stride: usize, padding: usize| Conv2dConfig::padded(padding).strided(stride);
     // Padded 2⁶³ + 1 by 2⁶³ + 3 pixels, whose product modulo 2⁶⁴ is 3, and 5 by 5 outputs.
     let (x, weight) = (zeros(&[1, 1, 1, 3])?, zeros(&[1, 1, 1, 1])?);
     let text = conv2d(&x, &weight, None, config(1 << 61, 1 << 62)).unwrap_err();

@@ -161,10 +161,7 @@ pub(super) fn composed(
     let mut parameters = parameters.iter();
     let (_, mut stride, padding) = stem.geometry();
     let mut conv = |x: &Tensor, padding| {
-        let config = Conv2dConfig {
-            stride: (stride, stride),
-            ..Conv2dConfig::padded(padding)
-        };
+        let config = Conv2dConfig::padded(padding).strided(stride);
         stride = 1;
         match *parameters.next().unwrap() {
             ConvParameters::Bias { weight, bias } => conv2d_relu(x, weight, Some(bias), config),
