@@ -155,13 +155,19 @@ impl Conv2dGeometry {
             }
         }
         if c_in != weight_c_in {
+            // A weight for groups has the channels of one of them.
+            let rule = if c_in.is_multiple_of(weight_c_in) {
+                "dimension 1 of both is the number of input channels; grouped convolutions are not there"
+            } else {
+                "dimension 1 of both is the number of input channels"
+            };
             return Err(OpError::Shapes {
                 op: OP,
                 left_name: "input",
                 left: x.dims().to_vec(),
                 right_name: "weight",
                 right: weight.dims().to_vec(),
-                rule: "dimension 1 of both is the number of input channels",
+                rule,
             }
             .into());
         }

@@ -334,6 +334,28 @@ fn bad_arguments_are_errors_that_name_both_shapes() -> Result<()> {
 }
 
 #[test]
+fn a_weight_for_groups_is_an_error_that_says_there_are_none() -> Result<()> {
+    for (c_in, weight, grouped) in [
+        (3, [3, 1, 3, 3], true),
+        (8, [4, 4, 3, 3], true),
+        (3, [4, 2, 3, 3], false),
+        (2, [4, 4, 3, 3], false),
+    ] {
+        let x = Tensor::zeros((1, c_in, 4, 4), DType::F32, &Device::Cpu)?;
+        let weight = Tensor::zeros(&weight, DType::F32, &Device::Cpu)?;
+        let result = conv2d(&x, &weight, None, Conv2dConfig::padded(1));
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains("number of input channels"), "{text}");
+        assert_eq!(
+            text.contains("grouped convolutions are not there"),
+            grouped,
+            "{text}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn sizes_that_overflow_are_errors_and_not_read_beyond_their_end() -> Result<()> {
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
     let config = |stride: usize, padding: usize| Conv2dConfig::padded(padding).strided(stride);
