@@ -65,8 +65,8 @@ mod window;
 pub use avg_pool2d::{AvgPool2dConfig, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d};
 pub use backward::backward;
 pub use batch_norm::{
-    BatchStatistics, batch_norm_eval, batch_norm_relu_eval, batch_norm_relu_train,
-    batch_norm_train, update_running,
+    BatchStatistics, RunningStatistics, batch_norm_eval, batch_norm_relu_eval,
+    batch_norm_relu_train, batch_norm_train, update_running,
 };
 pub use conv2d::{
     Conv2dConfig, Conv2dGeometry, conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu,

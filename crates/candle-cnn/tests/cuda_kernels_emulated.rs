@@ -602,7 +602,11 @@ fn batch_norm_has_the_statistics_and_gradients_of_the_cpu() -> Result<()> {
                 (true, false) => batch_norm_train(&x, &weight, &bias, eps)?,
                 (false, _) => {
                     let (mean, variance) = (tensor(&means)?, tensor(&variances)?);
-                    let y = batch_norm_relu_eval(&x, &weight, &bias, &mean, &variance, eps)?;
+                    let running = RunningStatistics {
+                        mean: &mean,
+                        variance: &variance,
+                    };
+                    let y = batch_norm_relu_eval(&x, &weight, &bias, running, eps)?;
                     (
                         y,
                         BatchStatistics {

@@ -224,10 +224,11 @@ fn batch_norm_agrees_with_pytorch() -> Result<()> {
         };
         let input = tensor(&x).unwrap();
         if !case.flag("training") {
-            let (mean, variance) = (case.tensor("running_mean"), case.tensor("running_var"));
-            inputs(&batch_norm_eval(
-                input, &weight, &bias, mean, variance, eps,
-            )?)?;
+            let running = RunningStatistics {
+                mean: case.tensor("running_mean"),
+                variance: case.tensor("running_var"),
+            };
+            inputs(&batch_norm_eval(input, &weight, &bias, running, eps)?)?;
             return Ok(());
         }
         let (y, first) = batch_norm_train(input, &weight, &bias, eps)?;

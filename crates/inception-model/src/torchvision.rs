@@ -3,9 +3,9 @@
 use std::convert::Infallible;
 
 use candle_cnn::{
-    BatchStatistics, Conv2dConfig, ConvParameters, MaxPool2dConfig, Mode, Node, StaticGraph,
-    StaticGraphBuilder, adaptive_avg_pool2d, batch_norm_relu_eval, batch_norm_relu_train, conv2d,
-    dropout, global_avg_pool2d, max_pool2d, relu, update_running,
+    BatchStatistics, Conv2dConfig, ConvParameters, MaxPool2dConfig, Mode, Node, RunningStatistics,
+    StaticGraph, StaticGraphBuilder, adaptive_avg_pool2d, batch_norm_relu_eval,
+    batch_norm_relu_train, conv2d, dropout, global_avg_pool2d, max_pool2d, relu, update_running,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::Rng;
@@ -868,10 +868,12 @@ impl ConvNorm {
 impl BatchNorm {
     /// Normalises and applies ReLU; in training the running statistics move.
     fn forward(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, mode: Mode) -> Result<Tensor> {
-        let mean = self.running_mean.as_detached_tensor();
-        let var = self.running_var.as_detached_tensor();
         if !mode.is_train() {
-            return batch_norm_relu_eval(x, weight, bias, &mean, &var, EPS);
+            let running = RunningStatistics {
+                mean: &self.running_mean.as_detached_tensor(),
+                variance: &self.running_var.as_detached_tensor(),
+            };
+            return batch_norm_relu_eval(x, weight, bias, running, EPS);
         }
         let (y, batch) = batch_norm_relu_train(x, weight, bias, EPS)?;
         Self::take_up(std::iter::once((self, &batch)))?;

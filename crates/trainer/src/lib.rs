@@ -19,8 +19,8 @@
 //! use std::sync::Arc;
 //!
 //! use candle_cnn::{
-//!     Conv2dConfig, Mode, batch_norm_relu_eval, batch_norm_relu_train, conv2d, global_avg_pool2d,
-//!     linear, update_running,
+//!     Conv2dConfig, Mode, RunningStatistics, batch_norm_relu_eval, batch_norm_relu_train, conv2d,
+//!     global_avg_pool2d, linear, update_running,
 //! };
 //! use candle_core::{DType, Device, Result, Tensor, Var};
 //! use cifar_data::{Normalization, Split, shapes};
@@ -78,7 +78,10 @@
 //!                 var.set(&update_running(var, &batch.unbiased_variance, 0.1)?)?;
 //!                 x
 //!             }
-//!             Mode::Eval => batch_norm_relu_eval(&x, &scale, &shift, mean, var, 1e-5)?,
+//!             Mode::Eval => {
+//!                 let running = RunningStatistics { mean, variance: var };
+//!                 batch_norm_relu_eval(&x, &scale, &shift, running, 1e-5)?
+//!             }
 //!         };
 //!         let features = global_avg_pool2d(&x)?.flatten_from(1)?;
 //!         linear(&features, &weight("fc.weight"), Some(&weight("fc.bias")))

@@ -34,6 +34,15 @@ pub struct BatchStatistics {
     pub unbiased_variance: Tensor,
 }
 
+/// What evaluation normalises by, of each channel: (C), and no gradient comes to it.
+#[derive(Clone, Copy, Debug)]
+pub struct RunningStatistics<'a> {
+    /// The running mean.
+    pub mean: &'a Tensor,
+    /// The running variance, PyTorch's `running_var`.
+    pub variance: &'a Tensor,
+}
+
 /// Normalises each channel of `x` (N, C) or (N, C, …) by the statistics of
 /// this batch, then scales by `weight` (C) and shifts by `bias` (C):
 /// `(x − mean) / √(variance + eps) · weight + bias`.
@@ -87,19 +96,15 @@ pub fn batch_norm_relu_train(
 /// Normalises each channel of `x` by the given running statistics, as
 /// `torch.nn.functional.batch_norm(training=False)`.
 ///
-/// `running_mean` and `running_variance` have shape (C) and receive no gradient.
-///
 /// # Errors
 /// As [`batch_norm_train`], but one value per channel is enough, and none gives an empty result.
 pub fn batch_norm_eval(
     x: &Tensor,
     weight: &Tensor,
     bias: &Tensor,
-    running_mean: &Tensor,
-    running_variance: &Tensor,
+    running: RunningStatistics<'_>,
     eps: f64,
 ) -> Result<Tensor> {
-    let running = (running_mean, running_variance);
     evaluate(x, weight, bias, running, eps, Activation::Identity)
 }
 
@@ -111,11 +116,9 @@ pub fn batch_norm_relu_eval(
     x: &Tensor,
     weight: &Tensor,
     bias: &Tensor,
-    running_mean: &Tensor,
-    running_variance: &Tensor,
+    running: RunningStatistics<'_>,
     eps: f64,
 ) -> Result<Tensor> {
-    let running = (running_mean, running_variance);
     evaluate(x, weight, bias, running, eps, Activation::Relu)
 }
 
@@ -194,7 +197,7 @@ fn evaluate(
     x: &Tensor,
     weight: &Tensor,
     bias: &Tensor,
-    (running_mean, running_variance): (&Tensor, &Tensor),
+    running: RunningStatistics<'_>,
     eps: f64,
     activation: Activation,
 ) -> Result<Tensor> {
@@ -213,19 +216,19 @@ fn evaluate(
         }
         Ok(())
     };
-    check("running mean", running_mean)?;
-    check("running variance", running_variance)?;
+    check("running mean", running.mean)?;
+    check("running variance", running.variance)?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
         let dtype = weight.dtype();
         let running = (
-            &running_mean.to_dtype(dtype)?,
-            &running_variance.to_dtype(dtype)?,
+            &running.mean.to_dtype(dtype)?,
+            &running.variance.to_dtype(dtype)?,
         );
         return cuda::evaluate([x, weight, bias], sizes, running, eps, activation);
     }
     let values = |tensor: &Tensor| tensor.to_dtype(DType::F64)?.to_vec1::<f64>();
-    let (means, variances) = (values(running_mean)?, values(running_variance)?);
+    let (means, variances) = (values(running.mean)?, values(running.variance)?);
     let moments = means
         .into_iter()
         .zip(variances)

@@ -9,6 +9,10 @@ fn tensor(name: &str, dims: &[usize]) -> Result<Tensor> {
     Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(DType::F64)
 }
 
+fn by<'a>(mean: &'a Tensor, variance: &'a Tensor) -> RunningStatistics<'a> {
+    RunningStatistics { mean, variance }
+}
+
 #[test]
 fn gradients_agree_with_finite_differences() -> Result<()> {
     let (x, weight, bias) = (
@@ -22,7 +26,13 @@ fn gradients_agree_with_finite_differences() -> Result<()> {
     assert!(worst < 1e-7, "training: {worst:.1e}");
     let (mean, variance) = (tensor("mean", &[4])?, tensor("var", &[4])?.abs()?);
     let worst = check_gradients(&[&x, &weight, &bias], 1e-5, |inputs| {
-        batch_norm_eval(&inputs[0], &inputs[1], &inputs[2], &mean, &variance, 1e-3)
+        batch_norm_eval(
+            &inputs[0],
+            &inputs[1],
+            &inputs[2],
+            by(&mean, &variance),
+            1e-3,
+        )
     })?;
     assert!(worst < 1e-7, "evaluation: {worst:.1e}");
     Ok(())
@@ -46,9 +56,9 @@ fn a_single_value_per_channel_is_refused_in_training_only() -> Result<()> {
         .unwrap_err()
         .to_string();
     assert!(text.contains("more than one value per channel"), "{text}");
-    assert!(batch_norm_eval(&x, &ones, &ones, &ones, &ones, 1e-5).is_ok());
+    assert!(batch_norm_eval(&x, &ones, &ones, by(&ones, &ones), 1e-5).is_ok());
     let three = Tensor::ones(3, DType::F32, &Device::Cpu)?;
-    let text = batch_norm_eval(&x, &three, &ones, &ones, &ones, 1e-5)
+    let text = batch_norm_eval(&x, &three, &ones, by(&ones, &ones), 1e-5)
         .unwrap_err()
         .to_string();
     assert!(
@@ -85,7 +95,7 @@ fn parameters_of_another_dtype_are_errors_that_say_which_goes_with_the_input() -
         let (weight, bias, running) = (ones(weight)?, ones(bias)?, ones(input)?);
         for result in [
             batch_norm_train(&x, &weight, &bias, 1e-3).map(|(y, _)| y),
-            batch_norm_eval(&x, &weight, &bias, &running, &running, 1e-3),
+            batch_norm_eval(&x, &weight, &bias, by(&running, &running), 1e-3),
         ] {
             let text = result.unwrap_err().to_string();
             assert!(
@@ -215,8 +225,8 @@ fn fused_relu_equals_the_two_operations_bit_for_bit() -> Result<()> {
         let two = batch_norm_train(&x, &weight, &bias, 1e-3)?.0;
         let one = batch_norm_relu_train(&x, &weight, &bias, 1e-3)?.0;
         assert_eq!(bits(relu(&two)?)?, bits(one)?, "training {dims:?}");
-        let two = batch_norm_eval(&x, &weight, &bias, &mean, &variance, 1e-3)?;
-        let one = batch_norm_relu_eval(&x, &weight, &bias, &mean, &variance, 1e-3)?;
+        let two = batch_norm_eval(&x, &weight, &bias, by(&mean, &variance), 1e-3)?;
+        let one = batch_norm_relu_eval(&x, &weight, &bias, by(&mean, &variance), 1e-3)?;
         assert_eq!(bits(relu(&two)?)?, bits(one)?, "evaluation {dims:?}");
     }
     Ok(())
@@ -226,7 +236,7 @@ fn fused_relu_equals_the_two_operations_bit_for_bit() -> Result<()> {
 fn a_nan_reaches_the_output_through_the_fused_relu() -> Result<()> {
     let x = Tensor::new(&[[f32::NAN, 1.0], [0.0, -1.0]], &Device::Cpu)?;
     let (one, zero) = (x.ones_like()?.get(0)?, x.zeros_like()?.get(0)?);
-    let y = batch_norm_relu_eval(&x, &one, &zero, &zero, &one, 0.0)?.to_vec2::<f32>()?;
+    let y = batch_norm_relu_eval(&x, &one, &zero, by(&zero, &one), 0.0)?.to_vec2::<f32>()?;
     assert!(y[0][0].is_nan());
     assert_eq!((y[0][1], y[1][0], y[1][1]), (1.0, 0.0, 0.0));
     Ok(())
@@ -236,7 +246,7 @@ fn a_nan_reaches_the_output_through_the_fused_relu() -> Result<()> {
 fn an_empty_image_gives_an_empty_result() -> Result<()> {
     let x = Tensor::zeros((2, 3, 0, 4), DType::F32, &Device::Cpu)?;
     let ones = Tensor::ones(3, DType::F32, &Device::Cpu)?;
-    let y = batch_norm_relu_eval(&x, &ones, &ones, &ones, &ones, 1e-3)?;
+    let y = batch_norm_relu_eval(&x, &ones, &ones, by(&ones, &ones), 1e-3)?;
     assert_eq!(y.dims(), [2, 3, 0, 4]);
     Ok(())
 }
@@ -261,9 +271,9 @@ fn with_given_statistics_the_input_gradient_does_not_depend_on_the_input() -> Re
             let gradients = y.backward()?;
             gradients.get(&x).unwrap().flatten_all()?.to_vec1()
         };
-        let y = batch_norm_eval(&x, &ones, &zeros, &zeros, &ones, 0.0)?;
+        let y = batch_norm_eval(&x, &ones, &zeros, by(&zeros, &ones), 0.0)?;
         assert_eq!(gradient(y)?, [1.0; 8]);
-        let y = batch_norm_relu_eval(&x, &ones, &zeros, &zeros, &ones, 0.0)?;
+        let y = batch_norm_relu_eval(&x, &ones, &zeros, by(&zeros, &ones), 0.0)?;
         assert_eq!(gradient(y)?, [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]);
     }
     Ok(())
@@ -320,8 +330,8 @@ fn fused_relu_keeps_the_sign_of_zero_over_small_and_large_planes() -> Result<()>
     for pixels in [4, 400] {
         let values: Vec<f32> = row.into_iter().cycle().take(pixels).collect();
         let x = Tensor::from_vec(values, (1, 1, 1, pixels), &Device::Cpu)?;
-        let y = batch_norm_relu_eval(&x, &one, &bias, &zero, &one, 0.0)?;
-        let apart = relu(&batch_norm_eval(&x, &one, &bias, &zero, &one, 0.0)?)?;
+        let y = batch_norm_relu_eval(&x, &one, &bias, by(&zero, &one), 0.0)?;
+        let apart = relu(&batch_norm_eval(&x, &one, &bias, by(&zero, &one), 0.0)?)?;
         for y in [y, apart] {
             let values = y.flatten_all()?.to_vec1::<f32>()?;
             for (y, expected) in values.iter().zip([-0.0f32, 0.0, 0.0, 2.0].iter().cycle()) {

@@ -184,15 +184,9 @@ mod tests {
             dilation: (1, 2),
         };
         let same = Conv2dConfig::padded(2);
-        let strided = Conv2dConfig {
-            stride: (2, 2),
-            ..Conv2dConfig::padded(1)
-        };
+        let strided = Conv2dConfig::padded(1).strided(2);
         // Of sixteen pixels one has a gradient.
-        let sparse = Conv2dConfig {
-            stride: (4, 4),
-            ..Conv2dConfig::default()
-        };
+        let sparse = Conv2dConfig::default().strided(4);
         Ok([
             geometry(5, (24, 64), (8, 8), (5, 5), same)?,
             geometry(3, (8, 12), (9, 14), (3, 3), strided)?,

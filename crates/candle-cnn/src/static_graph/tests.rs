@@ -12,9 +12,9 @@ use super::pass::{Numbers, Trains};
 use super::*;
 use crate::element::Element;
 use crate::{
-    Conv2dConfig, Conv2dGeometry, MaxPool2dConfig, batch_norm_relu_eval, batch_norm_relu_train,
-    conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu, global_avg_pool2d,
-    max_pool2d,
+    Conv2dConfig, Conv2dGeometry, MaxPool2dConfig, RunningStatistics, batch_norm_relu_eval,
+    batch_norm_relu_train, conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu,
+    global_avg_pool2d, max_pool2d,
 };
 
 /// A graph with everything in it: two Inception blocks with a pool between,
@@ -181,7 +181,8 @@ pub(super) fn composed(
                 variance,
             } => {
                 let x = conv2d(x, weight, None, config)?;
-                batch_norm_relu_eval(&x, norm_weight, norm_bias, mean, variance, EPS)
+                let running = RunningStatistics { mean, variance };
+                batch_norm_relu_eval(&x, norm_weight, norm_bias, running, EPS)
             }
         }
     };

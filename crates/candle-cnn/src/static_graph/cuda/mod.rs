@@ -72,7 +72,14 @@ pub(super) fn forward(
     }
     for tensor in parameters.iter().flat_map(ConvParameters::tensors) {
         if tensor.dtype() != DType::F32 {
-            return Err(OpError::dtype_mismatch(OP, DType::F32, tensor.dtype()));
+            return Err(OpError::ParameterDType {
+                op: OP,
+                name: "a parameter",
+                found: tensor.dtype(),
+                expected: DType::F32,
+                input: dtype,
+            }
+            .into());
         }
         if !tensor.device().same_device(images.device()) {
             return Err(OpError::device(OP, tensor));

@@ -168,10 +168,7 @@ impl<'a> GraphPass<'a> {
             c_out: unit.c_out,
             kernel: (c.kernel, c.kernel),
             output: self.graph.nodes[c.output].size,
-            config: Conv2dConfig {
-                stride: (c.stride, c.stride),
-                ..Conv2dConfig::padded(c.padding)
-            },
+            config: Conv2dConfig::padded(c.padding).strided(c.stride),
         };
         let on = ChannelsLast {
             geometry,
