@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use trainer::{DataSets, random};
 
 use crate::arguments::DataArguments;
+use crate::init_file::check_recordable;
 use crate::progress::{DownloadProgress, print, say};
 use crate::session::quoted;
 
@@ -133,12 +134,13 @@ impl DataConfig {
     /// With the folder as it is found from anywhere, so that a run can be resumed from another folder.
     ///
     /// # Errors
-    /// A working folder that is gone.
+    /// A working folder that is gone, or a path that cannot be recorded.
     pub(crate) fn located(mut self) -> Result<Self> {
         if let Some(dir) = &self.data_dir {
             let located = std::path::absolute(dir);
-            self.data_dir =
-                Some(located.with_context(|| format!("cannot locate {}", dir.display()))?);
+            let located = located.with_context(|| format!("cannot locate {}", dir.display()))?;
+            check_recordable("--data-dir", &located)?;
+            self.data_dir = Some(located);
         }
         Ok(self)
     }

@@ -180,6 +180,8 @@ fn start<E: Experiment>(
         );
         return launch(processes);
     }
+    // Only the record has the folder as it is found from anywhere.
+    let located = config.data.clone().located()?;
     let config = RunConfig {
         model: E::resolve(config.model, &config.data, out)?,
         data: config.data,
@@ -202,7 +204,7 @@ fn start<E: Experiment>(
             let environment = environment::<E>(&config);
             let recorded = RunConfig {
                 model: &config.model,
-                data: config.data.clone().located()?,
+                data: located,
                 training: config.training.clone(),
                 compute: config.compute.clone(),
             };

@@ -54,10 +54,9 @@ impl InitFile {
             self.path.display(),
             self.sha256
         );
-        Ok(Self {
-            path: self.path.canonicalize().with_context(cannot_read)?,
-            sha256,
-        })
+        let path = self.path.canonicalize().with_context(cannot_read)?;
+        check_recordable(flag, &path)?;
+        Ok(Self { path, sha256 })
     }
 
     /// The file's bytes.
@@ -83,4 +82,17 @@ impl InitFile {
         let bytes = self.read()?;
         weights::load_from_bytes(model, &bytes, &self.path).context("cannot use --init")
     }
+}
+
+/// Refuses a path that cannot be recorded; `flag` is the argument that names it.
+///
+/// # Errors
+/// A path that is not UTF-8.
+pub(crate) fn check_recordable(flag: &str, path: &Path) -> Result<()> {
+    ensure!(
+        path.to_str().is_some(),
+        "{flag} {}: the path is not UTF-8, and config.json, which records it, takes nothing else. Rename that file or folder",
+        path.display()
+    );
+    Ok(())
 }

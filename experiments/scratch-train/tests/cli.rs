@@ -199,6 +199,24 @@ fn signals_save_say_how_to_resume_and_exit_with_128_plus_their_number() {
     assert_refused(other, "takes every setting from its config.json");
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_path_that_config_json_cannot_hold_is_refused_by_its_flag() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let out = tempfile::tempdir().unwrap();
+    let odd = out.path().join(std::ffi::OsStr::from_bytes(b"d\xff"));
+    fs::create_dir(&odd).unwrap();
+    let init = odd.join("w.safetensors");
+    fs::write(&init, "").unwrap();
+    for (flag, path) in [("--data-dir", &odd), ("--init", &init)] {
+        let mut command = program("--max-steps 1 --out no-run");
+        command.arg(flag).arg(path);
+        let said = assert_refused(command, "the path is not UTF-8");
+        assert!(said.contains(&format!("error: {flag} ")), "{said}");
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn a_run_that_a_full_disk_lets_nobody_begin_leaves_nothing() {
