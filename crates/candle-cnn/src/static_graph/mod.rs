@@ -20,6 +20,7 @@ mod cuda;
 mod custom_op;
 mod forward;
 mod gather;
+mod group;
 mod norm;
 mod outer;
 mod packed;

@@ -1,14 +1,15 @@
 //! How one operation of a group takes a few images back.
 
 use std::ops::Range;
+use std::time::Duration;
 
-use super::arena::{Layout, Part};
+use super::arena::{Arenas, Layout, Part};
 use super::builder::Convolution;
 use super::forward::Forward;
 use super::gather::{GatherPass, Start};
 use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
-use super::pass::{AnyPass, Pooled, Scratch, images_per_task, pays};
+use super::pass::{AnyPass, Scratch, images_per_task, pays};
 use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
@@ -17,9 +18,36 @@ use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, keep_positive};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
 
+/// An operation's way back, before the first image takes it.
 pub(super) enum PreparedWay<'a, T> {
     Convolution(Box<Prepared<'a, T>>),
-    MaxPool { pool: Box<Pool>, is_first: bool },
+    MaxPool { pool: Box<Pool>, dx: Dx },
+}
+
+impl<T: Element> PreparedWay<'_, T> {
+    /// The way over what was prepared.
+    pub(super) fn way(&self, forward: &Forward<'_, T>) -> Way<'_, T> {
+        match self {
+            Self::Convolution(prepared) => Way::Convolution(Box::new(ConvolutionWay {
+                prepared,
+                input: prepared.input_pass(forward),
+                weight: prepared
+                    .trains_weight
+                    .then(|| prepared.weight_pass(forward)),
+            })),
+            Self::MaxPool { pool, dx } => Way::MaxPool { pool, dx: *dx },
+        }
+    }
+
+    /// Gives the memory of weights back.
+    pub(super) fn give_back(self, arenas: &Arenas) {
+        if let Self::Convolution(prepared) = self {
+            let packed = [prepared.packed, prepared.transformed];
+            for packed in packed.into_iter().flatten() {
+                arenas.of::<T>().give_back_flat(packed.data);
+            }
+        }
+    }
 }
 
 /// A convolution's way back, and what it works with.
@@ -35,13 +63,14 @@ pub(super) struct Prepared<'a, T> {
     /// The turned weight for Winograd's products, where they pay.
     pub(super) transformed: Option<PackedWeight<T>>,
     pub(super) zeros: Vec<T>,
-    /// Whether nothing has been added up yet in the gradient of the input.
-    pub(super) is_first: bool,
+    pub(super) dx: Dx,
     pub(super) trains_weight: bool,
+    /// What preparing it took.
+    pub(super) time: Duration,
 }
 
 impl<T: Element> Prepared<'_, T> {
-    pub(super) fn input_pass(&self, forward: &Forward<'_, T>) -> Option<AnyPass<'_, T>> {
+    fn input_pass(&self, forward: &Forward<'_, T>) -> Option<AnyPass<'_, T>> {
         let c = &self.c;
         let pass = GatherPass {
             kernels: forward.kernels,
@@ -52,7 +81,7 @@ impl<T: Element> Prepared<'_, T> {
             stride: 1,
             padding: c.kernel - 1 - c.padding,
             weight: self.packed.as_ref()?,
-            start: match self.is_first || self.pool.is_some() {
+            start: match self.dx == Dx::Begin || self.pool.is_some() {
                 true => Start::Values(&self.zeros),
                 false => Start::Present,
             },
@@ -66,7 +95,7 @@ impl<T: Element> Prepared<'_, T> {
         })
     }
 
-    pub(super) fn weight_pass(&self, forward: &Forward<'_, T>) -> AnyOuterPass<T> {
+    fn weight_pass(&self, forward: &Forward<'_, T>) -> AnyOuterPass<T> {
         let (c, kernels) = (&self.c, forward.kernels);
         let (x, dy) = (forward.graph.layout(c.input), self.mask.dy);
         if c.stride == 1 && pays::<T>(c, dy.size, forward.batch) {
@@ -95,16 +124,27 @@ impl<T: Element> Prepared<'_, T> {
     }
 }
 
+/// What an operation does about the gradient of its input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dx {
+    /// Nothing, since nobody needs it.
+    Skip,
+    /// Begins it: what the memory holds may be anything.
+    Begin,
+    /// Adds to what others have added up.
+    Add,
+}
+
 /// How one operation of some takes a few images back.
 pub(super) enum Way<'a, T: 'static> {
     Convolution(Box<ConvolutionWay<'a, T>>),
-    MaxPool { pool: &'a Pool, is_first: bool },
+    MaxPool { pool: &'a Pool, dx: Dx },
 }
 
 pub(super) struct ConvolutionWay<'a, T: 'static> {
-    pub(super) prepared: &'a Prepared<'a, T>,
-    pub(super) input: Option<AnyPass<'a, T>>,
-    pub(super) weight: Option<AnyOuterPass<T>>,
+    prepared: &'a Prepared<'a, T>,
+    input: Option<AnyPass<'a, T>>,
+    weight: Option<AnyOuterPass<T>>,
 }
 
 impl<T: Element> Way<'_, T> {
@@ -132,28 +172,56 @@ impl<T: Element> Way<'_, T> {
         &self,
         isa: Isa,
         images: Images<'_, T>,
-        sums: (&mut Sums<T>, bool),
+        sums: &mut Sums<T>,
         scratch: &mut Scratch<T>,
     ) {
         match self {
-            Self::MaxPool { pool, is_first } => {
+            Self::MaxPool { pool, dx } => {
                 let watch = Watch::start();
+                let fresh = *dx == Dx::Begin;
                 let Images { x, dy, dx, .. } = images;
                 let gradients = dx
                     .into_iter()
                     .flat_map(|dx| dx.chunks_exact_mut(pool.dx.image()));
                 let dys = dy.chunks_exact(pool.dy.image());
                 for ((dx, dy), x) in gradients.zip(dys).zip(x.chunks_exact(pool.x.image())) {
-                    pool::backward(isa, pool, x, dy, dx, *is_first);
+                    pool::backward(isa, pool, x, dy, dx, fresh);
                 }
-                sums.0.times.input += watch.elapsed();
+                sums.times.input += watch.elapsed();
             }
-            Self::Convolution(way) => {
-                let mut between = std::mem::take(&mut scratch.pooled);
-                way.run(isa, images, sums, (scratch, &mut between));
-                scratch.pooled = between;
+            Self::Convolution(way) => way.run(isa, images, sums, scratch),
+        }
+    }
+
+    /// Adds the threads' sums up into the gradients of all convolutions' parameters, in their order.
+    /// Returns what the way took.
+    pub(super) fn add_up(
+        &self,
+        parts: &[Sums<T>],
+        d_parameters: &mut [Option<Vec<Vec<T>>>],
+    ) -> Times {
+        let mut times = Times::mean(parts.iter().map(|part| part.times));
+        let Self::Convolution(way) = self else {
+            return times;
+        };
+        times.other += way.prepared.time;
+        if let Some(d) = &mut d_parameters[way.prepared.c.number] {
+            let watch = Watch::start();
+            if way.prepared.norm.is_none() {
+                for part in parts {
+                    for (to, &from) in d[1].iter_mut().zip(&part.bias) {
+                        *to += from;
+                    }
+                }
+            }
+            times.other += watch.elapsed();
+            if let Some(pass) = &way.weight {
+                let watch = Watch::start();
+                pass.unpack(parts, &mut d[0]);
+                times.weight += watch.elapsed();
             }
         }
+        times
     }
 }
 
@@ -171,33 +239,35 @@ pub(super) struct Images<'a, T> {
 impl<T: Element> ConvolutionWay<'_, T> {
     /// Masks `dy`, takes it back through the batch norm, the convolution and
     /// the pooling that is part of it: as [`Way::run`].
-    fn run(
-        &self,
-        isa: Isa,
-        images: Images<'_, T>,
-        (sums, fresh): (&mut Sums<T>, bool),
-        (scratch, between): (&mut Scratch<T>, &mut Pooled<T>),
-    ) {
-        let Images { range, x, dy, dx } = images;
+    fn run(&self, isa: Isa, images: Images<'_, T>, sums: &mut Sums<T>, scratch: &mut Scratch<T>) {
         let prepared = self.prepared;
-        let count = range.len();
         // Nobody may need more than the sums over the gradient: those of a bias are taken here, a batch norm's before.
         let goes_on = self.input.is_some() || self.weight.is_some();
         if goes_on || prepared.norm.is_none() {
             let watch = Watch::start();
-            self.mask(isa, range, dy, sums);
+            self.mask(isa, images.range.clone(), images.dy, sums);
             sums.times.other += watch.elapsed();
         }
-        if !goes_on {
-            return;
+        match &prepared.pool {
+            _ if !goes_on => (),
+            Some(pool) => self.gradients_and_pooling(pool, isa, images, sums, scratch),
+            None => self.gradients(images.x, images.dy, images.dx, sums, scratch),
         }
-        let Some(pool) = &prepared.pool else {
-            self.gradients(x, dy, dx, (sums, fresh), scratch);
-            return;
-        };
+    }
 
+    /// The convolution's own gradients, and that of the input of the pooling that is part of it.
+    fn gradients_and_pooling(
+        &self,
+        pool: &Pool,
+        isa: Isa,
+        images: Images<'_, T>,
+        sums: &mut Sums<T>,
+        scratch: &mut Scratch<T>,
+    ) {
         let watch = Watch::start();
-        let (y, d_between, winners) = between.all(pool, count);
+        let Images { range, x, dy, dx } = images;
+        let mut between = std::mem::take(&mut scratch.pooled);
+        let (y, d_between, winners) = between.all(pool, range.len());
         let outputs = y.chunks_exact_mut(pool.y.image());
         let kept = winners.chunks_exact_mut(pool.winners());
         for ((x, y), winners) in x.chunks_exact(pool.x.image()).zip(outputs).zip(kept) {
@@ -205,17 +275,19 @@ impl<T: Element> ConvolutionWay<'_, T> {
         }
         sums.pooling.input += watch.elapsed();
         let wanted = dx.is_some().then_some(&mut *d_between);
-        self.gradients(y, dy, wanted, (sums, fresh), scratch);
+        self.gradients(y, dy, wanted, sums, scratch);
         if let Some(dx) = dx {
             let watch = Watch::start();
+            let fresh = self.prepared.dx == Dx::Begin;
             let gradients = dx.chunks_exact_mut(pool.dx.image());
             let dys = d_between.chunks_exact(pool.dy.image());
             let kept = winners.chunks_exact(pool.winners());
             for ((dx, dy), winners) in gradients.zip(dys).zip(kept) {
-                pool::scatter(isa, pool, winners, dy, dx, prepared.is_first);
+                pool::scatter(isa, pool, winners, dy, dx, fresh);
             }
             sums.pooling.input += watch.elapsed();
         }
+        scratch.pooled = between;
     }
 
     /// Takes `dy` of some images back to before the ReLU and the batch norm.
@@ -240,7 +312,7 @@ impl<T: Element> ConvolutionWay<'_, T> {
         x: &[T],
         dy: &[T],
         dx: Option<&mut [T]>,
-        (sums, fresh): (&mut Sums<T>, bool),
+        sums: &mut Sums<T>,
         scratch: &mut Scratch<T>,
     ) {
         if let (Some(pass), Some(dx)) = (&self.input, dx) {
@@ -251,8 +323,7 @@ impl<T: Element> ConvolutionWay<'_, T> {
         }
         if let Some(pass) = &self.weight {
             let watch = Watch::start();
-            let weight = &mut sums.weight[..pass.sums_len()];
-            pass.run(x, dy, (weight, fresh), scratch);
+            pass.run(x, dy, sums, scratch);
             sums.times.weight += watch.elapsed();
         }
     }
@@ -285,21 +356,23 @@ pub(super) enum AnyOuterPass<T: 'static> {
 }
 
 impl<T: Element> AnyOuterPass<T> {
-    pub(super) fn sums_len(&self) -> usize {
+    fn sums_len(&self) -> usize {
         match self {
             Self::Direct(pass) => pass.sums_len(),
             Self::Winograd(pass) => pass.sums_len(),
         }
     }
 
-    pub(super) fn run(&self, x: &[T], dy: &[T], sums: (&mut [T], bool), scratch: &mut Scratch<T>) {
+    fn run(&self, x: &[T], dy: &[T], sums: &mut Sums<T>, scratch: &mut Scratch<T>) {
+        let fresh = std::mem::take(&mut sums.fresh);
+        let weight = (&mut sums.weight[..self.sums_len()], fresh);
         match self {
-            Self::Direct(pass) => pass.run(x, dy, sums, &mut scratch.outer),
-            Self::Winograd(pass) => pass.run(x, dy, sums, &mut scratch.winograd),
+            Self::Direct(pass) => pass.run(x, dy, weight, &mut scratch.outer),
+            Self::Winograd(pass) => pass.run(x, dy, weight, &mut scratch.winograd),
         }
     }
 
-    pub(super) fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
+    fn unpack(&self, parts: &[Sums<T>], weight: &mut [T]) {
         let parts: Vec<&[T]> = parts.iter().map(|p| p.weight.as_slice()).collect();
         match self {
             Self::Direct(pass) => pass.unpack(&parts, weight),
@@ -312,18 +385,21 @@ impl<T: Element> AnyOuterPass<T> {
 pub(super) struct Sums<T> {
     /// Sums of the weight's gradient, as the pass lays them out.
     pub(super) weight: Vec<T>,
-    pub(super) bias: Vec<T>,
-    pub(super) image_bias: Vec<T>,
-    pub(super) times: Times,
+    /// Whether nothing has been added to them: their memory may hold anything.
+    fresh: bool,
+    bias: Vec<T>,
+    image_bias: Vec<T>,
+    times: Times,
     /// Times of the pooling that is part of the convolution.
     pub(super) pooling: Times,
 }
 
 impl<T: Element> Sums<T> {
-    /// Sums of nothing, but for the weight's: their memory may hold anything.
+    /// Sums of nothing.
     fn new(weight: Vec<T>, c_out: usize) -> Self {
         Self {
             weight,
+            fresh: true,
             bias: vec![T::ZERO; c_out],
             image_bias: vec![T::ZERO; c_out],
             times: Times::default(),
