@@ -20,8 +20,7 @@ use self::gpu::Gpu;
 use self::runs::{Outcome, Parity, Round, Runs, pytorch_lesson};
 use self::table::summary;
 use self::work::{
-    ACCURACY, PYTORCH_ACCURACY, ROW_NAMES, ROWS, Row, SEEDS, accuracy_claims, claims_after_ours,
-    those_that_fit,
+    PYTORCH_ACCURACY, ROW_NAMES, ROWS, Row, SEEDS, accuracy_claims, needs_of_ours, those_that_fit,
 };
 use crate::bench::pytorch;
 use crate::record;
@@ -265,7 +264,7 @@ impl Session<'_> {
         let seeds = self.arguments.seeds;
         for seed in 0..seeds {
             let what = format!("the accuracy of seed {seed}");
-            let needs = ACCURACY + claims_after_ours(seed, self.pytorch_takes());
+            let needs = needs_of_ours(seed, self.pytorch_takes());
             if !self.runs.has_time(&mut self.report, &what, needs) {
                 continue;
             }

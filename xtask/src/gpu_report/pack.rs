@@ -35,11 +35,10 @@ pub(super) fn pack(dir: &Path) -> Result<()> {
         programs.extend(build(arguments)?);
     }
     let mut bytes = 0;
-    for Program { path, folder } in &programs {
-        let folder = &dir.join(folder);
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let name = path.file_name().context("a program without a name")?;
-        let copy = folder.join(name);
+    let tests = dir.join("tests");
+    fs::create_dir_all(&tests).with_context(|| format!("cannot make {}", tests.display()))?;
+    for Program { path, copy } in &programs {
+        let copy = dir.join(copy);
         let status = Command::new("strip")
             .arg("-o")
             .args([&copy, path])
@@ -69,6 +68,7 @@ pub(super) fn pack(dir: &Path) -> Result<()> {
 #[derive(Deserialize)]
 struct Message {
     reason: String,
+    manifest_path: Option<PathBuf>,
     executable: Option<PathBuf>,
     profile: Option<Profile>,
 }
@@ -81,8 +81,8 @@ struct Profile {
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Program {
     path: PathBuf,
-    /// Where it goes below the pack's folder.
-    folder: &'static str,
+    /// Where it goes, below the pack's folder.
+    copy: PathBuf,
 }
 
 /// Runs cargo, and returns the programs that are built by it.
@@ -109,11 +109,26 @@ fn build(arguments: &str) -> Result<Vec<Program>> {
 fn program_of(line: &str) -> Result<Option<Program>> {
     let message: Message =
         serde_json::from_str(line).with_context(|| format!("cargo said {line:?}"))?;
-    let is_artifact = message.reason == "compiler-artifact";
-    let is_test = message.profile.is_some_and(|profile| profile.test);
-    let folder = if is_test { "tests" } else { "" };
-    let executable = message.executable.filter(|_| is_artifact);
-    Ok(executable.map(|path| Program { path, folder }))
+    let executable = message.executable;
+    let Some(path) = executable.filter(|_| message.reason == "compiler-artifact") else {
+        return Ok(None);
+    };
+    let name = path.file_name().context("a program without a name")?;
+    let name = name.to_string_lossy();
+    let manifest = message.manifest_path.unwrap_or_default();
+    let package = manifest.parent().and_then(Path::file_name);
+    let copy = match message.profile.is_some_and(|profile| profile.test) {
+        // Tests of several packages have one name.
+        true => {
+            let package = package.context("a test without a package")?;
+            format!("tests/{}-{name}", package.to_string_lossy())
+        }
+        false => name.into_owned(),
+    };
+    Ok(Some(Program {
+        copy: copy.into(),
+        path,
+    }))
 }
 
 #[cfg(test)]
@@ -126,14 +141,14 @@ mod tests {
         let artifact = |test: &str| {
             let profile = format!(r#"{{"opt_level":"3","test":{test}}}"#);
             let line = format!(
-                r#"{{"reason":"compiler-artifact","profile":{profile},"executable":"/target/a"}}"#
+                r#"{{"reason":"compiler-artifact","manifest_path":"/experiments/predict/Cargo.toml","profile":{profile},"executable":"/target/a-1"}}"#
             );
             program_of(&line).unwrap()
         };
         // What cargo builds besides, since the tests start it, is no test.
-        for (is_test, folder) in [("true", "tests"), ("false", "")] {
-            let path = "/target/a".into();
-            assert_eq!(artifact(is_test), Some(Program { path, folder }));
+        for (is_test, copy) in [("true", "tests/predict-a-1"), ("false", "a-1")] {
+            let (path, copy) = ("/target/a-1".into(), copy.into());
+            assert_eq!(artifact(is_test), Some(Program { path, copy }));
         }
         let library = r#"{"reason":"compiler-artifact","executable":null}"#;
         assert_eq!(program_of(library).unwrap(), None);

@@ -281,7 +281,10 @@ impl Runs<'_> {
             match Parity::new(&what, bound, first.clone(), second.clone()) {
                 Ok(parity) => {
                     if !parity.holds() {
-                        report.failures.push(format!("{what}: beyond the bound"));
+                        let doubt = doubt.map(|doubt| format!(" ({doubt})"));
+                        let doubt = doubt.unwrap_or_default();
+                        let failure = format!("{what}: beyond the bound{doubt}");
+                        report.failures.push(failure);
                     }
                     report.parity.push(Parity { doubt, ..parity });
                 }

@@ -1,5 +1,6 @@
 //! The CUDA tests: which are run, and what came of them.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirEntry};
 use std::io;
 use std::path::{self, Path};
@@ -52,6 +53,10 @@ pub(super) fn build() -> Result<()> {
 pub(super) fn run(binaries: Option<&Path>, log: &Path) -> Result<Outcome> {
     let (mut text, mut broken_off) = (String::new(), Vec::new());
     for mut command in commands(binaries)? {
+        let name = name_of(&command);
+        let heading = format!("Tests of {name}\n");
+        eprint!("{heading}");
+        text += &heading;
         let output = gpu::in_order(&mut command)
             // A test must not pass because it found no device.
             .env("CUDA_TESTS_MUST_RUN", "1")
@@ -62,12 +67,7 @@ pub(super) fn run(binaries: Option<&Path>, log: &Path) -> Result<Outcome> {
         print!("{printed}");
         text += &printed;
         if !output.status.success() && is_broken_off(&printed) {
-            let program = Path::new(command.get_program()).file_name();
-            let arguments = command
-                .get_args()
-                .map(|argument| argument.to_string_lossy());
-            let words = program.map(|name| name.to_string_lossy()).into_iter();
-            broken_off.push(words.chain(arguments).collect::<Vec<_>>().join(" "));
+            broken_off.push(name);
         }
     }
     let parent = log.parent().unwrap_or(Path::new("."));
@@ -78,6 +78,14 @@ pub(super) fn run(binaries: Option<&Path>, log: &Path) -> Result<Outcome> {
         broken_off,
         ..read(&text)
     })
+}
+
+/// The program's name without its folder, and its arguments.
+fn name_of(command: &Command) -> String {
+    let program = Path::new(command.get_program()).file_name();
+    let words = program.into_iter().chain(command.get_args());
+    let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
+    words.join(" ")
 }
 
 /// Of cargo, or the programs of tests in a folder.
@@ -154,6 +162,7 @@ mod tests {
             panic!("{commands:?}");
         };
         assert_eq!(command.get_program(), tests.join("cuda-1"));
+        assert_eq!(name_of(command), "cuda-1");
         let told = (TESTED_PROGRAMS.as_ref(), Some(dir.path().as_os_str()));
         assert_eq!(command.get_envs().collect::<Vec<_>>(), [told]);
     }

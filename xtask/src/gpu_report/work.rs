@@ -116,7 +116,7 @@ pub(super) const WAYS: [(&str, &[&str]); 3] = [
 pub(super) const SEEDS: u32 = 3;
 
 /// About what training the lesson's 7 epochs takes on an H100 or H200, of a seed.
-pub(super) const ACCURACY: Duration = Duration::from_secs(60);
+const ACCURACY: Duration = Duration::from_secs(60);
 pub(super) const PYTORCH_ACCURACY: Duration = Duration::from_secs(80);
 
 /// What the accuracies have a claim to before a row has one to another round: to the seeds that a comparison needs, of which
@@ -125,13 +125,14 @@ pub(super) fn accuracy_claims(seeds: u32, pytorch: Duration) -> Duration {
     seeds.min(SEEDS) * (ACCURACY + pytorch)
 }
 
-/// What must stay free when this seed of ours has been trained: nothing, until ours are as many as a comparison needs; then
+/// The time that must be left for this seed of ours to be begun: its own, and once ours are as many as a comparison needs, that of
 /// PyTorch's to compare them with.
-pub(super) fn claims_after_ours(seed: u32, pytorch: Duration) -> Duration {
-    match seed < SEEDS {
+pub(super) fn needs_of_ours(seed: u32, pytorch: Duration) -> Duration {
+    let free = match seed < SEEDS {
         true => Duration::ZERO,
         false => SEEDS * pytorch,
-    }
+    };
+    ACCURACY + free
 }
 
 /// How many of the trainings that are asked for end in the time that is left, if each takes about so long.
@@ -162,7 +163,7 @@ mod tests {
         let mut left = Duration::from_secs(60 * minutes);
         let mut ours = 0;
         for seed in 0..asked {
-            if ACCURACY + claims_after_ours(seed, PYTORCH_ACCURACY) <= left {
+            if needs_of_ours(seed, PYTORCH_ACCURACY) <= left {
                 left -= ACCURACY;
                 ours += 1;
             }
@@ -190,7 +191,7 @@ mod tests {
         assert_eq!(those_that_fit(u32::MAX, None, PYTORCH_ACCURACY), u32::MAX);
         let hours = Duration::from_secs(u64::MAX);
         assert_eq!(those_that_fit(7, Some(hours), PYTORCH_ACCURACY), 7);
-        assert_eq!(claims_after_ours(SEEDS, Duration::ZERO), Duration::ZERO);
+        assert_eq!(needs_of_ours(SEEDS, Duration::ZERO), ACCURACY);
         assert_eq!(accuracy_claims(2, Duration::ZERO), 2 * ACCURACY);
     }
 

@@ -186,8 +186,8 @@ impl<'a> Backward<'a> {
             if !self.takes_part(unit) {
                 continue;
             }
-            let task = |pass, adds| Task {
-                pass,
+            let task = |of, adds| Task {
+                pass: of,
                 unit: u,
                 adds,
             };
@@ -214,18 +214,19 @@ impl<'a> Backward<'a> {
         let run = |lane, tasks: &Vec<Task>| {
             tasks.iter().try_for_each(|task| {
                 let input = stage.units[task.unit].shape().input;
-                let (x, weights) = match task.pass {
+                let (x, parts) = match task.pass {
                     Pass::InputGradient => (map_of(d_maps, input)?, weights),
                     _ => (map_of(maps, input)?, d_weights),
                 };
-                let operands = [x, map_of(weights, stage.part)?, map_of(raws, task.unit)?];
+                let operands = [x, map_of(parts, stage.part)?, map_of(raws, task.unit)?];
                 pass.convolve(lane, stage, task, operands)
             })
         };
         side_by_side(&pass.launches.device, &turns, run, None)
     }
 
-    /// Gives back weights that no earlier stage has a part in, and what waited to be added to gradients that were read now.
+    /// Gives back the weights of the stage of this index, unless an earlier stage has some in the same part, and the poolings' parts of gradients
+    /// that were read for the last time.
     fn give_back_what_was_read(&mut self, index: usize) {
         let part = self.pass.stages[index].part;
         if index == 0 || self.pass.stages[index - 1].part != part {

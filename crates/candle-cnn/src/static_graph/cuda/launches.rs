@@ -142,7 +142,7 @@ const _: () = assert!(size_of::<Weights>() <= MOST_IN_TABLE);
 /// freed in the order of the device's one stream.
 pub(super) struct Launches {
     pub(super) device: CudaDevice,
-    pub(super) dtype: DType,
+    dtype: DType,
     stream: Arc<CudaStream>,
 }
 

@@ -1,7 +1,7 @@
 //! A graph on CUDA.
 //!
 //! Maps lie channels last, (N, H, W, C), as tensor cores want them; Candle's tensors do not. cuDNN takes the sums of each
-//! convolution into memory of their own, and small kernels of ours do what lies between for a whole [`Stage`] at once: bias or
+//! convolution into memory of their own, and small kernels of ours do what lies between for a whole [`Stage`](super::stages::Stage) at once: bias or
 //! batch norm and ReLU on the way into the maps, concatenations among them, and the same on the way back. A gradient is added to
 //! another where it is made, or where it is read. Memory is taken and freed in the order of the device's stream, so that a step
 //! can be captured.

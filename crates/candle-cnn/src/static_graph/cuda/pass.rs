@@ -21,7 +21,7 @@ use crate::static_graph::stages::{Member, Stage, Unit, stages};
 /// are taken as they are.
 const PIXEL: usize = 16;
 
-/// Memory by number: of nodes, of units, of parts of weights. Some may have none, or have given it back.
+/// Memory by number: of nodes, units, chunks, operations or parts of weights. Some may have none, or have given it back.
 pub(super) type Maps = Vec<Option<CudaStorage>>;
 
 /// What the backward pass needs of the forward pass.
@@ -70,7 +70,7 @@ pub(super) struct Task {
     pub(super) pass: Pass,
     /// The unit's number in its stage.
     pub(super) unit: usize,
-    /// To what is there already, or in its place.
+    /// Whether the result is added to what is there already; else it takes its place.
     pub(super) adds: bool,
 }
 
@@ -151,7 +151,8 @@ impl<'a> GraphPass<'a> {
         })
     }
 
-    /// A pass of a unit over its input, its stage's part of the weights, and its own sums, on a lane.
+    /// A pass of a unit on a lane, over the map of its input, its stage's part of the weights, and its own sums, or over their gradients:
+    /// each as a whole.
     pub(super) fn convolve(
         &self,
         lane: usize,
@@ -177,7 +178,8 @@ impl<'a> GraphPass<'a> {
             weight: self.launches.at(weights, unit.weight)?,
             y: self.launches.at(raw, 0)?,
         };
-        // SAFETY: memory of these sizes that was made for them by this pass, which frees it after all lanes were waited for.
+        // SAFETY: memory of these sizes that was made for them by this pass or the forward pass before it, and is freed in the
+        // order of the device's own stream after all lanes were waited for.
         // What one lane writes, others leave alone: outputs, weights' gradients and maps' gradients are a task's own.
         unsafe { channels_last_pass((&self.launches.device, lane), task.pass, on, task.adds) }
     }
