@@ -29,10 +29,10 @@
 //! | | launches, copies and convolutions | convolutions alone | memory |
 //! | --- | ---: | ---: | ---: |
 //! | lesson's net, operation by operation | 553 | 164 | 910 MiB, in bf16 499 |
-//! | lesson's net, as a graph | 196 | 110 | 529 MiB, in bf16 310 |
+//! | lesson's net, as a graph | 196 | 110 | 526 MiB, in bf16 310 |
 //! | torchvision's net, operation by operation | 1,054 | 170 | 96 MiB |
-//! | torchvision's net, as a graph | 233 | 116 | 96 MiB |
-//! | torchvision's net, its head alone, as a graph | 128 | 39 | 38 MiB |
+//! | torchvision's net, as a graph | 233 | 116 | 94 MiB |
+//! | torchvision's net, its head alone, as a graph | 128 | 39 | 36 MiB |
 
 mod backward;
 mod forward;
