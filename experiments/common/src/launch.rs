@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use data_parallel::Ranks;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::raise;
 
 use crate::progress::say;
-use crate::signals::{Signal, StopSignals};
+use crate::signals::{SIGHUP, Signal, StopSignals};
 
 /// Tells a process that its standard input comes from a launcher: a byte is the number of a signal,
 /// and its end that the launcher is gone.

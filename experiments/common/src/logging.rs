@@ -8,7 +8,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::profile::Profile;
-use crate::progress::BARS;
+use crate::progress::beside_bars;
 
 /// Warnings and worse. hf-hub logs as an error what it also returns as one.
 const FILTER: &str = "warn,hf_hub=off";
@@ -36,7 +36,7 @@ struct AboveBars;
 
 impl Write for AboveBars {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        BARS.suspend(|| io::stderr().write_all(bytes))?;
+        beside_bars(|| io::stderr().write_all(bytes))?;
         Ok(bytes.len())
     }
 

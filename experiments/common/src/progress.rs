@@ -5,14 +5,16 @@ use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
 use cifar_data::download;
-use indicatif::{DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{
+    DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle,
+};
 use trainer::{EpochReport, Observer, StartReport, StepReport};
 use verified_download::Event;
 
 use crate::parallel::later_rank;
 
 /// All bars of the process, so that other output can make them step aside.
-pub(crate) static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// Where there is no terminal, a line appears this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -20,17 +22,21 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 /// Why a result could not be printed, the first time.
 static LOST: OnceLock<io::Error> = OnceLock::new();
 
-/// Prints a result: a line on standard output. A reader that has gone away does not end a run, and
+/// Whether results go to a terminal, which can be asked only while it is there.
+static TO_A_TERMINAL: LazyLock<bool> = LazyLock::new(|| io::stdout().is_terminal());
+
+/// Prints a result: a line on standard output. A reader or a terminal that has gone away does not end a run, and
 /// neither does a full disk, which [`conclude`](crate::conclude) tells of at the end. Of processes that train together only the
 /// first prints.
 pub fn print(line: &str) {
     if later_rank().is_some() {
         return;
     }
-    BARS.suspend(|| {
+    let to_a_terminal = *TO_A_TERMINAL;
+    beside_bars(|| {
         let mut out = io::stdout().lock();
         match writeln!(out, "{line}").and_then(|()| out.flush()) {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error) if !to_a_terminal && error.kind() != io::ErrorKind::BrokenPipe => {
                 let _ = LOST.set(error);
             }
             _ => {}
@@ -48,9 +54,18 @@ pub(crate) fn lost_result() -> Option<&'static io::Error> {
 pub fn say(line: &str) {
     let who = later_rank().map(|rank| format!("[rank {rank}] "));
     let who = who.unwrap_or_default();
-    BARS.suspend(|| {
+    beside_bars(|| {
         let _ = writeln!(io::stderr(), "{who}{line}");
     });
+}
+
+/// Calls `f` while no bar is in its way. On a terminal that has gone there are none any more.
+pub(crate) fn beside_bars<R>(f: impl FnOnce() -> R) -> R {
+    // `suspend` panics where they cannot be cleared.
+    if BARS.clear().is_err() {
+        BARS.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    BARS.suspend(f)
 }
 
 /// Shows a training run: the epochs' results on standard output, the way there on standard error.

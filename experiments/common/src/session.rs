@@ -17,7 +17,7 @@ use crate::profile::Profile;
 use crate::progress::{Progress, print};
 use crate::signals::StopSignals;
 
-/// Trains until the run is finished (exit code 0) or a signal stops it (130 or 143), and says what
+/// Trains until the run is finished (exit code 0) or a signal stops it (128 and its number), and says what
 /// came of it. What `profile` has collected is printed and saved in the run's folder. Of processes that
 /// train together only the first has a `run`, and only it prints; a signal to one stops all.
 ///
@@ -66,8 +66,8 @@ pub(crate) fn train(
         false => advised(error),
     })?;
     if let Some(profile) = profile {
-        print(profile.table().trim_end());
         profile.write(&dir)?;
+        print(profile.table().trim_end());
     }
     match outcome {
         Outcome::Finished(summary) => {

@@ -5,8 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+#[cfg(unix)]
+pub(crate) use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+
+/// Its number where there is no such signal, and nobody listens for it.
+#[cfg(not(unix))]
+pub(crate) const SIGHUP: i32 = 1;
 
 /// Whether SIGINT, SIGTERM or SIGHUP has arrived.
 #[derive(Debug)]

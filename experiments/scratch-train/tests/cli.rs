@@ -210,11 +210,13 @@ fn a_path_that_config_json_cannot_hold_is_refused_by_its_flag() {
     let init = odd.join("w.safetensors");
     fs::write(&init, "").unwrap();
     for (flag, path) in [("--data-dir", &odd), ("--init", &init)] {
-        let mut command = program("--max-steps 1 --out no-run");
+        let mut command = program("--max-steps 1");
+        command.arg("--out").arg(out.path().join("runs"));
         command.arg(flag).arg(path);
         let said = assert_refused(command, "the path is not UTF-8");
         assert!(said.contains(&format!("error: {flag} ")), "{said}");
     }
+    assert!(!out.path().join("runs").exists());
 }
 
 #[cfg(unix)]
@@ -231,7 +233,7 @@ fn a_run_that_a_full_disk_lets_nobody_begin_leaves_nothing() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_terminal_that_closes_stops_and_saves_a_run_but_under_nohup() {
+fn a_hangup_stops_a_run_but_under_nohup() {
     let out = tempfile::tempdir().unwrap();
     let line = SMALL_RUN.replace("--epochs 2", "--epochs 100000");
     let begun = |mut child: Child, steps: usize| {
@@ -248,11 +250,8 @@ fn a_terminal_that_closes_stops_and_saves_a_run_but_under_nohup() {
     let stopped = text(&child.wait_with_output().unwrap());
     assert!(stopped.contains("Stopped by SIGTERM"), "{stopped}");
 
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
-    if ignored & 1 == 1 {
-        test_support::skipped("these tests run under nohup, and so does what they start");
+    if ignores_hangups() {
+        test_support::skipped(UNDER_NOHUP);
         return;
     }
     let child = start(resume(&run_directory(out.path())));
@@ -263,6 +262,58 @@ fn a_terminal_that_closes_stops_and_saves_a_run_but_under_nohup() {
     assert_eq!(stopped.status.code(), Some(129), "{}", text(&stopped));
     let said = text(&stopped);
     assert!(said.contains("Stopped by SIGHUP"), "{said}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_whose_terminal_closes_is_saved() {
+    if ignores_hangups() {
+        test_support::skipped(UNDER_NOHUP);
+        return;
+    }
+    let out = tempfile::tempdir().unwrap();
+    let path = |name: &str| out.path().join(name).display().to_string();
+    // Without a checkpoint before the last of many steps.
+    let line = SMALL_RUN.replace("--train-limit 7", "--train-limit 2000");
+    let line = line.replace("--checkpoint-every 3", "--checkpoint-every 0");
+    let program = env!("CARGO_BIN_EXE_scratch-train");
+    // This shell goes on, to tell what the program ended with. That of the terminal dies.
+    let line = format!(
+        "trap : HUP; {program} {line} --out {} ; echo $? > {}",
+        path(""),
+        path("code")
+    );
+    fs::write(path("run.sh"), line).unwrap();
+    let mut terminal = test_support::program("script", "-q -e -c");
+    terminal.arg(format!("sh {}; true", path("run.sh")));
+    terminal.arg("/dev/null");
+    terminal.env("SHELL", "/bin/sh").env("TERM", "xterm");
+    let started = terminal.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+    let Ok(mut terminal) = started else {
+        test_support::skipped("there is no program script, which makes a terminal");
+        return;
+    };
+    assert!(wait_for_steps(&mut terminal, out.path(), 2));
+    terminal.kill().unwrap();
+    terminal.wait().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(300);
+    let code = || fs::read_to_string(path("code")).unwrap_or_default();
+    while !code().ends_with('\n') && Instant::now() < deadline {
+        sleep(Duration::from_millis(5));
+    }
+    assert_eq!(code(), "129\n");
+    let checkpoints = run_directory(out.path()).join("checkpoints");
+    assert_eq!(fs::read_dir(checkpoints).unwrap().count(), 1);
+}
+
+#[cfg(target_os = "linux")]
+const UNDER_NOHUP: &str = "these tests run under nohup, and so does what they start";
+
+#[cfg(target_os = "linux")]
+fn ignores_hangups() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap() & 1 == 1
 }
 
 #[test]
