@@ -58,7 +58,7 @@ pub fn program(path: &str, arguments: &str) -> Command {
 
 fn moved(path: &Path, folder: Option<&Path>) -> PathBuf {
     match (folder, path.file_name()) {
-        (Some(folder), Some(name)) => folder.join(name),
+        (Some(folder), Some(name)) if path.is_absolute() => folder.join(name),
         _ => path.to_path_buf(),
     }
 }
@@ -133,5 +133,10 @@ mod tests {
         assert_eq!(moved(built, None), built);
         let elsewhere = moved(built, Some(Path::new("/pack")));
         assert_eq!(elsewhere, Path::new("/pack/predict"));
+        let of_the_system = Path::new("sh");
+        assert_eq!(
+            moved(of_the_system, Some(Path::new("/pack"))),
+            of_the_system
+        );
     }
 }

@@ -49,7 +49,8 @@ pub struct Program<'a> {
     pub name: &'a str,
     /// `env!("CARGO_PKG_VERSION")`.
     pub version: &'a str,
-    /// `env!("CARGO_MANIFEST_DIR")`, or another folder of its repository.
+    /// `env!("CARGO_MANIFEST_DIR")`, or another folder of its repository with a `Cargo.toml` that git tracks: of any other no
+    /// commit is recorded.
     pub sources: &'a str,
 }
 

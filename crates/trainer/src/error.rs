@@ -67,6 +67,7 @@ impl fmt::Display for Place {
 
 /// Everything that can go wrong in a run.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The file system refused.
     #[error("cannot {action} {}", path.display())]
@@ -125,7 +126,11 @@ pub enum Error {
     },
     /// A model without a parameter to train.
     #[error(
-        "the model has nothing to train: is_trainable refuses each of its {parameters} named_parameters"
+        "the model has nothing to train: {}",
+        match parameters {
+            0 => "its named_parameters are none".to_string(),
+            count => format!("is_trainable refuses each of its {count} named_parameters"),
+        }
     )]
     NothingTrains {
         /// How many parameters it has.

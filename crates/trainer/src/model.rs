@@ -30,8 +30,8 @@ pub trait Model {
     /// f64. The order, which nobody relies on, is best the state dict's.
     fn named_parameters(&self) -> Vec<(String, Var)>;
 
-    /// State that is saved with the weights and has no gradient: batch-norm statistics. F32, F64 or I64, and finite as
-    /// the weights are, or no checkpoint is written.
+    /// State that is saved with the weights and has no gradient: batch-norm statistics. F32, F64 or I64, since other types are
+    /// refused before the first step; finite as the weights are, or no checkpoint is written.
     fn named_buffers(&self) -> Vec<(String, Var)> {
         Vec::new()
     }

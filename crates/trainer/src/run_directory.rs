@@ -99,7 +99,7 @@ impl RunDirectory {
         fs::remove_file(&probe).map_err(io_error("remove", &probe))
     }
 
-    /// Makes `<out>/<experiment>/<time>/` and writes `config.json` and `environment.json`, or leaves nothing.
+    /// Makes `<out>/<experiment>/<time>/` and writes `config.json` and `environment.json`, or leaves no folder of the run.
     ///
     /// # Errors
     /// [`Error::Io`] when a folder or file cannot be made, [`Error::Encode`] for a configuration that JSON cannot hold.

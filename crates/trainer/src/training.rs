@@ -623,7 +623,7 @@ impl<'a> Training<'a> {
     }
 }
 
-/// The parameters that train, by name, so that all ranks have them in one order.
+/// The parameters that train, by name, so that all ranks have them in one order. One with several names goes by the first.
 fn trainable(model: &dyn Model) -> Result<Vec<(String, Var)>> {
     let all = model.named_parameters();
     let parameters = all.len();

@@ -22,7 +22,8 @@ pub fn state_dict(model: &dyn Model) -> Vec<(String, Var)> {
 }
 
 /// Writes every parameter and buffer of `model` into a safetensors file, with the model's metadata: whole or not at all, in
-/// the place of a file that is there. [`load`] reads it, and PyTorch's `load_state_dict`.
+/// the place of a file that is there. [`load`] reads it as long as all values are finite, and in Python
+/// `load_state_dict(safetensors.torch.load_file(path))`.
 ///
 /// # Errors
 /// [`Error::Weights`](crate::Error::Weights) as of [`encode`], [`Error::Io`](crate::Error::Io).
@@ -197,6 +198,7 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Tensor>, Wei
 
 /// A file of weights that cannot be read, or does not fit the model.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WeightsError {
     /// The file cannot be read.
     #[error("cannot read the weights {}", path.display())]
@@ -249,7 +251,7 @@ pub enum WeightsError {
         name: String,
     },
     /// A tensor of a type that is not saved.
-    #[error("{name} is {}, and cannot be saved: F32, F64 and I64 can", dtype.as_str())]
+    #[error("{name} is {}, and cannot be saved: f32, f64 and i64 can", dtype.as_str())]
     NotSaved {
         /// The parameter or buffer.
         name: String,

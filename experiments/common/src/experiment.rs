@@ -181,7 +181,8 @@ fn start<E: Experiment>(
         return launch(processes);
     }
     // Only the record has the folder as it is found from anywhere.
-    let located = config.data.clone().located()?;
+    let located = role.is_first().then(|| config.data.clone().located());
+    let located = located.transpose()?;
     let config = RunConfig {
         model: E::resolve(config.model, &config.data, out)?,
         data: config.data,
@@ -199,7 +200,7 @@ fn start<E: Experiment>(
         E::check_data(&config, &data)?;
         let network = E::network(&config, &device)?;
         let mut run = None;
-        if role.is_first() {
+        if let Some(located) = located {
             E::load_initial_weights(&network, &config)?;
             let environment = environment::<E>(&config);
             let recorded = RunConfig {

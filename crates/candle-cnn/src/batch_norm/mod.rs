@@ -24,7 +24,7 @@ const OP: &str = "batch_norm";
 /// What a training pass found out about its batch.
 ///
 /// Numbers for the running statistics, which carry no gradient, as PyTorch's running statistics carry none: a loss of
-/// them moves nothing. Where a loss needs the mean or variance of a batch, take it of the input.
+/// them moves nothing. Where a loss needs the mean or variance of a batch, compute it from the input.
 #[derive(Clone, Debug)]
 pub struct BatchStatistics {
     /// Mean of each channel, (C).
@@ -49,8 +49,9 @@ pub struct RunningStatistics<'a> {
 ///
 /// As `torch.nn.functional.batch_norm(training=True)`: the variance is the
 /// biased one. Gradients flow through the statistics that normalise; those that
-/// are returned carry none. f32 and f64, on CUDA
-/// bf16 too, with weight and bias in f32; sums in f64 (on CUDA by parts, which are joined in f64). To keep running statistics, mix the returned ones in with
+/// are returned carry none. f32 and f64, weight and bias likewise; on CUDA bf16
+/// too, whose weight and bias are f32. Sums in f64 (on CUDA by parts, which are
+/// joined in f64). To keep running statistics, mix the returned ones in with
 /// [`update_running`].
 ///
 /// # Errors

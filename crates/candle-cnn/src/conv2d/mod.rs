@@ -156,7 +156,9 @@ impl Conv2dGeometry {
         }
         if c_in != weight_c_in {
             // A weight for groups has the channels of one of them.
-            let rule = if c_in.is_multiple_of(weight_c_in) {
+            let groups = c_in.checked_div(weight_c_in).unwrap_or(0);
+            let is_grouped = c_in.is_multiple_of(weight_c_in) && c_out.is_multiple_of(groups);
+            let rule = if is_grouped {
                 "dimension 1 of both is the number of input channels; grouped convolutions are not there"
             } else {
                 "dimension 1 of both is the number of input channels"

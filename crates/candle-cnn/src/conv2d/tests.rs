@@ -339,6 +339,7 @@ fn a_weight_for_groups_is_an_error_that_says_there_are_none() -> Result<()> {
         (3, [3, 1, 3, 3], true),
         (8, [4, 4, 3, 3], true),
         (3, [4, 2, 3, 3], false),
+        (3, [4, 1, 3, 3], false),
         (2, [4, 4, 3, 3], false),
     ] {
         let x = Tensor::zeros((1, c_in, 4, 4), DType::F32, &Device::Cpu)?;

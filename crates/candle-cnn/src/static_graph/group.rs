@@ -1,4 +1,4 @@
-//! The way back through a group of operations, which read the same map: a few images at a time.
+//! The backward pass through a group of operations, which read the same map: a few images at a time.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use super::{ALIGNMENT, winograd};
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
 
-/// The way back through a group, and what it reads.
+/// The backward pass through a group, and what it reads.
 pub(super) struct GroupPass<'a, T: 'static> {
     pub(super) forward: &'a Forward<'a, T>,
     pub(super) maps: &'a Maps<T>,
@@ -151,7 +151,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         }
     }
 
-    /// The first half of the way back through a batch norm: masks `dy` by the
+    /// The first half of the backward pass through a batch norm: masks `dy` by the
     /// ReLU, and sums it up over the whole batch.
     fn batch_norm(
         &self,

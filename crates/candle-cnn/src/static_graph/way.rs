@@ -167,7 +167,7 @@ impl<T: Element> Way<'_, T> {
         }
     }
 
-    /// Adds to `dx` of some images and to `sums`, or begins them where they are fresh.
+    /// Adds to `dx` of some images and to `sums`, or begins them where nothing has been added yet.
     pub(super) fn run(
         &self,
         isa: Isa,
@@ -385,7 +385,7 @@ impl<T: Element> AnyOuterPass<T> {
 pub(super) struct Sums<T> {
     /// Sums of the weight's gradient, as the pass lays them out.
     pub(super) weight: Vec<T>,
-    /// Whether nothing has been added to them: their memory may hold anything.
+    /// Whether nothing has been added to `weight`, whose memory may then hold anything.
     fresh: bool,
     bias: Vec<T>,
     image_bias: Vec<T>,
