@@ -1,12 +1,11 @@
 //! The folder that a measurement is recorded in: what was found, on what machine, from what commit.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use trainer::{Environment, Program};
+use trainer::{Environment, Program, write_atomically};
 
 use crate::workspace::repository;
 
@@ -126,22 +125,9 @@ pub(crate) fn write<T: Serialize + ?Sized>(
     ];
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     for (name, text) in files {
-        let path = out.join(name);
-        write_atomically(&path, &text)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write_atomically(&out.join(name), text.as_bytes())?;
     }
     Ok(())
-}
-
-/// Under another name beside `path` first: `path` holds the old text or the new, never a part.
-fn write_atomically(path: &Path, text: &str) -> io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.tmp"));
-    let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    written
 }
 
 #[cfg(test)]

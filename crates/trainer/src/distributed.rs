@@ -274,11 +274,7 @@ impl Together<'_> {
         };
         let mut bytes = Vec::new();
         if group.is_first() {
-            let tensors = buffers.iter();
-            let tensors: Vec<(String, Tensor)> = tensors
-                .map(|(name, var)| (name.clone(), var.as_detached_tensor()))
-                .collect();
-            bytes = weights::encode(&tensors, &BTreeMap::new())?;
+            bytes = weights::encode(&weights::detached(buffers.clone()), &BTreeMap::new())?;
         }
         let bytes = group.broadcast(bytes)?;
         if group.is_first() {

@@ -32,7 +32,10 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Writes a file under a temporary name beside `path` and renames it: `path` holds the old bytes
 /// or the new, never a part.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = temporary_sibling(path);
     let renamed = write_synced(&temporary, bytes)
         .and_then(|()| fs::rename(&temporary, path).map_err(io_error("rename to", path)));

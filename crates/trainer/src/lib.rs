@@ -173,7 +173,7 @@ pub mod weights;
 
 pub use config::{ConfigError, TrainingConfig};
 pub use data::{DataFingerprints, DataSets, SetFingerprint};
-pub use durable::sha256_hex;
+pub use durable::{sha256_hex, write_atomically};
 pub use environment::{Environment, Program};
 pub use error::{Error, LastCheckpoint, Place, Result};
 pub use evaluate::{Evaluation, evaluate, first_maximum};

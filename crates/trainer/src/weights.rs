@@ -33,11 +33,15 @@ pub fn save(model: &dyn Model, path: &Path) -> crate::Result<()> {
 
 /// The file that [`save`] writes.
 pub(crate) fn of_model(model: &dyn Model) -> Result<Vec<u8>, WeightsError> {
-    let state = state_dict(model).into_iter();
-    let tensors: Vec<(String, Tensor)> = state
+    encode(&detached(state_dict(model)), &model.metadata())
+}
+
+/// The tensors of variables, in the same memory and out of Candle's graph.
+pub(crate) fn detached(variables: Vec<(String, Var)>) -> Vec<(String, Tensor)> {
+    let variables = variables.into_iter();
+    variables
         .map(|(name, var)| (name, var.as_detached_tensor()))
-        .collect();
-    encode(&tensors, &model.metadata())
+        .collect()
 }
 
 /// Fills every parameter and buffer of `model` from a safetensors file. Strict: the file must hold
@@ -324,13 +328,9 @@ fn describe(tensor: &Tensor) -> String {
 
 /// Refuses a name that comes twice, and a type that [`encode`] would.
 pub(crate) fn check_savable(state: &[(String, Var)]) -> Result<(), WeightsError> {
-    const SAVED: [DType; 3] = [DType::F32, DType::F64, DType::I64];
     check_names(state.iter().map(|(name, _)| name))?;
-    let mut types = state.iter().map(|(name, var)| (name, var.dtype()));
-    match types.find(|(_, dtype)| !SAVED.contains(dtype)) {
-        Some((name, dtype)) => Err(not_saved(name, dtype)),
-        None => Ok(()),
-    }
+    let mut state = state.iter();
+    state.try_for_each(|(name, var)| saved_as(name, var.dtype()).map(drop))
 }
 
 /// Refuses a name that comes twice.
@@ -348,32 +348,30 @@ fn append_bytes(
     tensor: &Tensor,
     out: &mut Vec<u8>,
 ) -> Result<&'static str, WeightsError> {
+    let saved = saved_as(name, tensor.dtype())?;
     let mut append = || {
         let flat = tensor.flatten_all()?;
-        Ok(match tensor.dtype() {
-            DType::F32 => {
-                out.extend(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()));
-                Some("F32")
-            }
-            DType::F64 => {
-                out.extend(flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()));
-                Some("F64")
-            }
-            DType::I64 => {
-                out.extend(flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()));
-                Some("I64")
-            }
-            _ => None,
-        })
+        match tensor.dtype() {
+            DType::F32 => out.extend(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes())),
+            DType::F64 => out.extend(flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes())),
+            _ => out.extend(flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes())),
+        }
+        Ok(())
     };
-    let saved = append().map_err(|source| WeightsError::Tensor { source })?;
-    saved.ok_or_else(|| not_saved(name, tensor.dtype()))
+    append().map_err(|source| WeightsError::Tensor { source })?;
+    Ok(saved)
 }
 
-fn not_saved(name: &str, dtype: DType) -> WeightsError {
-    WeightsError::NotSaved {
-        name: name.into(),
-        dtype,
+/// safetensors' name of a type that is saved.
+fn saved_as(name: &str, dtype: DType) -> Result<&'static str, WeightsError> {
+    match dtype {
+        DType::F32 => Ok("F32"),
+        DType::F64 => Ok("F64"),
+        DType::I64 => Ok("I64"),
+        dtype => Err(WeightsError::NotSaved {
+            name: name.into(),
+            dtype,
+        }),
     }
 }
 
@@ -403,10 +401,7 @@ mod tests {
     }
 
     fn tensors(model: &TinyModel) -> Vec<(String, Tensor)> {
-        state_dict(model)
-            .into_iter()
-            .map(|(name, var)| (name, var.as_detached_tensor()))
-            .collect()
+        detached(state_dict(model))
     }
 
     #[test]

@@ -23,10 +23,7 @@ impl Training<'_> {
         let checkpoints = run.checkpoints();
         // What a checkpoint counts on is on disk before it.
         let covered = metrics.sync()?;
-        let tensors: Vec<(String, Tensor)> = weights::state_dict(self.model)
-            .into_iter()
-            .map(|(name, var)| (name, var.as_detached_tensor()))
-            .collect();
+        let tensors = weights::detached(weights::state_dict(self.model));
         self.check_finite(&tensors)?;
         let mut metadata = self.model.metadata();
         metadata.insert("step".into(), self.position.step.to_string());
