@@ -1,24 +1,35 @@
-//! The bias of a fully connected layer on CUDA.
+//! A fully connected layer on CUDA.
 
 #![allow(unsafe_code)]
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Result};
 
-use super::OP;
+use super::{Linear, OP};
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Launch, Operand, count, suffix};
+use crate::cuda::launch::{Launch, Operand, count, suffix, zeros};
 
 const SOURCE: Source = Source {
     file: "linear/kernels.cu",
     text: include_str!("kernels.cu"),
 };
 
+/// `x · weightᵀ`
+pub(super) fn product(op: &Linear, x: Operand, weight: Operand) -> Result<CudaStorage> {
+    match op.is_empty() {
+        true => zeros(x.0.device(), op.dtype, op.shape().elem_count()),
+        false => op.product(x, weight),
+    }
+}
+
 /// Adds `bias` to each row of `y`, which has `elements` in rows of as many values as `bias`.
 pub(super) fn add_to_rows(y: &mut CudaStorage, bias: Operand, elements: usize) -> Result<()> {
     let (device, dtype) = (y.device().clone(), y.dtype());
     let stream = device.cuda_stream();
     let elements = count(OP, elements)?;
+    if elements == 0 {
+        return Ok(());
+    }
     let outputs = bias.1.shape().elem_count();
     let name = format!("linear_add_to_rows_{}", suffix(OP, dtype)?);
     let launch = Launch::new(OP, &device, &stream, &SOURCE, &name)?

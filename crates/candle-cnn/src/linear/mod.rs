@@ -93,25 +93,30 @@ impl Linear {
         Shape::from((self.examples, self.outputs))
     }
 
-    /// `x · weightᵀ`
+    /// Whether there is nothing to multiply. BLAS takes no empty matrices.
+    fn is_empty(&self) -> bool {
+        self.examples * self.inputs * self.outputs == 0
+    }
+
+    /// `x · weightᵀ`, where there is something to multiply.
     fn product<S: BackendStorage>(
         &self,
         (x, x_layout): (&S, &Layout),
         (weight, weight_layout): (&S, &Layout),
-    ) -> Result<S>
-    where
-        S::Device: BackendDevice<Storage = S>,
-    {
-        if self.examples * self.inputs * self.outputs == 0 {
-            // BLAS takes no empty matrices.
-            return x.device().zeros_impl(&self.shape(), self.dtype);
-        }
+    ) -> Result<S> {
         let sizes = (1, self.examples, self.outputs, self.inputs);
         x.matmul(weight, sizes, x_layout, &weight_layout.transpose(0, 1)?)
     }
 
+    fn product_on_cpu(&self, x: Operand, weight: Operand) -> Result<CpuStorage> {
+        match self.is_empty() {
+            true => x.0.device().zeros_impl(&self.shape(), self.dtype),
+            false => self.product(x, weight),
+        }
+    }
+
     fn forward(&self, x: Operand, weight: Operand, bias: Operand) -> Result<(CpuStorage, Shape)> {
-        let product = self.product(x, weight)?;
+        let product = self.product_on_cpu(x, weight)?;
         dispatch!(OP, self.dtype, T => {
             let mut y = T::cpu_storage_data(product)?;
             for (y, b) in y.iter_mut().zip(slice::<T>(OP, bias.0, bias.1)?.iter().cycle()) {
@@ -153,7 +158,7 @@ impl CustomOp2 for Linear {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let y = self.product((x, x_layout), (weight, weight_layout))?;
+        let y = self.product_on_cpu((x, x_layout), (weight, weight_layout))?;
         Ok((y, self.shape()))
     }
 
@@ -165,7 +170,7 @@ impl CustomOp2 for Linear {
         weight: &CudaStorage,
         weight_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let y = self.product((x, x_layout), (weight, weight_layout))?;
+        let y = cuda::product(self, (x, x_layout), (weight, weight_layout))?;
         Ok((y, self.shape()))
     }
 
@@ -208,7 +213,7 @@ impl CustomOp3 for Linear {
         bias: &CudaStorage,
         bias_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let mut y = self.product((x, x_layout), (weight, weight_layout))?;
+        let mut y = cuda::product(self, (x, x_layout), (weight, weight_layout))?;
         cuda::add_to_rows(&mut y, (bias, bias_layout), self.shape().elem_count())?;
         Ok((y, self.shape()))
     }
@@ -350,15 +355,21 @@ mod tests {
     #[test]
     fn empty_matrices_have_a_product() -> Result<()> {
         let cpu = &Device::Cpu;
-        let bias = numbers("bias", 2, cpu)?;
-        for (examples, inputs) in [(0, 3), (4, 0)] {
-            let x = Tensor::zeros((examples, inputs), DType::F32, cpu)?;
-            let weight = Tensor::zeros((2, inputs), DType::F32, cpu)?;
-            let expected = bias.broadcast_as((examples, 2))?.to_vec2::<f32>()?;
-            assert_eq!(
-                linear(&x, &weight, Some(&bias))?.to_vec2::<f32>()?,
-                expected
-            );
+        let (weight, bias) = (numbers("weight", (2, 3), cpu)?, numbers("bias", 2, cpu)?);
+        let x = Tensor::zeros((4, 0), DType::F32, cpu)?;
+        let y = linear(&x, &weight.narrow(1, 0, 0)?, Some(&bias))?;
+        let expected = bias.broadcast_as((4, 2))?;
+        assert_eq!(y.to_vec2::<f32>()?, expected.to_vec2::<f32>()?);
+
+        for device in devices() {
+            // On CUDA a view is all of an empty tensor that there is.
+            let x = numbers("x", (4, 3), &device)?.narrow(0, 0, 0)?;
+            let (weight, bias) = (weight.to_device(&device)?, bias.to_device(&device)?);
+            for bias in [None, Some(&bias)] {
+                let y = linear(&x, &weight, bias)?;
+                assert_eq!(y.dims(), [0, 2]);
+                assert!(y.to_vec2::<f32>()?.is_empty());
+            }
         }
         Ok(())
     }
