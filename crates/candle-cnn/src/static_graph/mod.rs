@@ -133,8 +133,7 @@ impl StaticGraph {
             .collect();
         let dtype = float_dtype(OP, &all)?;
         let images = images.contiguous()?;
-        let mut tensors = parameters.iter().flat_map(ConvParameters::tensors);
-        if !images.track_op() && !tensors.any(Tensor::track_op) {
+        if !images.track_op() && !parameters.iter().any(ConvParameters::need_gradient) {
             return self.infer(&images, parameters, dtype);
         }
 

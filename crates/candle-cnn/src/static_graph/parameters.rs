@@ -75,6 +75,14 @@ impl<'a> ConvParameters<'a> {
         }
     }
 
+    /// Whether somebody needs a gradient of them. Running statistics, which come last, have none.
+    pub(super) fn need_gradient(&self) -> bool {
+        self.tensors()
+            .into_iter()
+            .take(3)
+            .any(|tensor| tensor.track_op())
+    }
+
     /// Whether the batch's own statistics normalise.
     fn is_norm(&self) -> bool {
         matches!(self, Self::BatchNorm { .. })

@@ -380,15 +380,13 @@ fn both_passes_equal_those_of_ordinary_operations_where_winograd_pays() {
     });
 }
 
-/// Statistics as after some training: means around 0, variances around 1.
+/// Statistics as after some training: means around 0, variances around 1. They are variables, which must make no difference.
 pub(super) fn running<T: Element>(example: &Example) -> Vec<[Tensor; 2]> {
     let statistics = example.parameters.iter().enumerate().map(|(i, p)| {
         let shape = [p[0].dims()[0]];
         let variance = tensor::<T>(&format!("variance{i}"), &shape, 1.0);
-        [
-            tensor::<T>(&format!("mean{i}"), &shape, 0.5),
-            (variance + 1.0).unwrap(),
-        ]
+        let mean = tensor::<T>(&format!("mean{i}"), &shape, 0.5);
+        [mean, (variance + 1.0).unwrap()].map(|t| Var::from_tensor(&t).unwrap().into_inner())
     });
     statistics.collect()
 }
@@ -462,6 +460,8 @@ fn running_statistics_give_what_ordinary_operations_give_tracked_or_not() -> Res
         let (tracked, untracked) = (of(true), of(false));
         let tracked = with_running(&tracked, &running);
         let untracked = with_running(&untracked, &running);
+        assert!(tracked.iter().all(ConvParameters::need_gradient));
+        assert!(!untracked.iter().any(ConvParameters::need_gradient));
         let expected = composed(stem, &example.images, &tracked, true)?;
         let tracked_output = example.graph.forward(&example.images, &tracked)?;
         let untracked_output = example.graph.forward(&example.images, &untracked)?;
@@ -478,6 +478,7 @@ fn running_statistics_give_what_ordinary_operations_give_tracked_or_not() -> Res
             let error = relative_error(actual, expected)?;
             assert!(error <= 1e-11, "{stem:?} parameter {i}: {error:.1e}");
         }
+        assert!(running.iter().flatten().all(|t| actual.get(t).is_none()));
     }
     Ok(())
 }

@@ -101,7 +101,7 @@ pub(super) fn forward(
     let images = images.contiguous()?;
     let trainable: Vec<bool> = parameters
         .iter()
-        .map(|p| p.tensors().iter().any(|tensor| tensor.track_op()))
+        .map(ConvParameters::need_gradient)
         .collect();
     let statistics = Arc::new(Mutex::new(Vec::new()));
     let mut op = Run {
@@ -123,7 +123,11 @@ pub(super) fn forward(
     for (c, parameters) in inner.convolutions().iter().zip(parameters) {
         let tensors = match op.tracks {
             true => parameters.folded(c.eps.unwrap_or(0.0))?,
-            false => parameters.tensors().into_iter().cloned().collect(),
+            false => parameters
+                .tensors()
+                .into_iter()
+                .map(Tensor::detach)
+                .collect(),
         };
         for tensor in &tensors {
             let receiver = if !tensor.track_op() {
