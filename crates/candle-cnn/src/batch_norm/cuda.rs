@@ -7,13 +7,15 @@ use std::sync::{Arc, OnceLock};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor,
+    CpuStorage, CudaStorage, CustomOp3, DType, Error, Layout, Result, Shape, Tensor,
 };
 
-use super::{Activation, BatchStatistics, OP, Sizes, left_behind};
+use super::{Activation, BatchStatistics, Needs, OP, Sizes, left_behind};
 use crate::backward::aside;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor};
+use crate::cuda::launch::{
+    Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor, zeros,
+};
 use crate::cuda::parts::parts_of;
 use crate::error::OpError;
 
@@ -199,13 +201,13 @@ impl CudaBatchNorm {
         let mut y = alloc(OP, device, dtype, c.elements as usize)?;
         if c.elements == 0 {
             if self.of_batch {
+                let (statistic, channels) = (compute_dtype(dtype), c.channels as usize);
                 let empty =
-                    || Tensor::zeros(0, compute_dtype(dtype), &Device::Cuda(device.clone()));
-                let (mean, inverse_std, unbiased_variance) = (empty()?, empty()?, empty()?);
+                    || Ok::<_, Error>(tensor(zeros(device, statistic, channels)?, channels));
                 let _ = self.statistics.set(Statistics {
-                    mean,
-                    inverse_std,
-                    unbiased_variance,
+                    mean: empty()?,
+                    inverse_std: empty()?,
+                    unbiased_variance: empty()?,
                 });
             }
             return Ok(y);
@@ -236,23 +238,35 @@ impl CudaBatchNorm {
         Ok(y)
     }
 
-    /// Gradients of x (where needed), weight and bias.
     fn backward(
         &self,
-        [x, dy]: [Operand; 2],
+        maps: [Operand; 2],
         [weight, bias]: [Operand; 2],
-        need_x: bool,
-    ) -> Result<(Option<CudaStorage>, CudaStorage, CudaStorage)> {
-        let (device, dtype) = (x.0.device(), x.0.dtype());
-        let stream = device.cuda_stream();
-        let c = self.counts;
-        let statistic = compute_dtype(dtype);
+        needs: Needs,
+    ) -> Result<Gradients> {
         let statistics = self.statistics()?;
         let (mean, inverse_std) = (
             Held::new(&statistics.mean),
             Held::new(&statistics.inverse_std),
         );
         let numbers = [mean.operand(OP)?, inverse_std.operand(OP)?, weight, bias];
+        let sums = (needs.parameters || self.of_batch)
+            .then(|| self.gradient_sums(maps, numbers))
+            .transpose()?;
+        // Given statistics have no gradient, in which the input's would need the sums.
+        let of_batch = sums.as_ref().filter(|_| self.of_batch);
+        let x = needs
+            .x
+            .then(|| self.input_gradient(maps, numbers, of_batch))
+            .transpose()?;
+        Ok(Gradients { x, sums })
+    }
+
+    fn gradient_sums(&self, [x, dy]: [Operand; 2], numbers: [Operand; 4]) -> Result<GradientSums> {
+        let (device, dtype) = (x.0.device(), x.0.dtype());
+        let stream = device.cuda_stream();
+        let c = self.counts;
+        let statistic = compute_dtype(dtype);
         let channels = c.channels as usize;
         let mut sums = alloc(OP, device, statistic, 2 * channels * c.parts as usize)?;
         let mut launch = kernel(device, &stream, "gradient_sums", dtype)?
@@ -281,9 +295,19 @@ impl CudaBatchNorm {
             .number(c.parts);
         // SAFETY: the arguments of `join_sums`: (2, channels, parts), and two of (channels).
         unsafe { launch.run(c.channels) }?;
-        if !need_x {
-            return Ok((None, dweight, dbias));
-        }
+        Ok(GradientSums { dweight, dbias })
+    }
+
+    /// `sums` are those of the batch whose own statistics normalise it.
+    fn input_gradient(
+        &self,
+        [x, dy]: [Operand; 2],
+        numbers: [Operand; 4],
+        sums: Option<&GradientSums>,
+    ) -> Result<CudaStorage> {
+        let (device, dtype) = (x.0.device(), x.0.dtype());
+        let stream = device.cuda_stream();
+        let c = self.counts;
         let mut dx = alloc(OP, device, dtype, c.elements as usize)?;
         let mut launch = kernel(device, &stream, "input_gradient", dtype)?
             .read(x)?
@@ -292,22 +316,35 @@ impl CudaBatchNorm {
         for number in numbers {
             launch = launch.read(number)?;
         }
-        let share = match self.of_batch {
-            true => 1.0 / f64::from(c.images * c.pixels),
-            false => 0.0,
+        let launch = match sums {
+            Some(sums) => launch
+                .read_all(&sums.dbias)?
+                .read_all(&sums.dweight)?
+                .double(1.0 / f64::from(c.images * c.pixels)),
+            None => launch.null().null().double(0.0),
         };
         let launch = launch
-            .read_all(&dbias)?
-            .read_all(&dweight)?
-            .double(share)
             .divisor(c.channels as usize)
             .divisor(c.pixels as usize)
             .number(self.relu())
             .number(c.elements);
-        // SAFETY: the arguments of `input_gradient`: three of (images, channels, pixels), six of (channels).
+        // SAFETY: the arguments of `input_gradient`: three of (images, channels, pixels), six of (channels), of which the last
+        // two are not read where the share is 0.
         unsafe { launch.run(c.elements) }?;
-        Ok((Some(dx), dweight, dbias))
+        Ok(dx)
     }
+}
+
+/// The gradients of one pass, as far as they were needed.
+struct Gradients {
+    x: Option<CudaStorage>,
+    sums: Option<GradientSums>,
+}
+
+/// The sums over each channel that are the gradients of weight and bias.
+struct GradientSums {
+    dweight: CudaStorage,
+    dbias: CudaStorage,
 }
 
 impl CustomOp3 for CudaBatchNorm {
@@ -354,18 +391,27 @@ impl CustomOp3 for CudaBatchNorm {
             return Ok((zeros(x)?, zeros(weight)?, zeros(bias)?));
         }
         let held = [x, &dy, weight, bias].map(Held::new);
-        let (dx, dweight, dbias) = self.backward(
+        let needs = Needs {
+            x: x.track_op(),
+            parameters: weight.track_op() || bias.track_op(),
+        };
+        let gradients = self.backward(
             [held[0].operand(OP)?, held[1].operand(OP)?],
             [held[2].operand(OP)?, held[3].operand(OP)?],
-            x.track_op(),
+            needs,
         )?;
+        let (dweight, dbias) = gradients
+            .sums
+            .map(|sums| (sums.dweight, sums.dbias))
+            .unzip();
+        let of = |parameter: &Tensor, sums: Option<CudaStorage>| {
+            let sums = sums.filter(|_| parameter.track_op());
+            aside(parameter, sums.map(|sums| tensor(sums, parameter.shape())))
+        };
         Ok((
-            dx.map(|dx| tensor(dx, x.shape())),
-            aside(
-                weight,
-                weight.track_op().then(|| tensor(dweight, weight.shape())),
-            ),
-            aside(bias, bias.track_op().then(|| tensor(dbias, bias.shape()))),
+            gradients.x.map(|dx| tensor(dx, x.shape())),
+            of(weight, dweight),
+            of(bias, dbias),
         ))
     }
 }

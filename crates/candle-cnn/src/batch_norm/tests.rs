@@ -1,5 +1,6 @@
-use candle_core::{DType, Device, Result, Tensor};
-use test_support::{check_gradients, seeded_values};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use test_support::{check_gradients, devices, seeded_values};
 
 use super::*;
 use crate::relu;
@@ -317,6 +318,41 @@ fn frozen_parameters_and_running_statistics_take_no_sums_and_the_input_gradient_
             assert_eq!(all.x, some.x);
         }
     }
+}
+
+#[test]
+fn frozen_parameters_get_no_gradient_and_leave_the_inputs_as_it_is() -> Result<()> {
+    for device in devices() {
+        let numbers = |name: &str, shape: &[usize]| {
+            let values = seeded_values(name, shape.iter().product(), 2.0);
+            Tensor::from_vec(values, shape, &device)
+        };
+        let x = Var::from_tensor(&numbers("x", &[4, 3, 5, 2])?)?;
+        let weight = Var::from_tensor(&numbers("weight", &[3])?)?;
+        let bias = Var::from_tensor(&numbers("bias", &[3])?)?;
+        let (mean, variance) = (numbers("mean", &[3])?, numbers("variance", &[3])?.sqr()?);
+        let frozen = (weight.as_detached_tensor(), bias.as_detached_tensor());
+        let evaluated = |weight: &Tensor, bias: &Tensor| {
+            batch_norm_relu_eval(&x, weight, bias, by(&mean, &variance), 1e-3)
+        };
+        let trained = |weight: &Tensor, bias: &Tensor| {
+            batch_norm_relu_train(&x, weight, bias, 1e-3).map(|(y, _)| y)
+        };
+        type Normalise<'a> = &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>;
+        for normalise in [&evaluated as Normalise, &trained] {
+            let all = normalise(&weight, &bias)?.sqr()?.backward()?;
+            let some = normalise(&frozen.0, &frozen.1)?.sqr()?.backward()?;
+            assert!(all.get(&weight).is_some() && all.get(&bias).is_some());
+            assert!(some.get(&weight).is_none() && some.get(&bias).is_none());
+            let of_x = |gradients: &GradStore| -> Result<Vec<f32>> {
+                gradients.get(&x).unwrap().flatten_all()?.to_vec1()
+            };
+            assert_eq!(of_x(&all)?, of_x(&some)?);
+            let one = normalise(&weight, &frozen.1)?.sqr()?.backward()?;
+            assert!(one.get(&weight).is_some() && one.get(&bias).is_none());
+        }
+    }
+    Ok(())
 }
 
 #[test]
