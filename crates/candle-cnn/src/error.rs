@@ -238,6 +238,25 @@ impl OpError {
         Self::NotContiguous { op, layout }.into()
     }
 
+    /// Two shapes that do not fit together: each with what it is of.
+    pub(crate) fn shapes(
+        op: &'static str,
+        (left_name, left): (&'static str, &[usize]),
+        (right_name, right): (&'static str, &[usize]),
+        rule: &'static str,
+    ) -> Error {
+        let (left, right) = (left.to_vec(), right.to_vec());
+        Self::Shapes {
+            op,
+            left_name,
+            left,
+            right_name,
+            right,
+            rule,
+        }
+        .into()
+    }
+
     pub(crate) fn shape(
         op: &'static str,
         name: &'static str,

@@ -205,15 +205,12 @@ fn evaluate(
     let sizes = Sizes::new(x, weight, bias, eps)?;
     let check = |name, tensor: &Tensor| -> Result<()> {
         if tensor.dims() != [sizes.channels] {
-            return Err(OpError::Shapes {
-                op: OP,
-                left_name: "input",
-                left: x.dims().to_vec(),
-                right_name: name,
-                right: tensor.dims().to_vec(),
-                rule: "one value per channel",
-            }
-            .into());
+            return Err(OpError::shapes(
+                OP,
+                ("input", x.dims()),
+                (name, tensor.dims()),
+                "one value per channel",
+            ));
         }
         Ok(())
     };
@@ -284,15 +281,12 @@ impl Sizes {
         };
         for (name, tensor) in [("weight", weight), ("bias", bias)] {
             if tensor.dims() != [*channels] {
-                return Err(OpError::Shapes {
-                    op: OP,
-                    left_name: "input",
-                    left: x.dims().to_vec(),
-                    right_name: name,
-                    right: tensor.dims().to_vec(),
-                    rule: "one value per channel",
-                }
-                .into());
+                return Err(OpError::shapes(
+                    OP,
+                    ("input", x.dims()),
+                    (name, tensor.dims()),
+                    "one value per channel",
+                ));
             }
         }
         if eps.is_nan() || eps < 0.0 {

@@ -163,15 +163,12 @@ impl Conv2dGeometry {
             } else {
                 "dimension 1 of both is the number of input channels"
             };
-            return Err(OpError::Shapes {
-                op: OP,
-                left_name: "input",
-                left: x.dims().to_vec(),
-                right_name: "weight",
-                right: weight.dims().to_vec(),
+            return Err(OpError::shapes(
+                OP,
+                ("input", x.dims()),
+                ("weight", weight.dims()),
                 rule,
-            }
-            .into());
+            ));
         }
         let output = (
             output_size(
@@ -377,15 +374,12 @@ fn apply(
         None => float_dtype(OP, &[x, weight])?,
         Some(bias) => {
             if bias.dims() != [geometry.c_out] {
-                return Err(OpError::Shapes {
-                    op: OP,
-                    left_name: "bias",
-                    left: bias.dims().to_vec(),
-                    right_name: "weight",
-                    right: weight.dims().to_vec(),
-                    rule: "the bias has one value per output channel",
-                }
-                .into());
+                return Err(OpError::shapes(
+                    OP,
+                    ("bias", bias.dims()),
+                    ("weight", weight.dims()),
+                    "the bias has one value per output channel",
+                ));
             }
             float_dtype(OP, &[x, weight, bias])?
         }

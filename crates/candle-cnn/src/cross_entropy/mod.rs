@@ -55,15 +55,12 @@ pub fn cross_entropy(
         return Err(OpError::shape(OP, "logits", logits, "(N, C)"));
     };
     if labels.dims() != [examples] || examples == 0 || classes == 0 {
-        return Err(OpError::Shapes {
-            op: OP,
-            left_name: "logits",
-            left: logits.dims().to_vec(),
-            right_name: "labels",
-            right: labels.dims().to_vec(),
-            rule: "logits are (N, C), labels (N), with N and C at least 1",
-        }
-        .into());
+        return Err(OpError::shapes(
+            OP,
+            ("logits", logits.dims()),
+            ("labels", labels.dims()),
+            "logits are (N, C), labels (N), with N and C at least 1",
+        ));
     }
     if !(0.0..=1.0).contains(&config.label_smoothing) {
         let found = config.label_smoothing;

@@ -83,15 +83,12 @@ pub fn count_correct(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
         return Err(OpError::shape(OP, "logits", logits, "(n, C)"));
     };
     if labels.dims() != [n] || classes == 0 {
-        return Err(OpError::Shapes {
-            op: OP,
-            left_name: "logits",
-            left: logits.dims().to_vec(),
-            right_name: "labels",
-            right: labels.dims().to_vec(),
-            rule: "logits are (n, C), labels (n), with C at least 1",
-        }
-        .into());
+        return Err(OpError::shapes(
+            OP,
+            ("logits", logits.dims()),
+            ("labels", labels.dims()),
+            "logits are (n, C), labels (n), with C at least 1",
+        ));
     }
     of_type(OP, "dtype of labels", labels, DType::U32)?;
     let (logits, labels) = (logits.contiguous()?, labels.contiguous()?);
@@ -206,15 +203,12 @@ impl SgdTensor<'_> {
                 return Err(OpError::dtype_mismatch(SGD, dtype, other.dtype()));
             }
             if other.shape() != self.parameter.shape() {
-                return Err(OpError::Shapes {
-                    op: SGD,
-                    left_name: "parameter",
-                    left: self.parameter.dims().to_vec(),
-                    right_name: name,
-                    right: other.dims().to_vec(),
-                    rule: "one shape",
-                }
-                .into());
+                return Err(OpError::shapes(
+                    SGD,
+                    ("parameter", self.parameter.dims()),
+                    (name, other.dims()),
+                    "one shape",
+                ));
             }
             if !other.is_contiguous() {
                 return Err(OpError::not_contiguous(SGD, other.layout()));
@@ -367,15 +361,12 @@ fn check_statistics(
             return Err(OpError::dtype_mismatch(TAKE_UP, dtype, tensor.dtype()));
         }
         if tensor.rank() != 1 || tensor.shape() != running.mean.shape() {
-            return Err(OpError::Shapes {
-                op: TAKE_UP,
-                left_name: "running mean",
-                left: running.mean.dims().to_vec(),
-                right_name: name,
-                right: tensor.dims().to_vec(),
-                rule: "(C) each",
-            }
-            .into());
+            return Err(OpError::shapes(
+                TAKE_UP,
+                ("running mean", running.mean.dims()),
+                (name, tensor.dims()),
+                "(C) each",
+            ));
         }
         if !tensor.is_contiguous() {
             return Err(OpError::not_contiguous(TAKE_UP, tensor.layout()));

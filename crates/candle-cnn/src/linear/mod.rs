@@ -38,15 +38,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         return Err(OpError::shape(OP, "input", x, "(N, I)"));
     };
     let mismatch = |name, tensor: &Tensor, rule| {
-        OpError::Shapes {
-            op: OP,
-            left_name: "input",
-            left: x.dims().to_vec(),
-            right_name: name,
-            right: tensor.dims().to_vec(),
-            rule,
-        }
-        .into()
+        OpError::shapes(OP, ("input", x.dims()), (name, tensor.dims()), rule)
     };
     let Ok((outputs, weight_inputs)) = weight.dims2() else {
         return Err(OpError::shape(OP, "weight", weight, "(O, I)"));

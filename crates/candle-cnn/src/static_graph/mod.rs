@@ -110,15 +110,12 @@ impl StaticGraph {
         self.check_images(images)?;
         let convolutions = inner.convolutions();
         if convolutions.len() != parameters.len() {
-            return Err(OpError::Shapes {
-                op: OP,
-                left_name: "number of parameters",
-                left: vec![parameters.len()],
-                right_name: "number of convolutions",
-                right: vec![convolutions.len()],
-                rule: "each convolution has its parameters",
-            }
-            .into());
+            return Err(OpError::shapes(
+                OP,
+                ("number of parameters", &[parameters.len()]),
+                ("number of convolutions", &[convolutions.len()]),
+                "each convolution has its parameters",
+            ));
         }
         let batch = images.dims()[0];
         for (c, parameters) in convolutions.iter().zip(parameters) {
@@ -228,15 +225,12 @@ impl StaticGraph {
         let input = &self.inner.nodes[0];
         let expected = [input.channels, input.size.0, input.size.1];
         if images.rank() != 4 || images.dims()[1..] != expected {
-            return Err(OpError::Shapes {
-                op: OP,
-                left_name: "images",
-                left: images.dims().to_vec(),
-                right_name: "the graph's input",
-                right: expected.to_vec(),
-                rule: "(N, C, H, W) with the C, H and W that the graph was made for",
-            }
-            .into());
+            return Err(OpError::shapes(
+                OP,
+                ("images", images.dims()),
+                ("the graph's input", &expected),
+                "(N, C, H, W) with the C, H and W that the graph was made for",
+            ));
         }
         for map in &self.inner.nodes {
             map.check_elements(images.dims()[0])?;

@@ -164,15 +164,12 @@ impl Inner {
         for (at, (name, tensor)) in names.iter().zip(parameters.tensors()).enumerate() {
             let shape = if at == 0 { &shape[..] } else { &shape[..1] };
             if tensor.dims() != shape {
-                return Err(OpError::Shapes {
-                    op: OP,
-                    left_name: name,
-                    left: tensor.dims().to_vec(),
-                    right_name: "the graph's",
-                    right: shape.to_vec(),
-                    rule: "a parameter has the shape that the graph was made for",
-                }
-                .into());
+                return Err(OpError::shapes(
+                    OP,
+                    (name, tensor.dims()),
+                    ("the graph's", shape),
+                    "a parameter has the shape that the graph was made for",
+                ));
             }
         }
         Ok(())
