@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::{Conv2dGeometry, PackedWeight};
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap, Transpose};
+use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, Transpose};
 
 /// Which gradients somebody needs.
 #[derive(Clone, Copy, Debug)]
@@ -624,13 +624,7 @@ impl<T: Element> Part<T> {
                 let dy = &self.packed_dy[panel.start * pixels + p0 * panel_width..]
                     [..block * panel_width];
                 for &Tap { offset, number } in &taps {
-                    let mut c = 0;
-                    while c < g.c_in {
-                        let (index, height) = OUTER_HEIGHTS
-                            .into_iter()
-                            .enumerate()
-                            .find(|&(_, h)| h <= kernels.height && h <= g.c_in - c)
-                            .expect("the last height is 1");
+                    for (c, tile) in kernels.outer_strips(g.c_in, panel.vectors) {
                         let to = (number * g.c_in + c) * width + panel.start;
                         let args = Outer {
                             fresh: false,
@@ -645,13 +639,12 @@ impl<T: Element> Part<T> {
                         // SAFETY: the rows point into a buffer laid out by
                         // `Window`, where every tap's `c_in` channels are
                         // inside, as `Scratch::prepare` has asserted, and
-                        // c + height <= c_in; `dy` holds `block` rows of the
-                        // panel; rows c .. c + height of this tap lie in
+                        // strips end at c_in; `dy` holds `block` rows of the
+                        // panel; the strip's rows of this tap lie in
                         // `weight`, by the assertion above, and hold the
                         // panel's columns, since panels partition `width`; the
                         // kernels are available.
-                        unsafe { kernels.outer[index][panel.vectors - 1](&args) };
-                        c += height;
+                        unsafe { tile(&args) };
                     }
                 }
             }

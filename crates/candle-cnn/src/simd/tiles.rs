@@ -97,6 +97,26 @@ pub(crate) struct Kernels<T: 'static> {
     pub(crate) transpose: TransposeFn<T>,
 }
 
+impl<T> Kernels<T> {
+    /// Strips that input channels are cut into, the highest first: the first channel of each, and the outer tile that takes it
+    /// over a panel of so many vectors.
+    pub(crate) fn outer_strips(
+        &self,
+        channels: usize,
+        vectors: usize,
+    ) -> impl Iterator<Item = (usize, OuterFn<T>)> {
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            let mut heights = OUTER_HEIGHTS.into_iter().enumerate();
+            let left = channels - first;
+            let (index, height) = heights.find(|&(_, h)| h <= self.height && h <= left)?;
+            let strip = (first, self.outer[index][vectors - 1]);
+            first += height;
+            Some(strip)
+        })
+    }
+}
+
 /// The element types that have tiles.
 pub(crate) trait KernelTable: Sized + 'static {
     fn kernels(isa: Isa) -> &'static Kernels<Self>;

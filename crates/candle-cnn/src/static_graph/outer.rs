@@ -8,7 +8,7 @@ use super::arena::Layout;
 use super::gather::{MAX_WIDTH, fits, inside, skips_padding};
 use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels, transpose};
 use crate::element::Element;
-use crate::simd::{Kernels, OUTER_HEIGHTS, Outer};
+use crate::simd::{Kernels, Outer};
 
 /// The weight gradient of a convolution.
 pub(super) struct OuterPass<T: 'static> {
@@ -146,13 +146,7 @@ impl<T: Element> OuterPass<T> {
                     to.copy_from_slice(&dy[from + panel.start..][..panel_width]);
                 }
                 for &(r, s) in taps {
-                    let mut c = 0;
-                    while c < self.c_in {
-                        let (index, height) = OUTER_HEIGHTS
-                            .into_iter()
-                            .enumerate()
-                            .find(|&(_, h)| h <= self.kernels.height && h <= self.c_in - c)
-                            .expect("the last height is 1");
+                    for (c, tile) in self.kernels.outer_strips(self.c_in, panel.vectors) {
                         let row = (r * self.kernel + s) * self.c_in + c;
                         let args = Outer {
                             rows: pointers.as_ptr(),
@@ -165,13 +159,12 @@ impl<T: Element> OuterPass<T> {
                             dw_stride: width,
                         };
                         // SAFETY: the pointers are pixels inside of `x`, whose
-                        // taps and `c_in` channels are as well, and c + height
-                        // <= c_in; `packed` holds a row of the panel for each;
-                        // rows c .. c + height of this tap in `sums` hold the
+                        // taps and `c_in` channels are as well, and strips end
+                        // at c_in; `packed` holds a row of the panel for each;
+                        // the strip's rows of this tap in `sums` hold the
                         // panel's columns, since panels partition `width`. The
                         // kernels are available.
-                        unsafe { self.kernels.outer[index][panel.vectors - 1](&args) };
-                        c += height;
+                        unsafe { tile(&args) };
                     }
                 }
             }

@@ -23,7 +23,7 @@ use super::gather::Start;
 use super::outer::turn_sums;
 use crate::conv2d::{PackedWeight, panels, relu};
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, OUTER_HEIGHTS, Outer, Tap, multiversion};
+use crate::simd::{Gather, Isa, Kernels, Outer, Tap, multiversion};
 
 /// Height and width of an output tile.
 pub(super) const TILE: usize = 4;
@@ -542,13 +542,7 @@ impl<T: Element> WinogradOuterPass<T> {
             let sums = &mut sums[product * self.c_in * width..][..self.c_in * width];
             for panel in &panels {
                 assert!(panel.start + panel.vectors * self.kernels.lanes <= width);
-                let mut c = 0;
-                while c < self.c_in {
-                    let (index, height) = OUTER_HEIGHTS
-                        .into_iter()
-                        .enumerate()
-                        .find(|&(_, h)| h <= self.kernels.height && h <= self.c_in - c)
-                        .expect("the last height is 1");
+                for (c, tile) in self.kernels.outer_strips(self.c_in, panel.vectors) {
                     let args = Outer {
                         rows: scratch.rows.as_ptr(),
                         offset: c,
@@ -559,12 +553,11 @@ impl<T: Element> WinogradOuterPass<T> {
                         dw: sums[c * width + panel.start..].as_mut_ptr(),
                         dw_stride: width,
                     };
-                    // SAFETY: each row holds `c_in` elements and c + height <=
+                    // SAFETY: each row holds `c_in` elements and strips end at
                     // c_in; `gradient` has a row of `width` for each tile and
                     // `sums` one for each input channel, and the panel ends
                     // inside of `width`, as asserted. The kernels are available.
-                    unsafe { self.kernels.outer[index][panel.vectors - 1](&args) };
-                    c += height;
+                    unsafe { tile(&args) };
                 }
             }
         }
