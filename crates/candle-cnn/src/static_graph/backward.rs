@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::builder::Operation;
 use super::forward::Forward;
 use super::group::{Branch, Group, GroupPass, OutputGradient};
-use super::pass::{Maps, Numbers, Trains, give_back, give_back_gradient};
+use super::pass::{Maps, Numbers, ParameterGradients, Trains, give_back, give_back_gradient};
 use super::plan::Inner;
 use super::way::Dx;
 use crate::element::Element;
@@ -45,7 +45,7 @@ impl<'a, T: Element> Backward<'a, T> {
     ) -> (Option<Vec<T>>, Vec<Option<Vec<T>>>) {
         let graph = self.forward.graph;
         let mut gradients: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        let mut d_parameters: Vec<Option<Vec<Vec<T>>>> = vec![None; numbers.len()];
+        let mut d_parameters: Vec<_> = numbers.iter().map(|_| None).collect();
         if self.needed[graph.output] {
             gradients[graph.output] = Some(self.spread(d_features));
         }
@@ -69,10 +69,7 @@ impl<'a, T: Element> Backward<'a, T> {
         give_back_gradient(graph, 0, gradients[0].take());
         let d_parameters = d_parameters.into_iter().zip(numbers);
         let d_parameters = d_parameters.flat_map(|(d, numbers)| match d {
-            Some(d) => d
-                .into_iter()
-                .map(|d| (!d.is_empty()).then_some(d))
-                .collect(),
+            Some(d) => ParameterGradients::into_list(d),
             None => vec![None; 1 + numbers.per_channel()],
         });
         (d_images, d_parameters.collect())

@@ -7,7 +7,9 @@ use rayon::prelude::*;
 use super::builder::{Convolution, Operation};
 use super::forward::Forward;
 use super::norm::{self, Affine, GradientSpans, GradientSums, InputGradient, Span};
-use super::pass::{After, Maps, Numbers, Trains, max_pool_of, pays};
+use super::pass::{
+    After, AfterGradients, Maps, Numbers, ParameterGradients, Trains, max_pool_of, pays,
+};
 use super::profile::{self, Times, Watch};
 use super::way::{
     Dx, Images, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once,
@@ -56,7 +58,11 @@ impl<'a, T: Element> GroupPass<'a, T> {
     /// Takes operations that read the same map back to it, a few images at a
     /// time, which are then in the cache for all of them: each adds to `dx` and
     /// leaves the gradients of its parameters.
-    pub(super) fn run(&self, group: &mut Group<T>, d_parameters: &mut [Option<Vec<Vec<T>>>]) {
+    pub(super) fn run(
+        &self,
+        group: &mut Group<T>,
+        d_parameters: &mut [Option<ParameterGradients<T>>],
+    ) {
         let outputs = &mut group.outputs;
         let prepared: Vec<PreparedWay<'_, T>> = group
             .branches
@@ -77,7 +83,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         &self,
         branch: &Branch,
         output: &mut OutputGradient<T>,
-        d_parameters: &mut [Option<Vec<Vec<T>>>],
+        d_parameters: &mut [Option<ParameterGradients<T>>],
     ) -> PreparedWay<'a, T> {
         let graph = self.forward.graph;
         match &graph.operations[branch.index] {
@@ -98,7 +104,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         c: &Convolution,
         branch: &Branch,
         output: &mut OutputGradient<T>,
-        d_parameters: &mut Option<Vec<Vec<T>>>,
+        d_parameters: &mut Option<ParameterGradients<T>>,
     ) -> Prepared<'a, T> {
         let watch = Watch::start();
         let &Forward {
@@ -117,8 +123,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
             channels: c.c_out,
         };
         let y = self.maps.nodes[buffer].as_deref().unwrap_or_default();
-        let d_norm = d_parameters.as_deref_mut();
-        let norm = self.batch_norm(c, y, &mask, &mut output.dy, d_norm);
+        let norm = self.batch_norm(c, y, &mask, &mut output.dy, d_parameters.as_mut());
         let taps = c.kernel * c.kernel;
         let len = c.c_in.next_multiple_of(kernels.lanes) * taps * c.c_out;
         let packed = (branch.dx != Dx::Skip).then(|| {
@@ -159,7 +164,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         y: &[T],
         mask: &Mask,
         dy: &mut [T],
-        d_parameters: Option<&mut [Vec<T>]>,
+        d_parameters: Option<&mut ParameterGradients<T>>,
     ) -> Option<NormGradient<'a, T>> {
         let After::BatchNorm { weight, bias, eps } = self.numbers[c.number].after else {
             return None;
@@ -199,9 +204,8 @@ impl<'a, T: Element> GroupPass<'a, T> {
             .collect();
         let sums = GradientSums::join(parts, c.c_out);
         if let Some(d_parameters) = d_parameters {
-            let (d_weight, d_bias) = norm::parameter_gradients(&kept.moments, &sums, eps);
-            d_parameters[1] = d_weight;
-            d_parameters[2] = d_bias;
+            let (weight, bias) = norm::parameter_gradients(&kept.moments, &sums, eps);
+            d_parameters.after = AfterGradients::BatchNorm { weight, bias };
         }
         let (height, width) = graph.nodes[c.output].size;
         let count = batch * height * width;
@@ -282,7 +286,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         ways: &[Way<'_, T>],
         branches: &[Branch],
         sums: Vec<Vec<Sums<T>>>,
-        d_parameters: &mut [Option<Vec<Vec<T>>>],
+        d_parameters: &mut [Option<ParameterGradients<T>>],
     ) {
         let graph = self.forward.graph;
         let mut sums: Vec<_> = sums.into_iter().map(Vec::into_iter).collect();

@@ -89,14 +89,44 @@ impl<'a, T: Element> Numbers<'a, T> {
         }
     }
 
-    /// Zeros for the gradient of the weight and of what follows; nothing for a weight that is frozen.
-    pub(super) fn gradients(&self, c: &Convolution, trains: Trains) -> Vec<Vec<T>> {
-        let weight = if trains.weight { self.weight.len() } else { 0 };
-        let channels = std::iter::repeat_n(c.c_out, self.per_channel());
-        std::iter::once(weight)
-            .chain(channels)
-            .map(|len| vec![T::ZERO; len])
-            .collect()
+    /// Zeros, to which a backward pass adds.
+    pub(super) fn gradients(&self, c: &Convolution, trains: Trains) -> ParameterGradients<T> {
+        let zeros = |len: usize| vec![T::ZERO; len];
+        ParameterGradients {
+            weight: trains.weight.then(|| zeros(self.weight.len())),
+            after: match self.after {
+                After::BatchNorm { .. } => AfterGradients::BatchNorm {
+                    weight: zeros(c.c_out),
+                    bias: zeros(c.c_out),
+                },
+                After::Bias(_) | After::Affine { .. } => AfterGradients::Bias(zeros(c.c_out)),
+            },
+        }
+    }
+}
+
+/// The gradients of one convolution's parameters.
+pub(super) struct ParameterGradients<T> {
+    /// That of the weight, unless it is frozen.
+    pub(super) weight: Option<Vec<T>>,
+    pub(super) after: AfterGradients<T>,
+}
+
+/// The gradients of what stands between a convolution and its ReLU.
+pub(super) enum AfterGradients<T> {
+    Bias(Vec<T>),
+    BatchNorm { weight: Vec<T>, bias: Vec<T> },
+}
+
+impl<T> ParameterGradients<T> {
+    /// In the order of the parameters.
+    pub(super) fn into_list(self) -> Vec<Option<Vec<T>>> {
+        match self.after {
+            AfterGradients::Bias(bias) => vec![self.weight, Some(bias)],
+            AfterGradients::BatchNorm { weight, bias } => {
+                vec![self.weight, Some(weight), Some(bias)]
+            }
+        }
     }
 }
 

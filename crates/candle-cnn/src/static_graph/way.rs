@@ -9,7 +9,7 @@ use super::forward::Forward;
 use super::gather::{GatherPass, Start};
 use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
-use super::pass::{AnyPass, Scratch, images_per_task, pays};
+use super::pass::{AfterGradients, AnyPass, ParameterGradients, Scratch, images_per_task, pays};
 use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
@@ -198,7 +198,7 @@ impl<T: Element> Way<'_, T> {
     pub(super) fn add_up(
         &self,
         parts: &[Sums<T>],
-        d_parameters: &mut [Option<Vec<Vec<T>>>],
+        d_parameters: &mut [Option<ParameterGradients<T>>],
     ) -> Times {
         let mut times = Times::mean(parts.iter().map(|part| part.times));
         let Self::Convolution(way) = self else {
@@ -207,17 +207,18 @@ impl<T: Element> Way<'_, T> {
         times.other += way.prepared.time;
         if let Some(d) = &mut d_parameters[way.prepared.c.number] {
             let watch = Watch::start();
-            if way.prepared.norm.is_none() {
+            // Those of a batch norm are there already.
+            if let AfterGradients::Bias(bias) = &mut d.after {
                 for part in parts {
-                    for (to, &from) in d[1].iter_mut().zip(&part.bias) {
+                    for (to, &from) in bias.iter_mut().zip(&part.bias) {
                         *to += from;
                     }
                 }
             }
             times.other += watch.elapsed();
-            if let Some(pass) = &way.weight {
+            if let (Some(pass), Some(weight)) = (&way.weight, &mut d.weight) {
                 let watch = Watch::start();
-                pass.unpack(parts, &mut d[0]);
+                pass.unpack(parts, weight);
                 times.weight += watch.elapsed();
             }
         }
