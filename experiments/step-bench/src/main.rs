@@ -1,4 +1,4 @@
-//! Our side of `cargo xtask bench train-step`: one long-lived process, one line in, one line out.
+//! Our side of `cargo xtask bench`: one long-lived process, one line in, one line out.
 //!
 //! A line `run <steps>` on standard input runs that many steps on seeded random data and is
 //! answered by one line of JSON; the end of the input ends the process. The other side,
