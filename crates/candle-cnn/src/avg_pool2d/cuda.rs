@@ -7,7 +7,7 @@ use candle_core::{CudaStorage, Result, Shape, Tensor};
 
 use super::{AvgPool2d, Rule};
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, count, suffix, tensor};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, count, tensor};
 
 const SOURCE: Source = Source {
     file: "avg_pool2d/kernels.cu",
@@ -21,9 +21,8 @@ pub(super) fn forward(pool: &AvgPool2d, x: Operand, output: &Shape) -> Result<Cu
     let mut y = alloc(op, device, dtype, elements as usize)?;
     if elements > 0 {
         let stream = device.cuda_stream();
-        let name = format!("avg_pool2d_forward_{}", suffix(op, dtype)?);
         let [h, w] = pool.rules;
-        let launch = Launch::new(op, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(op, device, &stream, &SOURCE, "avg_pool2d_forward", dtype)?
             .read(x)?
             .write(&mut y)?
             .structure(bins(op, h)?)
@@ -44,9 +43,8 @@ pub(super) fn backward(pool: &AvgPool2d, x: &Tensor, dy: &Tensor) -> Result<Tens
     let mut dx = alloc(op, device, dtype, elements as usize)?;
     if elements > 0 {
         let stream = device.cuda_stream();
-        let name = format!("avg_pool2d_backward_{}", suffix(op, dtype)?);
         let [h, w] = pool.rules;
-        let launch = Launch::new(op, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(op, device, &stream, &SOURCE, "avg_pool2d_backward", dtype)?
             .read(dy)?
             .write(&mut dx)?
             .structure(bins(op, h)?)

@@ -13,9 +13,7 @@ use candle_core::{
 use super::{Activation, BatchStatistics, Needs, OP, Sizes, left_behind};
 use crate::backward::aside;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{
-    Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor, zeros,
-};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, tensor, zeros};
 use crate::cuda::parts::parts_of;
 use crate::error::OpError;
 
@@ -138,8 +136,8 @@ fn kernel<'a>(
     name: &str,
     dtype: DType,
 ) -> Result<Launch<'a>> {
-    let name = format!("batch_norm_{name}_{}", suffix(OP, dtype)?);
-    Launch::new(OP, device, stream, &SOURCE, &name)
+    let name = format!("batch_norm_{name}");
+    Launch::typed(OP, device, stream, &SOURCE, &name, dtype)
 }
 
 impl CudaBatchNorm {
@@ -168,7 +166,7 @@ impl CudaBatchNorm {
             .number(c.per_part);
         // SAFETY: the arguments of `moments`: x is (images, channels, pixels), the others (channels, parts), and the
         // parts cover a channel's values with none of them empty.
-        unsafe { launch.run_blocks((c.channels, c.parts), None::<&u8>) }?;
+        unsafe { launch.run_blocks((c.channels, c.parts)) }?;
         let (mut mean, mut inverse_std, mut unbiased) =
             (new(channels)?, new(channels)?, new(channels)?);
         let launch = kernel(device, &stream, "join_moments", statistic)?
@@ -284,7 +282,7 @@ impl CudaBatchNorm {
             .number(self.relu());
         // SAFETY: the arguments of `gradient_sums`: x and dy are (images, channels, pixels), the sums
         // (2, channels, parts), the others (channels), and the parts cover a channel's values with none of them empty.
-        unsafe { launch.run_blocks((c.channels, c.parts), None::<&u8>) }?;
+        unsafe { launch.run_blocks((c.channels, c.parts)) }?;
         let mut dbias = alloc(OP, device, statistic, channels)?;
         let mut dweight = alloc(OP, device, statistic, channels)?;
         let launch = kernel(device, &stream, "join_sums", statistic)?

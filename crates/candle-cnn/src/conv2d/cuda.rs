@@ -16,7 +16,7 @@ use crate::cuda::cudnn::{self, with_cudnn};
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{
     Held, Launch, Operand, THREADS, address, address_mut, address_of_all, alloc, compute_dtype,
-    count, suffix, tensor, zeros,
+    count, tensor, zeros,
 };
 use crate::cuda::parts::parts_of;
 use crate::cuda::settings;
@@ -230,7 +230,7 @@ fn bias_activation(
         .number(elements);
     // SAFETY: the arguments of `bias_activation`: y is (N, channels, pixels) of `elements`, and the bias has `channels`
     // values or is null. Four elements a thread.
-    unsafe { launch.run_blocks((elements.div_ceil(4 * THREADS), 1), None::<&u8>) }
+    unsafe { launch.run_blocks((elements.div_ceil(4 * THREADS), 1)) }
 }
 
 /// The gradient before the ReLU whose output was `y` (without one, none: it is `dy`), and that of the bias if needed.
@@ -269,7 +269,7 @@ fn mask_and_sum(
         .number(per_part);
     // SAFETY: the arguments of `mask_and_sum`: `dy`, `y` and `masked` are (images, channels, pixels), `sums` is
     // (channels, parts), and the parts cover a channel's values with none of them empty.
-    unsafe { launch.run_blocks((channels, parts), None::<&u8>) }?;
+    unsafe { launch.run_blocks((channels, parts)) }?;
     let Some(sums) = sums else {
         return Ok((masked, None));
     };
@@ -291,6 +291,6 @@ fn kernel<'a>(
     name: &str,
     dtype: DType,
 ) -> Result<Launch<'a>> {
-    let name = format!("conv2d_{name}_{}", suffix(OP, dtype)?);
-    Launch::new(OP, device, stream, &SOURCE, &name)
+    let name = format!("conv2d_{name}");
+    Launch::typed(OP, device, stream, &SOURCE, &name, dtype)
 }

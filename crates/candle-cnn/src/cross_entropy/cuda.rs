@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Sha
 
 use super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, suffix, tensor};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, tensor};
 use crate::error::OpError;
 
 const SOURCE: Source = Source {
@@ -36,25 +36,23 @@ struct CudaCrossEntropy {
 impl CudaCrossEntropy {
     fn forward(&self, logits: Operand, labels: Operand) -> Result<CudaStorage> {
         let (device, dtype) = (logits.0.device(), logits.0.dtype());
-        let (stream, suffix) = (device.cuda_stream(), suffix(OP, dtype)?);
+        let stream = device.cuda_stream();
         let mut losses = alloc(OP, device, DType::F64, self.examples as usize)?;
-        let name = format!("cross_entropy_rows_{suffix}");
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(OP, device, &stream, &SOURCE, "cross_entropy_rows", dtype)?
             .read(logits)?
             .read(labels)?
             .write(&mut losses)?
             .number(self.classes)
             .double(self.label_smoothing);
         // SAFETY: the arguments of `row_loss`: (examples, classes), and two of (examples). A block an example.
-        unsafe { launch.run_blocks((self.examples, 1), None::<&u8>) }?;
+        unsafe { launch.run_blocks((self.examples, 1)) }?;
         let mut loss = alloc(OP, device, compute_dtype(dtype), 1)?;
-        let name = format!("cross_entropy_mean_{suffix}");
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(OP, device, &stream, &SOURCE, "cross_entropy_mean", dtype)?
             .read_all(&losses)?
             .write(&mut loss)?
             .number(self.examples);
         // SAFETY: the arguments of `mean`: (examples), and one number.
-        unsafe { launch.run_blocks((1, 1), None::<&u8>) }?;
+        unsafe { launch.run_blocks((1, 1)) }?;
         Ok(loss)
     }
 
@@ -63,17 +61,23 @@ impl CudaCrossEntropy {
         let stream = device.cuda_stream();
         let elements = self.examples as usize * self.classes as usize;
         let mut dlogits = alloc(OP, device, dtype, elements)?;
-        let name = format!("cross_entropy_gradient_{}", suffix(OP, dtype)?);
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
-            .read(logits)?
-            .read(labels)?
-            .read(upstream)?
-            .write(&mut dlogits)?
-            .number(self.examples)
-            .number(self.classes)
-            .double(self.label_smoothing);
+        let launch = Launch::typed(
+            OP,
+            device,
+            &stream,
+            &SOURCE,
+            "cross_entropy_gradient",
+            dtype,
+        )?
+        .read(logits)?
+        .read(labels)?
+        .read(upstream)?
+        .write(&mut dlogits)?
+        .number(self.examples)
+        .number(self.classes)
+        .double(self.label_smoothing);
         // SAFETY: the arguments of `gradient`: two of (examples, classes), (examples), one number. A block an example.
-        unsafe { launch.run_blocks((self.examples, 1), None::<&u8>) }?;
+        unsafe { launch.run_blocks((self.examples, 1)) }?;
         Ok(dlogits)
     }
 }

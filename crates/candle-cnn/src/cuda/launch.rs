@@ -27,7 +27,7 @@ pub(crate) const MOST_IN_TABLE: usize = 4096 - 64;
 pub(crate) type Operand<'a> = (&'a CudaStorage, &'a Layout);
 
 /// The ending of the kernels' names for a type.
-pub(crate) fn suffix(op: &'static str, dtype: DType) -> Result<&'static str> {
+fn suffix(op: &'static str, dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::F32 => Ok("f32"),
         DType::F64 => Ok("f64"),
@@ -196,6 +196,19 @@ impl<'a> Launch<'a> {
         })
     }
 
+    /// The launch of the kernel of that name in `source` for a type of activations: `<name>_<type>`.
+    pub(crate) fn typed(
+        op: &'static str,
+        device: &CudaDevice,
+        stream: &'a CudaStream,
+        source: &Source,
+        name: &str,
+        dtype: DType,
+    ) -> Result<Self> {
+        let name = format!("{name}_{}", suffix(op, dtype)?);
+        Self::new(op, device, stream, source, &name)
+    }
+
     /// A pointer to what is read.
     pub(crate) fn read(mut self, operand: Operand<'a>) -> Result<Self> {
         let (pointer, held) = address(self.op, operand, self.stream)?;
@@ -265,18 +278,34 @@ impl<'a> Launch<'a> {
     /// The arguments must be those of the kernel, and the memory behind the pointers of the sizes that it goes by.
     pub(crate) unsafe fn run(self, threads: u32) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.run_blocks((threads.div_ceil(THREADS), 1), None::<&u8>) }
+        unsafe { self.run_blocks((threads.div_ceil(THREADS), 1)) }
     }
 
-    /// Launches `grid` blocks. A structure, where the kernel has one, comes before the other arguments.
+    /// Launches `grid` blocks.
     ///
     /// # Safety
     /// As [`Self::run`].
-    pub(crate) unsafe fn run_blocks<S: DeviceRepr>(
+    pub(crate) unsafe fn run_blocks(self, grid: (u32, u32)) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(grid, None::<&Argument>) }
+    }
+
+    /// Launches `grid` blocks of a kernel that has a structure before its other arguments.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    pub(crate) unsafe fn run_with_table<S: DeviceRepr>(
         self,
-        (x, y): (u32, u32),
-        first: Option<&S>,
+        grid: (u32, u32),
+        table: &S,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(grid, Some(table)) }
+    }
+
+    /// # Safety
+    /// As [`Self::run`].
+    unsafe fn launch<S: DeviceRepr>(self, (x, y): (u32, u32), first: Option<&S>) -> Result<()> {
         let mut arguments = self.stream.launch_builder(&self.function);
         if let Some(first) = first {
             arguments.arg(first);

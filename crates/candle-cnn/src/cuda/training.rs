@@ -9,9 +9,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
 use super::kernels::Source;
-use super::launch::{
-    BEYOND, Held, Launch, MOST_IN_TABLE, THREADS, address, alloc, count, suffix, tensor,
-};
+use super::launch::{BEYOND, Held, Launch, MOST_IN_TABLE, THREADS, address, alloc, count, tensor};
 use crate::batch_norm::BatchStatistics;
 use crate::error::OpError;
 
@@ -53,8 +51,7 @@ pub fn gather_normalized(
     let mut out = alloc(OP, device, dtype, elements as usize)?;
     if elements > 0 {
         let stream = device.cuda_stream();
-        let name = format!("gather_normalized_{}", suffix(OP, dtype)?);
-        let mut launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let mut launch = Launch::typed(OP, device, &stream, &SOURCE, "gather_normalized", dtype)?
             .read(operand)?
             .read(held[1].operand(OP)?)?
             .write(&mut out)?
@@ -98,15 +95,21 @@ pub fn count_correct(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     count(OP, logits.elem_count())?;
     let mut correct = alloc(OP, device, DType::F32, 1)?;
     let stream = device.cuda_stream();
-    let name = format!("count_correct_{}", suffix(OP, logits.dtype())?);
-    let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
-        .read(operand)?
-        .read(held[1].operand(OP)?)?
-        .write(&mut correct)?
-        .number(count(OP, n)?)
-        .number(count(OP, classes)?);
+    let launch = Launch::typed(
+        OP,
+        device,
+        &stream,
+        &SOURCE,
+        "count_correct",
+        logits.dtype(),
+    )?
+    .read(operand)?
+    .read(held[1].operand(OP)?)?
+    .write(&mut correct)?
+    .number(count(OP, n)?)
+    .number(count(OP, classes)?);
     // SAFETY: the arguments of `count_correct`: (n, classes), (n), and one number. One block.
-    unsafe { launch.run_blocks((1, 1), None::<&u8>) }?;
+    unsafe { launch.run_blocks((1, 1)) }?;
     Ok(tensor(correct, 1))
 }
 
@@ -278,8 +281,7 @@ fn step_chunk(
         nesterov,
         weight_decay,
     } = *hyperparameters;
-    let name = format!("sgd_{}", suffix(SGD, dtype)?);
-    let launch = Launch::new(SGD, device, &stream, &SOURCE, &name)?
+    let launch = Launch::typed(SGD, device, &stream, &SOURCE, "sgd", dtype)?
         .read(lr)?
         .double(momentum)
         .double(dampening)
@@ -288,7 +290,7 @@ fn step_chunk(
     // SAFETY: the arguments of `sgd`: the tensors of each parameter have its number of elements, and lr one. Parameters
     // and buffers are written although only read locks are held: device memory is ordered by the stream, and nobody but
     // the optimiser writes them.
-    unsafe { launch.run_blocks((blocks, 1), Some(&chunk)) }
+    unsafe { launch.run_with_table((blocks, 1), &chunk) }
 }
 
 /// The running statistics of a batch norm, moved in place; (C) each, contiguous, f32 or f64.
@@ -434,11 +436,11 @@ fn take_up_chunk(
         table.channels[i] = channels;
         table.end[i] = blocks;
     }
-    let name = format!("take_up_{}", suffix(TAKE_UP, dtype)?);
-    let launch = Launch::new(TAKE_UP, device, &stream, &SOURCE, &name)?.double(momentum);
+    let launch =
+        Launch::typed(TAKE_UP, device, &stream, &SOURCE, "take_up", dtype)?.double(momentum);
     // SAFETY: the arguments of `take_up`: four of (channels) and one number for each batch norm. As in `sgd_step`, the running
     // ones are written although only read locks are held: the stream orders it, and nobody but the network writes them.
-    unsafe { launch.run_blocks((blocks, 1), Some(&table)) }
+    unsafe { launch.run_with_table((blocks, 1), &table) }
 }
 
 fn of_type(op: &'static str, name: &'static str, tensor: &Tensor, dtype: DType) -> Result<()> {

@@ -9,7 +9,7 @@ use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::{Dropout, OP};
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, count, suffix, tensor};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, count, tensor};
 use crate::error::OpError;
 
 const SOURCE: Source = Source {
@@ -61,8 +61,7 @@ pub(super) fn apply(dropout: &Dropout, x: Operand) -> Result<CudaStorage> {
     }
     let held = seed.map(Held::new);
     let stream = device.cuda_stream();
-    let name = format!("dropout_{}", suffix(OP, dtype)?);
-    let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+    let launch = Launch::typed(OP, device, &stream, &SOURCE, "dropout", dtype)?
         .read(x)?
         .write(&mut y)?;
     let launch = match &held {

@@ -7,7 +7,7 @@ use candle_core::{CudaStorage, Result};
 
 use super::{Linear, OP};
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Launch, Operand, count, suffix, zeros};
+use crate::cuda::launch::{Launch, Operand, count, zeros};
 
 const SOURCE: Source = Source {
     file: "linear/kernels.cu",
@@ -31,8 +31,7 @@ pub(super) fn add_to_rows(y: &mut CudaStorage, bias: Operand, elements: usize) -
         return Ok(());
     }
     let outputs = bias.1.shape().elem_count();
-    let name = format!("linear_add_to_rows_{}", suffix(OP, dtype)?);
-    let launch = Launch::new(OP, &device, &stream, &SOURCE, &name)?
+    let launch = Launch::typed(OP, &device, &stream, &SOURCE, "linear_add_to_rows", dtype)?
         .write(y)?
         .read(bias)?
         .divisor(outputs)

@@ -7,7 +7,7 @@ use candle_core::{CudaStorage, DType, Result, Tensor};
 
 use super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, axis, count, suffix, tensor};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, axis, count, tensor};
 use crate::window::Planes;
 
 const SOURCE: Source = Source {
@@ -21,8 +21,7 @@ pub(super) fn forward(planes: &Planes, x: Operand) -> Result<CudaStorage> {
     let mut y = alloc(OP, device, dtype, outputs as usize)?;
     if inputs > 0 && outputs > 0 {
         let stream = device.cuda_stream();
-        let name = format!("max_pool2d_forward_{}", suffix(OP, dtype)?);
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(OP, device, &stream, &SOURCE, "max_pool2d_forward", dtype)?
             .read(x)?
             .write(&mut y)?
             .structure(axis(OP, &planes.h)?)
@@ -45,13 +44,8 @@ pub(super) fn backward(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tenso
     if inputs > 0 {
         let mut winners = alloc(OP, device, DType::U32, outputs as usize)?;
         let stream = device.cuda_stream();
-        let (suffix, h, w) = (
-            suffix(OP, dtype)?,
-            axis(OP, &planes.h)?,
-            axis(OP, &planes.w)?,
-        );
-        let name = format!("max_pool2d_winners_{suffix}");
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let (h, w) = (axis(OP, &planes.h)?, axis(OP, &planes.w)?);
+        let launch = Launch::typed(OP, device, &stream, &SOURCE, "max_pool2d_winners", dtype)?
             .read(x_operand)?
             .write(&mut winners)?
             .structure(h)
@@ -61,8 +55,7 @@ pub(super) fn backward(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tenso
             .number(outputs);
         // SAFETY: the arguments of `find_winners`; x and winners are planes of the axes' inputs and outputs.
         unsafe { launch.run(outputs) }?;
-        let name = format!("max_pool2d_backward_{suffix}");
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(OP, device, &stream, &SOURCE, "max_pool2d_backward", dtype)?
             .read_all(&winners)?
             .read(dy_operand)?
             .write(&mut dx)?

@@ -7,7 +7,7 @@ use candle_core::{CudaStorage, Result, Tensor};
 
 use super::OP;
 use crate::cuda::kernels::Source;
-use crate::cuda::launch::{Held, Launch, Operand, alloc, count, suffix, tensor};
+use crate::cuda::launch::{Held, Launch, Operand, alloc, count, tensor};
 
 const SOURCE: Source = Source {
     file: "relu/kernels.cu",
@@ -22,8 +22,7 @@ pub(super) fn keep_positive(value: Operand, by: Operand) -> Result<CudaStorage> 
     let mut out = alloc(OP, device, dtype, elements as usize)?;
     if elements > 0 {
         let stream = device.cuda_stream();
-        let name = format!("relu_{}", suffix(OP, dtype)?);
-        let launch = Launch::new(OP, device, &stream, &SOURCE, &name)?
+        let launch = Launch::typed(OP, device, &stream, &SOURCE, "relu", dtype)?
             .read(value)?
             .read(by)?
             .write(&mut out)?

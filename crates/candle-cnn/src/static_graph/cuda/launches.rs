@@ -12,7 +12,7 @@ use candle_core::{CudaStorage, DType, Result};
 use super::super::OP;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{
-    BEYOND, Divisor, Launch, MOST_IN_TABLE, Operand, alloc, axis, count, start, suffix,
+    BEYOND, Divisor, Launch, MOST_IN_TABLE, Operand, alloc, axis, count, start,
 };
 use crate::window::Axis;
 
@@ -211,8 +211,8 @@ impl Launches {
     }
 
     fn launch(&self, name: &str) -> Result<Launch<'_>> {
-        let name = format!("static_graph_{name}_{}", suffix(OP, self.dtype)?);
-        Launch::new(OP, &self.device, &self.stream, &SOURCE, &name)
+        let name = format!("static_graph_{name}");
+        Launch::typed(OP, &self.device, &self.stream, &SOURCE, &name, self.dtype)
     }
 
     /// Images (N, C, pixels) as pixels of `width` channels.
@@ -292,7 +292,7 @@ impl Launches {
                 Way::ToPlanes => "take_weights",
             };
             // SAFETY: the arguments of either kernel; each block belongs to a weight, whose sizes are those of its memory.
-            unsafe { self.launch(name)?.run_blocks((blocks, 1), Some(&table)) }?;
+            unsafe { self.launch(name)?.run_with_table((blocks, 1), &table) }?;
         }
         Ok(())
     }
@@ -316,7 +316,7 @@ impl Launches {
         let name = format!("finish_{}", columns.pack);
         let launch = self.launch(&name)?.number(parts.rows);
         // SAFETY: the arguments of `finish`; segments hold `rows` rows of their widths, and the tensors of their kinds.
-        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
+        unsafe { launch.run_with_table((columns.blocks, parts.count), &columns.table) }?;
         Ok(mask)
     }
 
@@ -346,7 +346,7 @@ impl Launches {
             let launch = self.launch(&name)?.null().null();
             let launch = launch.write(&mut statistics)?.number(parts.rows);
             // SAFETY: the arguments of `moments`, which writes no means and squares of a single part.
-            unsafe { launch.run_blocks(grid, Some(&columns.table)) }?;
+            unsafe { launch.run_with_table(grid, &columns.table) }?;
             return Ok((statistics, true));
         }
         let sums = channels as usize * parts.count as usize;
@@ -359,7 +359,7 @@ impl Launches {
             .null()
             .number(parts.rows);
         // SAFETY: the arguments of `moments`; means and squares are (parts, channels), and no part is empty.
-        unsafe { launch.run_blocks(grid, Some(&columns.table)) }?;
+        unsafe { launch.run_with_table(grid, &columns.table) }?;
         let launch = self
             .launch("join_moments")?
             .read_all(&means)?
@@ -369,7 +369,7 @@ impl Launches {
             .number(parts.rows);
         let blocks = channels.div_ceil(JOINED);
         // SAFETY: the arguments of `join_moments`; statistics are (3, channels).
-        unsafe { launch.run_blocks((blocks, 1), Some(&columns.table)) }?;
+        unsafe { launch.run_with_table((blocks, 1), &columns.table) }?;
         Ok((statistics, false))
     }
 
@@ -396,7 +396,7 @@ impl Launches {
         let mut storage = self.room_of(DType::F32, kinds * count * channels)?;
         let launch = self.launch(&name)?.write(&mut storage)?.number(parts.rows);
         // SAFETY: the arguments of `gradient_sums`; sums are (kinds, parts, channels), and no part is empty.
-        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
+        unsafe { launch.run_with_table((columns.blocks, parts.count), &columns.table) }?;
         Ok(Sums {
             storage,
             kinds,
@@ -430,7 +430,7 @@ impl Launches {
             .float(1.0 / rows as f32)
             .number(parts.rows);
         // SAFETY: the arguments of `input_gradient`; joined is (2, channels).
-        unsafe { launch.run_blocks((columns.blocks, parts.count), Some(&columns.table)) }?;
+        unsafe { launch.run_with_table((columns.blocks, parts.count), &columns.table) }?;
         Ok(joined)
     }
 
@@ -472,7 +472,7 @@ impl Launches {
             let name = "static_graph_join_sums_f32";
             let launch = Launch::new(OP, &self.device, &self.stream, &SOURCE, name)?;
             // SAFETY: the arguments of `join_sums`; each entry is (parts, channels), and has room for (channels).
-            unsafe { launch.run_blocks((blocks, 1), Some(&table)) }?;
+            unsafe { launch.run_with_table((blocks, 1), &table) }?;
         }
         let of_one_part = all.into_iter().map(|sums| sums.storage);
         Ok(joined
