@@ -79,17 +79,21 @@ pub(crate) fn slice<'a, T: Element>(
     Ok(if start == end { &[] } else { &all[start..end] })
 }
 
-/// Calls `f` with the elements of a contiguous CPU tensor.
-pub(crate) fn with_slice<T: Element, R>(
+/// Calls `f` with the elements of contiguous CPU tensors.
+pub(crate) fn with_slices<T: Element, const N: usize, R>(
     op: &'static str,
-    tensor: &Tensor,
-    f: impl FnOnce(&[T]) -> Result<R>,
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[T]; N]) -> Result<R>,
 ) -> Result<R> {
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(slice(op, storage, layout)?),
-        _ => Err(OpError::device(op, tensor)),
+    let held = tensors.map(Tensor::storage_and_layout);
+    let mut slices: [&[T]; N] = [&[]; N];
+    for ((to, (storage, layout)), tensor) in slices.iter_mut().zip(&held).zip(tensors) {
+        let Storage::Cpu(storage) = &**storage else {
+            return Err(OpError::device(op, tensor));
+        };
+        *to = slice(op, storage, layout)?;
     }
+    f(slices)
 }
 
 /// Checks that every tensor has the dtype of the first, and that it is f32 or

@@ -11,7 +11,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::window::{Axis, Planes};
 
@@ -295,7 +295,7 @@ impl CustomOp1 for AvgPool2d {
             return cuda::backward(self, x, &dy).map(Some);
         }
         dispatch!(self.op, x.dtype(), T => {
-            let dx = with_slice::<T, _>(self.op, &dy, |dy| Ok(self.backward(dy, (height, width))))?;
+            let dx = with_slices::<T, _, _>(self.op, [&dy], |[dy]| Ok(self.backward(dy, (height, width))))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }

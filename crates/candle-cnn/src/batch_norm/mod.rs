@@ -14,7 +14,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
 
 use crate::backward::aside;
-use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 use cpu::{Affine, InputGradient};
@@ -464,16 +464,9 @@ impl CustomOp3 for BatchNorm {
                 x: x.track_op(),
                 parameters: weight.track_op() || bias.track_op(),
             };
-            let gradients = with_slice::<T, _>(OP, x, |x_data| {
-                with_slice::<T, _>(OP, weight, |weight| {
-                    with_slice::<T, _>(OP, bias, |bias| {
-                        with_slice::<T, _>(OP, &dy, |dy| {
-                            let parameters = (weight, bias);
-                            let isa = Isa::detect();
-                            Ok(self.backward(isa, (x_data, dy), parameters, needs))
-                        })
-                    })
-                })
+            let tensors = [x, &dy, weight, bias];
+            let gradients = with_slices::<T, _, _>(OP, tensors, |[x, dy, weight, bias]| {
+                Ok(self.backward(Isa::detect(), (x, dy), (weight, bias), needs))
             })?;
             let channels = |values: Option<Vec<T>>, needed: bool| {
                 let values = values.filter(|_| needed);

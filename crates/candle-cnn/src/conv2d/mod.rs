@@ -28,7 +28,7 @@ pub(crate) use cuda::{ChannelsLast, channels_last_pass};
 pub(crate) use plan::{Notes, Pass};
 
 use crate::backward::aside;
-use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 
@@ -451,24 +451,19 @@ impl Conv2d {
         dy: &Tensor,
         needs: cpu::Needs,
     ) -> Result<[Option<Tensor>; 3]> {
-        let gradients = with_slice::<T, _>(OP, x, |x_data| {
-            with_slice::<T, _>(OP, weight, |weight_data| {
-                with_slice::<T, _>(OP, y, |y_data| {
-                    with_slice::<T, _>(OP, dy, |dy_data| {
-                        let mask = (self.activation == Activation::Relu).then_some(y_data);
-                        let isa = Isa::detect();
-                        Ok(cpu::backward(
-                            &self.geometry,
-                            isa,
-                            x_data,
-                            weight_data,
-                            mask,
-                            dy_data,
-                            needs,
-                        ))
-                    })
-                })
-            })
+        let tensors = [x, weight, y, dy];
+        let gradients = with_slices::<T, _, _>(OP, tensors, |[x, weight, y, dy]| {
+            let mask = (self.activation == Activation::Relu).then_some(y);
+            let isa = Isa::detect();
+            Ok(cpu::backward(
+                &self.geometry,
+                isa,
+                x,
+                weight,
+                mask,
+                dy,
+                needs,
+            ))
         })?;
         let tensor = |data: Option<Vec<T>>, shape: Shape| {
             data.map(|data| Tensor::from_vec(data, shape, x.device()))

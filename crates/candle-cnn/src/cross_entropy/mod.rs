@@ -3,7 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 
-use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 
 #[cfg(feature = "cuda")]
@@ -182,7 +182,7 @@ impl CustomOp1 for CrossEntropy {
         let upstream = upstream.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         dispatch!(OP, logits.dtype(), T => {
             let gradient =
-                with_slice::<T, _>(OP, logits, |logits| Ok(self.gradient(logits, upstream)))?;
+                with_slices::<T, _, _>(OP, [logits], |[logits]| Ok(self.gradient(logits, upstream)))?;
             Ok(Some(Tensor::from_vec(gradient, logits.shape(), logits.device())?))
         })
     }

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDTyp
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::mode::Mode;
 
@@ -120,7 +120,7 @@ impl CustomOp1 for Dropout {
             return cuda::backward(self, &dy).map(Some);
         }
         dispatch!(OP, x.dtype(), T => {
-            let dx = with_slice::<T, _>(OP, &dy, |dy| Ok(self.apply(dy)))?;
+            let dx = with_slices::<T, _, _>(OP, [&dy], |[dy]| Ok(self.apply(dy)))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }

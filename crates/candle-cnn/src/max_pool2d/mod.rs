@@ -11,7 +11,7 @@ mod tests;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
-use crate::element::{dispatch, float_dtype, slice, with_slice};
+use crate::element::{dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 use crate::window::{Axis, Planes};
@@ -139,10 +139,8 @@ impl CustomOp1 for MaxPool2d {
             return cuda::backward(&self.planes, x, &dy).map(Some);
         }
         dispatch!(OP, x.dtype(), T => {
-            let dx = with_slice::<T, _>(OP, x, |x| {
-                with_slice::<T, _>(OP, &dy, |dy| {
-                    Ok(cpu::backward(&self.planes, Isa::detect(), x, dy))
-                })
+            let dx = with_slices::<T, _, _>(OP, [x, &dy], |[x, dy]| {
+                Ok(cpu::backward(&self.planes, Isa::detect(), x, dy))
             })?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDTyp
 use rayon::prelude::*;
 
 use crate::conv2d::{keep_positive, relu as relu_of};
-use crate::element::{Element, dispatch, float_dtype, slice, with_slice};
+use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -73,9 +73,7 @@ impl CustomOp1 for Relu {
             return cuda::backward(y, &dy).map(Some);
         }
         dispatch!(OP, y.dtype(), T => {
-            let dx = with_slice::<T, _>(OP, y, |y| {
-                with_slice::<T, _>(OP, &dy, |dy| Ok(map2(dy, y, keep_positive)))
-            })?;
+            let dx = with_slices::<T, _, _>(OP, [y, &dy], |[y, dy]| Ok(map2(dy, y, keep_positive)))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }

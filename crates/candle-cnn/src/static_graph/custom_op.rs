@@ -11,7 +11,7 @@ use super::pass::{Maps, Trains, in_pool};
 use super::plan::Inner;
 use crate::backward::aside;
 use crate::batch_norm::Moments;
-use crate::element::{dispatch, slice, with_slice};
+use crate::element::{dispatch, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 
@@ -82,7 +82,7 @@ impl CustomOp2 for Run {
                 &self.trainable,
             );
             let (d_images, d_parameters) = self.graph.with_numbers(&self.parameters, |numbers| {
-                with_slice::<T, _>(OP, &gradient, |gradient| {
+                with_slices::<T, _, _>(OP, [&gradient], |[gradient]| {
                     Ok(in_pool(|| pass.run(maps, numbers, gradient)))
                 })
             })?;

@@ -47,7 +47,7 @@ pub use self::parameters::{ConvParameters, GraphOutput};
 use self::pass::{Trains, in_pool};
 use self::plan::Inner;
 pub use self::profile::PROFILE_TARGET;
-use crate::element::{dispatch, float_dtype, with_slice};
+use crate::element::{dispatch, float_dtype, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 
@@ -208,7 +208,7 @@ impl StaticGraph {
             .collect::<Result<_>>()?;
         dispatch!(OP, dtype, T => {
             let output = inner.with_numbers::<T, _>(&contiguous, |numbers| {
-                with_slice::<T, _>(OP, images, |images| {
+                with_slices::<T, _, _>(OP, [images], |[images]| {
                     let pass = Forward::<T>::new(inner, Isa::detect(), batch);
                     Ok(in_pool(|| pass.run(images, numbers, Keep::Nothing)))
                 })
