@@ -45,6 +45,7 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
+mod activation;
 mod avg_pool2d;
 mod backward;
 mod batch_norm;

@@ -13,7 +13,7 @@
 use rayon::prelude::*;
 
 use super::{Moments, Sizes};
-use crate::conv2d::{keep_positive, relu};
+use crate::activation::{keep_positive, relu};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
 

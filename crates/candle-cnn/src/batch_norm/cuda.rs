@@ -10,7 +10,8 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Error, Layout, Result, Shape, Tensor,
 };
 
-use super::{Activation, BatchStatistics, Needs, OP, Sizes, left_behind};
+use super::{BatchStatistics, Needs, OP, Sizes, left_behind};
+use crate::activation::Activation;
 use crate::backward::aside;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{Held, Launch, Operand, alloc, compute_dtype, count, tensor, zeros};

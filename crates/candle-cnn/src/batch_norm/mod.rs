@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
 
+use crate::activation::Activation;
 use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
@@ -130,13 +131,6 @@ pub fn batch_norm_relu_eval(
 /// Shapes or dtypes that differ.
 pub fn update_running(running: &Tensor, batch: &Tensor, momentum: f64) -> Result<Tensor> {
     running.detach().affine(1.0 - momentum, 0.0)? + batch.detach().affine(momentum, 0.0)?
-}
-
-/// What follows the normalisation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Activation {
-    Identity,
-    Relu,
 }
 
 fn train(

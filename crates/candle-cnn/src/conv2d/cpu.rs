@@ -20,6 +20,7 @@
 use rayon::prelude::*;
 
 use super::{Conv2dGeometry, PackedWeight};
+use crate::activation::keep_positive;
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, Transpose};
 
@@ -388,11 +389,10 @@ impl<T: Element> Scratch<T> {
     }
 }
 
-/// Images per task, so that a task has about [`PIXELS_PER_TASK`] pixels but
-/// every thread has work.
-fn images_per_task(g: &Conv2dGeometry, pixels: usize) -> usize {
-    let wanted = PIXELS_PER_TASK.div_ceil(pixels.max(1));
-    wanted.clamp(1, g.batch.div_ceil(rayon::current_num_threads()).max(1))
+/// Images of `image_pixels` that one task takes of a batch: about so many `pixels`, but work for every thread.
+pub(crate) fn images_per_task(pixels: usize, batch: usize, image_pixels: usize) -> usize {
+    let wanted = pixels.div_ceil(image_pixels.max(1));
+    wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
 }
 
 /// The convolution of all images, in the layout (N, K, H', W').
@@ -418,7 +418,7 @@ pub(super) fn forward<T: Element>(
         init[..g.c_out].copy_from_slice(bias);
     }
     let taps = window.taps(g);
-    let images = images_per_task(g, pixels);
+    let images = images_per_task(PIXELS_PER_TASK, g.batch, pixels);
     let x_len = g.c_in * g.input.0 * g.input.1;
     y.par_chunks_mut(images * g.c_out * pixels)
         .zip(x.par_chunks(images * x_len))
@@ -464,7 +464,8 @@ pub(super) fn backward<T: Element>(
     };
     dx_parts.resize_with(g.batch.div_ceil(images_per_part), Default::default);
 
-    let group = images_per_task(g, pixels.max(g.input.0 * g.input.1));
+    let most_pixels = pixels.max(g.input.0 * g.input.1);
+    let group = images_per_task(PIXELS_PER_TASK, g.batch, most_pixels);
     let parts: Vec<Part<T>> = dx_parts
         .into_par_iter()
         .enumerate()
@@ -531,19 +532,6 @@ pub(super) fn backward<T: Element>(
             None => vec![T::ZERO; g.c_out],
         }),
     }
-}
-
-/// PyTorch's threshold backward: zero where the output is not positive; a NaN
-/// output lets the gradient pass.
-#[inline(always)]
-pub(crate) fn keep_positive<T: Element>(dy: T, y: T) -> T {
-    if y <= T::ZERO { T::ZERO } else { dy }
-}
-
-/// PyTorch's forward: what is below zero is zero, and −0 stays as it is, as a NaN does.
-#[inline(always)]
-pub(crate) fn relu<T: Element>(value: T) -> T {
-    if value < T::ZERO { T::ZERO } else { value }
 }
 
 /// What the input gradient needs besides the output gradient.

@@ -11,7 +11,8 @@ use candle_core::{CudaStorage, DType, Result, Shape, Tensor};
 use super::cpu::Needs;
 use super::engines::{Operands, Plan};
 use super::plan::{DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey};
-use super::{Activation, Conv2d, Conv2dGeometry, OP};
+use super::{Conv2d, Conv2dGeometry, OP};
+use crate::activation::Activation;
 use crate::cuda::cudnn::{self, with_cudnn};
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{

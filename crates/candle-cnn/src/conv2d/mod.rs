@@ -27,13 +27,14 @@ pub(crate) use cuda::{ChannelsLast, channels_last_pass};
 #[cfg(feature = "cuda")]
 pub(crate) use plan::{Notes, Pass};
 
+use crate::activation::Activation;
 use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 
 pub(crate) use cpu::{
-    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, keep_positive, panels, relu, transpose,
+    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, images_per_task, panels, transpose,
 };
 pub(crate) use packed_weight::PackedWeight;
 pub use reference::{conv2d_backward_reference, conv2d_reference};
@@ -349,13 +350,6 @@ pub fn conv2d_relu(
     config: Conv2dConfig,
 ) -> Result<Tensor> {
     apply(x, weight, bias, config, Activation::Relu)
-}
-
-/// What follows the sum and the bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Activation {
-    Identity,
-    Relu,
 }
 
 fn apply(

@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use crate::conv2d::{keep_positive, relu as relu_of};
+use crate::activation::{keep_positive, relu as relu_of};
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 
 #[cfg(feature = "cuda")]

@@ -30,6 +30,11 @@ impl Layout {
         }
     }
 
+    /// Pixels of an image, without the halo.
+    pub(super) fn pixels(&self) -> usize {
+        self.size.0 * self.size.1
+    }
+
     /// Elements per line.
     pub(super) fn line(&self) -> usize {
         (self.size.1 + 2 * self.halo) * self.width

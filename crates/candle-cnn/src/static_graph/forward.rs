@@ -12,14 +12,14 @@ use super::gather::{GatherPass, Start};
 use super::norm::{self, Affine, Between, MomentSums, Span};
 use super::packed::{Packed, Wanted};
 use super::pass::{
-    After, AnyPass, Maps, Normalised, Numbers, Scratch, give_back, images_per_task, max_pool_of,
-    pays, start_values,
+    After, AnyPass, Maps, Normalised, Numbers, Scratch, give_back, max_pool_of, pays, start_values,
 };
 use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{self, Cost, Watch};
+use crate::activation::Activation;
 use crate::batch_norm::Moments;
-use crate::conv2d::{Activation, PIXELS_PER_TASK};
+use crate::conv2d::{PIXELS_PER_TASK, images_per_task};
 use crate::element::Element;
 use crate::simd::{Isa, Kernels};
 
@@ -277,7 +277,7 @@ impl<'a, T: Element> Forward<'a, T> {
                     let x = &maps[graph.source(step.index)];
                     if let (Some((x_image, x)), Some((y_image, y))) = (x, y) {
                         let size = graph.nodes[output].size;
-                        let images = images_per_task(PIXELS_PER_TASK, self.batch, size);
+                        let images = images_per_task(PIXELS_PER_TASK, self.batch, size.0 * size.1);
                         for (x, y) in x
                             .chunks(images * x_image)
                             .zip(y.chunks_mut(images * y_image))
@@ -578,7 +578,7 @@ impl<'a, T: Element> Forward<'a, T> {
             });
             return vec![measure(&y[..self.batch * y_layout.image()])];
         }
-        let images = images_per_task(PIXELS_PER_TASK, self.batch, y_layout.size);
+        let images = images_per_task(PIXELS_PER_TASK, self.batch, y_layout.pixels());
         y[..self.batch * y_layout.image()]
             .par_chunks_mut(images * y_layout.image())
             .zip(x.par_chunks(images * x_layout.image()))
@@ -603,7 +603,7 @@ impl<'a, T: Element> Forward<'a, T> {
             let step = writers.iter().map(|step| step.lines()).max();
             return self.parts((y, layout), step.unwrap_or(1));
         }
-        let images = images_per_task(PIXELS_PER_TASK, self.batch, layout.size);
+        let images = images_per_task(PIXELS_PER_TASK, self.batch, layout.pixels());
         y[..self.batch * layout.image()]
             .chunks_mut(images * layout.image())
             .enumerate()

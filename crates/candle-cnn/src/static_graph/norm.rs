@@ -9,8 +9,8 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::arena::Layout;
+use crate::activation::{keep_positive, relu};
 use crate::batch_norm::Moments;
-use crate::conv2d::{keep_positive, relu};
 use crate::element::Element;
 use crate::simd::multiversion;
 

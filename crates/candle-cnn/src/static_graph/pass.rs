@@ -136,16 +136,6 @@ pub(super) fn in_pool<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| pass())
 }
 
-/// Images per task: about so many `pixels`, but work for every thread.
-pub(super) fn images_per_task(
-    pixels: usize,
-    batch: usize,
-    (height, width): (usize, usize),
-) -> usize {
-    let wanted = pixels.div_ceil((height * width).max(1));
-    wanted.clamp(1, batch.div_ceil(rayon::current_num_threads()).max(1))
-}
-
 /// Whether Winograd's products pay for outputs of `size`.
 pub(super) fn pays<T>(c: &Convolution, size: (usize, usize), batch: usize) -> bool {
     winograd::pays::<T>(c.kernel, size, batch, c.eps.is_some())

@@ -9,12 +9,13 @@ use super::forward::Forward;
 use super::gather::{GatherPass, Start};
 use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
-use super::pass::{AfterGradients, AnyPass, ParameterGradients, Scratch, images_per_task, pays};
+use super::pass::{AfterGradients, AnyPass, ParameterGradients, Scratch, pays};
 use super::plan::Inner;
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
 use super::winograd::WinogradOuterPass;
-use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, keep_positive};
+use crate::activation::keep_positive;
+use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, images_per_task};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
 
@@ -148,10 +149,10 @@ pub(super) struct ConvolutionWay<'a, T: 'static> {
 }
 
 impl<T: Element> Way<'_, T> {
-    fn output_size(&self) -> (usize, usize) {
+    fn output_pixels(&self) -> usize {
         match self {
-            Self::Convolution(way) => way.prepared.mask.y.size,
-            Self::MaxPool { pool, .. } => pool.y.size,
+            Self::Convolution(way) => way.prepared.mask.y.pixels(),
+            Self::MaxPool { pool, .. } => pool.y.pixels(),
         }
     }
 
@@ -339,7 +340,7 @@ pub(super) fn images_at_once<T: Element>(batch: usize, ways: &[Way<'_, T>]) -> u
     };
     let images = ways
         .iter()
-        .map(|way| images_per_task(pixels, batch, way.output_size()));
+        .map(|way| images_per_task(pixels, batch, way.output_pixels()));
     images.min().unwrap_or(1)
 }
 

@@ -21,7 +21,8 @@ use super::ALIGNMENT;
 use super::arena::{Layout, Part};
 use super::gather::Start;
 use super::outer::turn_sums;
-use crate::conv2d::{PackedWeight, panels, relu};
+use crate::activation::relu;
+use crate::conv2d::{PackedWeight, panels};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, Outer, Tap, multiversion};
 
