@@ -7,8 +7,9 @@ use tracing::Level;
 /// Target of the events that tell where the time of training steps goes.
 ///
 /// Each is of level TRACE, ends one part of one step, and has the fields `part` (`data`,
-/// `forward`, `loss`, `backward` or `update`) and `nanoseconds`. While nobody listens to the
-/// target, nothing is measured. What happens inside of forward and backward is told to
+/// `forward`, `loss`, `backward` or `update`; where the data are [resident](crate::Execution::resident)
+/// also `gather`, after `data`) and `nanoseconds`. No part comes twice in a step. While nobody
+/// listens to the target, nothing is measured. What happens inside of forward and backward is told to
 /// [`candle_cnn::PROFILE_TARGET`].
 pub const PROFILE_TARGET: &str = "trainer::profile";
 

@@ -278,7 +278,7 @@ impl Training<'_> {
         let mut parts = Parts::start();
         let batch = || state.set.batch(&state.inputs.indices.narrow(0, 0, images)?);
         let (images, labels) = batch().map_err(failed("the data"))?;
-        parts.end("data");
+        parts.end("gather");
         let forward = || self.forward_train(&images, seed);
         // A recorded step must find its seed on the device: the host's would be part of the recording.
         #[cfg(feature = "cuda")]
