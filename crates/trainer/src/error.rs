@@ -82,6 +82,18 @@ pub enum Error {
     /// A setting is out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Of processes that train together rank 0 has no run directory, or another has one.
+    #[error(
+        "rank {rank} has {} run directory: rank 0 writes metrics, checkpoints and weights into one for all ranks, and no other does",
+        match rank {
+            0 => "no",
+            _ => "a",
+        }
+    )]
+    RunOfRank {
+        /// Which rank.
+        rank: usize,
+    },
     /// A set has no images.
     #[error("the {set} set is empty; it must have at least one image")]
     EmptySet {

@@ -20,7 +20,7 @@ use crate::error::{Error, LastCheckpoint, Place, Result};
 use crate::evaluate::{Evaluation, count_correct, scalar};
 use crate::execution::{Execution, timed_unless};
 use crate::features::FeatureCache;
-use crate::metrics::{CsvRow, Metric, MetricsFiles};
+use crate::metrics::{CsvRow, Metric};
 use crate::model::{Model, TrainOutput};
 use crate::observer::{EpochReport, Observer, StartReport, StepReport};
 use crate::profile::Parts;
@@ -31,6 +31,7 @@ use crate::schedule::ResolvedSchedule;
 use crate::sgd::Sgd;
 use crate::weights;
 use on_device::OnDevice;
+use saving::Recorder;
 
 /// A run in progress.
 ///
@@ -44,9 +45,8 @@ pub struct Training<'a> {
     config: TrainingConfig,
     optimizer: Sgd,
     schedule: ResolvedSchedule,
-    /// None on all ranks but the first, and so are the metrics.
-    run: Option<RunDirectory>,
-    metrics: Option<MetricsFiles>,
+    /// That of rank 0; no other has one.
+    recorder: Option<Recorder>,
     together: Together<'a>,
     /// The parameters that the optimiser moves, in an order that all ranks have.
     trainable: Vec<Var>,
@@ -108,8 +108,8 @@ impl<'a> Training<'a> {
     }
 
     /// Prepares to train `model` together with the other processes of `group`. All of them call this,
-    /// with the same data and settings; only rank 0 has a `run`, and only it writes. Without a
-    /// checkpoint all begin with rank 0's weights.
+    /// with the same data and settings; rank 0 has a `run`, no other has one, and only it writes. Without
+    /// a checkpoint all begin with rank 0's weights.
     ///
     /// The batch size is that of all ranks together: each takes its contiguous part of every batch,
     /// so that the steps are those of one process with the same settings, up to rounding. Three
@@ -118,8 +118,8 @@ impl<'a> Training<'a> {
     /// ([`random::dropout_seed_of_rank`]), and sums are made in another order.
     ///
     /// # Errors
-    /// As [`Training::new`]; [`Error::Group`], and [`Error::Config`] for batches with fewer images
-    /// than there are ranks.
+    /// As [`Training::new`]; [`Error::Group`], [`Error::RunOfRank`] where rank 0 has no `run` or another
+    /// has one, and [`Error::Config`] for batches with fewer images than there are ranks.
     pub fn distributed(
         model: &'a dyn Model,
         data: DataSets,
@@ -142,6 +142,10 @@ impl<'a> Training<'a> {
     ) -> Result<Self> {
         config.validate()?;
         data.check_not_empty()?;
+        let rank = together.rank();
+        if run.is_some() != (rank == 0) {
+            return Err(Error::RunOfRank { rank });
+        }
         together.check(&config, &data)?;
         weights::check_savable(&weights::state_dict(model))?;
         let trainable = trainable(model)?;
@@ -159,9 +163,8 @@ impl<'a> Training<'a> {
             }
         }
         let covered = checkpoint.as_ref().map(|c| c.state.metrics);
-        let metrics = run
-            .as_ref()
-            .map(|run| MetricsFiles::open(run.path(), covered.unwrap_or_default()))
+        let recorder = run
+            .map(|run| Recorder::open(run, covered.unwrap_or_default()))
             .transpose()?;
         let checkpoint = together.share_beginning(checkpoint, model)?;
         let optimizer = Sgd::new(trainable, config.optimizer)?;
@@ -171,7 +174,7 @@ impl<'a> Training<'a> {
             trainable: optimizer.parameters(),
             optimizer,
             schedule,
-            metrics,
+            recorder,
             together,
             position: Position::default(),
             last_evaluation: BTreeMap::new(),
@@ -181,16 +184,13 @@ impl<'a> Training<'a> {
             evaluated: BTreeMap::new(),
             data,
             config,
-            run,
         };
         if let Some(checkpoint) = checkpoint {
             training.load_checkpoint(&checkpoint)?;
         }
         // Only now it is certain that the run goes on.
-        if let Some(metrics) = &mut training.metrics {
+        if let Some(Recorder { run, metrics }) = &mut training.recorder {
             metrics.cut()?;
-        }
-        if let Some(run) = &training.run {
             run.record_resumption()?;
         }
         Ok(training)
@@ -235,7 +235,8 @@ impl<'a> Training<'a> {
             let checkpoint = self.save_checkpoint(observer)?;
             if flow.is_break() {
                 let step = self.position.step;
-                let checkpoint = self.together.first_does(|| Ok(checkpoint))?;
+                let saved = || checkpoint.ok_or(Error::RunOfRank { rank: 0 });
+                let checkpoint = self.together.first_does(saved)?;
                 return Ok(Outcome::Stopped { step, checkpoint });
             }
         }
@@ -303,9 +304,11 @@ impl<'a> Training<'a> {
             step: self.position.step + 1,
             loss,
             steps_made,
-            last_checkpoint: match &self.run {
+            last_checkpoint: match &self.recorder {
                 None => LastCheckpoint::OfRank0,
-                Some(run) => newest(run).map_or(LastCheckpoint::None, LastCheckpoint::At),
+                Some(recorder) => {
+                    newest(&recorder.run).map_or(LastCheckpoint::None, LastCheckpoint::At)
+                }
             },
         }
     }
@@ -501,10 +504,10 @@ impl<'a> Training<'a> {
             images: report.images,
         })?;
         let evaluated = |set: &str| report.evaluations.get(set);
-        let Some(metrics) = &mut self.metrics else {
+        let Some(recorder) = &mut self.recorder else {
             return Ok(());
         };
-        metrics.write_row(&CsvRow {
+        recorder.metrics.write_row(&CsvRow {
             epoch: report.epoch,
             step: report.step,
             lr: report.lr,
@@ -521,9 +524,9 @@ impl<'a> Training<'a> {
     }
 
     fn write(&mut self, metric: &Metric) -> Result<()> {
-        self.metrics
+        self.recorder
             .as_mut()
-            .map_or(Ok(()), |metrics| metrics.write(metric))
+            .map_or(Ok(()), |recorder| recorder.metrics.write(metric))
     }
 
     /// The batches of the current epoch that are still to come, in the epoch's own order.

@@ -212,6 +212,49 @@ fn gradients_are_averaged_by_what_was_agreed_on_and_not_by_what_a_rank_has() {
     });
 }
 
+#[test]
+fn rank_0_has_a_run_directory_and_no_other_rank_has() {
+    fn refused(rank: usize, ranks: usize, port: u16, run: Option<RunDirectory>) -> String {
+        let (group, model) = (connect(rank, ranks, port), plain());
+        let training = Training::distributed(&model, data(), &Device::Cpu, config(), run, &group);
+        training.err().unwrap().to_string()
+    }
+    let without = "rank 0 has no run directory";
+    let error = refused(0, 1, free_port(), None);
+    assert!(error.starts_with(without), "{error}");
+
+    let of_two = |runs: [Option<RunDirectory>; 2]| {
+        let port = free_port();
+        let mut rank = 0..;
+        let runs = runs.map(|run| (rank.next().unwrap(), run));
+        thread::scope(|scope| {
+            let ranks = runs.map(|(rank, run)| scope.spawn(move || refused(rank, 2, port, run)));
+            ranks.map(|rank| rank.join().unwrap())
+        })
+    };
+    let errors = of_two([None, None]);
+    assert!(errors[0].starts_with(without), "{errors:?}");
+    assert!(
+        errors[1].contains("rank 0 gave up: rank 0 has no"),
+        "{errors:?}"
+    );
+
+    let out = tempfile::tempdir().unwrap();
+    let runs = [0, 1].map(|_| {
+        let run = RunDirectory::create(out.path(), "tiny", &config(), &data(), &ENVIRONMENT);
+        Some(run.unwrap())
+    });
+    let errors = of_two(runs);
+    assert!(
+        errors[1].starts_with("rank 1 has a run directory"),
+        "{errors:?}"
+    );
+    assert!(
+        errors[0].contains("rank 1 gave up: rank 1 has a"),
+        "{errors:?}"
+    );
+}
+
 fn metrics(dir: &Path) -> Vec<Metric> {
     let lines = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
     lines

@@ -10,15 +10,34 @@ use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::first_change;
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
+use crate::metrics::{MetricsFiles, MetricsPosition};
 use crate::observer::Observer;
 use crate::random::STREAM_SCHEME;
+use crate::run_directory::RunDirectory;
 use crate::weights;
+
+/// Where a run is recorded.
+pub(super) struct Recorder {
+    pub(super) run: RunDirectory,
+    pub(super) metrics: MetricsFiles,
+}
+
+impl Recorder {
+    /// Opens the metrics of `run`, which a checkpoint covers up to a position.
+    pub(super) fn open(run: RunDirectory, covered: MetricsPosition) -> Result<Self> {
+        let metrics = MetricsFiles::open(run.path(), covered)?;
+        Ok(Self { run, metrics })
+    }
+}
 
 impl Training<'_> {
     /// Rank 0 saves for all; the others have no path to tell.
-    pub(super) fn save_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<PathBuf> {
-        let (Some(run), Some(metrics)) = (&self.run, &mut self.metrics) else {
-            return Ok(PathBuf::new());
+    pub(super) fn save_checkpoint(
+        &mut self,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<PathBuf>> {
+        let Some(Recorder { run, metrics }) = &mut self.recorder else {
+            return Ok(None);
         };
         let checkpoints = run.checkpoints();
         // What a checkpoint counts on is on disk before it.
@@ -50,7 +69,7 @@ impl Training<'_> {
             self.config.keep_checkpoints,
         )?;
         observer.checkpoint_saved(&path, self.position.step);
-        Ok(path)
+        Ok(Some(path))
     }
 
     pub(super) fn load_checkpoint(&mut self, checkpoint: &Checkpoint) -> Result<()> {
@@ -98,23 +117,22 @@ impl Training<'_> {
         Ok(())
     }
 
-    /// Puts the last checkpoint's weights at the root of the run and writes `finished.json`.
+    /// Puts the last checkpoint's weights at the root of the run and writes `finished.json`; for rank 0.
     pub(super) fn finish(&self) -> Result<Summary> {
-        let mut summary = Summary {
+        let Some(Recorder { run, .. }) = &self.recorder else {
+            return Err(Error::RunOfRank { rank: 0 });
+        };
+        let newest = checkpoint::newest_path(&run.checkpoints());
+        let source = newest.unwrap_or_else(|| run.checkpoints());
+        let weights = read(&source.join(checkpoint::WEIGHTS))?;
+        write_atomically(&run.path().join(checkpoint::WEIGHTS), &weights)?;
+        let summary = Summary {
             steps: self.position.step,
             epochs: self.position.epoch,
             evaluations: self.last_evaluation.clone(),
-            weights_sha256: String::new(),
+            weights_sha256: sha256_hex(&weights),
         };
-        // Only a rank that has a run is asked to finish it.
-        if let Some(run) = &self.run {
-            let newest = checkpoint::newest_path(&run.checkpoints());
-            let source = newest.unwrap_or_else(|| run.checkpoints());
-            let weights = read(&source.join(checkpoint::WEIGHTS))?;
-            write_atomically(&run.path().join(checkpoint::WEIGHTS), &weights)?;
-            summary.weights_sha256 = sha256_hex(&weights);
-            run.write_finished(&summary)?;
-        }
+        run.write_finished(&summary)?;
         Ok(summary)
     }
 }
