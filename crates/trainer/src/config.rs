@@ -12,8 +12,9 @@ use crate::sgd::SgdConfig;
 ///
 /// The default is a plain run: one epoch of batch 32 in shuffled order.
 ///
-/// A run is resumed with the settings that it began with. Only `epochs`, `evaluation_batch_size`, `evaluate_every_epochs`,
-/// `checkpoint_every_steps` and `keep_checkpoints` may be others: so it can be made longer, as long as its schedule does not depend on the
+/// A run is resumed with the settings that it began with. Only `epochs`, `evaluate_every_epochs`, `checkpoint_every_steps` and
+/// `keep_checkpoints` may be others, and `evaluation_batch_size` where no features are kept to train on
+/// ([`Model::fixed_features`](crate::Model::fixed_features)): so it can be made longer, as long as its schedule does not depend on the
 /// length, as [`Schedule::Cosine`] does, and `max_steps` is not what ended it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingConfig {
@@ -23,7 +24,8 @@ pub struct TrainingConfig {
     pub max_steps: Option<u64>,
     /// Images a step; the last batch of an epoch may be smaller.
     pub batch_size: usize,
-    /// Images a batch of evaluation. Decides speed and memory, not the accuracy.
+    /// Images a batch of evaluation, and of the computation of features that are kept. Decides speed and memory, and no more than
+    /// the rounding of what comes out.
     pub evaluation_batch_size: usize,
     /// Source of all randomness, see [`crate::random`].
     pub seed: u64,
@@ -132,21 +134,26 @@ pub(crate) fn described(
 pub(crate) fn first_change<'a>(
     recorded: &'a BTreeMap<String, String>,
     now: &'a BTreeMap<String, String>,
+    trains_on: TrainsOn,
 ) -> Option<(&'a str, &'a str, &'a str)> {
-    const FREE: [&str; 5] = [
-        "epochs",
-        "evaluation_batch_size",
-        "evaluate_every_epochs",
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-    ];
-    let mut pairs = recorded
-        .iter()
-        .filter(|(name, _)| !FREE.contains(&name.as_str()));
+    let is_free = |name: &str| match name {
+        "epochs" | "evaluate_every_epochs" | "checkpoint_every_steps" | "keep_checkpoints" => true,
+        "evaluation_batch_size" => trains_on == TrainsOn::Pictures,
+        _ => false,
+    };
+    let mut pairs = recorded.iter().filter(|(name, _)| !is_free(name));
     pairs.find_map(|(name, was)| {
         let is = now.get(name).filter(|is| *is != was)?;
         Some((name.as_str(), was.as_str(), is.as_str()))
     })
+}
+
+/// What the steps of a run take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TrainsOn {
+    Pictures,
+    /// Computed once, in batches of the evaluation: of other ones a GPU may round them otherwise.
+    Features,
 }
 
 /// A setting that cannot be run.

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 
 use super::{Summary, Training};
 use crate::checkpoint::{self, Checkpoint, State};
-use crate::config::first_change;
+use crate::config::{TrainsOn, first_change};
 use crate::durable::{read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
 use crate::metrics::{MetricsFiles, MetricsPosition};
@@ -89,7 +89,12 @@ impl Training<'_> {
             );
             return Err(incompatible(reason));
         }
-        if let Some((name, was, is)) = first_change(&state.settings, &self.settings()) {
+        let trains_on = match self.caches_training_features() {
+            true => TrainsOn::Features,
+            false => TrainsOn::Pictures,
+        };
+        let settings = self.settings();
+        if let Some((name, was, is)) = first_change(&state.settings, &settings, trains_on) {
             return Err(incompatible(format!("its {name} is {was}, the run's {is}")));
         }
         state.data.check(&self.data.fingerprints())?;

@@ -834,6 +834,38 @@ fn a_run_on_features_stopped_anywhere_and_resumed_ends_with_the_same_bits() {
 }
 
 #[test]
+fn a_run_on_features_goes_on_with_the_batches_in_which_they_were_computed() {
+    let out = tempfile::tempdir().unwrap();
+    let resumed = |began: TrainingConfig| {
+        let run = create(out.path(), &began);
+        let dir = run.path().to_path_buf();
+        let stopped = go_on_frozen(run, &after(4)).1.unwrap();
+        assert!(matches!(stopped, Outcome::Stopped { .. }), "{stopped:?}");
+        let mut model = TinyModel::new(config().seed);
+        model.frozen = true;
+        let others = TrainingConfig {
+            evaluation_batch_size: 1,
+            keep_checkpoints: 1,
+            ..began
+        };
+        let run = RunDirectory::open(&dir, EXPERIMENT).unwrap();
+        let training = Training::new(&model, data(), &Device::Cpu, others, run);
+        training.err().map(|error| error.to_string())
+    };
+    let error = resumed(config()).unwrap();
+    assert!(
+        error.contains("its evaluation_batch_size is 5, the run's 1"),
+        "{error}"
+    );
+    // A run of less than an epoch keeps no features of what it trains on.
+    let short = TrainingConfig {
+        max_steps: Some(3),
+        ..config()
+    };
+    assert_eq!(resumed(short), None);
+}
+
+#[test]
 fn frozen_parameters_have_no_optimiser_state_and_their_buffers_stay() {
     let out = tempfile::tempdir().unwrap();
     let run = create(out.path(), &config());
