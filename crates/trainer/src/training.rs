@@ -93,8 +93,8 @@ impl<'a> Training<'a> {
     /// the model's weights, or from the beginning when there is none.
     ///
     /// # Errors
-    /// [`Error::Config`], [`Error::EmptySet`], [`Error::Weights`] for a name that comes twice or a tensor of a
-    /// type that is not saved, [`Error::NothingTrains`], [`Error::DataChanged`],
+    /// [`Error::Config`], [`Error::EmptySet`], [`Error::Weights`] for a name that comes twice or cannot be saved, or a
+    /// tensor of a type that is not saved, [`Error::NothingTrains`], [`Error::DataChanged`],
     /// [`Error::IncompatibleCheckpoint`] where a setting is not what the run began with
     /// ([`TrainingConfig`] says which may change), and what else loading a checkpoint can say.
     pub fn new(

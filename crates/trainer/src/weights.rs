@@ -14,6 +14,9 @@ use serde_json::json;
 use crate::durable::write_atomically;
 use crate::model::Model;
 
+/// Where a safetensors header keeps what is said of the file; no tensor can have this name.
+const METADATA: &str = "__metadata__";
+
 /// Parameters, then buffers, under the keys of PyTorch's `state_dict()`.
 pub fn state_dict(model: &dyn Model) -> Vec<(String, Var)> {
     let mut all = model.named_parameters();
@@ -135,8 +138,8 @@ pub(crate) fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
 /// Equal tensors and metadata give equal bytes, so that two runs can be compared by hash.
 ///
 /// # Errors
-/// Two tensors of one name, a tensor of a type that is not saved, or Candle's error when a device
-/// cannot be read.
+/// Two tensors of one name, one named `__metadata__`, a tensor of a type that is not saved, or Candle's
+/// error when a device cannot be read.
 pub fn encode(
     tensors: &[(String, Tensor)],
     metadata: &BTreeMap<String, String>,
@@ -146,7 +149,7 @@ pub fn encode(
     let mut metadata = metadata.clone();
     // Readers of the transformers family ask for this key before they take a file as PyTorch's.
     metadata.insert("format".into(), "pt".into());
-    let mut header = BTreeMap::from([("__metadata__".to_string(), json!(metadata))]);
+    let mut header = BTreeMap::from([(METADATA.to_string(), json!(metadata))]);
     let mut data: Vec<u8> = Vec::new();
     check_names(tensors.iter().map(|(name, _)| name))?;
     let mut order: Vec<&(String, Tensor)> = tensors.iter().collect();
@@ -254,6 +257,12 @@ pub enum WeightsError {
         /// The name.
         name: String,
     },
+    /// A tensor with the name under which a file keeps its metadata.
+    #[error("tensor {name} cannot be saved: its name is taken")]
+    TakenName {
+        /// The name.
+        name: String,
+    },
     /// A tensor of a type that is not saved.
     #[error("{name} is {}, and cannot be saved: f32, f64 and i64 can", dtype.as_str())]
     NotSaved {
@@ -326,17 +335,18 @@ fn describe(tensor: &Tensor) -> String {
     format!("{} {:?}", tensor.dtype().as_str(), tensor.dims())
 }
 
-/// Refuses a name that comes twice, and a type that [`encode`] would.
+/// Refuses the names and types that [`encode`] would.
 pub(crate) fn check_savable(state: &[(String, Var)]) -> Result<(), WeightsError> {
     check_names(state.iter().map(|(name, _)| name))?;
     let mut state = state.iter();
     state.try_for_each(|(name, var)| saved_as(name, var.dtype()).map(drop))
 }
 
-/// Refuses a name that comes twice.
+/// Refuses a name that comes twice, or is taken.
 fn check_names<'a>(mut names: impl Iterator<Item = &'a String>) -> Result<(), WeightsError> {
     let mut seen = BTreeSet::new();
-    match names.find(|name| !seen.insert(*name)) {
+    match names.find(|name| *name == METADATA || !seen.insert(*name)) {
+        Some(name) if name == METADATA => Err(WeightsError::TakenName { name: name.clone() }),
         Some(name) => Err(WeightsError::DuplicateName { name: name.clone() }),
         None => Ok(()),
     }
@@ -410,6 +420,19 @@ mod tests {
         let tensors = ["a", "b", "a"].map(|name| (name.to_string(), tensor.clone()));
         let error = encode(&tensors, &BTreeMap::new()).unwrap_err().to_string();
         assert!(error.contains("two tensors are named a"), "{error}");
+    }
+
+    #[test]
+    fn the_name_under_which_a_file_keeps_its_metadata_is_refused() {
+        let tensors = [(
+            METADATA.to_string(),
+            Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap(),
+        )];
+        let error = encode(&tensors, &BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("__metadata__ cannot be saved"), "{error}");
+        let [(name, tensor)] = tensors;
+        let error = check_savable(&[(name, Var::from_tensor(&tensor).unwrap())]).unwrap_err();
+        assert!(matches!(error, WeightsError::TakenName { .. }), "{error}");
     }
 
     #[test]
