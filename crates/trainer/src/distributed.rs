@@ -128,6 +128,12 @@ impl Together<'_> {
         group.wait_until(|| marker.is_reached().map_err(failed))
     }
 
+    /// Without CUDA no rank waits for a device.
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn wait_for(self, _: &Device) -> Result<()> {
+        Ok(())
+    }
+
     /// This rank's part of a set that is gone through in order: whole batches, so that each is the
     /// same as for a process that is alone.
     pub(crate) fn share_of_set(self, images: usize, batch_size: usize) -> std::ops::Range<usize> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_cnn::{CrossEntropyConfig, Mode, backward, cross_entropy};
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use cifar_data::{ImageSet, shuffled_order};
 use data_parallel::ProcessGroup;
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, Position};
 use crate::config::{TrainingConfig, described};
 use crate::data::{DataSets, Examples, batches};
-use crate::distributed::Together;
+use crate::distributed::{Share, Together};
 use crate::error::{Error, LastCheckpoint, Place, Result};
 use crate::evaluate::{Evaluation, count_correct, scalar};
 use crate::execution::{Execution, timed_unless};
@@ -343,15 +344,7 @@ impl<'a> Training<'a> {
         }
 
         parts.end("loss");
-        let gradients = backward(&loss).map_err(failed("the backward pass"))?;
-        parts.end("backward");
-        let agreed = self
-            .together
-            .agree_on_gradients(&gradients, &self.trainable)?;
-        self.check_gradients(&agreed, step)?;
-        let gradients =
-            self.together
-                .average_gradients(gradients, &self.trainable, &agreed, sums.batch)?;
+        let (gradients, _) = self.gradients(&loss, step, sums.batch, None, parts)?;
         let lr = self.learning_rate(step);
         self.optimizer
             .step(&gradients, lr)
@@ -367,12 +360,32 @@ impl<'a> Training<'a> {
         })
     }
 
-    /// Refuses a step that would move nothing.
-    fn check_gradients(&self, agreed: &[bool], step: u64) -> Result<()> {
-        match agreed.contains(&true) {
-            true => Ok(()),
-            false => Err(Error::NoGradient { step: step + 1 }),
+    /// The gradients of the whole batch, averaged over the ranks, from this rank's `loss` in `step` (0-based), and which of the
+    /// parameters have one: those that were `agreed` on, or that the ranks agree on now. A step that would move nothing is refused.
+    fn gradients(
+        &self,
+        loss: &Tensor,
+        step: u64,
+        batch: Share,
+        agreed: Option<&[bool]>,
+        parts: &mut Parts,
+    ) -> Result<(GradStore, Vec<bool>)> {
+        let failed = Error::tensor("the backward pass", self.place(step + 1));
+        let gradients = backward(loss).map_err(failed)?;
+        parts.end("backward");
+        let agreed = match agreed {
+            Some(agreed) => agreed.to_vec(),
+            None => self
+                .together
+                .agree_on_gradients(&gradients, &self.trainable)?,
+        };
+        if !agreed.contains(&true) {
+            return Err(Error::NoGradient { step: step + 1 });
         }
+        let averaged =
+            self.together
+                .average_gradients(gradients, &self.trainable, &agreed, batch)?;
+        Ok((averaged, agreed))
     }
 
     /// The forward pass of images, or of their features where those are kept.

@@ -13,7 +13,6 @@ use tempfile::TempDir;
 use test_support::free_port;
 
 use super::*;
-use crate::distributed::Share;
 use crate::observer::Silent;
 use crate::sgd::SgdConfig;
 use crate::tiny_model::TinyModel;

@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use candle_cnn::backward;
 use candle_core::{DType, Device, Tensor};
 
 use super::{Step, Training};
@@ -16,16 +15,15 @@ use crate::resident::{ResidentSet, correct_on_device};
 
 #[cfg(feature = "cuda")]
 mod graph;
+#[cfg(not(feature = "cuda"))]
+#[path = "on_device/no_graph.rs"]
+mod graph;
 
 /// Most steps between two readings of their losses.
 const READ_EVERY_STEPS: usize = 64;
 /// Most time between two readings of losses, so that slow steps are seen to advance, and a stop is heard. Where several processes
 /// train together, which have to read at the same steps, as many steps as took rank 0 this long the last time.
 const READ_EVERY: Duration = Duration::from_millis(200);
-/// Steps made as usual before one is recorded as a graph: the first begins the momentum and chooses cuDNN's
-/// engines, the second runs as all that follow.
-#[cfg(feature = "cuda")]
-const WARM_UP_STEPS: usize = 2;
 
 /// What a run keeps on its device from step to step.
 pub(super) struct OnDevice {
@@ -39,11 +37,7 @@ pub(super) struct OnDevice {
     unread: Vec<Unread>,
     /// How many steps are left unread at most.
     read_after: usize,
-    #[cfg(feature = "cuda")]
-    graph: graph::StepGraph,
-    /// The parameters whose gradients a recorded step averages, as the ranks agreed in the steps before: a recorded step asks nobody.
-    #[cfg(feature = "cuda")]
-    agreed: Vec<bool>,
+    recorded: graph::RecordedStep,
 }
 
 /// What changes from step to step, at addresses that stay: a recorded step reads it there.
@@ -103,18 +97,13 @@ impl OnDevice {
             corrects: f32s(READ_EVERY_STEPS)?,
             unread: Vec::with_capacity(READ_EVERY_STEPS),
             read_after: READ_EVERY_STEPS,
-            #[cfg(feature = "cuda")]
-            graph: graph::StepGraph::default(),
-            #[cfg(feature = "cuda")]
-            agreed: Vec::new(),
+            recorded: Default::default(),
         })
     }
 
     /// Gives back what a recorded step keeps, before other work takes memory of its own.
-    pub(super) fn make_room(&mut self, _device: &Device) -> candle_core::Result<()> {
-        #[cfg(feature = "cuda")]
-        self.graph.make_room(_device)?;
-        Ok(())
+    pub(super) fn make_room(&mut self, device: &Device) -> candle_core::Result<()> {
+        self.recorded.make_room(device)
     }
 }
 
@@ -201,20 +190,10 @@ impl Training<'_> {
         set_inputs().map_err(failed("the data"))?;
         parts.end("data");
         let seed = self.dropout_seed(step);
-        let seldom = self.is_smaller(batch);
-        #[cfg(feature = "cuda")]
-        if images == batch_size && self.execution.cuda_graph && self.together.stays_on_device() {
-            self.replay_or_record(state, share, seed)?;
-        } else {
-            if state.graph.keeps_memory() {
-                // Which is given back when the device has come so far.
-                self.together.wait_for(&self.device)?;
-            }
-            state.make_room(&self.device).map_err(failed("the step"))?;
+        if !self.step_by_graph(state, share, seed)? {
+            let seldom = self.is_smaller(batch);
             timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
         }
-        #[cfg(not(feature = "cuda"))]
-        timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
         let slot = state.unread.len();
         let keep = || {
             state.losses.slice_set(&state.outputs.loss, 0, slot)?;
@@ -238,8 +217,8 @@ impl Training<'_> {
         seed: u64,
         agreed: Option<&[bool]>,
     ) -> Result<Vec<bool>> {
-        let unread = state.unread.len() as u64;
-        let place = self.place(self.position.step + unread + 1);
+        let step = self.position.step + state.unread.len() as u64;
+        let place = self.place(step + 1);
         let failed = |during| Error::tensor(during, place);
         let loss = match batch.own {
             // Of a last batch with fewer images than there are ranks: nothing has a gradient here.
@@ -247,18 +226,7 @@ impl Training<'_> {
             images => self.compute_loss(state, images as usize, seed, failed)?,
         };
         let mut parts = Parts::start();
-        let gradients = backward(&loss).map_err(failed("the backward pass"))?;
-        parts.end("backward");
-        let agreed = match agreed {
-            Some(agreed) => agreed.to_vec(),
-            None => self
-                .together
-                .agree_on_gradients(&gradients, &self.trainable)?,
-        };
-        self.check_gradients(&agreed, self.position.step + unread)?;
-        let gradients =
-            self.together
-                .average_gradients(gradients, &self.trainable, &agreed, batch)?;
+        let (gradients, agreed) = self.gradients(&loss, step, batch, agreed, &mut parts)?;
         self.optimizer
             .step_on_device(&gradients, &state.inputs.lr)
             .map_err(failed("the update"))?;
@@ -281,13 +249,7 @@ impl Training<'_> {
         parts.end("gather");
         let forward = || self.forward_train(&images, seed);
         // A recorded step must find its seed on the device: the host's would be part of the recording.
-        #[cfg(feature = "cuda")]
-        let output = match images.device().is_cuda() {
-            true => candle_cnn::cuda::with_dropout_seed(&state.inputs.seed, forward),
-            false => forward(),
-        };
-        #[cfg(not(feature = "cuda"))]
-        let output = forward();
+        let output = graph::with_dropout_seed(&state.inputs.seed, forward);
         let output = output.map_err(failed("the forward pass"))?;
         parts.end("forward");
         let loss = self.loss(&output, &labels).map_err(failed("the loss"))?;
@@ -314,7 +276,6 @@ impl Training<'_> {
         if unread.is_empty() {
             return Ok(());
         }
-        #[cfg(feature = "cuda")]
         self.together.wait_for(&self.device)?;
         let read = || {
             Ok((
@@ -362,13 +323,7 @@ impl Training<'_> {
         }
         let failed = self.failed("the beginning");
         self.optimizer.reserve_on_gpu().map_err(failed)?;
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda()
-            && let Err(error) = candle_cnn::cuda::make_lasting_memory(&self.device)
-        {
-            // It is made where it is needed, by a network that has convolutions.
-            tracing::debug!("no workspaces for convolutions beforehand: {error}");
-        }
+        graph::make_workspaces(&self.device);
         Ok(())
     }
 

@@ -7,19 +7,31 @@
 //! within a graph, workspaces of branches side by side share no memory. What lasts has to be there before the first step: the
 //! driver gets memory back by pieces of 32 MiB and more (the emulated device gives back all that is free).
 
-use candle_core::Device;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
+use candle_core::{Device, Tensor};
 
-use super::{OnDevice, Training, WARM_UP_STEPS};
+use super::{OnDevice, Training};
 use crate::distributed::Share;
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// Steps made as usual before one is recorded as a graph: the first begins the momentum and chooses cuDNN's
+/// engines, the second runs as all that follow.
+const WARM_UP_STEPS: usize = 2;
+
+/// The step that is recorded, and what was agreed on for it.
+#[derive(Default)]
+pub(super) struct RecordedStep {
+    graph: StepGraph,
+    /// The parameters whose gradients it averages, as the ranks agreed in the steps before: a recorded step asks nobody.
+    agreed: Vec<bool>,
+}
 
 /// How far the recording has come.
-pub(super) enum StepGraph {
+enum StepGraph {
     /// Steps made as usual.
     WarmingUp(usize),
     Recorded {
@@ -37,12 +49,12 @@ impl Default for StepGraph {
     }
 }
 
-impl StepGraph {
+impl RecordedStep {
     /// Whether it has memory that other work could use.
-    pub(super) fn keeps_memory(&self) -> bool {
+    fn keeps_memory(&self) -> bool {
         matches!(
-            self,
-            Self::Recorded {
+            self.graph,
+            StepGraph::Recorded {
                 keeps_memory: true,
                 ..
             }
@@ -51,7 +63,7 @@ impl StepGraph {
 
     /// Lets other work have the memory of a recorded step, which would lie idle beside its own.
     pub(super) fn make_room(&mut self, device: &Device) -> candle_core::Result<()> {
-        if let Self::Recorded { keeps_memory, .. } = self
+        if let StepGraph::Recorded { keeps_memory, .. } = &mut self.graph
             && *keeps_memory
         {
             candle_cnn::cuda::release_graph_memory(device)?;
@@ -63,10 +75,10 @@ impl StepGraph {
 
     /// Replays a recorded step. What other work has freed goes back first: a graph does not take it from there.
     fn replay(&mut self, device: &Device) -> candle_core::Result<()> {
-        let Self::Recorded {
+        let StepGraph::Recorded {
             graph,
             keeps_memory,
-        } = self
+        } = &mut self.graph
         else {
             return Ok(());
         };
@@ -82,18 +94,36 @@ impl StepGraph {
 }
 
 impl Training<'_> {
-    /// One step of a whole batch: replayed if it is recorded, recorded if it was made often enough, else made as
-    /// usual. A step that cannot be recorded is made as usual, and so are all that follow.
-    pub(super) fn replay_or_record(
+    /// Makes a step if it is of those that a graph replays, and says whether: one of a whole batch, where nothing has to
+    /// go through the host. For another one it makes room.
+    pub(super) fn step_by_graph(
         &mut self,
         state: &mut OnDevice,
         batch: Share,
         seed: u64,
-    ) -> Result<()> {
-        match &state.graph {
+    ) -> Result<bool> {
+        let is_whole = batch.images == self.config.batch_size as u64;
+        if is_whole && self.execution.cuda_graph && self.together.stays_on_device() {
+            self.replay_or_record(state, batch, seed)?;
+            return Ok(true);
+        }
+        if state.recorded.keeps_memory() {
+            // Which is given back when the device has come so far.
+            self.together.wait_for(&self.device)?;
+        }
+        let step = self.position.step + state.unread.len() as u64;
+        let failed = Error::tensor("the step", self.place(step + 1));
+        state.make_room(&self.device).map_err(failed)?;
+        Ok(false)
+    }
+
+    /// One step of a whole batch: replayed if it is recorded, recorded if it was made often enough, else made as
+    /// usual. A step that cannot be recorded is made as usual, and so are all that follow.
+    fn replay_or_record(&mut self, state: &mut OnDevice, batch: Share, seed: u64) -> Result<()> {
+        match &state.recorded.graph {
             StepGraph::Recorded { .. } => {}
             StepGraph::Unavailable => {
-                self.compute_step(state, batch, seed, Some(&state.agreed))?;
+                self.compute_step(state, batch, seed, Some(&state.recorded.agreed))?;
                 return Ok(());
             }
             &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
@@ -104,13 +134,13 @@ impl Training<'_> {
                     .as_cuda_device()
                     .map_err(self.failed("the step"))?
                     .enable_cuda_graph_htod_cache();
-                state.agreed = self.compute_step(state, batch, seed, None)?;
-                state.graph = StepGraph::WarmingUp(steps + 1);
+                state.recorded.agreed = self.compute_step(state, batch, seed, None)?;
+                state.recorded.graph = StepGraph::WarmingUp(steps + 1);
                 return Ok(());
             }
             StepGraph::WarmingUp(_) => match self.record_together(state, batch, seed)? {
                 Ok(graph) => {
-                    state.graph = StepGraph::Recorded {
+                    state.recorded.graph = StepGraph::Recorded {
                         graph,
                         keeps_memory: true,
                     };
@@ -120,15 +150,15 @@ impl Training<'_> {
                         "the training step cannot be recorded as a CUDA graph, and is launched operation by operation: \
                          {reason}"
                     );
-                    state.graph = StepGraph::Unavailable;
-                    self.compute_step(state, batch, seed, Some(&state.agreed))?;
+                    state.recorded.graph = StepGraph::Unavailable;
+                    self.compute_step(state, batch, seed, Some(&state.recorded.agreed))?;
                     return Ok(());
                 }
             },
         }
         // Recording computes nothing: the step that was recorded is replayed, too.
         let failed = self.failed("the replay of the step");
-        state.graph.replay(&self.device).map_err(failed)
+        state.recorded.replay(&self.device).map_err(failed)
     }
 
     /// Records the step on all ranks, or says why not: NCCL wants all of them to replay what they have recorded together, or none.
@@ -170,7 +200,7 @@ impl Training<'_> {
         // no other thread works on this device.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).w().map_err(&failed)?;
-        let computed = self.compute_step(state, batch, seed, Some(&state.agreed));
+        let computed = self.compute_step(state, batch, seed, Some(&state.recorded.agreed));
         // Errors of memory freed in the capture wait in the context, and would keep it from being ended.
         let freed = stream.context().check_err();
         // Ends the capture also where the step failed: the stream could not be used any more.
@@ -191,6 +221,24 @@ impl Training<'_> {
             let _ = candle_cnn::cuda::release_graph_memory(&device);
         }
         recorded
+    }
+}
+
+/// Runs a forward pass with the seed of its dropout masks from the device it is on, where that is a GPU.
+pub(super) fn with_dropout_seed<R>(seed: &Tensor, forward: impl FnOnce() -> R) -> R {
+    match seed.device().is_cuda() {
+        true => candle_cnn::cuda::with_dropout_seed(seed, forward),
+        false => forward(),
+    }
+}
+
+/// Makes the workspaces of convolutions on a GPU, which last.
+pub(super) fn make_workspaces(device: &Device) {
+    if device.is_cuda()
+        && let Err(error) = candle_cnn::cuda::make_lasting_memory(device)
+    {
+        // It is made where it is needed, by a network that has convolutions.
+        tracing::debug!("no workspaces for convolutions beforehand: {error}");
     }
 }
 
