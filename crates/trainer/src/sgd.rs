@@ -99,18 +99,18 @@ struct Slot {
     parameter: Var,
     /// None until the parameter's first step with a gradient.
     buffer: Option<Buffer>,
+    /// Memory that the buffer will take then, on a GPU.
+    reserved: Option<Var>,
 }
 
-/// A momentum buffer where the update needs it: plain memory for the fused CPU pass, a tensor on
-/// other devices.
+/// A momentum buffer where the update needs it: plain memory for the fused pass on the CPU, a tensor for
+/// all other updates.
 #[derive(Debug)]
 enum Buffer {
     F32(Vec<f32>),
     F64(Vec<f64>),
     /// At an address that stays.
-    Device(Var),
-    /// Memory for that, before the first step.
-    Reserved(Var),
+    Tensor(Var),
 }
 
 impl Sgd {
@@ -129,6 +129,7 @@ impl Sgd {
                 name,
                 parameter,
                 buffer: None,
+                reserved: None,
             })
             .collect();
         let mut names = HashSet::new();
@@ -202,16 +203,16 @@ impl Sgd {
             let Some(grad) = grads.get(&slot.parameter) else {
                 continue;
             };
-            let buffer = slot.device_buffer()?;
+            let mut buffer = slot.buffer_as_tensor()?;
             let first = buffer.is_none();
-            let buffer = match (buffer, slot.buffer.take()) {
-                (None, Some(Buffer::Reserved(buffer))) => Some(buffer),
-                (None, _) if self.config.momentum != 0.0 => {
-                    Some(on_its_own(&slot.parameter.as_tensor().zeros_like()?)?)
-                }
-                (buffer, _) => buffer,
-            };
-            slot.buffer = buffer.clone().map(Buffer::Device);
+            if first && self.config.momentum != 0.0 {
+                let new = match slot.reserved.take() {
+                    Some(reserved) => reserved,
+                    None => on_its_own(&slot.parameter.as_tensor().zeros_like()?)?,
+                };
+                slot.buffer = Some(Buffer::Tensor(new.clone()));
+                buffer = Some(new);
+            }
             let parameter = slot.parameter.as_detached_tensor();
             let buffer = buffer.map(|buffer| buffer.as_detached_tensor());
             moved.push((parameter, grad.contiguous()?, buffer, first));
@@ -242,9 +243,10 @@ impl Sgd {
         let has_buffers = self.config.momentum != 0.0;
         for slot in &mut self.slots {
             let parameter = slot.parameter.as_tensor();
-            if has_buffers && slot.buffer.is_none() && parameter.device().is_cuda() {
+            let has_memory = slot.buffer.is_some() || slot.reserved.is_some();
+            if has_buffers && !has_memory && parameter.device().is_cuda() {
                 let zeros = Var::zeros(parameter.shape(), parameter.dtype(), parameter.device())?;
-                slot.buffer = Some(Buffer::Reserved(zeros));
+                slot.reserved = Some(zeros);
             }
         }
         Ok(())
@@ -264,8 +266,7 @@ impl Sgd {
                 None => continue,
                 Some(Buffer::F32(b)) => Tensor::from_slice(b, shape, device)?,
                 Some(Buffer::F64(b)) => Tensor::from_slice(b, shape, device)?,
-                Some(Buffer::Device(b)) => b.as_detached_tensor(),
-                Some(Buffer::Reserved(_)) => continue,
+                Some(Buffer::Tensor(b)) => b.as_detached_tensor(),
             };
             state.push((format!("{}{SUFFIX}", slot.name), tensor));
         }
@@ -294,7 +295,7 @@ impl Sgd {
             slot.buffer = Some(match (parameter.device().is_cpu(), tensor.dtype()) {
                 (true, DType::F32) => Buffer::F32(tensor.flatten_all()?.to_vec1()?),
                 (true, DType::F64) => Buffer::F64(tensor.flatten_all()?.to_vec1()?),
-                _ => Buffer::Device(on_its_own(&tensor.to_device(parameter.device())?)?),
+                _ => Buffer::Tensor(on_its_own(&tensor.to_device(parameter.device())?)?),
             });
         }
         match state.into_keys().next() {
@@ -355,8 +356,8 @@ impl Slot {
         parameter.inplace_op2(&grad.contiguous()?, &update)
     }
 
-    /// The update on devices other than the CPU, one kernel an operation, at the learning rate `lr`
-    /// (1,) on the device.
+    /// The update of one Candle operation after the other, at the learning rate `lr` (1,) on the parameter's device: of types and
+    /// devices for which there is no fused one, and where the learning rate is a tensor and no kernel takes it.
     fn step_with_tensor_ops(
         &mut self,
         grad: &Tensor,
@@ -369,7 +370,7 @@ impl Slot {
             direction = (direction + (&parameter * config.weight_decay)?)?;
         }
         if config.momentum != 0.0 {
-            let velocity = match self.device_buffer()? {
+            let velocity = match self.buffer_as_tensor()? {
                 Some(buffer) => {
                     let old = buffer.as_detached_tensor();
                     let velocity =
@@ -378,7 +379,7 @@ impl Slot {
                     velocity
                 }
                 None => {
-                    self.buffer = Some(Buffer::Device(on_its_own(&direction)?));
+                    self.buffer = Some(Buffer::Tensor(on_its_own(&direction)?));
                     direction.clone()
                 }
             };
@@ -394,20 +395,16 @@ impl Slot {
     }
 
     /// The momentum buffer as a tensor, which it becomes if it was plain memory.
-    fn device_buffer(&mut self) -> candle_core::Result<Option<Var>> {
+    fn buffer_as_tensor(&mut self) -> candle_core::Result<Option<Var>> {
         let (shape, device) = (self.parameter.shape(), self.parameter.device());
-        let buffer = match self.buffer.take() {
+        let tensor = match &self.buffer {
             None => return Ok(None),
-            Some(Buffer::Reserved(buffer)) => {
-                self.buffer = Some(Buffer::Reserved(buffer));
-                return Ok(None);
-            }
-            Some(Buffer::Device(buffer)) => buffer,
-            Some(Buffer::F32(values)) => Var::from_vec(values, shape, device)?,
-            Some(Buffer::F64(values)) => Var::from_vec(values, shape, device)?,
+            Some(Buffer::Tensor(tensor)) => return Ok(Some(tensor.clone())),
+            Some(Buffer::F32(values)) => Var::from_slice(values, shape, device)?,
+            Some(Buffer::F64(values)) => Var::from_slice(values, shape, device)?,
         };
-        self.buffer = Some(Buffer::Device(buffer.clone()));
-        Ok(Some(buffer))
+        self.buffer = Some(Buffer::Tensor(tensor.clone()));
+        Ok(Some(tensor))
     }
 }
 
@@ -654,6 +651,7 @@ mod tests {
             name: "p".into(),
             parameter: Var::new(&values[..], &Device::Cpu).unwrap(),
             buffer: None,
+            reserved: None,
         };
         let (mut fused, mut plain) = (slot(), slot());
         let lr = Tensor::new(&[config.lr], &Device::Cpu).unwrap();
