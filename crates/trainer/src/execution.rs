@@ -34,7 +34,7 @@ impl Execution {
 }
 
 /// Runs `f`; a GPU times no engines for it if its shapes are `seldom` met, as those of a last, smaller batch are.
-pub(crate) fn timed_unless<R>(seldom: bool, f: impl FnOnce() -> R) -> R {
+pub(crate) fn without_benchmark_if<R>(seldom: bool, f: impl FnOnce() -> R) -> R {
     match seldom {
         true => without_benchmark(f),
         false => f(),
@@ -48,9 +48,9 @@ pub(crate) struct InARow {
 }
 
 impl InARow {
-    /// [`timed_unless`] for the next batch, of so many images.
+    /// [`without_benchmark_if`] for the next batch, of so many images.
     pub(crate) fn run<R>(&mut self, images: u64, f: impl FnOnce() -> R) -> R {
         self.whole = images.max(self.whole);
-        timed_unless(images < self.whole, f)
+        without_benchmark_if(images < self.whole, f)
     }
 }

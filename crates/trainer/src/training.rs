@@ -19,7 +19,7 @@ use crate::data::{DataSets, Examples, batches};
 use crate::distributed::{Share, Together};
 use crate::error::{Error, LastCheckpoint, Place, Result};
 use crate::evaluate::{Evaluation, count_correct, scalar};
-use crate::execution::{Execution, timed_unless};
+use crate::execution::{Execution, without_benchmark_if};
 use crate::features::FeatureCache;
 use crate::metrics::{CsvRow, Metric};
 use crate::model::{Model, TrainOutput};
@@ -282,7 +282,8 @@ impl<'a> Training<'a> {
             }
             parts.end("data");
             let seldom = self.is_smaller(self.position.batch_in_epoch);
-            let step = timed_unless(seldom, || self.train_step(batch.as_ref(), &mut parts))?;
+            let step =
+                without_benchmark_if(seldom, || self.train_step(batch.as_ref(), &mut parts))?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {
                 self.save_checkpoint(observer)?;

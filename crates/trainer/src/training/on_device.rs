@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use super::{Step, Training};
 use crate::distributed::Share;
 use crate::error::{Error, Result};
-use crate::execution::timed_unless;
+use crate::execution::without_benchmark_if;
 use crate::observer::Observer;
 use crate::profile::Parts;
 use crate::resident::{ResidentSet, correct_on_device};
@@ -192,7 +192,7 @@ impl Training<'_> {
         let seed = self.dropout_seed(step);
         if !self.step_by_graph(state, share, seed)? {
             let seldom = self.is_smaller(batch);
-            timed_unless(seldom, || self.compute_step(state, share, seed, None))?;
+            without_benchmark_if(seldom, || self.compute_step(state, share, seed, None))?;
         }
         let slot = state.unread.len();
         let keep = || {
