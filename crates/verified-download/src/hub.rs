@@ -10,8 +10,9 @@ use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, ETAG, HeaderMap, HeaderNa
 use reqwest::redirect;
 
 use crate::error::{DownloadError, RemoteError};
-use crate::transfer::{client_with, excerpt, header, shown_url, wait};
-use crate::{Hints, Options, Pin, Text, Token, parse_url};
+use crate::retry::{Retry, status_error, wait};
+use crate::transfer::{client_with, excerpt, header, shown_url};
+use crate::{Event, Hints, Options, Pin, Text, Token, parse_url};
 
 /// What messages call the cache that Hugging Face tools share.
 pub const CACHE_NAME: &str = "the Hugging Face cache";
@@ -189,6 +190,8 @@ impl HubFile {
     /// hf-hub 1.0.0 cannot: its listing of files drops the SHA-256, and its question for one file follows the
     /// redirect to the content network, which no longer states it.
     ///
+    /// A Hub that is busy is asked again as one that sends a file is, which `progress` hears of.
+    ///
     /// # Errors
     /// A Hub that does not answer, that refuses, or that states no hash.
     pub fn pin(
@@ -197,6 +200,7 @@ impl HubFile {
         token: Option<&Token>,
         options: &Options,
         hints: &Hints,
+        progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Pin, DownloadError> {
         let url = parse_url(&self.url(endpoint)?, "HF_ENDPOINT")?;
         // A renamed repository redirects within the Hub; the way out of it ends at what the Hub states.
@@ -213,49 +217,33 @@ impl HubFile {
             what: hints.not_delivered.clone(),
             cause: Box::new(cause),
         };
-        let mut failures = 0;
+        let mut retry = Retry::new(&options.network);
         loop {
             let mut request = client.head(url.clone()).header(ACCEPT_ENCODING, "identity");
             if let Some(token) = token {
                 request = request.bearer_auth(token.expose());
             }
+            let shown = shown_url(&url, None);
             let error = match request.send() {
                 Ok(answer) if answer.status().is_success() || answer.status().is_redirection() => {
-                    let shown = shown_url(&url, None);
                     return stated_pin(answer.headers())
                         .ok_or_else(|| not_delivered(RemoteError::NoHash { url: shown }));
                 }
                 Ok(answer) => {
-                    let message = answer.headers().get("x-error-message");
-                    let message = message.map(|text| excerpt(text.as_bytes()));
-                    RemoteError::Status {
-                        url: shown_url(&url, None),
-                        status: answer.status(),
-                        excerpt: message.unwrap_or_default(),
-                        hint: match answer.status().as_u16() {
-                            401 | 403 => hints.refused.clone(),
-                            _ => Text::Borrowed(""),
-                        },
-                        retry_after: None,
-                    }
+                    let headers = answer.headers();
+                    let said = headers.get("x-error-message");
+                    let said = said.map(|text| excerpt(text.as_bytes()));
+                    let said = said.unwrap_or_default();
+                    status_error(shown, answer.status(), headers, said, hints)
                 }
                 Err(source) => RemoteError::NoAnswer {
-                    url: shown_url(&url, None),
+                    url: shown,
                     source: source.without_url(),
                 },
             };
-            failures += 1;
-            if !error.is_transient() {
-                return Err(not_delivered(error));
-            }
-            if failures >= options.network.attempts_to_connect {
-                return Err(not_delivered(RemoteError::GaveUp {
-                    attempts: failures,
-                    kept: 0,
-                    last: Box::new(error),
-                }));
-            }
-            if !wait(options.network.backoff(failures), &options.interrupt) {
+            let again = retry.after(error, 0).map_err(not_delivered)?;
+            progress(again.event());
+            if !wait(again.delay, &options.interrupt) {
                 return Err(DownloadError::Interrupted {
                     path: PathBuf::from(&*self.path),
                     kept: 0,

@@ -29,6 +29,7 @@ pub mod hub;
 
 mod error;
 mod pin;
+mod retry;
 mod store;
 mod transfer;
 

@@ -1,20 +1,19 @@
 //! One file over HTTP: continued after interruptions, retried, and refused as early as it can be.
 
 use std::io::{self, Read};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rand::Rng;
 use reqwest::blocking::{Client, Response};
 use reqwest::header::{
     ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName,
-    IF_RANGE, RANGE, RETRY_AFTER,
+    IF_RANGE, RANGE,
 };
 use reqwest::{StatusCode, Url, redirect};
 
 use crate::error::{DownloadError, RemoteError};
+use crate::retry::{Retry, status_error, wait};
 use crate::store::PartFile;
-use crate::{Event, FileRequest, Interrupt, Network, Options, Proxy, Text};
+use crate::{Event, FileRequest, Network, Options, Proxy};
 
 /// The client for one run. Redirects lose the token when they leave the host (reqwest's rule), and never
 /// lead from https to http.
@@ -72,7 +71,7 @@ impl Transfer<'_> {
             received: 0,
             total: self.file.pin.exact_bytes(),
             best: part.len(),
-            failures: 0,
+            retry: Retry::new(&self.options.network),
             etag: None,
             use_range: true,
             from_earlier_run: part.len() > 0,
@@ -131,7 +130,7 @@ impl Transfer<'_> {
     fn attempt(
         &self,
         part: &mut PartFile<'_>,
-        state: &mut State,
+        state: &mut State<'_>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
         // What is there stays until bytes of the file come that take its place.
@@ -190,7 +189,7 @@ impl Transfer<'_> {
         answer: &Answer,
         wanted: u64,
         part: &PartFile<'_>,
-        state: &mut State,
+        state: &mut State<'_>,
     ) -> Result<(), RemoteError> {
         let url = || answer.url.clone();
         let (start, total) = content_range(answer.response.headers()).unwrap_or((u64::MAX, None));
@@ -226,17 +225,10 @@ impl Transfer<'_> {
 
     /// The error for an answer whose status promises no file.
     fn refused(&self, mut answer: Answer) -> RemoteError {
-        let status = answer.response.status();
-        RemoteError::Status {
-            retry_after: retry_after(answer.response.headers()),
-            excerpt: excerpt(&read_start(&mut answer.response)),
-            hint: match status {
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.file.hints.refused.clone(),
-                _ => Text::Borrowed(""),
-            },
-            url: answer.url,
-            status,
-        }
+        let said = excerpt(&read_start(&mut answer.response));
+        let Answer { response, url } = answer;
+        let (status, headers) = (response.status(), response.headers());
+        status_error(url, status, headers, said, &self.file.hints)
     }
 
     /// Checks at which size of the file a body ends that begins at the byte `from`; that of a whole one is the file's.
@@ -244,7 +236,7 @@ impl Transfer<'_> {
         &self,
         answer: &mut Answer,
         from: u64,
-        state: &mut State,
+        state: &mut State<'_>,
     ) -> Result<(), RemoteError> {
         let length = header(answer.response.headers(), CONTENT_LENGTH);
         let Some(length) = length.and_then(|length| length.trim().parse::<u64>().ok()) else {
@@ -281,7 +273,7 @@ impl Transfer<'_> {
         answer: Answer,
         from: u64,
         part: &mut PartFile<'_>,
-        state: &mut State,
+        state: &mut State<'_>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
         let Answer { mut response, url } = answer;
@@ -363,6 +355,7 @@ impl Transfer<'_> {
             }
             part.append(bytes)?;
             state.received += count as u64;
+            state.retry.heard();
             progress(Event::Progress {
                 done: part.len(),
                 bytes: expected,
@@ -375,56 +368,17 @@ impl Transfer<'_> {
         &self,
         error: RemoteError,
         part: &PartFile<'_>,
-        state: &mut State,
+        state: &mut State<'_>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<Duration, DownloadError> {
-        if !error.is_transient() {
-            return Err(self.failed(error));
-        }
         if part.len() > state.best {
             state.best = part.len();
-            state.failures = 0;
+            state.retry.made_progress();
         }
-        state.failures += 1;
-        // Who cannot even connect is probably offline, and should hear so soon.
-        let nothing_heard = state.received == 0 && matches!(error, RemoteError::NoAnswer { .. });
-        let attempts = if nothing_heard {
-            self.options.network.attempts_to_connect
-        } else {
-            self.options.network.attempts
-        };
-        if state.failures >= attempts {
-            let last = Box::new(error);
-            return Err(self.failed(RemoteError::GaveUp {
-                attempts: state.failures,
-                kept: part.len(),
-                last,
-            }));
-        }
-        let mut delay = self.options.network.backoff(state.failures);
-        if let RemoteError::Status {
-            url,
-            status,
-            retry_after: Some(wait),
-            ..
-        } = &error
-        {
-            if *wait > self.options.network.longest_retry_after {
-                return Err(self.failed(RemoteError::AsksToWait {
-                    url: url.clone(),
-                    status: *status,
-                    wait: *wait,
-                }));
-            }
-            delay = delay.max(*wait);
-        }
-        progress(Event::Retrying {
-            problem: &error,
-            failures: state.failures,
-            attempts,
-            delay,
-        });
-        Ok(delay)
+        let again = state.retry.after(error, part.len());
+        let again = again.map_err(|error| self.failed(error))?;
+        progress(again.event());
+        Ok(again.delay)
     }
 
     fn failed(&self, cause: RemoteError) -> DownloadError {
@@ -458,22 +412,21 @@ pub(crate) fn shown_url(url: &Url, ended_at: Option<&Url>) -> String {
 }
 
 /// What one attempt leaves to the next.
-struct State {
+struct State<'a> {
     /// Bytes that came over the network in this run.
     received: u64,
     /// The size of the file, as it is pinned or else as the server says.
     total: Option<u64>,
     /// The most bytes of the file there ever were: only more than that is progress.
     best: u64,
-    /// Attempts in a row without progress.
-    failures: u32,
+    retry: Retry<'a>,
     etag: Option<String>,
     use_range: bool,
     /// Whether the part holds bytes that this run did not see arrive.
     from_earlier_run: bool,
 }
 
-impl State {
+impl State<'_> {
     /// The size of the file, or the most it may be while that is unknown.
     fn expected(&self, file: &FileRequest) -> u64 {
         self.total.unwrap_or(file.pin.most_bytes())
@@ -516,31 +469,6 @@ impl From<RemoteError> for Failure {
     }
 }
 
-/// Waits, unless interrupted: then the answer is false.
-pub(crate) fn wait(delay: Duration, interrupt: &Interrupt) -> bool {
-    let end = Instant::now() + delay;
-    while !interrupt.is_raised() {
-        match end.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => return true,
-            left => sleep(left.min(Duration::from_millis(50))),
-        }
-    }
-    false
-}
-
-impl Network {
-    /// The wait after the n-th failure in a row: doubling up to the limit, and between half and all of that,
-    /// so that many clients do not come back together.
-    pub(crate) fn backoff(&self, failures: u32) -> Duration {
-        let doubled = self
-            .first_backoff
-            .saturating_mul(1 << (failures - 1).min(16));
-        doubled
-            .min(self.longest_backoff)
-            .mul_f64(rand::rng().random_range(0.5..=1.0))
-    }
-}
-
 pub(crate) fn header(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
@@ -553,19 +481,6 @@ fn content_range(headers: &HeaderMap) -> Option<(u64, Option<u64>)> {
         .split_once('/')?;
     let (start, _) = range.split_once('-')?;
     Some((start.trim().parse().ok()?, total.trim().parse().ok()))
-}
-
-/// Seconds, or a date in the format of mail.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let value = header(headers, RETRY_AFTER)?.trim();
-    if let Ok(seconds) = value.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let date = jiff::fmt::rfc2822::parse(value).ok()?;
-    Some(
-        Duration::try_from(date.timestamp().duration_since(jiff::Timestamp::now()))
-            .unwrap_or_default(),
-    )
 }
 
 fn is_timeout(error: &io::Error) -> bool {

@@ -213,7 +213,8 @@ impl Wanted<'_> {
             refused: self.hint(true).into(),
         };
         let options = self.options.transfer_options();
-        let pin = on_hub.pin(&hub.endpoint, hub.token.as_ref(), &options, &hints)?;
+        let token = hub.token.as_ref();
+        let pin = on_hub.pin(&hub.endpoint, token, &options, &hints, progress)?;
         let blob = self.folder().join("blobs").join(pin.hash());
         let request = FileRequest {
             token: hub.token.clone(),

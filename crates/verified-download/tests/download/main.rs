@@ -2,6 +2,7 @@
 
 mod disk;
 mod http;
+mod hub;
 mod size;
 
 use std::path::{Path, PathBuf};
