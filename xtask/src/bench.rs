@@ -107,7 +107,7 @@ fn train_step(arguments: &TrainStep) -> Result<()> {
             sides.push(Side::start(&format!("PyTorch, {layout}"), side)?);
         }
     }
-    let rounds = alternate(&mut sides, arguments.rounds, arguments.steps)?;
+    let rounds = alternate(sides, arguments.rounds, arguments.steps)?;
 
     let table = table(&rounds);
     print!("\n{table}");
@@ -195,13 +195,15 @@ impl Side {
 }
 
 /// Rounds in which every side steps, after one that does not count. Each round starts with the
-/// next side, so that no side always runs in another's wake.
-fn alternate(sides: &mut [Side], rounds: u32, steps: u32) -> Result<Vec<Round>> {
+/// next side, so that no side always runs in another's wake. In the end all have ended, so that none computes while
+/// others are timed next, and one that fails only then is an error too.
+fn alternate(mut sides: Vec<Side>, rounds: u32, steps: u32) -> Result<Vec<Round>> {
     let mut counted = Vec::new();
+    let count = sides.len();
     for number in 0..=rounds {
         let mut round = Round::new();
-        for turn in 0..sides.len() {
-            let side = &mut sides[(turn + number as usize) % sides.len()];
+        for turn in 0..count {
+            let side = &mut sides[(turn + number as usize) % count];
             round.insert(side.name.clone(), side.run(steps)?);
         }
         let times: Vec<String> = sides
@@ -216,6 +218,7 @@ fn alternate(sides: &mut [Side], rounds: u32, steps: u32) -> Result<Vec<Round>> 
             }
         }
     }
+    sides.into_iter().try_for_each(Side::finish)?;
     Ok(counted)
 }
 
@@ -482,14 +485,33 @@ mod tests {
 
         #[test]
         fn the_first_round_is_warm_up_and_every_side_runs_in_each() {
-            let mut sides = ["ours", "other"].map(|n| Side::start(n, shell(COUNTING)).unwrap());
-            let rounds = alternate(&mut sides, 2, 5).unwrap();
+            let sides = ["ours", "other"].map(|n| Side::start(n, shell(COUNTING)).unwrap());
+            let rounds = alternate(sides.into(), 2, 5).unwrap();
             let seconds: Vec<[f64; 2]> = rounds
                 .iter()
                 .map(|r| ["ours", "other"].map(|n| r[n].seconds_per_step))
                 .collect();
             assert_eq!(seconds, [[2.0, 2.0], [3.0, 3.0]]);
             assert_eq!(rounds[0]["ours"].images_per_second, 5.0);
+        }
+
+        #[test]
+        fn all_sides_have_ended_after_the_last_round_and_one_that_fails_then_is_an_error() {
+            let dir = tempfile::tempdir().unwrap();
+            let ended = dir.path().join("ended");
+            let slowly = format!("{COUNTING}; sleep 0.5; touch '{}'", ended.display());
+            let side = Side::start("ours", shell(&slowly)).unwrap();
+            alternate(vec![side], 1, 1).unwrap();
+            assert!(ended.exists());
+
+            let failing = format!("{COUNTING}; exit 3");
+            let sides = [("ours", COUNTING), ("other", &failing)]
+                .map(|(name, script)| Side::start(name, shell(script)).unwrap());
+            let error = format!("{:#}", alternate(sides.into(), 1, 1).unwrap_err());
+            assert!(
+                error.contains("other ended with") && error.contains('3'),
+                "{error}"
+            );
         }
 
         #[test]

@@ -172,9 +172,8 @@ pub(super) fn run(arguments: &Cpu) -> Result<()> {
             continue;
         }
         eprintln!("{}: {}", row.name, row.what);
-        let mut sides = row.sides(python.as_deref(), threads)?;
-        let rounds = alternate(&mut sides, arguments.rounds, row.steps)?;
-        drop(sides);
+        let sides = row.sides(python.as_deref(), threads)?;
+        let rounds = alternate(sides, arguments.rounds, row.steps)?;
         println!("\n{}\n\n{}", row.what, table(&rounds));
         record.insert(row.name.to_string(), rounds);
         // After each row, so that a failure later loses nothing.
