@@ -11,7 +11,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use verified_download::hub::HubSettings;
+use verified_download::hub::{HubSettings, OFFLINE};
 use verified_download::{
     Downloader, Event, FileRequest, Hints, Interrupt, Network, Options, Pin, Size, Text,
 };
@@ -235,8 +235,6 @@ pub struct FoundFile {
     /// Where it came from, for people: the address, or repository, commit and file.
     pub origin: String,
 }
-
-const OFFLINE: &str = "HF_HUB_OFFLINE is set: unset it to download the file";
 
 impl Source {
     /// As [`fmt::Display`] has it; `owner/name` also with why it is no path, which may have been meant.

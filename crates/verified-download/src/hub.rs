@@ -17,6 +17,9 @@ use crate::{Event, Hints, Options, Pin, Text, Token, parse_url};
 /// What messages call the cache that Hugging Face tools share.
 pub const CACHE_NAME: &str = "the Hugging Face cache";
 
+/// What messages say where [`HubSettings::offline`] forbids the network: for [`Hints::offline`].
+pub const OFFLINE: &str = "HF_HUB_OFFLINE is set: unset it to download the file";
+
 /// Where the Hub is and how to use it.
 #[derive(Debug, Clone)]
 pub struct HubSettings {

@@ -23,7 +23,8 @@ mod manifest;
 
 use std::path::{Path, PathBuf};
 
-use verified_download::hub::{CACHE_NAME, HubFile, HubSettings, RepositoryKind};
+pub use verified_download::hub::HubSettings;
+use verified_download::hub::{CACHE_NAME, HubFile, OFFLINE, RepositoryKind};
 use verified_download::{CachedCopy, Downloader, FileRequest, Options};
 pub use verified_download::{
     Event as FileEvent, Hints, Interrupt, Mismatch, Network, Proxy, RemoteError, Text, Token,
@@ -50,7 +51,7 @@ pub fn fetch(
         request,
         downloader: Downloader::new(Options {
             network: request.network.clone(),
-            offline: request.offline,
+            offline: request.hub.offline,
             interrupt: request.interrupt.clone(),
         }),
         progress,
@@ -69,14 +70,9 @@ pub struct Request {
     pub manifest: Manifest,
     /// The data folder; created when missing.
     pub dir: PathBuf,
-    /// Address of the Hub or a mirror of it.
-    pub hub_endpoint: String,
-    /// Access token for [`Request::hub_endpoint`]; never sent to any other host. Not needed for CIFAR-10.
-    pub hub_token: Option<Token>,
-    /// A Hugging Face cache folder to copy from, if it holds the files.
-    pub hub_cache: Option<PathBuf>,
-    /// Whether the network may be used at all.
-    pub offline: bool,
+    /// The Hub: its address, the token for it alone, which CIFAR-10 does not need, and the cache to copy from, if it holds
+    /// the files. Its `offline` forbids the network to every source.
+    pub hub: HubSettings,
     /// Timeouts and retries.
     pub network: Network,
     /// Raise the flag inside to stop soon, with what has arrived kept.
@@ -91,15 +87,12 @@ impl Request {
         Request {
             manifest: source.manifest(),
             dir: dir.into(),
-            hub_endpoint: HubSettings::default().endpoint,
-            hub_token: None,
-            hub_cache: None,
-            offline: false,
+            hub: HubSettings::default(),
             network: Network::default(),
             interrupt: Interrupt::default(),
             hints: Hints {
                 not_delivered: format!("{source} did not deliver CIFAR-10").into(),
-                offline: "HF_HUB_OFFLINE is set: unset it to download the file".into(),
+                offline: OFFLINE.into(),
                 other_folder: "choose another folder".into(),
                 refused: "".into(),
             },
@@ -109,12 +102,8 @@ impl Request {
     /// As [`Request::new`], with the Hub's variables: `HF_ENDPOINT`, `HF_TOKEN`, the cache at `HF_HUB_CACHE` or
     /// `HF_HOME`, and `HF_HUB_OFFLINE` (`1`, `true`, `yes` or `on`). Empty ones count as unset.
     pub fn from_env(source: Source, dir: impl Into<PathBuf>) -> Request {
-        let hub = HubSettings::from_env();
         Request {
-            hub_endpoint: hub.endpoint,
-            hub_token: hub.token,
-            hub_cache: hub.cache,
-            offline: hub.offline,
+            hub: HubSettings::from_env(),
             ..Request::new(source, dir)
         }
     }
@@ -222,13 +211,13 @@ impl Run<'_> {
                 revision: manifest.revision.clone(),
                 path: pinned.path.clone(),
             };
-            let mut file = self.request_for(pinned, on_hub.url(&request.hub_endpoint)?);
-            file.token.clone_from(&request.hub_token);
-            if request.hub_token.is_some() {
+            let mut file = self.request_for(pinned, on_hub.url(&request.hub.endpoint)?);
+            file.token.clone_from(&request.hub.token);
+            if request.hub.token.is_some() {
                 file.hints.refused =
                     "HF_TOKEN may be wrong or expired; the data set is public, so unset it".into();
             }
-            let cache = request.hub_cache.as_deref();
+            let cache = request.hub.cache.as_deref();
             let cached = || {
                 Some(CachedCopy {
                     path: on_hub.find_in_cache(cache?)?,

@@ -90,11 +90,11 @@ fn archive_request(server: &Server, dir: &Path, archive: &[u8]) -> Request {
         unneeded: vec!["readme.html".into()].into(),
     });
     // The endpoint and token are the Hub's: this request must not care.
-    let hub_token = Some(cifar_data::download::Token::new("hf_secret"));
+    let mut request = request("nonsense", dir, &[]);
+    request.hub.token = Some(cifar_data::download::Token::new("hf_secret"));
     Request {
         manifest,
-        hub_token,
-        ..request("nonsense", dir, &[])
+        ..request
     }
 }
 

@@ -65,7 +65,7 @@ fn a_refused_token_is_suspected() {
     let server = Server::start([Reply::status(401, "Invalid credentials")]);
     let dir = temporary();
     let mut request = request(&server.url(), dir.path(), &body);
-    request.hub_token = Some(Token::new("hf_secret"));
+    request.hub.token = Some(Token::new("hf_secret"));
     let text = message(&run(&request).0.unwrap_err());
     assert!(
         text.contains("HF_TOKEN may be wrong") && !text.contains("hf_secret"),
@@ -87,8 +87,8 @@ fn a_file_in_the_hub_cache_needs_no_network() {
     );
     let server = Server::start([]);
     let mut request = request(&server.url(), dir.path(), &body);
-    request.hub_cache = Some(cache.path().to_path_buf());
-    request.offline = true;
+    request.hub.cache = Some(cache.path().to_path_buf());
+    request.hub.offline = true;
     let report = run(&request).0.unwrap();
     assert_eq!(report.files[0].origin, Origin::HubCache);
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
@@ -108,7 +108,7 @@ fn a_wrong_file_in_the_hub_cache_is_fetched_instead_and_left_alone() {
     put(&cached, &[7; 1000]);
     let server = Server::start([Reply::file(&body)]);
     let mut request = request(&server.url(), dir.path(), &body);
-    request.hub_cache = Some(cache.path().to_path_buf());
+    request.hub.cache = Some(cache.path().to_path_buf());
     let (result, events) = run(&request);
     assert_eq!(
         result.unwrap().files[0].origin,
@@ -175,7 +175,7 @@ fn the_pinned_manifests_are_whole() {
     hashes.dedup();
     assert_eq!(hashes.len(), 8);
     assert_eq!(
-        Request::new(Source::Hub, "data").hub_endpoint,
+        Request::new(Source::Hub, "data").hub.endpoint,
         "https://huggingface.co"
     );
 }
@@ -199,7 +199,7 @@ fn offline_names_the_variable_that_forbids_the_network() {
     let server = Server::start([Reply::file(&body)]);
     let dir = temporary();
     let mut request = request(&server.url(), dir.path(), &body);
-    request.offline = true;
+    request.hub.offline = true;
     let error = run(&request).0.unwrap_err();
     assert!(
         matches!(

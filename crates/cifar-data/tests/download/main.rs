@@ -8,8 +8,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use cifar_data::download::{
-    DownloadError, Event, FileEvent, HubManifest, Manifest, Network, PinnedFile, Proxy, Report,
-    Request, Source, fetch,
+    DownloadError, Event, FileEvent, HubManifest, HubSettings, Manifest, Network, PinnedFile,
+    Proxy, Report, Request, Source, fetch,
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -33,7 +33,10 @@ fn pinned(path: &str, content: &[u8]) -> PinnedFile {
 /// A request for one small file at `endpoint`, with waits short enough for a test.
 fn request(endpoint: &str, dir: &Path, body: &[u8]) -> Request {
     Request {
-        hub_endpoint: endpoint.to_owned(),
+        hub: HubSettings {
+            endpoint: endpoint.to_owned(),
+            ..HubSettings::default()
+        },
         manifest: Manifest::Hub(HubManifest {
             repository: "uoft-cs/cifar10".into(),
             revision: REVISION.into(),

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use verified_download::hub::OFFLINE;
 use verified_download::{DownloadError, Mismatch};
 
 use crate::names::first_of;
@@ -109,7 +110,7 @@ pub enum FetchError {
     },
 
     /// The network must not be used, and the cache does not have the file.
-    #[error("{wanted} is not in the cache {} and HF_HUB_OFFLINE is set: unset it to download the file", cache.display())]
+    #[error("{wanted} is not in the cache {} and {OFFLINE}", cache.display())]
     NotCached {
         /// Repository, revision and file.
         wanted: String,

@@ -10,10 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use hf_hub::{HFClient, HFError};
-use verified_download::hub::{HubFile, RepositoryKind, pin_from};
+use verified_download::hub::{HubFile, OFFLINE, RepositoryKind, pin_from};
 use verified_download::{Event, FileRequest, Hints, Mismatch, Pin, Proxy};
 
-use super::{EXTENSIONS, FetchError, FetchOptions, FoundFile, OFFLINE};
+use super::{EXTENSIONS, FetchError, FetchOptions, FoundFile};
 
 /// Branch of those who name no revision.
 const MAIN: &str = "main";
