@@ -42,15 +42,26 @@ pub(crate) struct TrainStep {
     /// Steps a side makes in a round
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
+    #[command(flatten)]
+    work: Work,
+    /// Threads of every side [default: all cores]
+    // Between those of the work: after the size of the pictures.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), display_order = 4)]
+    threads: Option<u32>,
+    /// Where the record goes; must not exist yet [default: `results/DATE-train-step-MACHINE`]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// What a step is of.
+#[derive(Debug, Args)]
+struct Work {
     /// Images in a step
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
     /// Height and width of the pictures
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(15..))]
     image_size: u32,
-    /// Threads of every side [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
-    threads: Option<u32>,
     /// The whole step, or only the forward pass without gradients
     #[arg(long, value_enum, default_value_t = Mode::Train)]
     mode: Mode,
@@ -60,9 +71,6 @@ pub(crate) struct TrainStep {
     /// Train the head alone, in training mode
     #[arg(long)]
     frozen: bool,
-    /// Where the record goes; must not exist yet [default: `results/DATE-train-step-MACHINE`]
-    #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -89,21 +97,22 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
 }
 
 fn train_step(arguments: &TrainStep) -> Result<()> {
+    let work = &arguments.work;
     let threads = arguments
         .threads
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
     ensure!(
-        !arguments.frozen || arguments.model == Model::Torchvision,
+        !work.frozen || work.model == Model::Torchvision,
         "--frozen needs --model torchvision: the lesson freezes that network only"
     );
     let environment = record::environment(threads as usize);
-    let out = record::new_directory(arguments.out.clone(), &arguments.subject(), &environment)?;
+    let out = record::new_directory(arguments.out.clone(), &work.subject(), &environment)?;
 
     let python = pytorch(arguments.pytorch.as_deref(), IMPORTS_TORCH)?;
-    let mut sides = vec![Side::start(OURS, our_side(arguments, threads))?];
+    let mut sides = vec![Side::start(OURS, our_side(work, threads))?];
     if let Some(python) = &python {
         for layout in ["nchw", "channels_last"] {
-            let side = pytorch_side(python, layout, arguments, threads);
+            let side = pytorch_side(python, layout, work, threads);
             sides.push(Side::start(&format!("PyTorch, {layout}"), side)?);
         }
     }
@@ -222,34 +231,34 @@ fn alternate(mut sides: Vec<Side>, rounds: u32, steps: u32) -> Result<Vec<Round>
     Ok(counted)
 }
 
-fn our_side(arguments: &TrainStep, threads: u32) -> Command {
+fn our_side(work: &Work, threads: u32) -> Command {
     let mut command = cargo();
     command
         .args(["run", "--quiet", "--package", "step-bench", "--"])
-        .args(common_arguments(arguments, threads))
+        .args(common_arguments(work, threads))
         // Candle sizes its own pools by this variable.
         .env("RAYON_NUM_THREADS", threads.to_string());
     command
 }
 
-fn pytorch_side(python: &Path, layout: &str, arguments: &TrainStep, threads: u32) -> Command {
+fn pytorch_side(python: &Path, layout: &str, work: &Work, threads: u32) -> Command {
     let mut command = Command::new(python);
     command
         .arg(repository().join("tools/pytorch/bench_train_step.py"))
         .args(["--layout", layout])
-        .args(common_arguments(arguments, threads));
+        .args(common_arguments(work, threads));
     command
 }
 
-fn common_arguments(arguments: &TrainStep, threads: u32) -> Vec<String> {
+fn common_arguments(work: &Work, threads: u32) -> Vec<String> {
     let pairs = [
-        ("--model", arguments.model.name().to_string()),
-        ("--mode", arguments.mode.name().to_string()),
-        ("--batch", arguments.batch.to_string()),
-        ("--image-size", arguments.image_size.to_string()),
+        ("--model", work.model.name().to_string()),
+        ("--mode", work.mode.name().to_string()),
+        ("--batch", work.batch.to_string()),
+        ("--image-size", work.image_size.to_string()),
         ("--threads", threads.to_string()),
     ];
-    let frozen = arguments.frozen.then(|| "--frozen".to_string());
+    let frozen = work.frozen.then(|| "--frozen".to_string());
     pairs
         .into_iter()
         .flat_map(|(flag, value)| [flag.to_string(), value])
@@ -257,7 +266,7 @@ fn common_arguments(arguments: &TrainStep, threads: u32) -> Vec<String> {
         .collect()
 }
 
-impl TrainStep {
+impl Work {
     /// What is timed, as the record's folder names it.
     fn subject(&self) -> String {
         let mut subject = "train-step".to_string();
@@ -349,14 +358,7 @@ fn table(rounds: &[Round]) -> String {
         let seconds = of(|a| a.seconds_per_step);
         let ratio = match name {
             OURS => "".to_string(),
-            _ => {
-                let ratios: Vec<f64> = rounds
-                    .iter()
-                    .map(|r| r[OURS].seconds_per_step / r[name].seconds_per_step)
-                    .collect();
-                let (least, most) = (minimum(&ratios), maximum(&ratios));
-                format!("{:.2} ({least:.2}–{most:.2})", median(&ratios))
-            }
+            _ => ratios(rounds, &[name]),
         };
         let peak = match rounds.last().and_then(|round| round[name].peak_mib) {
             Some(mib) => format!("{mib:.0} MiB"),
@@ -370,6 +372,32 @@ fn table(rounds: &[Round]) -> String {
         );
     }
     text
+}
+
+/// Our time in a round as a share of the least of the others', the faster of them in that very
+/// round; None where a side is missing.
+fn ratio(round: &Round, others: &[&str]) -> Option<f64> {
+    let times = others
+        .iter()
+        .map(|other| Some(round.get(*other)?.seconds_per_step));
+    let least = times
+        .collect::<Option<Vec<f64>>>()
+        .map(|times| minimum(&times))?;
+    Some(round.get(OURS)?.seconds_per_step / least)
+}
+
+/// Median of a ratio over all rounds with its least and greatest value.
+fn ratios(rounds: &[Round], others: &[&str]) -> String {
+    let ratios: Option<Vec<f64>> = rounds.iter().map(|round| ratio(round, others)).collect();
+    match ratios {
+        Some(ratios) if !ratios.is_empty() => format!(
+            "{:.2} ({:.2}–{:.2})",
+            median(&ratios),
+            minimum(&ratios),
+            maximum(&ratios)
+        ),
+        _ => String::new(),
+    }
 }
 
 /// Ours first, then the others by name.
@@ -402,6 +430,7 @@ fn maximum(values: &[f64]) -> f64 {
 }
 
 fn describe(arguments: &TrainStep, environment: &Environment, table: &str) -> String {
+    let work = &arguments.work;
     format!(
         "# {} step of {}, batch {}, f32, {} threads\n\n\
          {}, {}\n\n\
@@ -409,12 +438,12 @@ fn describe(arguments: &TrainStep, environment: &Environment, table: &str) -> St
          All sides alternate in one run, {} steps a round, after a warm-up round. Ratios are of times in the\n\
          same round: below 1 we are faster. Each number behind the table is in `rounds.json`, the machine in\n\
          `environment.json`.\n",
-        match arguments.mode {
+        match work.mode {
             Mode::Train => "Training",
             Mode::Inference => "Inference",
         },
-        arguments.network(),
-        arguments.batch,
+        work.network(),
+        work.batch,
         environment.threads,
         record::origin(environment),
         record::processor(environment),

@@ -13,8 +13,8 @@ use serde::de::DeserializeOwned;
 use trainer::Environment;
 
 use super::{
-    Mode, Model, OURS, Round, Side, TrainStep, alternate, maximum, median, minimum, our_side,
-    pytorch, pytorch_side, table,
+    Mode, Model, OURS, Round, Side, Work, alternate, median, our_side, pytorch, pytorch_side,
+    ratios, table,
 };
 use crate::record;
 use crate::workspace::repository;
@@ -45,11 +45,7 @@ pub(crate) struct Readme {
 struct Row {
     name: &'static str,
     what: &'static str,
-    model: Model,
-    mode: Mode,
-    frozen: bool,
-    batch: u32,
-    image_size: u32,
+    work: Work,
     /// Steps a side makes in a round.
     steps: u32,
     against: Against,
@@ -71,11 +67,13 @@ enum Against {
 const LESSON: Row = Row {
     name: "lesson-train",
     what: "lesson's net, training step, batch 32",
-    model: Model::Lesson,
-    mode: Mode::Train,
-    frozen: false,
-    batch: 32,
-    image_size: 32,
+    work: Work {
+        model: Model::Lesson,
+        mode: Mode::Train,
+        frozen: false,
+        batch: 32,
+        image_size: 32,
+    },
     steps: 1,
     against: Against::PyTorchAndLimit,
 };
@@ -83,10 +81,12 @@ const LESSON: Row = Row {
 const TORCHVISION: Row = Row {
     name: "torchvision-full",
     what: "torchvision's net, 32×32, training step, batch 32",
-    model: Model::Torchvision,
+    work: Work {
+        model: Model::Torchvision,
+        ..LESSON.work
+    },
     steps: 8,
     against: Against::PyTorch,
-    ..LESSON
 };
 
 const ROWS: [Row; 9] = [
@@ -94,34 +94,44 @@ const ROWS: [Row; 9] = [
     Row {
         name: "lesson-inference-32",
         what: "lesson's net, inference, batch 32",
-        mode: Mode::Inference,
+        work: Work {
+            mode: Mode::Inference,
+            ..LESSON.work
+        },
         steps: 3,
         against: Against::PyTorch,
-        ..LESSON
     },
     Row {
         name: "lesson-inference-1",
         what: "lesson's net, inference, one picture",
-        mode: Mode::Inference,
-        batch: 1,
+        work: Work {
+            mode: Mode::Inference,
+            batch: 1,
+            ..LESSON.work
+        },
         steps: 40,
         against: Against::PyTorch,
-        ..LESSON
     },
     TORCHVISION,
     Row {
         name: "torchvision-frozen",
         what: "torchvision's net, 32×32, training step of the head alone, batch 32",
-        frozen: true,
+        work: Work {
+            frozen: true,
+            ..TORCHVISION.work
+        },
         steps: 20,
         ..TORCHVISION
     },
     Row {
         name: "torchvision-224-inference-8",
         what: "torchvision's net, 224×224, inference, batch 8",
-        mode: Mode::Inference,
-        batch: 8,
-        image_size: 224,
+        work: Work {
+            mode: Mode::Inference,
+            batch: 8,
+            image_size: 224,
+            ..TORCHVISION.work
+        },
         steps: 6,
         ..TORCHVISION
     },
@@ -184,37 +194,21 @@ pub(super) fn run(arguments: &Cpu) -> Result<()> {
 }
 
 impl Row {
-    fn arguments(&self) -> TrainStep {
-        TrainStep {
-            pytorch: None,
-            rounds: 1,
-            steps: self.steps,
-            batch: self.batch,
-            image_size: self.image_size,
-            threads: None,
-            mode: self.mode,
-            model: self.model,
-            frozen: self.frozen,
-            out: None,
-        }
-    }
-
     fn sides(&self, python: Option<&Path>, threads: u32) -> Result<Vec<Side>> {
-        let arguments = self.arguments();
-        let mut ours = our_side(&arguments, threads);
+        let mut ours = our_side(&self.work, threads);
         if self.against == Against::PyTorchOnAvx2 {
             ours.env("CANDLE_CNN_ISA", "avx2");
         }
         let mut sides = vec![Side::start(OURS, ours)?];
         if self.against == Against::OneThread {
-            sides.push(Side::start(ONE_THREAD, our_side(&arguments, 1))?);
+            sides.push(Side::start(ONE_THREAD, our_side(&self.work, 1))?);
         }
         let Some(python) = python else {
             return Ok(sides);
         };
         if self.against != Against::OneThread {
             for (name, layout) in [(NCHW, "nchw"), (CHANNELS_LAST, "channels_last")] {
-                let mut side = pytorch_side(python, layout, &arguments, threads);
+                let mut side = pytorch_side(python, layout, &self.work, threads);
                 if self.against == Against::PyTorchOnAvx2 {
                     side.env("ATEN_CPU_CAPABILITY", "avx2")
                         .env("ONEDNN_MAX_CPU_ISA", "AVX2")
@@ -226,37 +220,11 @@ impl Row {
         if self.against == Against::PyTorchAndLimit {
             let mut side = Command::new(python);
             side.arg(repository().join("tools/pytorch/bench_sgemm.py"))
-                .args(["--batch", &self.batch.to_string()])
+                .args(["--batch", &self.work.batch.to_string()])
                 .args(["--threads", &threads.to_string()]);
             sides.push(Side::start(LIMIT, side)?);
         }
         Ok(sides)
-    }
-}
-
-/// Our time in a round as a share of the least of the others', the faster of them in that very
-/// round; None where a side is missing.
-fn ratio(round: &Round, others: &[&str]) -> Option<f64> {
-    let times = others
-        .iter()
-        .map(|other| Some(round.get(*other)?.seconds_per_step));
-    let least = times
-        .collect::<Option<Vec<f64>>>()
-        .map(|times| minimum(&times))?;
-    Some(round.get(OURS)?.seconds_per_step / least)
-}
-
-/// Median of a ratio over all rounds with its least and greatest value.
-fn ratios(rounds: &[Round], others: &[&str]) -> String {
-    let ratios: Option<Vec<f64>> = rounds.iter().map(|round| ratio(round, others)).collect();
-    match ratios {
-        Some(ratios) if !ratios.is_empty() => format!(
-            "{:.2} ({:.2}–{:.2})",
-            median(&ratios),
-            minimum(&ratios),
-            maximum(&ratios)
-        ),
-        _ => String::new(),
     }
 }
 
