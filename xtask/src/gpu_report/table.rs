@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::Report;
 use super::runs::{Outcome, Round, Timing};
-use super::work::{EAGER, OURS, OURS_BY_PLANES, OURS_ON_ONE_STREAM, ROWS, SEEDS};
+use super::work::{EAGER, OURS, OURS_BY_PLANES, OURS_ON_ONE_STREAM, ROWS, Row, SEEDS, Speedup};
 use crate::bench::median;
 
 /// Images per second of each side, and how ours compares.
@@ -14,74 +14,12 @@ pub(super) fn summary(report: &Report) -> String {
     if let Some(tests) = &report.tests {
         let _ = writeln!(text, "CUDA tests: {tests}.\n");
     }
-    if !report.parity.is_empty() {
-        text += "| the same steps twice | largest relative difference of the loss | bound | |\n| --- | ---: | ---: | --- |\n";
-    }
-    for parity in &report.parity {
-        let _ = writeln!(
-            text,
-            "| {} | {:.1e} | {:.1e} | {} |",
-            parity.what,
-            parity.largest_relative_difference,
-            parity.bound,
-            parity.verdict()
-        );
-    }
+    text += &parity(report);
     text += "\n| work | ours, images/s | ÷ ours by planes | ÷ ours on one stream | ÷ PyTorch eager | ÷ PyTorch's fastest | memory, ours ÷ PyTorch's least | target |\n\
              | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n";
     for row in &ROWS {
-        let Some(rounds) = report
-            .rows
-            .get(row.name)
-            .filter(|rounds| !rounds.is_empty())
-        else {
-            let _ = writeln!(text, "| {} | not measured | | | | | | |", row.what);
-            continue;
-        };
-        let ours = rounds.iter().filter_map(|round| round.get(OURS));
-        let ours: Vec<f64> = ours.map(|timing| timing.images_per_second).collect();
-        if ours.is_empty() {
-            let _ = writeln!(text, "| {} | failed | | | | | | |", row.what);
-            continue;
-        }
-        let [planes, one_stream] = [OURS_BY_PLANES, OURS_ON_ONE_STREAM]
-            .map(|way| ratio(rounds, |round| Some(round.get(way)?.images_per_second)));
-        let eager = ratio(rounds, |round| Some(round.get(EAGER)?.images_per_second));
-        // Where one of PyTorch's variants failed, nobody knows whether it was the fastest, or took the least memory.
-        let theirs = |round: &Round| -> Option<Vec<Timing>> {
-            let variants = row.variants().iter();
-            variants
-                .map(|(name, _)| round.get(*name).copied())
-                .collect()
-        };
-        let fastest = row.targets.1.and_then(|_| {
-            ratio(rounds, |round| {
-                let speeds = theirs(round)?.into_iter().map(|t| t.images_per_second);
-                speeds.reduce(f64::max)
-            })
-        });
-        let memory = rounds.iter().rev().find_map(|round| {
-            let least = theirs(round)?.into_iter().map(|t| t.gpu_mib).min()?;
-            // Nothing at all is what a driver says that does not tell.
-            (least > 0).then_some((round.get(OURS)?.gpu_mib, least))
-        });
-        let memory_ratio = memory.map(|(ours, least)| ours as f64 / least as f64);
-        let memory = memory
-            .zip(memory_ratio)
-            .map(|((ours, least), ratio)| format!("{ratio:.2} ({ours} of {least} MiB)"));
-        let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
-        let _ = writeln!(
-            text,
-            "| {} | {:.0} | {} | {} | {} | {} | {} | {} |",
-            row.what,
-            median(&ours),
-            show(planes),
-            show(one_stream),
-            show(eager),
-            show(fastest),
-            memory.unwrap_or_default(),
-            verdict(row.targets, (eager, fastest), memory_ratio),
-        );
+        let rounds = report.rows.get(row.name).map_or(&[][..], Vec::as_slice);
+        text += &line(row, rounds);
     }
     text += &accuracies(report);
     for failure in &report.failures {
@@ -94,6 +32,87 @@ pub(super) fn summary(report: &Report) -> String {
         let _ = writeln!(text, "\nLeft out: {}.", report.left_out.join("; "));
     }
     text
+}
+
+/// How far apart the losses of the same steps are.
+fn parity(report: &Report) -> String {
+    if report.parity.is_empty() {
+        return String::new();
+    }
+    let mut text = "| the same steps twice | largest relative difference of the loss | bound | |\n| --- | ---: | ---: | --- |\n".to_string();
+    for parity in &report.parity {
+        let _ = writeln!(
+            text,
+            "| {} | {:.1e} | {:.1e} | {} |",
+            parity.what,
+            parity.largest_relative_difference,
+            parity.bound,
+            parity.verdict()
+        );
+    }
+    text
+}
+
+/// A row's line of the table.
+fn line(row: &Row, rounds: &[Round]) -> String {
+    if rounds.is_empty() {
+        return format!("| {} | not measured | | | | | | |\n", row.what);
+    }
+    let ours = rounds.iter().filter_map(|round| round.get(OURS));
+    let ours: Vec<f64> = ours.map(|timing| timing.images_per_second).collect();
+    if ours.is_empty() {
+        return format!("| {} | failed | | | | | | |\n", row.what);
+    }
+    let over = |side: &str| ratio(rounds, |round| Some(round.get(side)?.images_per_second));
+    let found = Speedup {
+        eager: over(EAGER),
+        fastest: over_the_fastest(row, rounds),
+    };
+    let memory = memory(row, rounds);
+    let memory_ratio = memory.map(|(ours, least)| ours as f64 / least as f64);
+    let memory = memory
+        .zip(memory_ratio)
+        .map(|((ours, least), ratio)| format!("{ratio:.2} ({ours} of {least} MiB)"));
+    let show = |ratio: Option<f64>| ratio.map(|r| format!("{r:.2}")).unwrap_or_default();
+    format!(
+        "| {} | {:.0} | {} | {} | {} | {} | {} | {} |\n",
+        row.what,
+        median(&ours),
+        show(over(OURS_BY_PLANES)),
+        show(over(OURS_ON_ONE_STREAM)),
+        show(found.eager),
+        show(found.fastest),
+        memory.unwrap_or_default(),
+        verdict(row.targets, found, memory_ratio),
+    )
+}
+
+/// All of PyTorch's variants in a round. Where one of them failed, nobody knows whether it was the fastest, or took the least
+/// memory.
+fn theirs(row: &Row, round: &Round) -> Option<Vec<Timing>> {
+    let variants = row.variants().iter();
+    variants
+        .map(|(name, _)| round.get(*name).copied())
+        .collect()
+}
+
+fn over_the_fastest(row: &Row, rounds: &[Round]) -> Option<f64> {
+    if !row.is_held_against_the_fastest() {
+        return None;
+    }
+    ratio(rounds, |round| {
+        let speeds = theirs(row, round)?.into_iter();
+        speeds.map(|t| t.images_per_second).reduce(f64::max)
+    })
+}
+
+/// Our GPU memory in MiB and the least of PyTorch's, in the last round that has both.
+fn memory(row: &Row, rounds: &[Round]) -> Option<(u64, u64)> {
+    rounds.iter().rev().find_map(|round| {
+        let least = theirs(row, round)?.into_iter().map(|t| t.gpu_mib).min()?;
+        // Nothing at all is what a driver says that does not tell.
+        (least > 0).then_some((round.get(OURS)?.gpu_mib, least))
+    })
 }
 
 /// The accuracy of each seed, ours and PyTorch's, and how far the means of those are apart that ended.
@@ -160,11 +179,7 @@ fn ratio(rounds: &[Round], other: impl Fn(&Round) -> Option<f64>) -> Option<f64>
     (!ratios.is_empty()).then(|| median(&ratios))
 }
 
-fn verdict(
-    targets: (Option<f64>, Option<f64>),
-    found: (Option<f64>, Option<f64>),
-    memory: Option<f64>,
-) -> String {
+fn verdict(targets: Speedup, found: Speedup, memory: Option<f64>) -> String {
     let verdict = |reached: Option<bool>| match reached {
         Some(true) => "reached",
         Some(false) => "missed",
@@ -177,8 +192,8 @@ fn verdict(
     };
     let memory = memory.map(|ratio| ratio <= 1.0);
     let lines = [
-        speed("eager", targets.0, found.0),
-        speed("the fastest", targets.1, found.1),
+        speed("eager", targets.eager, found.eager),
+        speed("the fastest", targets.fastest, found.fastest),
         Some(format!("no more memory: {}", verdict(memory))),
     ];
     lines.into_iter().flatten().collect::<Vec<_>>().join(", ")
@@ -278,12 +293,16 @@ mod tests {
             ratio(&rounds, |round| Some(round.get(EAGER)?.images_per_second)),
             None
         );
-        let text = verdict((Some(3.0), None), (None, None), None);
+        let eager = |eager| Speedup {
+            eager,
+            fastest: None,
+        };
+        let text = verdict(eager(Some(3.0)), eager(None), None);
         assert_eq!(
             text,
             "3 × eager: not measured, no more memory: not measured"
         );
-        let text = verdict((Some(3.0), None), (Some(2.9), None), Some(1.01));
+        let text = verdict(eager(Some(3.0)), eager(Some(2.9)), Some(1.01));
         assert_eq!(text, "3 × eager: missed, no more memory: missed");
     }
 
