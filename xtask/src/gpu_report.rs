@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use self::gpu::Gpu;
-use self::runs::{Outcome, Parity, Round, Runs, pytorch_lesson};
+use self::runs::{Outcome, Parity, Plan, Round, Runs, pytorch_lesson};
 use self::table::summary;
 use self::work::{
     PYTORCH_ACCURACY, ROW_NAMES, ROWS, Row, SEEDS, accuracy_claims, needs_of_ours, those_that_fit,
@@ -240,8 +240,9 @@ impl Session<'_> {
             let later = rows[index + 1..].iter();
             let later: Duration = later.map(|row| row.takes(python.is_some())).sum();
             let later = later + accuracy;
+            let plan = Plan { rounds, later };
             attempt(&mut self.report, row.name, |report| {
-                self.runs.row(row, python, (rounds, later), report)
+                self.runs.row(row, python, plan, report)
             });
             self.write()?;
         }

@@ -293,11 +293,12 @@ impl Runs<'_> {
         }
     }
 
+    /// Times a kind of work: ours in turn with PyTorch's, if there is a `python` for those.
     pub(super) fn row(
         &self,
         row: &Row,
         python: Option<&Path>,
-        (rounds, later): (u32, Duration),
+        plan: Plan,
         report: &mut Report,
     ) -> Result<()> {
         if row.bf16 && !report.gpu.has_bf16() {
@@ -309,95 +310,24 @@ impl Runs<'_> {
         if !self.has_time(report, row.name, row.takes(python.is_some())) {
             return Ok(());
         }
-        let mut longest = ROUND;
-        let side_of = |name: &str| format!("{}, {name}", row.name);
-        // PyTorch's processes live through all rounds, since to compile takes a minute.
-        let mut sides = Vec::new();
-        for &(name, flags) in row.variants() {
-            let Some(python) = python else { break };
-            let idle = gpu::memory_in_use()?;
-            match with_peak_memory(|| pytorch_side(row, python, name, flags)) {
-                Ok((side, peak)) => sides.push((name, side, peak.saturating_sub(idle))),
-                Err(error) => report.fail(&side_of(name), &error),
+        let mut timed = TimedRow {
+            runs: self,
+            row,
+            rounds: plan.rounds,
+            budget: Budget::new(plan.later),
+            sides: Vec::new(),
+            taken: BTreeMap::new(),
+            report,
+        };
+        if let Some(python) = python {
+            timed.start_sides(python)?;
+        }
+        for number in 0..plan.rounds {
+            if timed.has_time_for(number) {
+                timed.round(number)?;
             }
         }
-        // Of the GPU's memory, by each of our ways.
-        let mut taken = BTreeMap::new();
-        for number in 0..rounds {
-            let part = format!("{}, round {}", row.name, number + 1);
-            let claims = match number {
-                0 => Duration::ZERO,
-                _ => later,
-            };
-            if !self.has_time(report, &part, longest + claims) {
-                continue;
-            }
-            let begin = Instant::now();
-            // Of our ways that later rounds do not have.
-            let mut others = Duration::ZERO;
-            let mut round = Round::new();
-            let idle = gpu::memory_in_use()?;
-            for (name, flags) in WAYS {
-                let is_wanted = name == OURS || (number == 0 && !self.skip_other_ways);
-                // What is held against PyTorch in this round, and in those of other rows, has the first claim to the time.
-                let claims = ROUND + later;
-                if !is_wanted
-                    || (name != OURS && !self.has_time(report, &side_of(name), OTHER_WAY + claims))
-                {
-                    continue;
-                }
-                let way = Instant::now();
-                // To look at the memory takes time, which PyTorch's steps do not lose while they are timed.
-                let speed = || self.our_speed(row, number, flags);
-                let outcome = match taken.get(name) {
-                    Some(&gpu_mib) => speed().map(|speed| (speed, gpu_mib)),
-                    None => with_peak_memory(speed)
-                        .map(|(speed, peak)| (speed, peak.saturating_sub(idle))),
-                };
-                // One way may fail on a GPU where another works.
-                match outcome {
-                    Ok((images_per_second, gpu_mib)) => {
-                        taken.insert(name, gpu_mib);
-                        let timing = Timing {
-                            images_per_second,
-                            gpu_mib,
-                        };
-                        round.insert(name.to_string(), timing);
-                    }
-                    Err(error) => report.fail(&side_of(name), &error),
-                }
-                if name != OURS {
-                    others += way.elapsed();
-                }
-            }
-            for (name, side, gpu_mib) in &mut sides {
-                match side.run(row.images / row.batch) {
-                    Ok(answer) => {
-                        let timing = Timing {
-                            images_per_second: answer.images_per_second,
-                            gpu_mib: *gpu_mib,
-                        };
-                        round.insert((*name).to_string(), timing);
-                        report.versions.pytorch.get_or_insert(answer.framework);
-                    }
-                    Err(error) => report.fail(&side_of(name), &error),
-                }
-            }
-            let text: Vec<String> = round
-                .iter()
-                .map(|(name, t)| format!("{name} {:.0} images/s", t.images_per_second))
-                .collect();
-            longest = longest.max(begin.elapsed() - others);
-            eprintln!("round {}/{rounds}: {}", number + 1, text.join(", "));
-            let kept = report.rows.entry(row.name.to_string()).or_default();
-            kept.push(round);
-        }
-        // What they hold of the GPU must not count for the next row.
-        for (name, side, _) in sides {
-            if let Err(error) = side.finish() {
-                report.fail(&side_of(name), &error);
-            }
-        }
+        timed.finish();
         Ok(())
     }
 
@@ -427,6 +357,185 @@ impl Runs<'_> {
                 let step = step_of_divergence(&error.to_string()).ok_or(error)?;
                 self.remove(&name);
                 Ok(Outcome::Diverged(step))
+            }
+        }
+    }
+}
+
+/// How often a row is timed at the most, and about what all takes that comes after it.
+pub(super) struct Plan {
+    pub(super) rounds: u32,
+    pub(super) later: Duration,
+}
+
+/// What a row needs of the time that is left.
+struct Budget {
+    /// What comes after the row has a claim to so much.
+    later: Duration,
+    /// The longest round so far, or what one is thought to take.
+    longest: Duration,
+}
+
+impl Budget {
+    fn new(later: Duration) -> Self {
+        Self {
+            later,
+            longest: ROUND,
+        }
+    }
+
+    /// The time that must be left for this round to be begun. What comes later has a claim before all but the first.
+    fn of_round(&self, number: u32) -> Duration {
+        let claims = match number {
+            0 => Duration::ZERO,
+            _ => self.later,
+        };
+        self.longest + claims
+    }
+
+    /// And for another way of ours: what is held against PyTorch in this round, and in those of other rows, has the first claim to
+    /// the time.
+    fn of_another_way(&self) -> Duration {
+        OTHER_WAY + ROUND + self.later
+    }
+
+    /// A round took so long.
+    fn took(&mut self, round: Duration) {
+        self.longest = self.longest.max(round);
+    }
+}
+
+/// A row in the making.
+struct TimedRow<'a> {
+    runs: &'a Runs<'a>,
+    row: &'a Row,
+    rounds: u32,
+    budget: Budget,
+    /// PyTorch's. Its processes live through all rounds, since to compile takes a minute.
+    sides: Vec<TheirSide>,
+    /// Of the GPU's memory, by each of our ways.
+    taken: BTreeMap<&'static str, u64>,
+    report: &'a mut Report,
+}
+
+/// A side of PyTorch's, and what it took of the GPU's memory while it started.
+struct TheirSide {
+    name: &'static str,
+    side: Side,
+    gpu_mib: u64,
+}
+
+impl TimedRow<'_> {
+    fn start_sides(&mut self, python: &Path) -> Result<()> {
+        for &(name, flags) in self.row.variants() {
+            let idle = gpu::memory_in_use()?;
+            match with_peak_memory(|| pytorch_side(self.row, python, name, flags)) {
+                Ok((side, peak)) => self.sides.push(TheirSide {
+                    name,
+                    side,
+                    gpu_mib: peak.saturating_sub(idle),
+                }),
+                Err(error) => self.report.fail(&self.row.side(name), &error),
+            }
+        }
+        Ok(())
+    }
+
+    fn has_time_for(&mut self, number: u32) -> bool {
+        let part = format!("{}, round {}", self.row.name, number + 1);
+        let needs = self.budget.of_round(number);
+        self.runs.has_time(self.report, &part, needs)
+    }
+
+    /// Lets every side run once.
+    fn round(&mut self, number: u32) -> Result<()> {
+        let begin = Instant::now();
+        let mut round = Round::new();
+        let others = self.our_turn(number, &mut round)?;
+        self.their_turn(&mut round);
+        let text: Vec<String> = round
+            .iter()
+            .map(|(name, t)| format!("{name} {:.0} images/s", t.images_per_second))
+            .collect();
+        self.budget.took(begin.elapsed() - others);
+        eprintln!("round {}/{}: {}", number + 1, self.rounds, text.join(", "));
+        let kept = self.report.rows.entry(self.row.name.to_string());
+        kept.or_default().push(round);
+        Ok(())
+    }
+
+    /// Ours, by every way that has a turn. Returns what those took that later rounds do not have.
+    fn our_turn(&mut self, number: u32, round: &mut Round) -> Result<Duration> {
+        let mut others = Duration::ZERO;
+        let idle = gpu::memory_in_use()?;
+        for (name, flags) in WAYS {
+            if !self.has_turn(name, number) {
+                continue;
+            }
+            let begin = Instant::now();
+            // One way may fail on a GPU where another works.
+            match self.time_way(name, flags, number, idle) {
+                Ok(timing) => {
+                    self.taken.insert(name, timing.gpu_mib);
+                    round.insert(name.to_string(), timing);
+                }
+                Err(error) => self.report.fail(&self.row.side(name), &error),
+            }
+            if name != OURS {
+                others += begin.elapsed();
+            }
+        }
+        Ok(others)
+    }
+
+    /// Whether a way of ours runs in this round; where only time is wanting, that is noted.
+    fn has_turn(&mut self, way: &str, number: u32) -> bool {
+        if way == OURS {
+            return true;
+        }
+        let is_wanted = number == 0 && !self.runs.skip_other_ways;
+        let (part, needs) = (self.row.side(way), self.budget.of_another_way());
+        is_wanted && self.runs.has_time(self.report, &part, needs)
+    }
+
+    /// To look at the memory takes time, which PyTorch's steps do not lose while they are timed: so that is done once.
+    fn time_way(&self, name: &str, flags: &[&str], number: u32, idle: u64) -> Result<Timing> {
+        let speed = || self.runs.our_speed(self.row, number, flags);
+        let (images_per_second, gpu_mib) = match self.taken.get(name) {
+            Some(&gpu_mib) => (speed()?, gpu_mib),
+            None => {
+                let (speed, peak) = with_peak_memory(speed)?;
+                (speed, peak.saturating_sub(idle))
+            }
+        };
+        Ok(Timing {
+            images_per_second,
+            gpu_mib,
+        })
+    }
+
+    fn their_turn(&mut self, round: &mut Round) {
+        for their in &mut self.sides {
+            match their.side.run(self.row.images / self.row.batch) {
+                Ok(answer) => {
+                    let timing = Timing {
+                        images_per_second: answer.images_per_second,
+                        gpu_mib: their.gpu_mib,
+                    };
+                    round.insert(their.name.to_string(), timing);
+                    let versions = &mut self.report.versions;
+                    versions.pytorch.get_or_insert(answer.framework);
+                }
+                Err(error) => self.report.fail(&self.row.side(their.name), &error),
+            }
+        }
+    }
+
+    /// Ends PyTorch's sides: what they hold of the GPU must not count for the next row.
+    fn finish(self) {
+        for their in self.sides {
+            if let Err(error) = their.side.finish() {
+                self.report.fail(&self.row.side(their.name), &error);
             }
         }
     }
@@ -624,6 +733,20 @@ mod tests {
             device: RefCell::default(),
             end: None,
         }
+    }
+
+    #[test]
+    fn what_comes_later_has_a_claim_before_more_rounds_and_our_other_ways() {
+        let seconds = Duration::from_secs;
+        let mut budget = Budget::new(seconds(100));
+        assert_eq!(budget.of_round(0), ROUND);
+        assert_eq!(budget.of_round(1), ROUND + seconds(100));
+        assert_eq!(budget.of_another_way(), OTHER_WAY + ROUND + seconds(100));
+        // The longest round counts, not the last.
+        budget.took(seconds(45));
+        budget.took(seconds(35));
+        assert_eq!(budget.of_round(2), seconds(145));
+        assert_eq!(budget.of_another_way(), OTHER_WAY + ROUND + seconds(100));
     }
 
     #[test]

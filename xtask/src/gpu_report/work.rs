@@ -32,6 +32,11 @@ pub(super) const ROUND: Duration = Duration::from_secs(30);
 pub(super) const OTHER_WAY: Duration = Duration::from_secs(20);
 
 impl Row {
+    /// One of its sides, as failures and what is left out name it.
+    pub(super) fn side(&self, name: &str) -> String {
+        format!("{}, {name}", self.name)
+    }
+
     /// The variants of PyTorch that it is held against.
     pub(super) fn variants(&self) -> &'static [(&'static str, &'static [&'static str])] {
         match self.is_held_against_the_fastest() {
