@@ -276,91 +276,98 @@ impl Transfer<'_> {
         state: &mut State<'_>,
         progress: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), Failure> {
-        let Answer { mut response, url } = answer;
         let expected = state.expected(self.file);
-        let mut starts_over = from < part.len();
-        let mut buffer = vec![0; 1 << 16];
-        loop {
-            if self.options.interrupt.is_raised() {
-                return Err(self.interrupted(part).into());
+        let mut body = Body {
+            answer,
+            expected,
+            buffer: vec![0; 1 << 16],
+        };
+        let mut next = self.next_chunk(&mut body, part);
+        if from == 0
+            && let Ok(Chunk::Bytes(count)) = next
+        {
+            body.refuse_page(count)?;
+        }
+        if from < part.len() {
+            // Nothing that is no part of the file takes the place of what is there.
+            let first = next?;
+            match first {
+                Chunk::Bytes(count) if count as u64 <= expected => {}
+                Chunk::Bytes(_) => return Err(body.too_long().into()),
+                Chunk::End => return Err(body.broke_off(part, None).into()),
             }
-            let count = match response.read(&mut buffer) {
+            self.start_over(part, state, progress)?;
+            next = Ok(first);
+        }
+        loop {
+            match next {
+                Ok(Chunk::Bytes(count)) if part.len() + count as u64 > expected => {
+                    part.discard();
+                    return Err(body.too_long().into());
+                }
+                Ok(Chunk::Bytes(count)) => {
+                    part.append(&body.buffer[..count])?;
+                    state.received += count as u64;
+                    state.retry.heard();
+                    progress(Event::Progress {
+                        done: part.len(),
+                        bytes: expected,
+                    });
+                }
                 // Where nobody knows the size, the end is where the server ends, and the hash decides.
-                Ok(0)
-                    if !starts_over
-                        && (part.len() == expected
-                            || (state.total.is_none() && part.len() > 0)) =>
+                Ok(Chunk::End)
+                    if part.len() == expected || (state.total.is_none() && part.len() > 0) =>
                 {
                     state.total = Some(part.len());
                     return Ok(());
                 }
-                Ok(0) => {
-                    return Err(RemoteError::BrokeOff {
-                        url,
-                        received: part.len(),
-                        expected,
-                        source: None,
-                    }
-                    .into());
-                }
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(Chunk::End) => return Err(body.broke_off(part, None).into()),
                 // All bytes are there: how the connection ends no longer matters.
-                Err(_) if !starts_over && part.len() == expected => return Ok(()),
-                Err(error) if is_timeout(&error) => {
-                    let silence = self.options.network.read_timeout;
-                    return Err(RemoteError::Stalled {
-                        url,
-                        received: part.len(),
-                        expected,
-                        silence,
-                    }
-                    .into());
-                }
-                Err(error) => {
-                    return Err(RemoteError::BrokeOff {
-                        url,
-                        received: part.len(),
-                        expected,
-                        source: Some(error),
-                    }
-                    .into());
-                }
-            };
-            let bytes = &buffer[..count];
-            let done = if starts_over { 0 } else { part.len() };
-            if done == 0 && looks_like_a_page(bytes) {
-                return Err(RemoteError::WebPage {
-                    url,
-                    excerpt: excerpt(bytes),
-                }
-                .into());
+                Err(Failure::Remote(_)) if part.len() == expected => return Ok(()),
+                Err(failure) => return Err(failure),
             }
-            if done + count as u64 > expected {
-                if !starts_over {
-                    part.discard();
-                }
-                return Err(RemoteError::TooLong { url, expected }.into());
-            }
-            if starts_over {
-                let why = match state.use_range {
-                    true => "the server sends the file from its start",
-                    false => "the server cannot continue from here",
-                };
-                let path = &self.file.path;
-                progress(Event::StartingOver { path, why });
-                part.restart()?;
-                state.from_earlier_run = false;
-                starts_over = false;
-            }
-            part.append(bytes)?;
-            state.received += count as u64;
-            state.retry.heard();
-            progress(Event::Progress {
-                done: part.len(),
-                bytes: expected,
-            });
+            next = self.next_chunk(&mut body, part);
         }
+    }
+
+    /// Reads what comes next into the buffer of `body`, unless interrupted.
+    fn next_chunk(&self, body: &mut Body, part: &PartFile<'_>) -> Result<Chunk, Failure> {
+        loop {
+            if self.options.interrupt.is_raised() {
+                return Err(self.interrupted(part).into());
+            }
+            return match body.answer.response.read(&mut body.buffer) {
+                Ok(0) => Ok(Chunk::End),
+                Ok(count) => Ok(Chunk::Bytes(count)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if is_timeout(&error) => Err(RemoteError::Stalled {
+                    url: body.answer.url.clone(),
+                    received: part.len(),
+                    expected: body.expected,
+                    silence: self.options.network.read_timeout,
+                }
+                .into()),
+                Err(error) => Err(body.broke_off(part, Some(error)).into()),
+            };
+        }
+    }
+
+    /// Drops what is there, since bytes from the start of the file take its place.
+    fn start_over(
+        &self,
+        part: &mut PartFile<'_>,
+        state: &mut State<'_>,
+        progress: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), DownloadError> {
+        let why = match state.use_range {
+            true => "the server sends the file from its start",
+            false => "the server cannot continue from here",
+        };
+        let path = &self.file.path;
+        progress(Event::StartingOver { path, why });
+        part.restart()?;
+        state.from_earlier_run = false;
+        Ok(())
     }
 
     /// Decides whether to try again, and after which wait.
@@ -448,6 +455,52 @@ impl Answer {
                 excerpt: excerpt(&read_start(&mut self.response)),
             }),
             _ => Ok(()),
+        }
+    }
+}
+
+/// An answer's body under way.
+struct Body {
+    answer: Answer,
+    /// The size of the file, or the most it may be.
+    expected: u64,
+    buffer: Vec<u8>,
+}
+
+/// What was read of a body.
+#[derive(Clone, Copy)]
+enum Chunk {
+    /// So many bytes.
+    Bytes(usize),
+    End,
+}
+
+impl Body {
+    /// Refuses a file whose first `count` bytes are those of a page.
+    fn refuse_page(&self, count: usize) -> Result<(), RemoteError> {
+        let bytes = &self.buffer[..count];
+        match looks_like_a_page(bytes) {
+            true => Err(RemoteError::WebPage {
+                url: self.answer.url.clone(),
+                excerpt: excerpt(bytes),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    fn too_long(&self) -> RemoteError {
+        RemoteError::TooLong {
+            url: self.answer.url.clone(),
+            expected: self.expected,
+        }
+    }
+
+    fn broke_off(&self, part: &PartFile<'_>, source: Option<io::Error>) -> RemoteError {
+        RemoteError::BrokeOff {
+            url: self.answer.url.clone(),
+            received: part.len(),
+            expected: self.expected,
+            source,
         }
     }
 }
