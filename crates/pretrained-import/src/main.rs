@@ -280,6 +280,17 @@ fn print_report(
     report: &Report,
 ) -> Result<()> {
     let mut out = io::stdout().lock();
+    print_origin(&mut out, metadata)?;
+    print_network(&mut out, conversion, report)?;
+    print_tensors(&mut out, report)?;
+    let shown = arguments.out.display();
+    let size = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
+    writeln!(out, "written     {shown} ({})", DecimalBytes(size))?;
+    print_next(&mut out, &arguments.out, report)?;
+    Ok(())
+}
+
+fn print_origin(out: &mut impl Write, metadata: &BTreeMap<String, String>) -> io::Result<()> {
     let said = |key: &str| metadata.get(key).map_or("", String::as_str);
     writeln!(out, "source      {}", said("source"))?;
     writeln!(
@@ -287,7 +298,14 @@ fn print_report(
         "            {}, SHA-256 {}",
         said("source_format"),
         said("source_sha256")
-    )?;
+    )
+}
+
+fn print_network(
+    out: &mut impl Write,
+    conversion: Option<&Conversion>,
+    report: &Report,
+) -> io::Result<()> {
     let heads = match report.aux_heads {
         true => "with auxiliary heads",
         false => "without auxiliary heads",
@@ -309,7 +327,11 @@ fn print_report(
                  is; say --transform-input or --no-transform-input"
             .into(),
     };
-    writeln!(out, "input       {input}")?;
+    writeln!(out, "input       {input}")
+}
+
+/// How many tensors there are, and which do not fit or are not as in the file.
+fn print_tensors(out: &mut impl Write, report: &Report) -> io::Result<()> {
     writeln!(
         out,
         "tensors     {} loaded, {} missing, {} unexpected, {} misshapen",
@@ -343,20 +365,21 @@ fn print_report(
     for (dtype, count) in &report.converted {
         writeln!(out, "            {count} converted from {dtype}")?;
     }
-    let shown = arguments.out.display();
-    let size = std::fs::metadata(&arguments.out).map_or(0, |file| file.len());
-    writeln!(out, "written     {shown} ({})", DecimalBytes(size))?;
+    Ok(())
+}
+
+/// What can be done with the file that was written.
+fn print_next(out: &mut impl Write, written: &Path, report: &Report) -> io::Result<()> {
     let misshapen = report.misshapen.iter().map(|found| &found.name);
     let mut gaps = report.missing.iter().chain(misshapen);
     // The programs do without these.
     if gaps.any(|name| !GoogLeNet::is_auxiliary(name)) {
-        writeln!(
+        return writeln!(
             out,
             "\nIt is not whole: predict does not take it, nor does finetune-full if more than the head is missing"
-        )?;
-        return Ok(());
+        );
     }
-    let path = arguments.out.to_string_lossy();
+    let path = written.to_string_lossy();
     // Only a zero byte cannot be quoted, and no path has one.
     let quoted = shlex::try_quote(&path).unwrap_or(Cow::Borrowed(&path));
     writeln!(
@@ -366,8 +389,7 @@ fn print_report(
     writeln!(
         out,
         "  cargo run -p predict -- --weights {quoted} picture.jpg"
-    )?;
-    Ok(())
+    )
 }
 
 #[cfg(test)]
