@@ -26,7 +26,7 @@ const MOST_VALUES: usize = 1 << 20;
 /// One value; containers are indices into a [`Pickle`].
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
-    /// What this program has no use for: None, a number that is no i64, an object's attributes.
+    /// What this program has no use for: a float, bytes, a set, an object that is no tensor.
     Other,
     None,
     Bool(bool),
