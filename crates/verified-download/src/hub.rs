@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use hf_hub::HFClient;
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, ETAG, HeaderMap, HeaderName};
-use reqwest::redirect;
+use reqwest::{Url, redirect};
 
 use crate::error::{DownloadError, RemoteError};
 use crate::retry::{Retry, status_error, wait};
@@ -75,6 +75,14 @@ impl HubSettings {
         }
         settings
     }
+
+    /// Checks that [`HubSettings::endpoint`] can be one, before anything is asked of it.
+    ///
+    /// # Errors
+    /// One that is no address, called by the variable that users set it with: `HF_ENDPOINT`.
+    pub fn check_endpoint(&self) -> Result<(), DownloadError> {
+        endpoint_url(&self.endpoint).map(|_| ())
+    }
 }
 
 /// The value of an environment variable; an empty one counts as unset.
@@ -116,6 +124,24 @@ fn cache_folder(lookup: Lookup<'_>) -> PathBuf {
     named.next().unwrap_or_else(|| home(lookup).join("hub"))
 }
 
+/// The Hub's own address, below which its files are.
+fn endpoint_url(endpoint: &str) -> Result<Url, DownloadError> {
+    // On its own: with the path behind it, "http://" would make the path's first part the host.
+    let url = parse_url(endpoint.trim_end_matches('/'), "HF_ENDPOINT");
+    let url = url.map_err(|_| bad_endpoint(endpoint))?;
+    match url.query().is_some() || url.fragment().is_some() {
+        true => Err(bad_endpoint(endpoint)),
+        false => Ok(url),
+    }
+}
+
+fn bad_endpoint(endpoint: &str) -> DownloadError {
+    DownloadError::BadAddress {
+        what: Text::Borrowed("HF_ENDPOINT"),
+        address: endpoint.to_owned(),
+    }
+}
+
 /// One file of one revision of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubFile {
@@ -144,18 +170,9 @@ impl HubFile {
     /// # Errors
     /// An `endpoint` that is no address, called by the variable that users set it with: `HF_ENDPOINT`.
     pub fn url(&self, endpoint: &str) -> Result<String, DownloadError> {
-        let bad_endpoint = || DownloadError::BadAddress {
-            what: Text::Borrowed("HF_ENDPOINT"),
-            address: endpoint.to_owned(),
-        };
-        // On its own: with the path behind it, "http://" would make the path's first part the host.
-        let mut url =
-            parse_url(endpoint.trim_end_matches('/'), "HF_ENDPOINT").map_err(|_| bad_endpoint())?;
-        if url.query().is_some() || url.fragment().is_some() {
-            return Err(bad_endpoint());
-        }
+        let mut url = endpoint_url(endpoint)?;
         url.path_segments_mut()
-            .map_err(|()| bad_endpoint())?
+            .map_err(|()| bad_endpoint(endpoint))?
             .pop_if_empty()
             .extend((self.kind == RepositoryKind::Dataset).then_some("datasets"))
             .extend(self.repository.split('/'))

@@ -146,8 +146,9 @@ impl<'a> Wanted<'a> {
 impl Wanted<'_> {
     /// Which commit and file it is.
     fn ask(&self) -> Result<Chosen, HubAnswer> {
-        self.on_hub(self.revision, "")
-            .url(&self.options.hub.endpoint)
+        self.options
+            .hub
+            .check_endpoint()
             .map_err(FetchError::from)?;
         let client = self.client()?;
         let info = client
