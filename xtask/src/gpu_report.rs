@@ -1,8 +1,11 @@
 //! `cargo xtask gpu-report`: everything that has to be shown on a GPU, in one command and one record.
 
+mod accuracy;
 mod gpu;
 mod pack;
+mod parity;
 mod runs;
+mod speed;
 mod suite;
 mod table;
 mod work;
@@ -16,8 +19,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
+use self::accuracy::{Outcome, pytorch_lesson};
 use self::gpu::Gpu;
-use self::runs::{Outcome, Parity, Plan, Round, Runs, pytorch_lesson};
+use self::parity::Parity;
+use self::runs::Runs;
+use self::speed::{Plan, Round};
 use self::table::summary;
 use self::work::{
     PYTORCH_ACCURACY, ROW_NAMES, ROWS, Row, SEEDS, accuracy_claims, needs_of_ours, those_that_fit,

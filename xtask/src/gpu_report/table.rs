@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::Report;
-use super::runs::{Outcome, Round, Timing};
+use super::accuracy::Outcome;
+use super::speed::{Round, Timing};
 use super::work::{EAGER, OURS, OURS_BY_PLANES, OURS_ON_ONE_STREAM, ROWS, Row, SEEDS, Speedup};
 use crate::bench::median;
 
