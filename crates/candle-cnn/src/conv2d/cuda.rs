@@ -45,51 +45,45 @@ pub(super) fn forward(
     if elements == 0 {
         return Ok((zeros(device, op.dtype, 0)?, shape));
     }
-    let (mut y, complete) = if g.macs() == 0 {
-        // Without input channels every sum is empty; cuDNN knows no such tensors.
-        (zeros(device, op.dtype, elements)?, bias.is_none())
-    } else {
-        // The convolution writes every element.
-        let mut y = alloc(OP, device, op.dtype, elements)?;
-        let settings = settings();
-        let complete = with_cudnn(device, 0, OP, |cudnn| {
-            let (x, _x) = address(OP, x, &stream)?;
-            let (weight, _weight) = address(OP, weight, &stream)?;
-            let (y, _y) = address_mut(OP, &mut y, &stream)?;
-            let bias = bias.map(|bias| address(OP, bias, &stream)).transpose()?;
-            let mut operands = Operands::new(x, weight, y);
-            let epilogue = Epilogue {
-                bias: bias.is_some(),
-                relu,
-            };
-            let key = |operands: &Operands, epilogue| PlanKey {
-                epilogue,
-                alignment: operands.alignment(),
-                ..PlanKey::new(
-                    *g,
-                    MemoryFormat::Contiguous,
-                    op.dtype,
-                    Pass::Forward,
-                    &settings,
-                )
-            };
-            if !epilogue.is_nothing() && settings.fused_epilogue {
-                if let Some((bias, _)) = &bias {
-                    operands.bias = cudnn::address(*bias);
-                }
-                let key = key(&operands, epilogue);
-                let fused = Plan::of(cudnn, device.id(), key, operands)?;
-                if fused.run_if_offered(cudnn, operands)? {
-                    return Ok(true);
-                }
+    // The convolution writes every element.
+    let mut y = alloc(OP, device, op.dtype, elements)?;
+    let settings = settings();
+    let complete = with_cudnn(device, 0, OP, |cudnn| {
+        let (x, _x) = address(OP, x, &stream)?;
+        let (weight, _weight) = address(OP, weight, &stream)?;
+        let (y, _y) = address_mut(OP, &mut y, &stream)?;
+        let bias = bias.map(|bias| address(OP, bias, &stream)).transpose()?;
+        let mut operands = Operands::new(x, weight, y);
+        let epilogue = Epilogue {
+            bias: bias.is_some(),
+            relu,
+        };
+        let key = |operands: &Operands, epilogue| PlanKey {
+            epilogue,
+            alignment: operands.alignment(),
+            ..PlanKey::new(
+                *g,
+                MemoryFormat::Contiguous,
+                op.dtype,
+                Pass::Forward,
+                &settings,
+            )
+        };
+        if !epilogue.is_nothing() && settings.fused_epilogue {
+            if let Some((bias, _)) = &bias {
+                operands.bias = cudnn::address(*bias);
             }
-            let operands = Operands::new(x, weight, y);
-            let key = key(&operands, Epilogue::default());
-            Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)?;
-            Ok(epilogue.is_nothing())
-        })?;
-        (y, complete)
-    };
+            let key = key(&operands, epilogue);
+            let fused = Plan::of(cudnn, device.id(), key, operands)?;
+            if fused.run_if_offered(cudnn, operands)? {
+                return Ok(true);
+            }
+        }
+        let operands = Operands::new(x, weight, y);
+        let key = key(&operands, Epilogue::default());
+        Plan::of(cudnn, device.id(), key, operands)?.run(cudnn, operands)?;
+        Ok(epilogue.is_nothing())
+    })?;
     if !complete {
         bias_activation(op, device, &mut y, bias)?;
     }
