@@ -85,7 +85,7 @@ fn a_gradient_that_nobody_asked_for_stays_away() -> Result<()> {
 #[cfg(feature = "cuda")]
 #[test]
 fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
-    use candle_cnn::cuda::{RunningStatistics, take_up_statistics};
+    use candle_cnn::cuda::{TrackedStatistics, take_up_statistics};
     use candle_cnn::{BatchStatistics, update_running};
 
     for device in devices().iter().filter(|device| device.is_cuda()) {
@@ -100,7 +100,7 @@ fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
             mean: on_gpu(&batch_mean)?,
             unbiased_variance: on_gpu(&unbiased)?,
         };
-        let running = RunningStatistics {
+        let running = TrackedStatistics {
             mean: &moved_mean,
             variance: &moved_variance,
             batches: &batches,
@@ -117,7 +117,7 @@ fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
         let mut all: Vec<_> = others
             .iter()
             .map(|[mean, variance, batches]| {
-                let running = RunningStatistics {
+                let running = TrackedStatistics {
                     mean,
                     variance,
                     batches,
@@ -139,7 +139,7 @@ fn running_statistics_move_as_on_the_cpu_to_the_bit() -> Result<()> {
         let expected = update_running(&variance, &unbiased, 0.1)?;
         assert_eq!(bits(&moved_variance)?, bits(&expected)?);
         assert_eq!(batches.to_vec1::<i64>()?, [42]);
-        let wrong = RunningStatistics {
+        let wrong = TrackedStatistics {
             batches: &moved_mean,
             ..running
         };

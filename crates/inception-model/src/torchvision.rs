@@ -899,7 +899,7 @@ impl BatchNorm {
                 .iter()
                 .zip(&on_gpu)
                 .map(|([mean, variance, batches], (_, batch))| {
-                    let running = candle_cnn::cuda::RunningStatistics {
+                    let running = candle_cnn::cuda::TrackedStatistics {
                         mean,
                         variance,
                         batches,

@@ -39,7 +39,7 @@ pub use device::{
 pub use settings::{F32Math, Settings, set_settings, settings, without_benchmark};
 #[cfg(feature = "cuda")]
 pub use training::{
-    RunningStatistics, SgdHyperparameters, SgdTensor, count_correct, gather_normalized, sgd_step,
+    SgdHyperparameters, SgdTensor, TrackedStatistics, count_correct, gather_normalized, sgd_step,
     take_up_statistics,
 };
 

@@ -295,7 +295,7 @@ fn step_chunk(
 
 /// The running statistics of a batch norm, moved in place; (C) each, contiguous, f32 or f64.
 #[derive(Clone, Copy, Debug)]
-pub struct RunningStatistics<'a> {
+pub struct TrackedStatistics<'a> {
     /// `running_mean`.
     pub mean: &'a Tensor,
     /// `running_var`.
@@ -328,7 +328,7 @@ const _: () = assert!(size_of::<Norms>() <= MOST_IN_TABLE);
 /// # Errors
 /// [`OpError`] for tensors that do not fit one another; nothing is moved then.
 pub fn take_up_statistics(
-    norms: &[(RunningStatistics<'_>, &BatchStatistics)],
+    norms: &[(TrackedStatistics<'_>, &BatchStatistics)],
     momentum: f64,
 ) -> Result<()> {
     let Some((first, _)) = norms.first() else {
@@ -349,7 +349,7 @@ pub fn take_up_statistics(
 const TAKE_UP: &str = "take_up_statistics";
 
 fn check_statistics(
-    running: &RunningStatistics<'_>,
+    running: &TrackedStatistics<'_>,
     batch: &BatchStatistics,
     dtype: DType,
 ) -> Result<()> {
@@ -387,7 +387,7 @@ fn check_statistics(
 }
 
 fn take_up_chunk(
-    norms: &[(RunningStatistics<'_>, &BatchStatistics)],
+    norms: &[(TrackedStatistics<'_>, &BatchStatistics)],
     dtype: DType,
     momentum: f64,
 ) -> Result<()> {
@@ -481,7 +481,7 @@ mod tests {
                 "take_up_statistics: batches has shape [2], expected one element",
             ),
         ] {
-            let running = RunningStatistics {
+            let running = TrackedStatistics {
                 mean: &numbers,
                 variance: &numbers,
                 batches: &batches,

@@ -11,22 +11,22 @@ use crate::element::Element;
 
 /// What makes two buffers interchangeable: the zeros around their images lie in the same places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct MapLayout {
     /// Height and width of the image.
     pub(super) size: (usize, usize),
     /// Zero pixels around it.
     pub(super) halo: usize,
     /// Elements per pixel.
-    pub(super) width: usize,
+    pub(super) pixel: usize,
 }
 
-impl Layout {
+impl MapLayout {
     /// Memory without images.
     fn flat(len: usize) -> Self {
         Self {
             size: (1, 1),
             halo: 0,
-            width: len,
+            pixel: len,
         }
     }
 
@@ -37,7 +37,7 @@ impl Layout {
 
     /// Elements per line.
     pub(super) fn line(&self) -> usize {
-        (self.size.1 + 2 * self.halo) * self.width
+        (self.size.1 + 2 * self.halo) * self.pixel
     }
 
     /// Elements per image.
@@ -47,7 +47,7 @@ impl Layout {
 
     /// Where the pixel `outside` pixels above and left of pixel (0, 0) begins.
     pub(super) fn first(&self, outside: usize) -> usize {
-        (self.halo - outside) * (self.line() + self.width)
+        (self.halo - outside) * (self.line() + self.pixel)
     }
 
     /// Where line `h` begins with its halo; the first and the last take what is above and below.
@@ -61,7 +61,7 @@ impl Layout {
 
     /// Where pixel (h, w) begins.
     pub(super) fn at(&self, h: usize, w: usize) -> usize {
-        self.first(0) + h * self.line() + w * self.width
+        self.first(0) + h * self.line() + w * self.pixel
     }
 }
 
@@ -76,7 +76,7 @@ pub(super) struct Part {
 
 impl Part {
     /// All images that a buffer of `len` elements holds.
-    pub(super) fn whole(layout: Layout, len: usize) -> Self {
+    pub(super) fn whole(layout: MapLayout, len: usize) -> Self {
         Self {
             images: len / layout.image().max(1),
             lines: 0..layout.size.0,
@@ -86,7 +86,7 @@ impl Part {
 
     /// Cuts `image` into up to `count` runs of lines, of a multiple of `step` lines each.
     pub(super) fn cut<T>(
-        layout: Layout,
+        layout: MapLayout,
         image: &mut [T],
         (count, step): (usize, usize),
     ) -> Vec<(Self, &mut [T])> {
@@ -137,7 +137,7 @@ impl Arenas {
     }
 
     /// A buffer of at least `images` images. What lies inside of the halo is arbitrary.
-    pub(super) fn take<T: Element>(&self, layout: Layout, images: usize) -> Vec<T> {
+    pub(super) fn take<T: Element>(&self, layout: MapLayout, images: usize) -> Vec<T> {
         let (found, shorter) = {
             let mut arena = self.of();
             match arena.find(layout, images) {
@@ -161,7 +161,7 @@ impl Arenas {
 
     /// Memory of at least `len` elements, with arbitrary values.
     pub(super) fn take_flat<T: Element>(&self, len: usize) -> Vec<T> {
-        self.take(Layout::flat(len), 1)
+        self.take(MapLayout::flat(len), 1)
     }
 
     /// Locked until the guard is dropped: nothing parallel may run so long.
@@ -183,7 +183,7 @@ impl Arenas {
 /// What is free.
 pub(super) struct Arena<T> {
     /// Buffers, and the layout that each was last used with: the zeros of its halo are in place.
-    buffers: Vec<(Layout, Vec<T>)>,
+    buffers: Vec<(MapLayout, Vec<T>)>,
     scratches: Vec<Scratch<T>>,
 }
 
@@ -211,10 +211,10 @@ impl<T: Element> Drop for Lent<'_, T> {
 
 impl<T: Element> Arena<T> {
     /// What is free for at least `images` images, and the layout that it was last used with.
-    fn find(&mut self, layout: Layout, images: usize) -> Option<(Layout, Vec<T>)> {
+    fn find(&mut self, layout: MapLayout, images: usize) -> Option<(MapLayout, Vec<T>)> {
         let len = images * layout.image();
         // The same layout, or else the smallest that would not waste half of itself.
-        let same = |(of, buffer): &(Layout, Vec<T>)| *of == layout && buffer.len() >= len;
+        let same = |(of, buffer): &(MapLayout, Vec<T>)| *of == layout && buffer.len() >= len;
         let fits = |buffer: &Vec<T>| (len..=2 * len).contains(&buffer.len());
         let found = self.buffers.iter().position(same).or_else(|| {
             let candidates = self.buffers.iter().enumerate();
@@ -226,7 +226,7 @@ impl<T: Element> Arena<T> {
     }
 
     /// The longest free buffer of a layout.
-    fn remove_longest(&mut self, layout: Layout) -> Option<Vec<T>> {
+    fn remove_longest(&mut self, layout: MapLayout) -> Option<Vec<T>> {
         let buffers = self.buffers.iter().enumerate();
         let buffers = buffers.filter(|(_, (of, _))| *of == layout);
         let (index, _) = buffers.max_by_key(|(_, (_, buffer))| buffer.len())?;
@@ -234,14 +234,14 @@ impl<T: Element> Arena<T> {
     }
 
     /// Keeps a buffer for the next time; one without memory serves nobody, and would be looked at in each search.
-    pub(super) fn give_back(&mut self, layout: Layout, buffer: Vec<T>) {
+    pub(super) fn give_back(&mut self, layout: MapLayout, buffer: Vec<T>) {
         if !buffer.is_empty() {
             self.buffers.push((layout, buffer));
         }
     }
 
     pub(super) fn give_back_flat(&mut self, memory: Vec<T>) {
-        self.give_back(Layout::flat(memory.len()), memory);
+        self.give_back(MapLayout::flat(memory.len()), memory);
     }
 
     /// How many elements are.
@@ -258,9 +258,9 @@ impl<T: Element> Arena<T> {
 }
 
 /// Sets what lies around the images to zero.
-fn clear_halos<T: Element>(layout: Layout, buffer: &mut [T]) {
+fn clear_halos<T: Element>(layout: MapLayout, buffer: &mut [T]) {
     let (height, width) = layout.size;
-    if layout.halo == 0 || height * width * layout.width == 0 {
+    if layout.halo == 0 || height * width * layout.pixel == 0 {
         return;
     }
     buffer.par_chunks_mut(layout.image()).for_each(|image| {
@@ -269,7 +269,7 @@ fn clear_halos<T: Element>(layout: Layout, buffer: &mut [T]) {
         for h in 0..height.min(image.len() / layout.line()) {
             let start = layout.at(h, 0).min(image.len());
             image[end.min(start)..start].fill(T::ZERO);
-            end = start + width * layout.width;
+            end = start + width * layout.pixel;
         }
         let len = image.len();
         image[end.min(len)..].fill(T::ZERO);
@@ -282,10 +282,10 @@ mod tests {
 
     #[test]
     fn a_buffer_of_another_layout_comes_with_zeros_around_its_images() {
-        let layout = |height, width, halo| Layout {
+        let layout = |height, width, halo| MapLayout {
             size: (height, width),
             halo,
-            width: 16,
+            pixel: 16,
         };
         let (from, to) = (layout(6, 5, 1), layout(4, 3, 2));
         let arenas = Arenas::default();
@@ -301,7 +301,7 @@ mod tests {
         );
         for image in buffer.chunks_exact(to.image()).take(3) {
             for (at, &value) in image.iter().enumerate() {
-                let (line, column) = (at / to.line(), at % to.line() / to.width);
+                let (line, column) = (at / to.line(), at % to.line() / to.pixel);
                 let is_inside = (2..6).contains(&line) && (2..5).contains(&column);
                 assert_eq!(value, if is_inside { 1.0 } else { 0.0 }, "{line} {column}");
             }
@@ -310,10 +310,10 @@ mod tests {
 
     #[test]
     fn an_image_is_cut_between_its_lines_and_nothing_is_left_out() {
-        let layout = Layout {
+        let layout = MapLayout {
             size: (6, 2),
             halo: 1,
-            width: 16,
+            pixel: 16,
         };
         let mut image: Vec<f32> = (0..layout.image()).map(|at| at as f32).collect();
         for (cut, expected) in [
@@ -342,10 +342,10 @@ mod tests {
 
     #[test]
     fn a_longer_buffer_takes_the_place_of_a_shorter_one_of_its_layout() {
-        let layout = |side| Layout {
+        let layout = |side| MapLayout {
             size: (side, side),
             halo: 1,
-            width: 16,
+            pixel: 16,
         };
         let arenas = Arenas::default();
         let (one, other) = (layout(4), layout(9));
@@ -369,10 +369,10 @@ mod tests {
 
     #[test]
     fn a_buffer_that_would_waste_half_of_itself_stays_where_it_is() {
-        let layout = |side| Layout {
+        let layout = |side| MapLayout {
             size: (side, side),
             halo: 0,
-            width: 16,
+            pixel: 16,
         };
         let arenas = Arenas::default();
         let large = arenas.take::<f32>(layout(8), 4);

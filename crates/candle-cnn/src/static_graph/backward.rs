@@ -5,8 +5,10 @@ use rayon::prelude::*;
 use super::builder::Operation;
 use super::forward::Forward;
 use super::group::{Branch, Group, GroupPass, OutputGradient};
-use super::pass::{Maps, Numbers, ParameterGradients, Trains, give_back, give_back_gradient};
-use super::plan::Inner;
+use super::pass::{
+    Maps, ParameterGradients, ParameterValues, Trains, give_back, give_back_gradient,
+};
+use super::plan::Network;
 use super::way::Dx;
 use crate::element::Element;
 use crate::simd::Isa;
@@ -21,7 +23,7 @@ pub(super) struct Backward<'a, T: 'static> {
 
 impl<'a, T: Element> Backward<'a, T> {
     pub(super) fn new(
-        graph: &'a Inner,
+        graph: &'a Network,
         isa: Isa,
         batch: usize,
         needs_input: bool,
@@ -40,12 +42,12 @@ impl<'a, T: Element> Backward<'a, T> {
     pub(super) fn run(
         &self,
         mut maps: Maps<T>,
-        numbers: &[Numbers<'_, T>],
+        values: &[ParameterValues<'_, T>],
         d_features: &[T],
     ) -> (Option<Vec<T>>, Vec<Option<Vec<T>>>) {
         let graph = self.forward.graph;
         let mut gradients: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        let mut d_parameters: Vec<_> = numbers.iter().map(|_| None).collect();
+        let mut d_parameters: Vec<_> = values.iter().map(|_| None).collect();
         if self.needed[graph.output] {
             gradients[graph.output] = Some(self.spread(d_features));
         }
@@ -54,7 +56,7 @@ impl<'a, T: Element> Backward<'a, T> {
                 let pass = GroupPass {
                     forward: &self.forward,
                     maps: &maps,
-                    numbers,
+                    values,
                 };
                 pass.run(&mut group, &mut d_parameters);
                 gradients[group.input] = group.dx;
@@ -67,10 +69,10 @@ impl<'a, T: Element> Backward<'a, T> {
         give_back(graph, 0, maps.nodes[0].take());
         let d_images = gradients[0].as_deref().map(|d| self.planes(d));
         give_back_gradient(graph, 0, gradients[0].take());
-        let d_parameters = d_parameters.into_iter().zip(numbers);
-        let d_parameters = d_parameters.flat_map(|(d, numbers)| match d {
+        let d_parameters = d_parameters.into_iter().zip(values);
+        let d_parameters = d_parameters.flat_map(|(d, values)| match d {
             Some(d) => ParameterGradients::into_list(d),
-            None => vec![None; 1 + numbers.per_channel()],
+            None => vec![None; 1 + values.per_channel()],
         });
         (d_images, d_parameters.collect())
     }

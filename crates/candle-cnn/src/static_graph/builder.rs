@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::Result;
 
-use super::plan::Inner;
+use super::plan::Network;
 use super::{ALIGNMENT, OP, StaticGraph};
 use crate::error::OpError;
 use crate::max_pool2d::MaxPool2dConfig;
@@ -370,9 +370,9 @@ impl StaticGraphBuilder {
                 ));
             }
         }
-        let inner = Inner::new(self.nodes, self.operations, self.names, output.number);
+        let network = Network::new(self.nodes, self.operations, self.names, output.number);
         Ok(StaticGraph {
-            inner: Arc::new(inner),
+            network: Arc::new(network),
         })
     }
 }

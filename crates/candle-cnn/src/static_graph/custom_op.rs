@@ -8,7 +8,7 @@ use super::OP;
 use super::backward::Backward;
 use super::forward::{Forward, Keep};
 use super::pass::{Maps, Trains, in_pool};
-use super::plan::Inner;
+use super::plan::Network;
 use crate::backward::aside;
 use crate::batch_norm::Moments;
 use crate::element::{dispatch, slice, with_slices};
@@ -16,8 +16,8 @@ use crate::error::OpError;
 use crate::simd::Isa;
 
 /// One pass through the graph as a node of Candle's.
-pub(super) struct Run {
-    pub(super) graph: Arc<Inner>,
+pub(super) struct GraphOp {
+    pub(super) graph: Arc<Network>,
     pub(super) dtype: DType,
     pub(super) needs_input: bool,
     /// Which of each convolution's parameters need their gradient.
@@ -29,10 +29,10 @@ pub(super) struct Run {
     /// Where the forward pass leaves the moments of each convolution, empty where it has none.
     pub(super) statistics: Arc<Mutex<Vec<Vec<Moments>>>>,
     /// The maps of the forward pass, where somebody needs a gradient.
-    pub(super) kept: Mutex<Option<Kept>>,
+    pub(super) kept: Mutex<Option<KeptMaps>>,
 }
 
-impl CustomOp2 for Run {
+impl CustomOp2 for GraphOp {
     fn name(&self) -> &'static str {
         OP
     }
@@ -50,8 +50,8 @@ impl CustomOp2 for Run {
             let images = slice::<T>(OP, images, images_layout)?;
             let output = self
                 .graph
-                .with_numbers(&self.parameters, |numbers| {
-                    Ok(in_pool(|| pass.run(images, numbers, Keep::ForBackward)))
+                .with_values(&self.parameters, |values| {
+                    Ok(in_pool(|| pass.run(images, values, Keep::ForBackward)))
                 })?;
             *lock(&self.kept) = output.maps.map(Keepable::keep);
             *lock(&self.statistics) = output.moments;
@@ -81,9 +81,9 @@ impl CustomOp2 for Run {
                 self.needs_input,
                 &self.trainable,
             );
-            let (d_images, d_parameters) = self.graph.with_numbers(&self.parameters, |numbers| {
+            let (d_images, d_parameters) = self.graph.with_values(&self.parameters, |values| {
                 with_slices::<T, _, _>(OP, [&gradient], |[gradient]| {
-                    Ok(in_pool(|| pass.run(maps, numbers, gradient)))
+                    Ok(in_pool(|| pass.run(maps, values, gradient)))
                 })
             })?;
             let d_images = d_images.map(|d| Tensor::from_vec(d, images.shape(), images.device()));
@@ -105,7 +105,7 @@ impl CustomOp2 for Run {
 }
 
 /// Ties a parameter to the pass that reads it. As a value it is nothing; its
-/// gradient is what [`Run`] has left for it.
+/// gradient is what [`GraphOp`] has left for it.
 pub(super) struct Token {
     pub(super) gradients: Gradients,
     pub(super) index: usize,
@@ -157,26 +157,26 @@ impl CustomOp2 for Token {
 /// Gradients of the parameters, in order.
 pub(super) type Gradients = Arc<Mutex<Vec<Option<Tensor>>>>;
 
-pub(super) enum Kept {
+pub(super) enum KeptMaps {
     F32(Maps<f32>),
     F64(Maps<f64>),
 }
 
 /// Wraps and unwraps the maps of an element type.
 trait Keepable: Sized {
-    fn keep(maps: Maps<Self>) -> Kept;
-    fn take(kept: Kept) -> Option<Maps<Self>>;
+    fn keep(maps: Maps<Self>) -> KeptMaps;
+    fn take(kept: KeptMaps) -> Option<Maps<Self>>;
 }
 
 macro_rules! keep {
     ($t:ty, $variant:ident) => {
         impl Keepable for $t {
-            fn keep(maps: Maps<Self>) -> Kept {
-                Kept::$variant(maps)
+            fn keep(maps: Maps<Self>) -> KeptMaps {
+                KeptMaps::$variant(maps)
             }
-            fn take(kept: Kept) -> Option<Maps<Self>> {
+            fn take(kept: KeptMaps) -> Option<Maps<Self>> {
                 match kept {
-                    Kept::$variant(maps) => Some(maps),
+                    KeptMaps::$variant(maps) => Some(maps),
                     _ => None,
                 }
             }

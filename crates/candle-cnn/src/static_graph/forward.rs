@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::arena::{Layout, Part};
+use super::arena::{MapLayout, Part};
 use super::builder::{Convolution, MaxPool, Operation};
 use super::gather::{GatherPass, Start};
 use super::norm::{self, Affine, Between, MomentSums, Span};
 use super::packed::{Packed, Wanted};
 use super::pass::{
-    After, AnyPass, Maps, Normalised, Numbers, Scratch, give_back, max_pool_of, pays, start_values,
+    After, AnyPass, Maps, Normalised, ParameterValues, Scratch, give_back, max_pool_of, pays,
+    start_values,
 };
-use super::plan::Inner;
+use super::plan::Network;
 use super::pool::{self, Pool};
 use super::profile::{self, Cost, Watch};
 use crate::activation::Activation;
@@ -42,14 +43,14 @@ pub(super) struct Output<T> {
 
 /// The forward pass.
 pub(super) struct Forward<'a, T: 'static> {
-    pub(super) graph: &'a Inner,
+    pub(super) graph: &'a Network,
     pub(super) isa: Isa,
     pub(super) kernels: &'static Kernels<T>,
     pub(super) batch: usize,
 }
 
 impl<'a, T: Element> Forward<'a, T> {
-    pub(super) fn new(graph: &'a Inner, isa: Isa, batch: usize) -> Self {
+    pub(super) fn new(graph: &'a Network, isa: Isa, batch: usize) -> Self {
         Self {
             graph,
             isa,
@@ -59,27 +60,37 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// Runs the graph, and keeps what the backward pass needs if asked to.
-    pub(super) fn run(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: Keep) -> Output<T> {
-        let normalises = |n: &Numbers<'_, T>| matches!(n.after, After::BatchNorm { .. });
+    pub(super) fn run(
+        &self,
+        images: &[T],
+        values: &[ParameterValues<'_, T>],
+        keep: Keep,
+    ) -> Output<T> {
+        let normalises = |n: &ParameterValues<'_, T>| matches!(n.after, After::BatchNorm { .. });
         if keep == Keep::ForBackward {
             self.graph.packed.clear();
         }
-        if numbers.iter().any(normalises) {
-            self.run_one_by_one(images, numbers, keep)
+        if values.iter().any(normalises) {
+            self.run_one_by_one(images, values, keep)
         } else if keep == Keep::ForBackward && self.batch >= rayon::current_num_threads() {
-            self.run_image_by_image(images, numbers)
+            self.run_image_by_image(images, values)
         } else {
-            self.run_by_levels(images, numbers, keep)
+            self.run_by_levels(images, values, keep)
         }
     }
 
     /// Operation by operation, since the statistics of a batch norm are of the whole batch.
-    fn run_one_by_one(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: Keep) -> Output<T> {
+    fn run_one_by_one(
+        &self,
+        images: &[T],
+        values: &[ParameterValues<'_, T>],
+        keep: Keep,
+    ) -> Output<T> {
         let graph = self.graph;
-        let kept = (keep == Keep::Nothing).then(|| self.packed(numbers, keep));
+        let kept = (keep == Keep::Nothing).then(|| self.packed(values, keep));
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
-        let mut normalised: Vec<_> = numbers.iter().map(|_| None).collect();
-        let mut moments = vec![Vec::new(); numbers.len()];
+        let mut normalised: Vec<_> = values.iter().map(|_| None).collect();
+        let mut moments = vec![Vec::new(); values.len()];
         nodes[0] = Some(self.images(images));
         for (index, operation) in graph.operations.iter().enumerate() {
             let watch = Watch::start();
@@ -88,12 +99,12 @@ impl<'a, T: Element> Forward<'a, T> {
             let x = nodes[operation.input()].as_deref().unwrap_or_default();
             match operation {
                 Operation::Convolution(c) => {
-                    let numbers = &numbers[c.number];
+                    let values = &values[c.number];
                     let packed = match &kept {
                         Some(kept) => kept[c.number].clone(),
-                        None => self.pack(&self.wanted(c, numbers)),
+                        None => self.pack(&self.wanted(c, values)),
                     };
-                    let norm = self.convolution(c, x, (numbers, &packed), (&mut y, channel), keep);
+                    let norm = self.convolution(c, x, (values, &packed), (&mut y, channel), keep);
                     self.release_packed(packed);
                     if let Some((x, found)) = norm {
                         moments[c.number].clone_from(&found);
@@ -140,10 +151,15 @@ impl<'a, T: Element> Forward<'a, T> {
 
     /// Where no operation needs another's result of the whole batch: all operations that wait for the same earlier ones
     /// share out their work at once, those that read the same images one after the other.
-    fn run_by_levels(&self, images: &[T], numbers: &[Numbers<'_, T>], keep: Keep) -> Output<T> {
+    fn run_by_levels(
+        &self,
+        images: &[T],
+        values: &[ParameterValues<'_, T>],
+        keep: Keep,
+    ) -> Output<T> {
         let graph = self.graph;
-        let packed = self.packed(numbers, keep);
-        let starts = self.starts(numbers);
+        let packed = self.packed(values, keep);
+        let starts = self.starts(values);
         let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
             .map(|index| self.step(index, (&packed, &starts), Pooling::Apart))
             .collect();
@@ -168,8 +184,8 @@ impl<'a, T: Element> Forward<'a, T> {
         for packed in packed {
             self.release_packed(packed);
         }
-        let none = || numbers.iter().map(|_| None).collect();
-        self.output(nodes, none(), vec![Vec::new(); numbers.len()], keep)
+        let none = || values.iter().map(|_| None).collect();
+        self.output(nodes, none(), vec![Vec::new(); values.len()], keep)
     }
 
     /// Operations that do not wait for each other. Returns what each took, task by task.
@@ -227,7 +243,7 @@ impl<'a, T: Element> Forward<'a, T> {
 
     /// The forward pass where no operation needs another's result of the whole batch and all maps
     /// are kept: each thread takes its images through the network without waiting for the others.
-    fn run_image_by_image(&self, images: &[T], numbers: &[Numbers<'_, T>]) -> Output<T> {
+    fn run_image_by_image(&self, images: &[T], values: &[ParameterValues<'_, T>]) -> Output<T> {
         let graph = self.graph;
         let mut nodes: Vec<Option<Vec<T>>> = vec![None; graph.nodes.len()];
         for &index in graph.groups.iter().flatten() {
@@ -235,8 +251,8 @@ impl<'a, T: Element> Forward<'a, T> {
             nodes[buffer].get_or_insert_with(|| self.take(buffer));
         }
         nodes[0] = Some(self.images(images));
-        let packed = self.packed(numbers, Keep::ForBackward);
-        let starts = self.starts(numbers);
+        let packed = self.packed(values, Keep::ForBackward);
+        let starts = self.starts(values);
         let steps: Vec<ForwardStep<'_, T>> = (0..graph.operations.len())
             .filter(|&index| !graph.pooled.contains(&Some(index)))
             .map(|index| self.step(index, (&packed, &starts), Pooling::Within))
@@ -304,8 +320,8 @@ impl<'a, T: Element> Forward<'a, T> {
         for packed in packed {
             self.release_packed(packed);
         }
-        let none = || numbers.iter().map(|_| None).collect();
-        let moments = vec![Vec::new(); numbers.len()];
+        let none = || values.iter().map(|_| None).collect();
+        let moments = vec![Vec::new(); values.len()];
         self.output(nodes, none(), moments, Keep::ForBackward)
     }
 
@@ -330,10 +346,10 @@ impl<'a, T: Element> Forward<'a, T> {
                     channels: c.c_out,
                 };
                 let pooling = graph.pooled[index].filter(|_| pooling == Pooling::Within);
-                let numbers = (&*packed[c.number], starts[c.number].as_slice());
+                let values = (&*packed[c.number], starts[c.number].as_slice());
                 (
                     pooling.and_then(pool_of),
-                    Some(self.pass(c, numbers, span, Activation::Relu)),
+                    Some(self.pass(c, values, span, Activation::Relu)),
                 )
             }
             Operation::MaxPool(_) => (pool_of(index), None),
@@ -346,9 +362,9 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// The weights of all convolutions as the tiles read them; kept for the next time unless a gradient is wanted.
-    fn packed(&self, numbers: &[Numbers<'_, T>], keep: Keep) -> Vec<Arc<Packed<T>>> {
+    fn packed(&self, values: &[ParameterValues<'_, T>], keep: Keep) -> Vec<Arc<Packed<T>>> {
         let convolutions = self.graph.convolutions();
-        let wanted = convolutions.iter().zip(numbers);
+        let wanted = convolutions.iter().zip(values);
         let wanted: Vec<_> = wanted.map(|(c, n)| self.wanted(c, n)).collect();
         match keep {
             Keep::ForBackward => wanted.iter().map(|wanted| self.pack(wanted)).collect(),
@@ -363,10 +379,10 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// What the sums of each convolution start from.
-    fn starts(&self, numbers: &[Numbers<'_, T>]) -> Vec<Vec<T>> {
+    fn starts(&self, values: &[ParameterValues<'_, T>]) -> Vec<Vec<T>> {
         let convolutions = self.graph.convolutions();
-        let with = convolutions.iter().zip(numbers);
-        with.map(|(c, numbers)| start_values(c, numbers)).collect()
+        let with = convolutions.iter().zip(values);
+        with.map(|(c, values)| start_values(c, values)).collect()
     }
 
     pub(super) fn cost(&self, operation: &Operation) -> Cost {
@@ -428,11 +444,11 @@ impl<'a, T: Element> Forward<'a, T> {
         to
     }
 
-    fn wanted<'n>(&self, c: &Convolution, numbers: &'n Numbers<'_, T>) -> Wanted<'n, T> {
+    fn wanted<'n>(&self, c: &Convolution, values: &'n ParameterValues<'_, T>) -> Wanted<'n, T> {
         let size = self.graph.nodes[c.output].size;
         Wanted {
-            weight: numbers.weight,
-            scale: match &numbers.after {
+            weight: values.weight,
+            scale: match &values.after {
                 After::Affine { scale, .. } => scale,
                 _ => &[],
             },
@@ -448,7 +464,7 @@ impl<'a, T: Element> Forward<'a, T> {
         &self,
         c: &Convolution,
         x: &[T],
-        (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
+        (values, packed): (&ParameterValues<'_, T>, &Packed<T>),
         (y, channel): (&mut [T], usize),
         keep: Keep,
     ) -> Option<(Option<Vec<T>>, Vec<Moments>)> {
@@ -458,13 +474,13 @@ impl<'a, T: Element> Forward<'a, T> {
             channel,
             channels: c.c_out,
         };
-        let &After::BatchNorm { weight, bias, eps } = &numbers.after else {
-            let numbers = (numbers, packed);
-            self.convolve(c, x, numbers, (y, y_span), Activation::Relu, |_| ());
+        let &After::BatchNorm { weight, bias, eps } = &values.after else {
+            let values = (values, packed);
+            self.convolve(c, x, values, (y, y_span), Activation::Relu, |_| ());
             return None;
         };
         if keep == Keep::Nothing {
-            let moments = self.convolve_and_measure(c, x, (numbers, packed), (y, y_span));
+            let moments = self.convolve_and_measure(c, x, (values, packed), (y, y_span));
             let affine = Affine::new(&moments, weight, bias, eps);
             y[..self.batch * y_layout.image()]
                 .par_chunks_mut(self.images_per_map_task(y_layout) * y_layout.image())
@@ -478,7 +494,7 @@ impl<'a, T: Element> Forward<'a, T> {
         let z_span = self.graph.normalised_span(c);
         let z_layout = z_span.layout;
         let mut z = self.graph.arenas.take(z_layout, self.batch);
-        let moments = self.convolve_and_measure(c, x, (numbers, packed), (&mut z, z_span));
+        let moments = self.convolve_and_measure(c, x, (values, packed), (&mut z, z_span));
         let affine = Affine::new(&moments, weight, bias, eps);
         let between = Between {
             x: z_span,
@@ -500,7 +516,7 @@ impl<'a, T: Element> Forward<'a, T> {
     }
 
     /// Images per task of a pass that does little with each value: one part per thread.
-    fn images_per_map_task(&self, layout: Layout) -> usize {
+    fn images_per_map_task(&self, layout: MapLayout) -> usize {
         /// Elements that are worth a task.
         const LEAST: usize = 1 << 14;
         let least = LEAST.div_ceil(layout.image().max(1));
@@ -514,10 +530,10 @@ impl<'a, T: Element> Forward<'a, T> {
         &self,
         c: &Convolution,
         x: &[T],
-        numbers: (&Numbers<'_, T>, &Packed<T>),
+        values: (&ParameterValues<'_, T>, &Packed<T>),
         (y, span): (&mut [T], Span),
     ) -> Vec<Moments> {
-        let sums = self.convolve(c, x, numbers, (y, span), Activation::Identity, |images| {
+        let sums = self.convolve(c, x, values, (y, span), Activation::Identity, |images| {
             let mut sums = MomentSums::new(c.c_out);
             for image in images.chunks_exact(span.layout.image()) {
                 norm::add_moments(self.isa, &span, image, &mut sums);
@@ -555,19 +571,19 @@ impl<'a, T: Element> Forward<'a, T> {
         }
     }
 
-    /// The convolution with what its numbers add by channel. `measure` sees
+    /// The convolution with what its parameters add by channel. `measure` sees
     /// the images of each task while they are in the cache.
     fn convolve<R: Send>(
         &self,
         c: &Convolution,
         x: &[T],
-        (numbers, packed): (&Numbers<'_, T>, &Packed<T>),
+        (values, packed): (&ParameterValues<'_, T>, &Packed<T>),
         (y, span): (&mut [T], Span),
         activation: Activation,
         measure: impl Fn(&[T]) -> R + Sync,
     ) -> Vec<R> {
         let (x_layout, y_layout) = (self.graph.layout(c.input), span.layout);
-        let start = start_values(c, numbers);
+        let start = start_values(c, values);
         let pass = self.pass(c, (packed, &start), span, activation);
         let threads = rayon::current_num_threads();
         if self.batch < threads {
@@ -596,7 +612,7 @@ impl<'a, T: Element> Forward<'a, T> {
     /// The parts of a buffer that `writers` write together: first image, images or lines, memory.
     fn tasks<'y>(
         &self,
-        (y, layout): (&'y mut [T], Layout),
+        (y, layout): (&'y mut [T], MapLayout),
         writers: &[&ForwardStep<'_, T>],
     ) -> Vec<(usize, Part, &'y mut [T])> {
         if self.batch < rayon::current_num_threads() {
@@ -614,7 +630,7 @@ impl<'a, T: Element> Forward<'a, T> {
     /// Fewer images than threads in parts for all of them: image, lines, memory.
     fn parts<'y>(
         &self,
-        (y, layout): (&'y mut [T], Layout),
+        (y, layout): (&'y mut [T], MapLayout),
         step: usize,
     ) -> Vec<(usize, Part, &'y mut [T])> {
         let count = rayon::current_num_threads().div_ceil(self.batch.max(1));

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::ALIGNMENT;
-use super::arena::{Layout, Part};
+use super::arena::{MapLayout, Part};
 use super::winograd::WinogradPass;
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
@@ -20,7 +20,7 @@ pub(super) enum Start<'a, T> {
 /// A convolution from one layout into another.
 pub(super) struct GatherPass<'a, T: 'static> {
     pub(super) kernels: &'static Kernels<T>,
-    pub(super) x: Layout,
+    pub(super) x: MapLayout,
     pub(super) x_channel: usize,
     pub(super) channels: usize,
     pub(super) kernel: usize,
@@ -29,7 +29,7 @@ pub(super) struct GatherPass<'a, T: 'static> {
     pub(super) weight: &'a PackedWeight<T>,
     pub(super) start: Start<'a, T>,
     pub(super) relu: bool,
-    pub(super) y: Layout,
+    pub(super) y: MapLayout,
     pub(super) y_channel: usize,
 }
 
@@ -74,7 +74,11 @@ struct Tile {
 }
 
 /// Whether all windows of a convolution's outputs `y` lie inside of `x` and its padding.
-pub(super) fn fits(x: Layout, y: Layout, (kernel, stride, padding): (usize, usize, usize)) -> bool {
+pub(super) fn fits(
+    x: MapLayout,
+    y: MapLayout,
+    (kernel, stride, padding): (usize, usize, usize),
+) -> bool {
     let along = |x: usize, y: usize| y == 0 || (y - 1) * stride + kernel <= x + 2 * padding;
     along(x.size.0, y.size.0) && along(x.size.1, y.size.1)
 }
@@ -138,8 +142,8 @@ impl<'a, T: Element> GatherPass<'a, T> {
         let window = (self.kernel, self.stride, self.padding);
         assert!(fits(self.x, self.y, window));
         assert!(x.len() >= images * self.x.image() && part.lines.end <= self.y.size.0);
-        assert!(self.x_channel + self.channels <= self.x.width);
-        assert!(self.y_channel + self.weight.width <= self.y.width);
+        assert!(self.x_channel + self.channels <= self.x.pixel);
+        assert!(self.y_channel + self.weight.width <= self.y.pixel);
 
         self.plan(x, part, rows);
         let weight_rows = self.kernel * self.kernel * self.channels;
@@ -225,14 +229,14 @@ impl<'a, T: Element> GatherPass<'a, T> {
         rows.tiles.clear();
         rows.taps.clear();
         let tap = |r: usize, s: usize| Tap {
-            offset: r * self.x.line() + s * self.x.width,
+            offset: r * self.x.line() + s * self.x.pixel,
             number: r * self.kernel + s,
         };
         let pixel = |image: usize, h: usize, w: usize| {
             let from = image * self.x.image()
                 + self.x.first(self.padding)
                 + self.x_channel
-                + self.stride * (h * self.x.line() + w * self.x.width);
+                + self.stride * (h * self.x.line() + w * self.x.pixel);
             let to = image * self.y.image() + self.y.at(h, w) + self.y_channel - part.base;
             (from, to)
         };

@@ -8,7 +8,7 @@ use super::builder::{Convolution, Operation};
 use super::forward::Forward;
 use super::norm::{self, Affine, GradientSpans, GradientSums, InputGradient, Span};
 use super::pass::{
-    After, AfterGradients, Maps, Numbers, ParameterGradients, Trains, max_pool_of, pays,
+    After, AfterGradients, Maps, ParameterGradients, ParameterValues, Trains, max_pool_of, pays,
 };
 use super::profile::{self, Times, Watch};
 use super::way::{
@@ -22,7 +22,7 @@ use crate::element::Element;
 pub(super) struct GroupPass<'a, T: 'static> {
     pub(super) forward: &'a Forward<'a, T>,
     pub(super) maps: &'a Maps<T>,
-    pub(super) numbers: &'a [Numbers<'a, T>],
+    pub(super) values: &'a [ParameterValues<'a, T>],
 }
 
 /// Operations that read the same map, and the gradients that they read and write.
@@ -114,8 +114,8 @@ impl<'a, T: Element> GroupPass<'a, T> {
             batch,
         } = self.forward;
         let buffer = output.buffer;
-        let numbers = &self.numbers[c.number];
-        *d_parameters = branch.trains.map(|trains| numbers.gradients(c, trains));
+        let values = &self.values[c.number];
+        *d_parameters = branch.trains.map(|trains| values.gradients(c, trains));
         let mask = Mask {
             y: graph.layout(buffer),
             dy: graph.gradient_layout(buffer),
@@ -129,7 +129,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         let packed = (branch.dx != Dx::Skip).then(|| {
             let shape = (taps, c.c_out, c.c_in);
             let memory = graph.arenas.take_flat(len);
-            PackedWeight::turned(numbers.weight, shape, kernels, memory)
+            PackedWeight::turned(values.weight, shape, kernels, memory)
         });
         let size = graph.gradient_layout(c.input).size;
         let transformed = packed.as_ref().filter(|_| pays::<T>(c, size, batch));
@@ -166,7 +166,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         dy: &mut [T],
         d_parameters: Option<&mut ParameterGradients<T>>,
     ) -> Option<NormGradient<'a, T>> {
-        let After::BatchNorm { weight, bias, eps } = self.numbers[c.number].after else {
+        let After::BatchNorm { weight, bias, eps } = self.values[c.number].after else {
             return None;
         };
         let kept = self.maps.normalised[c.number].as_ref()?;

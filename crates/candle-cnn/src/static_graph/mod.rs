@@ -41,11 +41,11 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Result, Tensor};
 
 pub use self::builder::{Node, StaticGraphBuilder};
-use self::custom_op::{Run, Token, lock};
+use self::custom_op::{GraphOp, Token, lock};
 use self::forward::{Forward, Keep};
 pub use self::parameters::{ConvParameters, GraphOutput};
 use self::pass::{Trains, in_pool};
-use self::plan::Inner;
+use self::plan::Network;
 pub use self::profile::PROFILE_TARGET;
 use crate::element::{dispatch, float_dtype, with_slices};
 use crate::error::OpError;
@@ -85,7 +85,7 @@ const ALIGNMENT: usize = 16;
 /// ```
 #[derive(Clone, Debug)]
 pub struct StaticGraph {
-    inner: Arc<Inner>,
+    network: Arc<Network>,
 }
 
 impl StaticGraph {
@@ -106,9 +106,9 @@ impl StaticGraph {
         images: &Tensor,
         parameters: &[ConvParameters<'_>],
     ) -> Result<GraphOutput> {
-        let inner = &self.inner;
+        let network = &self.network;
         self.check_images(images)?;
-        let convolutions = inner.convolutions();
+        let convolutions = network.convolutions();
         if convolutions.len() != parameters.len() {
             return Err(OpError::shapes(
                 OP,
@@ -119,7 +119,7 @@ impl StaticGraph {
         }
         let batch = images.dims()[0];
         for (c, parameters) in convolutions.iter().zip(parameters) {
-            inner.check_parameters(c, parameters, batch)?;
+            network.check_parameters(c, parameters, batch)?;
         }
         #[cfg(feature = "cuda")]
         if images.device().is_cuda() {
@@ -162,8 +162,8 @@ impl StaticGraph {
             values.push(contiguous);
         }
         let statistics = Arc::new(Mutex::new(Vec::new()));
-        let op = Run {
-            graph: Arc::clone(inner),
+        let op = GraphOp {
+            graph: Arc::clone(network),
             dtype,
             needs_input: images.track_op(),
             trainable,
@@ -176,7 +176,7 @@ impl StaticGraph {
         let moments = std::mem::take(&mut *lock(&statistics));
         Ok(GraphOutput {
             features,
-            statistics: inner.statistics(&moments, batch, &images)?,
+            statistics: network.statistics(&moments, batch, &images)?,
         })
     }
 
@@ -200,29 +200,29 @@ impl StaticGraph {
         parameters: &[ConvParameters<'_>],
         dtype: DType,
     ) -> Result<GraphOutput> {
-        let inner = &self.inner;
+        let network = &self.network;
         let batch = images.dims()[0];
         let contiguous: Vec<Vec<Tensor>> = parameters
             .iter()
             .map(|p| p.tensors().into_iter().map(Tensor::contiguous).collect())
             .collect::<Result<_>>()?;
         dispatch!(OP, dtype, T => {
-            let output = inner.with_numbers::<T, _>(&contiguous, |numbers| {
+            let output = network.with_values::<T, _>(&contiguous, |values| {
                 with_slices::<T, _, _>(OP, [images], |[images]| {
-                    let pass = Forward::<T>::new(inner, Isa::detect(), batch);
-                    Ok(in_pool(|| pass.run(images, numbers, Keep::Nothing)))
+                    let pass = Forward::<T>::new(network, Isa::detect(), batch);
+                    Ok(in_pool(|| pass.run(images, values, Keep::Nothing)))
                 })
             })?;
-            let channels = inner.nodes[inner.output].channels;
+            let channels = network.nodes[network.output].channels;
             Ok(GraphOutput {
                 features: Tensor::from_vec(output.features, (batch, channels), images.device())?,
-                statistics: inner.statistics(&output.moments, batch, images)?,
+                statistics: network.statistics(&output.moments, batch, images)?,
             })
         })
     }
 
     fn check_images(&self, images: &Tensor) -> Result<()> {
-        let input = &self.inner.nodes[0];
+        let input = &self.network.nodes[0];
         let expected = [input.channels, input.size.0, input.size.1];
         if images.rank() != 4 || images.dims()[1..] != expected {
             return Err(OpError::shapes(
@@ -232,10 +232,10 @@ impl StaticGraph {
                 "(N, C, H, W) with the C, H and W that the graph was made for",
             ));
         }
-        for map in &self.inner.nodes {
+        for map in &self.network.nodes {
             map.check_elements(images.dims()[0])?;
         }
-        let convolutions = self.inner.convolutions();
+        let convolutions = self.network.convolutions();
         if images.track_op() && convolutions.iter().any(|c| c.stride > 1) {
             let expected = "images without a gradient: a convolution reads them with a stride";
             return Err(OpError::setting(OP, "images", "a gradient", expected));

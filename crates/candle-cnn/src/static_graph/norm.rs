@@ -8,7 +8,7 @@
 // Loops over lists of one length: what the compiler vectorises surely.
 #![allow(clippy::needless_range_loop)]
 
-use super::arena::Layout;
+use super::arena::MapLayout;
 use crate::activation::{keep_positive, relu};
 use crate::batch_norm::Moments;
 use crate::element::Element;
@@ -17,7 +17,7 @@ use crate::simd::multiversion;
 /// Some channels of every pixel of a layout.
 #[derive(Clone, Copy)]
 pub(super) struct Span {
-    pub(super) layout: Layout,
+    pub(super) layout: MapLayout,
     /// The first of these channels.
     pub(super) channel: usize,
     pub(super) channels: usize,

@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::ALIGNMENT;
-use super::arena::Layout;
+use super::arena::MapLayout;
 use super::gather::{MAX_WIDTH, fits, inside, skips_padding};
 use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels, transpose};
 use crate::element::Element;
@@ -13,12 +13,12 @@ use crate::simd::{Kernels, Outer};
 /// The weight gradient of a convolution.
 pub(super) struct OuterPass<T: 'static> {
     pub(super) kernels: &'static Kernels<T>,
-    pub(super) x: Layout,
+    pub(super) x: MapLayout,
     pub(super) c_in: usize,
     pub(super) kernel: usize,
     pub(super) stride: usize,
     pub(super) padding: usize,
-    pub(super) dy: Layout,
+    pub(super) dy: MapLayout,
     pub(super) dy_channel: usize,
     pub(super) c_out: usize,
 }
@@ -67,7 +67,7 @@ impl<T: Element> OuterPass<T> {
         assert!(self.x.halo >= self.padding && x.len() >= images * self.x.image());
         let window = (self.kernel, self.stride, self.padding);
         assert!(fits(self.x, self.dy, window));
-        assert!(self.c_in <= self.x.width && self.dy_channel + self.width() <= self.dy.width);
+        assert!(self.c_in <= self.x.pixel && self.dy_channel + self.width() <= self.dy.pixel);
         assert_eq!(sums.len(), self.sums_len());
 
         rows.packed
@@ -109,7 +109,7 @@ impl<T: Element> OuterPass<T> {
             let first = image * self.x.image() + self.x.first(self.padding);
             for &h in lines {
                 for &w in columns {
-                    let at = first + self.stride * (h * self.x.line() + w * self.x.width);
+                    let at = first + self.stride * (h * self.x.line() + w * self.x.pixel);
                     rows.pointers.push(x[at..].as_ptr());
                     rows.offsets
                         .push(image * self.dy.image() + self.dy.at(h, w) + self.dy_channel);
@@ -150,7 +150,7 @@ impl<T: Element> OuterPass<T> {
                         let row = (r * self.kernel + s) * self.c_in + c;
                         let args = Outer {
                             rows: pointers.as_ptr(),
-                            offset: r * self.x.line() + s * self.x.width + c,
+                            offset: r * self.x.line() + s * self.x.pixel + c,
                             pixels: pointers.len(),
                             dy: rows.packed.as_ptr(),
                             dy_stride: panel_width,

@@ -110,15 +110,15 @@ struct Entry {
 
 /// What is kept of each convolution.
 #[derive(Default)]
-pub(super) struct Kept(Mutex<Vec<Entry>>);
+pub(super) struct WeightCache(Mutex<Vec<Entry>>);
 
-impl std::fmt::Debug for Kept {
+impl std::fmt::Debug for WeightCache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Kept")
+        f.write_str("WeightCache")
     }
 }
 
-impl Kept {
+impl WeightCache {
     /// What is wanted of each convolution: what is kept of it, or a new one, which is kept then.
     pub(super) fn all<T: Element>(&self, wanted: &[Wanted<'_, T>]) -> Vec<Arc<Packed<T>>> {
         let fingerprints = fingerprints(wanted);
@@ -180,7 +180,7 @@ mod tests {
         // The second has three parts.
         let (small, mut large) = (values(9 * 64), values(9 * 64 * 128));
         let mut scale = vec![1.0; 64];
-        let kept = Kept::default();
+        let kept = WeightCache::default();
         let mut last: Option<Vec<Arc<Packed<f32>>>> = None;
         let mut ask = |large: &[f32], scale: &[f32]| {
             let both = [wanted(&small, &[], isa), wanted(large, scale, isa)];
@@ -212,7 +212,7 @@ mod tests {
     fn what_is_kept_in_another_type_or_number_or_for_another_path_is_not_taken() {
         let isa = Isa::detect();
         let (f32s, f64s) = (vec![1f32; 9 * 64], vec![1f64; 9 * 64]);
-        let kept = Kept::default();
+        let kept = WeightCache::default();
         let first = kept.all(&[wanted(&f32s, &[], isa)]);
         assert_eq!(kept.all(&[wanted(&f64s, &[], isa)]).len(), 1);
         let second = kept.all(&[wanted(&f32s, &[], isa), wanted(&f32s, &[], isa)]);

@@ -4,8 +4,8 @@ use candle_core::{D, Result, Storage, Tensor};
 
 use super::OP;
 use super::builder::Convolution;
-use super::pass::Numbers;
-use super::plan::Inner;
+use super::pass::ParameterValues;
+use super::plan::Network;
 use crate::batch_norm::{BatchStatistics, Moments};
 use crate::element::{Element, slice};
 use crate::error::OpError;
@@ -108,18 +108,18 @@ impl<'a> ConvParameters<'a> {
     }
 }
 
-impl Inner {
-    /// Calls `pass` with the numbers of each convolution's tensors, which are contiguous.
-    pub(super) fn with_numbers<T: Element, R>(
+impl Network {
+    /// Calls `pass` with the values of each convolution's tensors, which are contiguous.
+    pub(super) fn with_values<T: Element, R>(
         &self,
         parameters: &[Vec<Tensor>],
-        pass: impl FnOnce(&[Numbers<'_, T>]) -> Result<R>,
+        pass: impl FnOnce(&[ParameterValues<'_, T>]) -> Result<R>,
     ) -> Result<R> {
         let guards: Vec<Vec<_>> = parameters
             .iter()
             .map(|tensors| tensors.iter().map(Tensor::storage_and_layout).collect())
             .collect();
-        let mut numbers = Vec::with_capacity(guards.len());
+        let mut values = Vec::with_capacity(guards.len());
         for ((c, guards), tensors) in self.convolutions().iter().zip(&guards).zip(parameters) {
             let mut slices = Vec::with_capacity(guards.len());
             for ((storage, layout), tensor) in guards.iter().zip(tensors) {
@@ -128,9 +128,9 @@ impl Inner {
                 };
                 slices.push(slice::<T>(OP, storage, layout)?);
             }
-            numbers.push(Numbers::new(c, &slices));
+            values.push(ParameterValues::new(c, &slices));
         }
-        pass(&numbers)
+        pass(&values)
     }
 
     pub(super) fn check_parameters(

@@ -1,15 +1,15 @@
-//! What both passes through a graph share: its numbers, and the two ways of a convolution.
+//! What both passes through a graph share: its parameters, and the two ways of a convolution.
 //!
 //! A convolution reads its input where it lies, halo included: its register
 //! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
 //! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
 
 use super::ALIGNMENT;
-use super::arena::{Layout, Part};
+use super::arena::{MapLayout, Part};
 use super::builder::{Convolution, MaxPool};
 use super::gather::{self, GatherPass};
 use super::outer;
-use super::plan::Inner;
+use super::plan::Network;
 use super::pool::Pool;
 use super::winograd::{self, WinogradPass};
 use crate::batch_norm::Moments;
@@ -38,7 +38,7 @@ pub(super) struct Trains {
 }
 
 /// The parameters of one convolution.
-pub(super) struct Numbers<'a, T> {
+pub(super) struct ParameterValues<'a, T> {
     pub(super) weight: &'a [T],
     pub(super) after: After<'a, T>,
 }
@@ -59,14 +59,14 @@ pub(super) enum After<'a, T> {
     },
 }
 
-impl<'a, T: Element> Numbers<'a, T> {
-    /// The numbers of a convolution from the slices of [`super::ConvParameters`], in its order.
+impl<'a, T: Element> ParameterValues<'a, T> {
+    /// The values of a convolution from the slices of [`super::ConvParameters`], in its order.
     pub(super) fn new(c: &Convolution, slices: &[&'a [T]]) -> Self {
         let after = match (slices, c.eps) {
             (&[_, weight, bias], Some(eps)) => After::BatchNorm { weight, bias, eps },
             (&[_, weight, bias, mean, variance], Some(eps)) => {
-                let numbers = weight.iter().zip(bias).zip(mean.iter().zip(variance));
-                let (scale, shift) = numbers
+                let values = weight.iter().zip(bias).zip(mean.iter().zip(variance));
+                let (scale, shift) = values
                     .map(|((weight, bias), (mean, variance))| {
                         let scale = weight.as_f64() / (variance.as_f64() + eps).sqrt();
                         let shift = bias.as_f64() - mean.as_f64() * scale;
@@ -142,9 +142,9 @@ pub(super) fn pays<T>(c: &Convolution, size: (usize, usize), batch: usize) -> bo
 }
 
 /// What the sums of a convolution start from: a multiple of 16 values.
-pub(super) fn start_values<T: Element>(c: &Convolution, numbers: &Numbers<'_, T>) -> Vec<T> {
+pub(super) fn start_values<T: Element>(c: &Convolution, values: &ParameterValues<'_, T>) -> Vec<T> {
     let mut start = vec![T::ZERO; c.c_out.next_multiple_of(ALIGNMENT)];
-    match &numbers.after {
+    match &values.after {
         After::Bias(bias) => start[..c.c_out].copy_from_slice(bias),
         After::Affine { shift, .. } => start[..c.c_out].copy_from_slice(shift),
         After::BatchNorm { .. } => (),
@@ -159,7 +159,7 @@ pub(super) enum AnyPass<'a, T: 'static> {
 }
 
 impl<T: Element> AnyPass<'_, T> {
-    pub(super) fn output(&self) -> Layout {
+    pub(super) fn output(&self) -> MapLayout {
         match self {
             Self::Direct(pass) => pass.y,
             Self::Winograd(pass) => pass.y,
@@ -243,14 +243,14 @@ impl<T> Default for Scratch<T> {
     }
 }
 
-pub(super) fn give_back<T: Element>(graph: &Inner, buffer: usize, map: Option<Vec<T>>) {
+pub(super) fn give_back<T: Element>(graph: &Network, buffer: usize, map: Option<Vec<T>>) {
     if let Some(map) = map {
         graph.arenas.of().give_back(graph.layout(buffer), map);
     }
 }
 
 pub(super) fn give_back_gradient<T: Element>(
-    graph: &Inner,
+    graph: &Network,
     buffer: usize,
     gradient: Option<Vec<T>>,
 ) {
@@ -262,7 +262,7 @@ pub(super) fn give_back_gradient<T: Element>(
     }
 }
 
-pub(super) fn max_pool_of(graph: &Inner, p: &MaxPool) -> Pool {
+pub(super) fn max_pool_of(graph: &Network, p: &MaxPool) -> Pool {
     Pool {
         h: p.h,
         w: p.w,

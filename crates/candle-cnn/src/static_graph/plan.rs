@@ -3,14 +3,15 @@
 
 use std::collections::BTreeMap;
 
-use super::arena::{Arenas, Layout};
+use super::arena::{Arenas, MapLayout};
 use super::builder::{Convolution, Map, MaxPool, Operation};
 use super::norm::Span;
-use super::{ALIGNMENT, packed, pool};
+use super::packed::WeightCache;
+use super::{ALIGNMENT, pool};
 
 /// A network as it was described, what follows from that, and what its passes keep for the next.
 #[derive(Debug)]
-pub(super) struct Inner {
+pub(super) struct Network {
     pub(super) nodes: Vec<Map>,
     pub(super) operations: Vec<Operation>,
     /// In the order in which they can run: operations that read the same map go back together. A
@@ -25,10 +26,10 @@ pub(super) struct Inner {
     pub(super) names: BTreeMap<usize, String>,
     pub(super) output: usize,
     pub(super) arenas: Arenas,
-    pub(super) packed: packed::Kept,
+    pub(super) packed: WeightCache,
 }
 
-impl Inner {
+impl Network {
     pub(super) fn new(
         nodes: Vec<Map>,
         operations: Vec<Operation>,
@@ -45,7 +46,7 @@ impl Inner {
             names,
             output,
             arenas: Arenas::default(),
-            packed: packed::Kept::default(),
+            packed: WeightCache::default(),
         }
     }
 
@@ -83,21 +84,21 @@ impl Inner {
         self.nodes[node].within.unwrap_or((node, 0))
     }
 
-    pub(super) fn layout(&self, buffer: usize) -> Layout {
+    pub(super) fn layout(&self, buffer: usize) -> MapLayout {
         let map = &self.nodes[buffer];
-        Layout {
+        MapLayout {
             size: map.size,
             halo: map.halo,
-            width: map.channels.next_multiple_of(ALIGNMENT),
+            pixel: map.channels.next_multiple_of(ALIGNMENT),
         }
     }
 
     /// Where a convolution's output lies until it is normalised.
     pub(super) fn normalised_span(&self, c: &Convolution) -> Span {
-        let layout = Layout {
+        let layout = MapLayout {
             size: self.nodes[c.output].size,
             halo: 0,
-            width: c.c_out.next_multiple_of(ALIGNMENT),
+            pixel: c.c_out.next_multiple_of(ALIGNMENT),
         };
         Span {
             layout,
@@ -106,15 +107,15 @@ impl Inner {
         }
     }
 
-    pub(super) fn gradient_layout(&self, buffer: usize) -> Layout {
-        Layout {
+    pub(super) fn gradient_layout(&self, buffer: usize) -> MapLayout {
+        MapLayout {
             halo: self.nodes[buffer].gradient_halo,
             ..self.layout(buffer)
         }
     }
 }
 
-/// See [`Inner::pooled`]. The convolution has no padding, so that what lies between has no halo.
+/// See [`Network::pooled`]. The convolution has no padding, so that what lies between has no halo.
 fn pooled(operations: &[Operation]) -> Vec<Option<usize>> {
     let pooling = |convolution: &Operation| {
         let Operation::Convolution(Convolution { padding: 0, .. }) = convolution else {
@@ -133,7 +134,7 @@ fn pooled(operations: &[Operation]) -> Vec<Option<usize>> {
     operations.iter().map(pooling).collect()
 }
 
-/// See [`Inner::groups`]. An operation joins the first of those that share its input: that is
+/// See [`Network::groups`]. An operation joins the first of those that share its input: that is
 /// complete there, and whoever reads its own output comes later than all of them.
 fn groups(operations: &[Operation], pooled: &[Option<usize>]) -> Vec<Vec<usize>> {
     let source = |index: usize| operations[pooled[index].unwrap_or(index)].input();
@@ -151,7 +152,7 @@ fn groups(operations: &[Operation], pooled: &[Option<usize>]) -> Vec<Vec<usize>>
     groups
 }
 
-/// See [`Inner::levels`]. Whoever reads a concatenation waits for all its parts, which come before it in `operations`.
+/// See [`Network::levels`]. Whoever reads a concatenation waits for all its parts, which come before it in `operations`.
 fn levels(nodes: &[Map], operations: &[Operation]) -> Vec<Vec<usize>> {
     let mut ready = vec![0; nodes.len()];
     let mut levels: Vec<Vec<usize>> = Vec::new();

@@ -7,7 +7,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::ALIGNMENT;
-use super::arena::{Layout, Part};
+use super::arena::{MapLayout, Part};
 use crate::element::Element;
 use crate::simd::multiversion;
 use crate::window::Axis;
@@ -17,10 +17,10 @@ use crate::window::Axis;
 pub(super) struct Pool {
     pub(super) h: Axis,
     pub(super) w: Axis,
-    pub(super) x: Layout,
-    pub(super) dx: Layout,
-    pub(super) y: Layout,
-    pub(super) dy: Layout,
+    pub(super) x: MapLayout,
+    pub(super) dx: MapLayout,
+    pub(super) y: MapLayout,
+    pub(super) dy: MapLayout,
 }
 
 multiversion! {
@@ -57,7 +57,7 @@ pub(super) const MOST_TAPS: usize = 1 << u8::BITS;
 impl Pool {
     /// Winners of one image.
     pub(super) fn winners(&self) -> usize {
-        self.h.output * self.w.output * self.x.width
+        self.h.output * self.w.output * self.x.pixel
     }
 }
 
@@ -96,7 +96,7 @@ fn winners<T: Element>(
 fn forward_image<T: Element>(pool: &Pool, x: &[T], y: &mut [T], part: &Part) {
     for oh in part.lines.clone() {
         for ow in 0..pool.w.output {
-            for c in (0..pool.x.width).step_by(ALIGNMENT) {
+            for c in (0..pool.x.pixel).step_by(ALIGNMENT) {
                 let (best, _) = winners(pool, x, (oh, ow), c);
                 let to = pool.y.at(oh, ow) + c - part.base;
                 y[to..to + ALIGNMENT].copy_from_slice(&best);
@@ -115,7 +115,7 @@ fn forward_image_with_winners<T: Element>(
     let mut at = 0;
     for oh in 0..pool.h.output {
         for ow in 0..pool.w.output {
-            for c in (0..pool.x.width).step_by(ALIGNMENT) {
+            for c in (0..pool.x.pixel).step_by(ALIGNMENT) {
                 let (best, winner) = winners(pool, x, (oh, ow), c);
                 let to = pool.y.at(oh, ow) + c;
                 y[to..to + ALIGNMENT].copy_from_slice(&best);
@@ -135,7 +135,7 @@ fn backward_image<T: Element>(pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fres
     for oh in 0..pool.h.output {
         begun = begin_lines(pool, dx, begun..pool.h.range(oh).end);
         for ow in 0..pool.w.output {
-            for c in (0..pool.x.width).step_by(ALIGNMENT) {
+            for c in (0..pool.x.pixel).step_by(ALIGNMENT) {
                 let (_, winner) = winners(pool, x, (oh, ow), c);
                 add_to_winners(pool, (oh, ow), c, &winner, dy, dx);
             }
@@ -151,7 +151,7 @@ fn scatter_image<T: Element>(pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T]
     for oh in 0..pool.h.output {
         begun = begin_lines(pool, dx, begun..pool.h.range(oh).end);
         for ow in 0..pool.w.output {
-            for c in (0..pool.x.width).step_by(ALIGNMENT) {
+            for c in (0..pool.x.pixel).step_by(ALIGNMENT) {
                 let kept = &winners[at..at + ALIGNMENT];
                 let winner = std::array::from_fn(|i| u32::from(kept[i]));
                 add_to_winners(pool, (oh, ow), c, &winner, dy, dx);
@@ -166,7 +166,7 @@ fn scatter_image<T: Element>(pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T]
 #[inline(always)]
 fn begin_lines<T: Element>(pool: &Pool, dx: &mut [T], lines: std::ops::Range<usize>) -> usize {
     for h in lines.clone() {
-        dx[pool.dx.at(h, 0)..][..pool.w.input * pool.dx.width].fill(T::ZERO);
+        dx[pool.dx.at(h, 0)..][..pool.w.input * pool.dx.pixel].fill(T::ZERO);
     }
     lines.end.max(lines.start)
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tracing::Level;
 
 use super::builder::{Convolution, Map, MaxPool, Operation};
-use super::plan::Inner;
+use super::plan::Network;
 
 /// Target of the events that tell where the time of a [`super::StaticGraph`] goes.
 ///
@@ -45,7 +45,7 @@ pub(super) struct Cost {
 impl Cost {
     /// The cost of one pass through `operation`: each of a convolution's three passes reads two of
     /// its input, output and weight and writes the third.
-    pub(super) fn of(graph: &Inner, operation: &Operation, batch: usize, element: usize) -> Self {
+    pub(super) fn of(graph: &Network, operation: &Operation, batch: usize, element: usize) -> Self {
         let values = |node: usize| {
             let map = &graph.nodes[node];
             batch * map.channels * map.size.0 * map.size.1
@@ -69,7 +69,7 @@ impl Cost {
 
 /// Tells of a forward pass through operation `index`, if anybody listens.
 pub(super) fn forward(
-    graph: &Inner,
+    graph: &Network,
     index: usize,
     (watch, time): (&Watch, Duration),
     cost: impl Fn() -> Cost,
@@ -106,7 +106,7 @@ impl Times {
 
 /// Tells of the way back through operation `index`.
 pub(super) fn backward(
-    graph: &Inner,
+    graph: &Network,
     index: usize,
     watch: &Watch,
     times: &Times,
@@ -129,7 +129,7 @@ pub(super) fn backward(
     }
 }
 
-fn emit(graph: &Inner, index: usize, pass: &'static str, time: Duration, cost: Cost) {
+fn emit(graph: &Network, index: usize, pass: &'static str, time: Duration, cost: Cost) {
     tracing::trace!(
         target: PROFILE_TARGET,
         layer = graph.layer(index),
@@ -140,7 +140,7 @@ fn emit(graph: &Inner, index: usize, pass: &'static str, time: Duration, cost: C
     );
 }
 
-impl Inner {
+impl Network {
     /// The name of operation `index`, or what it is.
     fn layer(&self, index: usize) -> String {
         let operation = &self.operations[index];

@@ -3,7 +3,7 @@
 //! in the same way run as one. Nothing here needs CUDA.
 
 use super::builder::{Convolution, Operation};
-use super::plan::Inner;
+use super::plan::Network;
 
 /// Operations that wait for the same earlier ones.
 #[derive(Debug, Default, PartialEq)]
@@ -53,7 +53,7 @@ impl Unit {
 /// `trainable` says of each convolution whether it trains: those that do are kept apart from those that do not. `width` is
 /// how many channels the pixels of a map have in memory.
 pub(super) fn stages(
-    graph: &Inner,
+    graph: &Network,
     trainable: &[bool],
     width: impl Fn(usize) -> usize,
 ) -> (Vec<Stage>, Vec<usize>) {
@@ -154,9 +154,9 @@ mod tests {
     #[test]
     fn a_block_takes_two_stages_and_its_reductions_are_one_convolution() {
         let graph = block();
-        let (stages, parts) = stages(&graph.inner, &[true; 7], |node| match node {
+        let (stages, parts) = stages(&graph.network, &[true; 7], |node| match node {
             0 => 4,
-            node => graph.inner.nodes[node].channels,
+            node => graph.network.nodes[node].channels,
         });
         // In the order of description: stem, one, reduced, three, reduced, five, four.
         let expected = vec![
@@ -188,7 +188,7 @@ mod tests {
         }
         let x = b.max_pool2d(x, MaxPool2dConfig::square(2, 2, 0)).unwrap();
         let graph = b.global_avg_pool2d(x).unwrap();
-        let (stages, parts) = stages(&graph.inner, &[true; 3], |_| 16);
+        let (stages, parts) = stages(&graph.network, &[true; 3], |_| 16);
         // 16·9·16, then 16·16 and again the first. A pooling has no weights, and begins no part.
         assert_eq!(parts, [2304, 256 + 2304]);
         let of_stages: Vec<_> = stages.iter().map(|s| s.part).collect();
@@ -201,7 +201,7 @@ mod tests {
     fn a_convolution_that_trains_is_kept_apart_from_one_that_does_not() {
         let graph = block();
         let trainable = [true, true, false, true, true, true, true];
-        let (stages, _) = stages(&graph.inner, &trainable, |_| 16);
+        let (stages, _) = stages(&graph.network, &trainable, |_| 16);
         assert_eq!(members(&stages)[1].0, vec![vec![1, 4], vec![2]]);
         assert!(!stages[1].units[1].trains);
     }

@@ -5,10 +5,10 @@ use candle_core::{Device, Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 use test_support::{assert_close, check_gradients, relative_error, seeded_values};
 
-use super::arena::{Layout, Part};
+use super::arena::{MapLayout, Part};
 use super::backward::Backward;
 use super::forward::{Forward, Keep};
-use super::pass::{Numbers, Trains};
+use super::pass::{ParameterValues, Trains};
 use super::*;
 use crate::element::Element;
 use crate::{
@@ -244,10 +244,13 @@ fn values<T: Element>(tensor: &Tensor) -> Vec<T> {
 }
 
 /// Of each convolution's parameters.
-fn numbers<'a, T: Element>(inner: &Inner, owned: &'a [Vec<Vec<T>>]) -> Vec<Numbers<'a, T>> {
-    let convolutions = inner.convolutions().into_iter().zip(owned);
+fn parameter_values<'a, T: Element>(
+    network: &Network,
+    owned: &'a [Vec<Vec<T>>],
+) -> Vec<ParameterValues<'a, T>> {
+    let convolutions = network.convolutions().into_iter().zip(owned);
     convolutions
-        .map(|(c, p)| Numbers::new(&c, &p.iter().map(Vec::as_slice).collect::<Vec<_>>()))
+        .map(|(c, p)| ParameterValues::new(&c, &p.iter().map(Vec::as_slice).collect::<Vec<_>>()))
         .collect()
 }
 
@@ -269,20 +272,21 @@ fn both_passes<T: Element>(
     (images, upstream): (&Tensor, &Tensor),
     needs_input: bool,
 ) -> Passes {
-    let inner = &graph.inner;
+    let network = &graph.network;
     let owned: Vec<Vec<Vec<T>>> = parameters
         .iter()
         .map(|p| p.iter().map(|p| values::<T>(p)).collect())
         .collect();
-    let numbers = numbers(inner, &owned);
+    let parameters = parameter_values(network, &owned);
     let all = Trains {
         any: true,
         weight: true,
     };
-    let trainable = vec![all; numbers.len()];
+    let trainable = vec![all; parameters.len()];
     let batch = images.dims()[0];
     let like = |values: Vec<T>, shape| Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
-    let forward = |keep| Forward::new(inner, isa, batch).run(&values::<T>(images), &numbers, keep);
+    let forward =
+        |keep| Forward::new(network, isa, batch).run(&values::<T>(images), &parameters, keep);
     let (unkept, kept) = (forward(Keep::Nothing), forward(Keep::ForBackward));
     let features = like(kept.features, upstream.shape());
     let unkept = like(unkept.features, upstream.shape());
@@ -290,9 +294,9 @@ fn both_passes<T: Element>(
         relative_error(&unkept, &features).unwrap() == 0.0,
         "keeping the maps changes nothing"
     );
-    let backward = Backward::new(inner, isa, batch, needs_input, &trainable);
+    let backward = Backward::new(network, isa, batch, needs_input, &trainable);
     let (d_images, d_parameters) =
-        backward.run(kept.maps.unwrap(), &numbers, &values::<T>(upstream));
+        backward.run(kept.maps.unwrap(), &parameters, &values::<T>(upstream));
     let d_parameters: Vec<T> = d_parameters.into_iter().flatten().flatten().collect();
     let count = Shape::from(d_parameters.len());
     Passes {
@@ -431,11 +435,11 @@ fn running_statistics_give_what_ordinary_operations_give_where_winograd_pays() -
             tensors.map(values::<f32>).collect::<Vec<_>>()
         });
         let owned: Vec<Vec<Vec<f32>>> = owned.collect();
-        let inner = &example.graph.inner;
-        let numbers = numbers(inner, &owned);
+        let network = &example.graph.network;
+        let parameters = parameter_values(network, &owned);
         let images = values::<f32>(&example.images);
         for isa in Isa::available() {
-            let actual = Forward::new(inner, isa, batch).run(&images, &numbers, Keep::Nothing);
+            let actual = Forward::new(network, isa, batch).run(&images, &parameters, Keep::Nothing);
             let actual = Tensor::from_vec(actual.features, expected.shape(), &Device::Cpu)?;
             assert_close(&format!("{isa:?}"), &actual, &expected, 2e-5);
         }
@@ -517,7 +521,7 @@ fn statistics_are_those_of_ordinary_operations_whatever_the_mean() -> Result<()>
 
 /// `[image][channel][pixel]` to a layout whose images begin at channel `first`.
 fn lay_out(
-    layout: Layout,
+    layout: MapLayout,
     planes: &[f32],
     (images, channels, first): (usize, usize, usize),
 ) -> Vec<f32> {
@@ -550,7 +554,7 @@ fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
     let expected_y = conv2d_reference(&geometry, &widen(&x), &widen(&weight), None);
     let (_, expected_weight, _) =
         conv2d_backward_reference(&geometry, &widen(&x), &widen(&weight), &widen(&dy));
-    let layout = |halo, width| Layout { size, halo, width };
+    let layout = |halo, pixel| MapLayout { size, halo, pixel };
     // The output and its gradient lie in a wider map, from channel 32 on.
     let (x_layout, y_layout) = (layout(2, c_in), layout(1, c_out + 48));
     let x = lay_out(x_layout, &x, (batch, c_in, 0));
@@ -678,7 +682,7 @@ fn operations_with_the_same_input_form_a_group() -> Result<()> {
     let graph = builder.global_avg_pool2d(whole)?;
     // The pooling, 4, is part of 5.
     let expected: [&[usize]; 3] = [&[0], &[1, 2, 5, 6], &[3]];
-    assert_eq!(graph.inner.groups, expected);
+    assert_eq!(graph.network.groups, expected);
     Ok(())
 }
 
@@ -696,7 +700,7 @@ fn operations_that_wait_for_the_same_earlier_ones_form_a_level() -> Result<()> {
     let graph = builder.global_avg_pool2d(last)?;
     // The last one reads what 3 and 5 write, and what 1 has written before.
     let expected: [&[usize]; 4] = [&[0], &[1, 2, 4], &[3, 5], &[6]];
-    assert_eq!(graph.inner.levels, expected);
+    assert_eq!(graph.network.levels, expected);
     Ok(())
 }
 
@@ -711,7 +715,7 @@ fn a_pooling_is_part_of_the_unpadded_convolution_that_alone_reads_it() -> Result
         let stem = builder.conv2d_relu(builder.input(), 16, 1, 0)?;
         let pool = builder.max_pool2d(stem, MaxPool2dConfig::square(taps, 1, 0))?;
         let last = readers(&mut builder, pool)?;
-        Ok(builder.global_avg_pool2d(last)?.inner.pooled[2..].to_vec())
+        Ok(builder.global_avg_pool2d(last)?.network.pooled[2..].to_vec())
     }
     for (taps, expected) in [(2, Some(1)), (16, Some(1)), (17, None)] {
         let one = pooled(taps, |builder, pool| builder.conv2d_relu(pool, 4, 3, 0))?;
@@ -797,7 +801,7 @@ fn check_winners<T: Element>(
         several => builder.concat(several)?,
     };
     let graph = builder.global_avg_pool2d(last)?;
-    assert_eq!(graph.inner.pooled[1].is_some(), readers.len() == 1);
+    assert_eq!(graph.network.pooled[1].is_some(), readers.len() == 1);
     // One image is cut into lines, three are shared out whole.
     for batch in [1, 3] {
         let shape = [batch, channels, size.0, size.1];
@@ -1194,7 +1198,7 @@ fn as_many_buffers_are_free_after_twenty_steps_as_after_two() -> Result<()> {
         for _ in 0..20 {
             let features = example.graph.forward(&images, &given)?.features;
             features.sum_all()?.backward()?;
-            free.push(example.graph.inner.arenas.of::<f32>().free());
+            free.push(example.graph.network.arenas.of::<f32>().free());
         }
         assert_eq!(free[1], free[19], "{stem:?} {trains}: {free:?}");
     }
@@ -1302,7 +1306,7 @@ fn sizes_that_overflow_are_refused_when_they_are_described() -> Result<()> {
     // A window of 2⁶⁴ taps, which are too many for a convolution's winners.
     let pool = builder.max_pool2d(x, MaxPool2dConfig::square(1 << 32, 1, 1 << 31))?;
     let last = builder.conv2d_relu(pool, 4, 1, 0)?;
-    assert_eq!(builder.global_avg_pool2d(last)?.inner.pooled, [None; 3]);
+    assert_eq!(builder.global_avg_pool2d(last)?.network.pooled, [None; 3]);
 
     let mut builder = StaticGraphBuilder::new(1, (1 << 31, 1 << 31));
     let images = builder.input();
@@ -1316,23 +1320,23 @@ fn a_frozen_weight_gets_no_gradient_and_the_bias_or_batch_norm_behind_it_the_sam
     for stem in [Stem::Bias, Stem::Norm] {
         for needs_input in [false, true] {
             let example = example::<f32>(stem, 3, (9, 9), false);
-            let inner = &example.graph.inner;
+            let network = &example.graph.network;
             let owned = example.parameters.iter();
             let owned: Vec<Vec<Vec<f32>>> = owned
                 .map(|p| p.iter().map(|p| values::<f32>(p)).collect())
                 .collect();
-            let numbers = numbers(inner, &owned);
+            let parameters = parameter_values(network, &owned);
             let upstream = seeded_values("upstream", 3 * (16 + 32 + 64 + 7), 2.0);
             let gradients = |trains: &dyn Fn(usize) -> Trains| {
-                let trainable: Vec<Trains> = (0..numbers.len()).map(trains).collect();
+                let trainable: Vec<Trains> = (0..parameters.len()).map(trains).collect();
                 let images = values::<f32>(&example.images);
                 let isa = Isa::detect();
-                let maps = Forward::new(inner, isa, 3)
-                    .run(&images, &numbers, Keep::ForBackward)
+                let maps = Forward::new(network, isa, 3)
+                    .run(&images, &parameters, Keep::ForBackward)
                     .maps;
-                Backward::new(inner, isa, 3, needs_input, &trainable).run(
+                Backward::new(network, isa, 3, needs_input, &trainable).run(
                     maps.unwrap(),
-                    &numbers,
+                    &parameters,
                     &upstream,
                 )
             };
@@ -1423,7 +1427,7 @@ fn clones_of_a_builder_share_the_nodes_before_they_part_and_none_after() -> Resu
         builder.name(own, "own");
         assert!(builder.clone().global_avg_pool2d(foreign).is_err());
         let graph = builder.clone().global_avg_pool2d(own)?;
-        let names: Vec<&str> = graph.inner.names.values().map(String::as_str).collect();
+        let names: Vec<&str> = graph.network.names.values().map(String::as_str).collect();
         assert_eq!(names, ["own"]);
     }
     Ok(())
@@ -1431,10 +1435,10 @@ fn clones_of_a_builder_share_the_nodes_before_they_part_and_none_after() -> Resu
 
 #[test]
 fn the_relu_behind_a_batch_norm_keeps_the_sign_of_zero() {
-    let layout = Layout {
+    let layout = MapLayout {
         size: (1, 4),
         halo: 0,
-        width: 16,
+        pixel: 16,
     };
     let span = norm::Span {
         layout,

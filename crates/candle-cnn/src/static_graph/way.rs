@@ -3,14 +3,14 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use super::arena::{Arenas, Layout, Part};
+use super::arena::{Arenas, MapLayout, Part};
 use super::builder::Convolution;
 use super::forward::Forward;
 use super::gather::{GatherPass, Start};
 use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
 use super::pass::{AfterGradients, AnyPass, ParameterGradients, Scratch, pays};
-use super::plan::Inner;
+use super::plan::Network;
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
 use super::winograd::WinogradOuterPass;
@@ -157,7 +157,7 @@ impl<T: Element> Way<'_, T> {
     }
 
     /// For what a thread adds up, with memory of arbitrary values.
-    pub(super) fn sums(&self, graph: &Inner) -> Sums<T> {
+    pub(super) fn sums(&self, graph: &Network) -> Sums<T> {
         match self {
             Self::Convolution(way) => {
                 let len = way.weight.as_ref().map(AnyOuterPass::sums_len);
@@ -419,8 +419,8 @@ impl<T: Element> Sums<T> {
 
 /// Where a ReLU's output and its gradient lie.
 pub(super) struct Mask {
-    pub(super) y: Layout,
-    pub(super) dy: Layout,
+    pub(super) y: MapLayout,
+    pub(super) dy: MapLayout,
     pub(super) channel: usize,
     pub(super) channels: usize,
 }

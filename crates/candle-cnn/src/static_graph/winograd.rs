@@ -18,7 +18,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::ALIGNMENT;
-use super::arena::{Layout, Part};
+use super::arena::{MapLayout, Part};
 use super::gather::Start;
 use super::outer::turn_sums;
 use crate::activation::relu;
@@ -168,7 +168,7 @@ fn both_ways<T: Element, const FROM: usize, const TO: usize>(
 /// The tiles of some images of a layout.
 #[derive(Clone, Copy)]
 struct Tiles {
-    layout: Layout,
+    layout: MapLayout,
     /// Where the first tile's first pixel lies in an image.
     first: usize,
     /// Tiles per column and per line of an image.
@@ -180,7 +180,7 @@ struct Tiles {
 
 impl Tiles {
     fn new(
-        layout: Layout,
+        layout: MapLayout,
         (outside, channel): (usize, usize),
         part: &Part,
         width: usize,
@@ -208,7 +208,7 @@ impl Tiles {
         let (row, column) = (rest / self.count.1, rest % self.count.1);
         image * self.layout.image()
             + self.first
-            + TILE * (row * self.layout.line() + column * self.layout.width)
+            + TILE * (row * self.layout.line() + column * self.layout.pixel)
     }
 }
 
@@ -235,7 +235,7 @@ fn transform_tiles<T: Element, const SIZE: usize>(
         for c in (0..tiles.channels).step_by(ALIGNMENT) {
             for row in 0..SIZE {
                 for column in 0..SIZE {
-                    let pixel = at + row * tiles.layout.line() + column * tiles.layout.width;
+                    let pixel = at + row * tiles.layout.line() + column * tiles.layout.pixel;
                     pixels[row][column] = load(x, pixel + c);
                 }
             }
@@ -301,7 +301,7 @@ fn output_body<T: Element>(finish: &Finish<'_, T>, from: &[T], y: &mut [T]) {
             both_ways(&patch, &mut pixels, to_tile);
             for row in 0..TILE {
                 for column in 0..TILE {
-                    let pixel = at + row * tiles.layout.line() + column * tiles.layout.width + c;
+                    let pixel = at + row * tiles.layout.line() + column * tiles.layout.pixel + c;
                     let to = &mut y[pixel..pixel + ALIGNMENT];
                     let start = match finish.start {
                         Start::Values(values) => load(values, c),
@@ -381,7 +381,7 @@ impl<T> Default for Scratch<T> {
 pub(super) struct WinogradPass<'a, T: 'static> {
     pub(super) kernels: &'static Kernels<T>,
     pub(super) isa: Isa,
-    pub(super) x: Layout,
+    pub(super) x: MapLayout,
     pub(super) x_channel: usize,
     pub(super) channels: usize,
     pub(super) padding: usize,
@@ -390,7 +390,7 @@ pub(super) struct WinogradPass<'a, T: 'static> {
     /// A multiple of 16 values.
     pub(super) start: Start<'a, T>,
     pub(super) relu: bool,
-    pub(super) y: Layout,
+    pub(super) y: MapLayout,
     pub(super) y_channel: usize,
 }
 
@@ -490,10 +490,10 @@ impl<T: Element> WinogradPass<'_, T> {
 pub(super) struct WinogradOuterPass<T: 'static> {
     pub(super) kernels: &'static Kernels<T>,
     pub(super) isa: Isa,
-    pub(super) x: Layout,
+    pub(super) x: MapLayout,
     pub(super) c_in: usize,
     pub(super) padding: usize,
-    pub(super) dy: Layout,
+    pub(super) dy: MapLayout,
     pub(super) dy_channel: usize,
     pub(super) c_out: usize,
 }
@@ -568,7 +568,7 @@ impl<T: Element> WinogradOuterPass<T> {
     pub(super) fn unpack(&self, parts: &[&[T]], weight: &mut [T]) {
         /// Rows of seven input channels.
         const ROWS: usize = 7 * 9;
-        let sums = Sums {
+        let sums = ThreadSums {
             parts,
             c_in: self.c_in,
             width: self.width(),
@@ -580,7 +580,7 @@ impl<T: Element> WinogradOuterPass<T> {
 }
 
 /// What the threads have added up.
-struct Sums<'a, T> {
+struct ThreadSums<'a, T> {
     parts: &'a [&'a [T]],
     c_in: usize,
     width: usize,
@@ -589,7 +589,7 @@ struct Sums<'a, T> {
 multiversion! {
     /// `Gᵀ M G` for some input channels and sixteen output channels, nine rows each.
     fn to_kernels<T: Element>(
-        sums: &Sums<'_, T>,
+        sums: &ThreadSums<'_, T>,
         first: usize,
         block: usize,
         rows: &mut [[T; ALIGNMENT]],
@@ -598,7 +598,7 @@ multiversion! {
 
 #[inline(always)]
 fn to_kernels_body<T: Element>(
-    sums: &Sums<'_, T>,
+    sums: &ThreadSums<'_, T>,
     first: usize,
     block: usize,
     rows: &mut [[T; ALIGNMENT]],

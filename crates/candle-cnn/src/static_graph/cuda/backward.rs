@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{CudaStorage, DType, Result, Tensor};
 
-use super::launches::{Kind, Segment, Sums, Way, Weight};
+use super::launches::{Kind, PartialSums, Segment, Weight, WeightLayout};
 use super::pass::{
     Chunk, GraphPass, Kept, KeptStage, Maps, Task, Uses, all_channels, map_of, missing, none,
     row_of,
@@ -32,7 +32,7 @@ pub(super) struct Backward<'a> {
     /// Gradients of what follows each convolution: its bias, or weight and bias of its batch norm.
     d_follows: Vec<Vec<Tensor>>,
     /// Of biases, whose gradients nobody waits for: joined at the end. With each its convolutions' numbers.
-    of_biases: Vec<(Sums, Vec<(usize, Segment)>)>,
+    of_biases: Vec<(PartialSums, Vec<(usize, Segment)>)>,
 }
 
 /// A pooling's part of a map's gradient that was not added yet.
@@ -48,12 +48,12 @@ impl<'a> Backward<'a> {
         Self {
             pass,
             kept,
-            needed: pass.graph.needed(pass.run.needs_input, &pass.run.trainable),
+            needed: pass.graph.needed(pass.op.needs_input, &pass.op.trainable),
             uses: pass.uses(),
             gradients: none(nodes),
             late: none(nodes),
             d_weights: none(pass.parts.len()),
-            d_follows: vec![Vec::new(); pass.run.parameters.len()],
+            d_follows: vec![Vec::new(); pass.op.parameters.len()],
             of_biases: Vec::new(),
         }
     }
@@ -324,7 +324,7 @@ impl<'a> Backward<'a> {
     /// The gradients of weights under Candle's shapes, and of what follows each.
     fn parameter_gradients(self) -> Result<Vec<Option<Tensor>>> {
         let pass = self.pass;
-        let parameters = &pass.run.parameters;
+        let parameters = &pass.op.parameters;
         let members = || pass.members().filter(|(_, unit, _)| unit.trains);
         let elements = |m: &Member| parameters[m.convolution.number][0].elem_count();
         let planes = members().map(|(_, _, m)| elements(m)).sum();
@@ -338,7 +338,7 @@ impl<'a> Backward<'a> {
             });
             first += elements(member);
         }
-        pass.launches.weights(&weights, Way::ToPlanes)?;
+        pass.launches.weights(&weights, WeightLayout::Planes)?;
         let planes = tensor(planes, first.max(1));
         let mut of_numbers: Vec<Option<Tensor>> = vec![None; parameters.len()];
         let mut first = 0;
@@ -349,7 +349,7 @@ impl<'a> Backward<'a> {
             of_numbers[number] = Some(gradient.reshape(weight.shape())?);
             first += weight.elem_count();
         }
-        let mut all = Vec::with_capacity(pass.run.receivers.len());
+        let mut all = Vec::with_capacity(pass.op.receivers.len());
         let of_convolutions = of_numbers.into_iter().zip(self.d_follows);
         for ((weight, follows), parameters) in of_convolutions.zip(parameters) {
             let trains = weight.is_some();

@@ -38,10 +38,10 @@ impl<'a> Forward<'a> {
     pub(super) fn new(pass: &'a GraphPass<'a>) -> Self {
         Self {
             pass,
-            keeps: pass.run.tracks,
+            keeps: pass.op.tracks,
             uses: pass.uses(),
             read_again: pass.read_by_weight_gradients(),
-            statistics: vec![None; pass.run.parameters.len()],
+            statistics: vec![None; pass.op.parameters.len()],
             kept: Kept {
                 nodes: none(pass.graph.nodes.len()),
                 stages: Vec::new(),

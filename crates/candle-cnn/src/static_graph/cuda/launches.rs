@@ -112,11 +112,11 @@ pub(super) struct Weight {
     pub(super) width: usize,
 }
 
-/// Which way weights go.
+/// What weights are laid out as: the pixels of cuDNN or the planes of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    ToPixels,
-    ToPlanes,
+pub(super) enum WeightLayout {
+    Pixels,
+    Planes,
 }
 
 /// `Weights` of kernels.cu.
@@ -161,7 +161,7 @@ unsafe impl DeviceRepr for Joins {}
 const _: () = assert!(size_of::<Joins>() <= MOST_IN_TABLE);
 
 /// Sums of each channel over the parts of a map's rows: (kinds of sums, parts, channels) of f32.
-pub(super) struct Sums {
+pub(super) struct PartialSums {
     storage: CudaStorage,
     kinds: usize,
     parts: usize,
@@ -260,7 +260,7 @@ impl Launches {
     }
 
     /// Lays weights, or their gradients, out anew. Channels of pixels beyond those of the weight are zero.
-    pub(super) fn weights(&self, weights: &[Weight], way: Way) -> Result<()> {
+    pub(super) fn weights(&self, weights: &[Weight], to: WeightLayout) -> Result<()> {
         for weights in weights.chunks(WEIGHTS) {
             let mut table = Weights {
                 planes: [0; WEIGHTS],
@@ -287,9 +287,9 @@ impl Launches {
                 table.pairs[i] = per_block as u32;
                 table.end[i] = blocks;
             }
-            let name = match way {
-                Way::ToPixels => "lay_weights",
-                Way::ToPlanes => "take_weights",
+            let name = match to {
+                WeightLayout::Pixels => "lay_weights",
+                WeightLayout::Planes => "take_weights",
             };
             // SAFETY: the arguments of either kernel; each block belongs to a weight, whose sizes are those of its memory.
             unsafe { self.launch(name)?.run_with_table((blocks, 1), &table) }?;
@@ -380,7 +380,7 @@ impl Launches {
         segments: &[Segment],
         rows: usize,
         pooling: Option<(&Axis, &Axis)>,
-    ) -> Result<Sums> {
+    ) -> Result<PartialSums> {
         let mut columns = columns(segments, rows, self.dtype)?;
         let mut name = format!("gradient_sums_{}", columns.pack);
         if let Some((h, w)) = pooling {
@@ -397,7 +397,7 @@ impl Launches {
         let launch = self.launch(&name)?.write(&mut storage)?.number(parts.rows);
         // SAFETY: the arguments of `gradient_sums`; sums are (kinds, parts, channels), and no part is empty.
         unsafe { launch.run_with_table((columns.blocks, parts.count), &columns.table) }?;
-        Ok(Sums {
+        Ok(PartialSums {
             storage,
             kinds,
             parts: count,
@@ -416,7 +416,7 @@ impl Launches {
         &self,
         segments: &[Segment],
         rows: usize,
-        sums: Sums,
+        sums: PartialSums,
     ) -> Result<CudaStorage> {
         if sums.parts == 1 {
             return Ok(sums.storage);
@@ -435,7 +435,7 @@ impl Launches {
     }
 
     /// The sums over all parts, (kinds of sums, channels) each.
-    pub(super) fn join(&self, all: Vec<Sums>) -> Result<Vec<CudaStorage>> {
+    pub(super) fn join(&self, all: Vec<PartialSums>) -> Result<Vec<CudaStorage>> {
         let mut joined = Vec::with_capacity(all.len());
         let mut entries = Vec::new();
         for sums in &all {

@@ -52,7 +52,7 @@ use self::pass::{GraphPass, Kept};
 use super::builder::Operation;
 use super::custom_op::{Gradients, Token, lock};
 use super::parameters::{ConvParameters, GraphOutput};
-use super::plan::Inner;
+use super::plan::Network;
 use super::{OP, StaticGraph};
 use crate::backward::aside;
 use crate::batch_norm::BatchStatistics;
@@ -65,7 +65,7 @@ pub(super) fn forward(
     images: &Tensor,
     parameters: &[ConvParameters<'_>],
 ) -> Result<GraphOutput> {
-    let inner = &graph.inner;
+    let network = &graph.network;
     let dtype = images.dtype();
     if !matches!(dtype, DType::F32 | DType::BF16) {
         return Err(OpError::dtype(OP, dtype));
@@ -85,7 +85,7 @@ pub(super) fn forward(
             return Err(OpError::device(OP, tensor));
         }
     }
-    for operation in &inner.operations {
+    for operation in &network.operations {
         if let Operation::MaxPool(p) = operation
             && p.h.kernel * p.w.kernel > 256
         {
@@ -104,8 +104,8 @@ pub(super) fn forward(
         .map(ConvParameters::need_gradient)
         .collect();
     let statistics = Arc::new(Mutex::new(Vec::new()));
-    let mut op = Run {
-        graph: Arc::clone(inner),
+    let mut op = CudaGraphOp {
+        graph: Arc::clone(network),
         dtype,
         tracks: images.track_op() || trainable.contains(&true),
         needs_input: images.track_op(),
@@ -120,7 +120,7 @@ pub(super) fn forward(
     // input is enough for the way back to be taken. What is not a variable hangs on a chain of tokens.
     let mut second = images.detach();
     let mut token: Option<Tensor> = None;
-    for (c, parameters) in inner.convolutions().iter().zip(parameters) {
+    for (c, parameters) in network.convolutions().iter().zip(parameters) {
         let tensors = match op.tracks {
             true => parameters.folded(c.eps.unwrap_or(0.0))?,
             false => parameters
@@ -159,8 +159,8 @@ pub(super) fn forward(
 }
 
 /// One pass through the graph as a node of Candle's.
-struct Run {
-    graph: Arc<Inner>,
+struct CudaGraphOp {
+    graph: Arc<Network>,
     dtype: DType,
     /// Whether somebody needs a gradient.
     tracks: bool,
@@ -187,7 +187,7 @@ enum Receiver {
     Token,
 }
 
-impl CustomOp2 for Run {
+impl CustomOp2 for CudaGraphOp {
     fn name(&self) -> &'static str {
         OP
     }

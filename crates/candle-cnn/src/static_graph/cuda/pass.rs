@@ -7,14 +7,14 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdeviceptr;
 use candle_core::{CudaStorage, DType, Result, Tensor};
 
-use super::Run;
-use super::launches::{Kind, Launches, SEGMENTS, Segment, Way, Weight};
+use super::CudaGraphOp;
+use super::launches::{Kind, Launches, SEGMENTS, Segment, Weight, WeightLayout};
 use crate::conv2d::{ChannelsLast, Conv2dConfig, Conv2dGeometry, Pass, channels_last_pass};
 use crate::cuda::launch::{Held, address};
 use crate::error::OpError;
 use crate::static_graph::OP;
 use crate::static_graph::builder::{MaxPool, Operation};
-use crate::static_graph::plan::Inner;
+use crate::static_graph::plan::Network;
 use crate::static_graph::stages::{Member, Stage, Unit, stages};
 
 /// Channels of the images' pixels are made a multiple of so many bytes, which tensor cores want; the network's own widths
@@ -76,8 +76,8 @@ pub(super) struct Task {
 
 /// A pass through a graph.
 pub(super) struct GraphPass<'a> {
-    pub(super) run: &'a Run,
-    pub(super) graph: &'a Inner,
+    pub(super) op: &'a CudaGraphOp,
+    pub(super) graph: &'a Network,
     pub(super) launches: Launches,
     pub(super) stages: Vec<Stage>,
     /// Elements that each part of all weights takes.
@@ -86,14 +86,14 @@ pub(super) struct GraphPass<'a> {
 }
 
 impl<'a> GraphPass<'a> {
-    pub(super) fn new(run: &'a Run, device: &CudaDevice, batch: usize) -> Self {
-        let graph = &*run.graph;
-        let width = |node: usize| width(graph, run.dtype, node);
-        let (stages, parts) = stages(graph, &run.trainable, width);
+    pub(super) fn new(op: &'a CudaGraphOp, device: &CudaDevice, batch: usize) -> Self {
+        let graph = &*op.graph;
+        let width = |node: usize| width(graph, op.dtype, node);
+        let (stages, parts) = stages(graph, &op.trainable, width);
         Self {
-            run,
+            op,
             graph,
-            launches: Launches::new(device, run.dtype),
+            launches: Launches::new(device, op.dtype),
             stages,
             parts,
             batch,
@@ -118,7 +118,7 @@ impl<'a> GraphPass<'a> {
                 ..self.weight(unit, member, map_of(parts, part)?)?
             });
         }
-        self.launches.weights(&weights, Way::ToPixels)
+        self.launches.weights(&weights, WeightLayout::Pixels)
     }
 
     /// Members of all units, with the part that holds their weights.
@@ -173,7 +173,7 @@ impl<'a> GraphPass<'a> {
         };
         let on = ChannelsLast {
             geometry,
-            dtype: self.run.dtype,
+            dtype: self.op.dtype,
             x: self.launches.at(x, 0)?,
             weight: self.launches.at(weights, unit.weight)?,
             y: self.launches.at(raw, 0)?,
@@ -271,7 +271,7 @@ impl<'a> GraphPass<'a> {
     }
 
     pub(super) fn kind(&self, member: &Member) -> Kind {
-        match self.run.parameters[member.convolution.number].len() {
+        match self.op.parameters[member.convolution.number].len() {
             2 => Kind::Bias,
             3 => Kind::Batch,
             _ => Kind::Running,
@@ -279,9 +279,9 @@ impl<'a> GraphPass<'a> {
     }
 
     fn parameter(&self, member: &Member, at: usize) -> Result<CUdeviceptr> {
-        let held = Held::new(&self.run.parameters[member.convolution.number][at]);
+        let held = Held::new(&self.op.parameters[member.convolution.number][at]);
         let stream = self.launches.device.cuda_stream();
-        // The run holds the tensor itself.
+        // The operation holds the tensor itself.
         let (pointer, _) = address(OP, held.operand(OP)?, &stream)?;
         Ok(pointer)
     }
@@ -298,7 +298,7 @@ impl<'a> GraphPass<'a> {
     }
 
     pub(super) fn width(&self, node: usize) -> usize {
-        width(self.graph, self.run.dtype, node)
+        width(self.graph, self.op.dtype, node)
     }
 
     /// Images, channels and pixels of the graph's input.
@@ -376,7 +376,7 @@ pub(super) fn row_of(numbers: &Tensor, row: usize, segment: &Segment) -> Result<
 }
 
 /// Channels of a node's pixels in memory.
-fn width(graph: &Inner, dtype: DType, node: usize) -> usize {
+fn width(graph: &Network, dtype: DType, node: usize) -> usize {
     let channels = graph.nodes[node].channels;
     match node {
         0 => channels.next_multiple_of(PIXEL / dtype.size_in_bytes()),
