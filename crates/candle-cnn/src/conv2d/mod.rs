@@ -128,7 +128,7 @@ impl Conv2dGeometry {
         let Ok((batch, c_in, height, width)) = x.dims4() else {
             return Err(OpError::shape(OP, "input", x, "(N, C, H, W)"));
         };
-        let Ok((c_out, weight_c_in, r, s)) = weight.dims4() else {
+        let Ok((c_out, _, r, s)) = weight.dims4() else {
             return Err(OpError::shape(
                 OP,
                 "weight",
@@ -136,70 +136,20 @@ impl Conv2dGeometry {
                 "(C_out, C_in, kernel height, kernel width)",
             ));
         };
-        // Padding alone, or a sum over no channels, is no convolution.
-        for (name, tensor, sizes, expected) in [
-            (
-                "input",
-                x,
-                &x.dims()[1..],
-                "(N, C, H, W) with at least one channel and pixel",
-            ),
-            (
-                "weight",
-                weight,
-                weight.dims(),
-                "(C_out, C_in, kernel height, kernel width), each at least 1",
-            ),
-        ] {
-            if sizes.contains(&0) {
-                return Err(OpError::shape(OP, name, tensor, expected));
-            }
-        }
-        if c_in != weight_c_in {
-            // A weight for groups has the channels of one of them.
-            let groups = c_in.checked_div(weight_c_in).unwrap_or(0);
-            let is_grouped = c_in.is_multiple_of(weight_c_in) && c_out.is_multiple_of(groups);
-            let rule = if is_grouped {
-                "dimension 1 of both is the number of input channels; grouped convolutions are not there"
-            } else {
-                "dimension 1 of both is the number of input channels"
-            };
-            return Err(OpError::shapes(
-                OP,
-                ("input", x.dims()),
-                ("weight", weight.dims()),
-                rule,
-            ));
-        }
-        let output = (
-            output_size(
-                height,
-                r,
-                config.stride.0,
-                config.padding.0,
-                config.dilation.0,
-            ),
-            output_size(
-                width,
-                s,
-                config.stride.1,
-                config.padding.1,
-                config.dilation.1,
-            ),
-        );
+        check_not_empty(x, weight)?;
+        check_channels(x, weight)?;
         for (name, pair) in [("stride", config.stride), ("dilation", config.dilation)] {
             if pair.0 == 0 || pair.1 == 0 {
                 return Err(OpError::setting(OP, name, pair, "at least 1"));
             }
         }
-        let (Some(h_out), Some(w_out)) = output else {
+        let (input, kernel) = ((height, width), (r, s));
+        let (h, w) = ConvAxis::both(input, kernel, &config);
+        let (Some(h_out), Some(w_out)) = (h.output(), w.output()) else {
             return Err(OpError::Window {
                 op: OP,
-                window: (
-                    reach(r, config.dilation.0).saturating_add(1),
-                    reach(s, config.dilation.1).saturating_add(1),
-                ),
-                input: (height, width),
+                window: (h.reach().saturating_add(1), w.reach().saturating_add(1)),
+                input,
                 padding: config.padding,
             }
             .into());
@@ -207,9 +157,9 @@ impl Conv2dGeometry {
         let geometry = Self {
             batch,
             c_in,
-            input: (height, width),
+            input,
             c_out,
-            kernel: (r, s),
+            kernel,
             output: (h_out, w_out),
             config,
         };
@@ -220,19 +170,10 @@ impl Conv2dGeometry {
     /// Refuses what no memory holds: the tensors, and the buffers in which the passes lay out the padded input and the
     /// output gradient between its own zeros.
     fn check_elements(&self) -> Result<()> {
-        let Conv2dConfig {
-            padding, dilation, ..
-        } = self.config;
-        let padded = |size: usize, padding: usize| size.saturating_add(padding.saturating_mul(2));
-        let between = |size: usize, kernel: usize, padding: usize, dilation: usize| {
-            size.saturating_add(padding.max(reach(kernel, dilation)))
-        };
         let (input, output, kernel) = (self.input, self.output, self.kernel);
-        let padded = (padded(input.0, padding.0), padded(input.1, padding.1));
-        let between = (
-            between(input.0, kernel.0, padding.0, dilation.0),
-            between(input.1, kernel.1, padding.1, dilation.1),
-        );
+        let (h, w) = self.axes();
+        let padded = (h.padded(), w.padded());
+        let between = (h.padded_gradient(), w.padded_gradient());
         for (what, channels, size) in [
             ("input", self.c_in, input),
             ("output", self.c_out, output),
@@ -263,18 +204,16 @@ impl Conv2dGeometry {
     /// Row and column of the one tap of a larger kernel that ever meets the
     /// image, where that is a single pixel: the others see padding alone.
     fn only_tap(&self) -> Option<(usize, usize)> {
-        let Conv2dConfig {
-            padding, dilation, ..
-        } = self.config;
         if self.input != (1, 1) || self.output != (1, 1) || self.kernel == (1, 1) {
             return None;
         }
-        let tap = |padding: usize, dilation: usize, kernel: usize| {
-            let tap = padding / dilation;
-            (padding.is_multiple_of(dilation) && tap < kernel).then_some(tap)
-        };
-        let row = tap(padding.0, dilation.0, self.kernel.0)?;
-        Some((row, tap(padding.1, dilation.1, self.kernel.1)?))
+        let (h, w) = self.axes();
+        Some((h.only_tap()?, w.only_tap()?))
+    }
+
+    /// The vertical axis and the horizontal one.
+    fn axes(&self) -> (ConvAxis, ConvAxis) {
+        ConvAxis::both(self.input, self.kernel, &self.config)
     }
 
     /// Multiply-accumulate operations of the forward pass.
@@ -285,24 +224,109 @@ impl Conv2dGeometry {
     }
 }
 
-/// `dilation·(kernel − 1)`: pixels from the first tap of a kernel to the last.
-fn reach(kernel: usize, dilation: usize) -> usize {
-    dilation.saturating_mul(kernel.saturating_sub(1))
-}
-
-/// `⌊(size + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1`, if there is one.
-fn output_size(
-    size: usize,
+/// One axis of a convolution.
+#[derive(Clone, Copy)]
+struct ConvAxis {
+    input: usize,
     kernel: usize,
     stride: usize,
     padding: usize,
     dilation: usize,
-) -> Option<usize> {
-    let window = dilation
-        .checked_mul(kernel.checked_sub(1)?)?
-        .checked_add(1)?;
-    let padded = size.checked_add(padding.checked_mul(2)?)?;
-    Some(padded.checked_sub(window)?.checked_div(stride)? + 1)
+}
+
+impl ConvAxis {
+    /// The vertical axis and the horizontal one.
+    fn both(input: (usize, usize), kernel: (usize, usize), config: &Conv2dConfig) -> (Self, Self) {
+        let vertical = Self {
+            input: input.0,
+            kernel: kernel.0,
+            stride: config.stride.0,
+            padding: config.padding.0,
+            dilation: config.dilation.0,
+        };
+        let horizontal = Self {
+            input: input.1,
+            kernel: kernel.1,
+            stride: config.stride.1,
+            padding: config.padding.1,
+            dilation: config.dilation.1,
+        };
+        (vertical, horizontal)
+    }
+
+    /// `dilation·(kernel − 1)`: pixels from the first tap of a kernel to the last.
+    fn reach(&self) -> usize {
+        self.dilation.saturating_mul(self.kernel.saturating_sub(1))
+    }
+
+    /// `⌊(input + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1`, if there is one.
+    fn output(&self) -> Option<usize> {
+        let reach = self.dilation.checked_mul(self.kernel.checked_sub(1)?)?;
+        let window = reach.checked_add(1)?;
+        let padded = self.input.checked_add(self.padding.checked_mul(2)?)?;
+        Some(padded.checked_sub(window)?.checked_div(self.stride)? + 1)
+    }
+
+    /// Pixels of the input with its padding.
+    fn padded(&self) -> usize {
+        self.input.saturating_add(self.padding.saturating_mul(2))
+    }
+
+    /// Pixels of the output gradient between its own zeros, from which the input gradient is gathered.
+    fn padded_gradient(&self) -> usize {
+        self.input.saturating_add(self.padding.max(self.reach()))
+    }
+
+    /// The tap that meets an input of a single pixel, of which there is one output.
+    fn only_tap(&self) -> Option<usize> {
+        let tap = self.padding / self.dilation;
+        (self.padding.is_multiple_of(self.dilation) && tap < self.kernel).then_some(tap)
+    }
+}
+
+/// Refuses padding alone, and a sum over no channels, which are no convolution.
+fn check_not_empty(x: &Tensor, weight: &Tensor) -> Result<()> {
+    for (name, tensor, sizes, expected) in [
+        (
+            "input",
+            x,
+            &x.dims()[1..],
+            "(N, C, H, W) with at least one channel and pixel",
+        ),
+        (
+            "weight",
+            weight,
+            weight.dims(),
+            "(C_out, C_in, kernel height, kernel width), each at least 1",
+        ),
+    ] {
+        if sizes.contains(&0) {
+            return Err(OpError::shape(OP, name, tensor, expected));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a weight for another number of input channels than `x` (N, C, H, W) has.
+fn check_channels(x: &Tensor, weight: &Tensor) -> Result<()> {
+    let (c_in, c_out, weight_c_in) = (x.dims()[1], weight.dims()[0], weight.dims()[1]);
+    if c_in == weight_c_in {
+        return Ok(());
+    }
+    // A weight for groups has the channels of one of them.
+    let groups = c_in.checked_div(weight_c_in).unwrap_or(0);
+    let is_grouped = c_in.is_multiple_of(weight_c_in) && c_out.is_multiple_of(groups);
+    let rule = if is_grouped {
+        "dimension 1 of both is the number of input channels; grouped convolutions are not there"
+    } else {
+        "dimension 1 of both is the number of input channels"
+    };
+    Err(OpError::shapes(
+        OP,
+        ("input", x.dims()),
+        ("weight", weight.dims()),
+        rule,
+    ))
 }
 
 /// Convolves `x` (N, C_in, H, W) with `weight` (C_out, C_in, R, S) and adds
