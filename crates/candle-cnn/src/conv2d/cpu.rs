@@ -17,6 +17,8 @@
 //!   same number of threads.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{Conv2dGeometry, PackedWeight};
@@ -328,21 +330,20 @@ impl<T> Default for Scratch<T> {
 impl<T: Element> Scratch<T> {
     /// Lays out the images and lists the rows of all their output pixels,
     /// repeating the last one up to a multiple of `height`. All `taps` of a row lie inside of its image.
-    #[allow(clippy::too_many_arguments)]
     fn prepare(
         &mut self,
         kernels: &Kernels<T>,
         window: &Window,
         taps: &[Tap],
         planes: &[T],
-        images: usize,
         height: usize,
     ) {
         let buffer_len = window.buffer_len();
         assert!(window.end(taps) <= buffer_len);
-        self.image.resize(images * buffer_len, T::ZERO);
-        self.rows.clear();
         let source_len = window.channels * window.output_pixels_of_source();
+        self.image
+            .resize(planes.len() / source_len * buffer_len, T::ZERO);
+        self.rows.clear();
         for (planes, buffer) in planes
             .chunks_exact(source_len)
             .zip(self.image.chunks_exact_mut(buffer_len))
@@ -356,35 +357,49 @@ impl<T: Element> Scratch<T> {
             self.rows.extend(self.rows.last().copied());
         }
     }
+}
 
-    /// Convolves the prepared images and writes the planes of the result.
-    #[allow(clippy::too_many_arguments)]
-    fn convolve(
-        &mut self,
-        kernels: &Kernels<T>,
-        window: &Window,
-        taps: &[Tap],
-        weight: &PackedWeight<T>,
-        init: &[T],
-        relu: bool,
-        c_out: usize,
-        planes: &mut [T],
-    ) {
-        self.out.resize(self.rows.len() * weight.width, T::ZERO);
+/// A convolution by gather tiles: the forward pass, or the input gradient.
+struct GatherPass<T: 'static> {
+    kernels: &'static Kernels<T>,
+    window: Window,
+    taps: Vec<Tap>,
+    weight: PackedWeight<T>,
+    /// What the sums start from, `weight.width` values.
+    init: Vec<T>,
+    relu: bool,
+    /// Channels of the result.
+    c_out: usize,
+}
+
+impl<T: Element> GatherPass<T> {
+    /// Convolves the planes of some images and writes those of the result.
+    fn run(&self, from: &[T], to: &mut [T], scratch: &mut Scratch<T>) {
+        let Self {
+            kernels,
+            window,
+            taps,
+            weight,
+            c_out,
+            ..
+        } = self;
+        scratch.prepare(kernels, window, taps, from, kernels.height);
+        let Scratch { rows, out, .. } = scratch;
+        out.resize(rows.len() * weight.width, T::ZERO);
         gather(
             kernels,
-            &self.rows,
+            rows,
             taps,
             window.channels,
             weight,
-            init,
-            relu,
-            &mut self.out,
+            &self.init,
+            self.relu,
+            out,
         );
         let pixels = window.output_pixels();
-        for (image, planes) in planes.chunks_exact_mut(c_out * pixels).enumerate() {
-            let out = &self.out[image * pixels * weight.width..];
-            transpose(kernels, out, weight.width, (pixels, c_out), planes, pixels);
+        for (image, planes) in to.chunks_exact_mut(c_out * pixels).enumerate() {
+            let out = &out[image * pixels * weight.width..];
+            transpose(kernels, out, weight.width, (pixels, *c_out), planes, pixels);
         }
     }
 }
@@ -417,15 +432,20 @@ pub(super) fn forward<T: Element>(
     if let Some(bias) = bias {
         init[..g.c_out].copy_from_slice(bias);
     }
-    let taps = window.taps(g);
+    let pass = GatherPass {
+        kernels,
+        taps: window.taps(g),
+        window,
+        weight: packed,
+        init,
+        relu,
+        c_out: g.c_out,
+    };
     let images = images_per_task(PIXELS_PER_TASK, g.batch, pixels);
     let x_len = g.c_in * g.input.0 * g.input.1;
     y.par_chunks_mut(images * g.c_out * pixels)
         .zip(x.par_chunks(images * x_len))
-        .for_each_init(Scratch::default, |scratch, (y, x)| {
-            scratch.prepare(kernels, &window, &taps, x, x.len() / x_len, kernels.height);
-            scratch.convolve(kernels, &window, &taps, &packed, &init, relu, g.c_out, y);
-        });
+        .for_each_init(Scratch::default, |scratch, (y, x)| pass.run(x, y, scratch));
     y
 }
 
@@ -444,15 +464,26 @@ pub(super) fn backward<T: Element>(
     let taps = g.kernel.0 * g.kernel.1;
     let pixels = g.output.0 * g.output.1;
     let x_len = g.c_in * g.input.0 * g.input.1;
-    let dy_len = g.c_out * pixels;
     let mut dx = vec![T::ZERO; if needs.input { x.len() } else { 0 }];
 
-    let input_pass = needs.input.then(|| InputPass {
-        window: Window::input_gradient(g),
-        taps: Window::input_gradient(g).taps(g),
-        weight: PackedWeight::turned(weight, (taps, g.c_out, g.c_in), kernels, Vec::new()),
-        init: vec![T::ZERO; g.c_in.div_ceil(kernels.lanes) * kernels.lanes],
-    });
+    let window = Window::input_gradient(g);
+    let backward = Backward {
+        g,
+        kernels,
+        needs,
+        x,
+        mask,
+        dy,
+        input_pass: needs.input.then(|| GatherPass {
+            kernels,
+            window,
+            taps: window.taps(g),
+            weight: PackedWeight::turned(weight, (taps, g.c_out, g.c_in), kernels, Vec::new()),
+            init: vec![T::ZERO; g.c_in.div_ceil(kernels.lanes) * kernels.lanes],
+            relu: false,
+            c_out: g.c_in,
+        }),
+    };
 
     // One part per thread, each a run of whole images: the parts' weight
     // gradients are summed in this order.
@@ -477,44 +508,11 @@ pub(super) fn backward<T: Element>(
             let mut masked = Vec::new();
             for start in (first..last).step_by(group) {
                 let end = last.min(start + group);
-                let dy = &dy[start * dy_len..end * dy_len];
-                let dy = match mask {
-                    None => dy,
-                    Some(y) => {
-                        let y = &y[start * dy_len..end * dy_len];
-                        masked.clear();
-                        masked.extend(dy.iter().zip(y).map(|(&dy, &y)| keep_positive(dy, y)));
-                        masked.as_slice()
-                    }
+                let dx = match needs.input {
+                    true => &mut dx[(start - first) * x_len..(end - first) * x_len],
+                    false => &mut [],
                 };
-                if needs.bias {
-                    sums.add_bias(dy, pixels);
-                }
-                if let Some(pass) = &input_pass {
-                    let dx = &mut dx[(start - first) * x_len..(end - first) * x_len];
-                    scratch.prepare(
-                        kernels,
-                        &pass.window,
-                        &pass.taps,
-                        dy,
-                        end - start,
-                        kernels.height,
-                    );
-                    scratch.convolve(
-                        kernels,
-                        &pass.window,
-                        &pass.taps,
-                        &pass.weight,
-                        &pass.init,
-                        false,
-                        g.c_in,
-                        dx,
-                    );
-                }
-                if needs.weight {
-                    let x = &x[start * x_len..end * x_len];
-                    sums.add_weight(g, kernels, &mut scratch, x, dy, end - start);
-                }
+                sums.add_images(&backward, start..end, dx, &mut scratch, &mut masked);
             }
             sums
         })
@@ -534,12 +532,16 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-/// What the input gradient needs besides the output gradient.
-struct InputPass<T> {
-    window: Window,
-    taps: Vec<Tap>,
-    weight: PackedWeight<T>,
-    init: Vec<T>,
+/// What the way back reads, of all images.
+struct Backward<'a, T: 'static> {
+    g: &'a Conv2dGeometry,
+    kernels: &'static Kernels<T>,
+    needs: Needs,
+    x: &'a [T],
+    mask: Option<&'a [T]>,
+    dy: &'a [T],
+    /// The convolution that makes the input gradient, where somebody needs it.
+    input_pass: Option<GatherPass<T>>,
 }
 
 /// One thread's share of the weight and bias gradients.
@@ -559,6 +561,42 @@ impl<T: Element> Part<T> {
             weight: vec![T::ZERO; if needs.weight { weight_len } else { 0 }],
             bias: vec![T::ZERO; if needs.bias { g.c_out } else { 0 }],
             packed_dy: Vec::new(),
+        }
+    }
+
+    /// Writes the input gradient of some images to `dx` and adds to the others, whichever somebody needs. `masked` is
+    /// memory for their output gradient.
+    fn add_images(
+        &mut self,
+        backward: &Backward<'_, T>,
+        images: Range<usize>,
+        dx: &mut [T],
+        scratch: &mut Scratch<T>,
+        masked: &mut Vec<T>,
+    ) {
+        let g = backward.g;
+        let pixels = g.output.0 * g.output.1;
+        let x_len = g.c_in * g.input.0 * g.input.1;
+        let of_output = images.start * g.c_out * pixels..images.end * g.c_out * pixels;
+        let dy = &backward.dy[of_output.clone()];
+        let dy = match backward.mask {
+            None => dy,
+            Some(y) => {
+                let y = &y[of_output];
+                masked.clear();
+                masked.extend(dy.iter().zip(y).map(|(&dy, &y)| keep_positive(dy, y)));
+                masked.as_slice()
+            }
+        };
+        if backward.needs.bias {
+            self.add_bias(dy, pixels);
+        }
+        if let Some(pass) = &backward.input_pass {
+            pass.run(dy, dx, scratch);
+        }
+        if backward.needs.weight {
+            let x = &backward.x[images.start * x_len..images.end * x_len];
+            self.add_weight(g, backward.kernels, scratch, x, dy);
         }
     }
 
@@ -585,11 +623,10 @@ impl<T: Element> Part<T> {
         scratch: &mut Scratch<T>,
         x: &[T],
         dy: &[T],
-        images: usize,
     ) {
         let window = Window::forward(g);
         let taps = window.taps(g);
-        scratch.prepare(kernels, &window, &taps, x, images, 1);
+        scratch.prepare(kernels, &window, &taps, x, 1);
         let rows = &scratch.rows;
         let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
         let panels = panels(g.c_out, kernels.lanes);
@@ -724,20 +761,13 @@ mod tests {
         let mut scratch = Scratch::default();
         let planes = vec![1.0; 3 * 30];
         let all = parts.taps.clone();
-        scratch.prepare(kernels, &window, &all, &planes, 1, kernels.height);
+        scratch.prepare(kernels, &window, &all, &planes, kernels.height);
         parts.out = scratch.rows.len() * parts.packed.width;
         spoil(&mut parts);
         // Longer than what the tiles get, so that nothing is harmed where they do not refuse it.
         let (init, mut out) = (vec![0.0; 64], vec![0.0; 2 * parts.out + 1024]);
         let run = || {
-            scratch.prepare(
-                kernels,
-                &parts.window,
-                &parts.taps,
-                &planes,
-                1,
-                kernels.height,
-            );
+            scratch.prepare(kernels, &parts.window, &parts.taps, &planes, kernels.height);
             let rows = &scratch.rows[..scratch.rows.len() - parts.drop_rows];
             let (init, out) = (&init[..parts.init], &mut out[..parts.out]);
             gather(
