@@ -106,36 +106,35 @@ fn block_moments_body<T: Element>(sizes: &Sizes, x: &[T], first: usize, moments:
         return;
     }
     for (i, moments) in moments.iter_mut().enumerate() {
-        let mut sums = [0.0; LANES];
-        for plane in sizes.rows(x, first + i, 1) {
-            let (chunks, rest) = plane.as_chunks::<LANES>();
-            for chunk in chunks {
-                for lane in 0..LANES {
-                    sums[lane] += chunk[lane].as_f64();
-                }
-            }
-            for (sum, x) in sums.iter_mut().zip(rest) {
-                *sum += x.as_f64();
-            }
-        }
-        let mean = sums.iter().sum::<f64>() / count;
-        let mut sums = [0.0; LANES];
-        for plane in sizes.rows(x, first + i, 1) {
-            let (chunks, rest) = plane.as_chunks::<LANES>();
-            for chunk in chunks {
-                for lane in 0..LANES {
-                    let d = chunk[lane].as_f64() - mean;
-                    sums[lane] += d * d;
-                }
-            }
-            for (sum, x) in sums.iter_mut().zip(rest) {
-                let d = x.as_f64() - mean;
-                *sum += d * d;
-            }
-        }
-        let variance = sums.iter().sum::<f64>() / count;
-        *moments = Moments { mean, variance };
+        let planes = || sizes.rows(x, first + i, 1);
+        let mean = sum_of(planes(), |x| x) / count;
+        let squares = sum_of(planes(), |x| {
+            let d = x - mean;
+            d * d
+        });
+        *moments = Moments {
+            mean,
+            variance: squares / count,
+        };
     }
+}
+
+/// The sum over the planes of a channel, of what `of` makes of each value.
+#[inline(always)]
+fn sum_of<'a, T: Element>(planes: impl Iterator<Item = &'a [T]>, of: impl Fn(f64) -> f64) -> f64 {
+    let mut sums = [0.0; LANES];
+    for plane in planes {
+        let (chunks, rest) = plane.as_chunks::<LANES>();
+        for chunk in chunks {
+            for lane in 0..LANES {
+                sums[lane] += of(chunk[lane].as_f64());
+            }
+        }
+        for (sum, x) in sums.iter_mut().zip(rest) {
+            *sum += of(x.as_f64());
+        }
+    }
+    sums.iter().sum()
 }
 
 /// `(x − mean) · scale + bias`. Taking the mean away first costs nothing beside

@@ -306,6 +306,13 @@ pub(crate) struct Moments {
     pub(crate) variance: f64,
 }
 
+impl Moments {
+    /// `1/σ`, where `eps` keeps σ from 0.
+    pub(crate) fn inverse_std(&self, eps: f64) -> f64 {
+        1.0 / (self.variance + eps).sqrt()
+    }
+}
+
 /// Where the statistics come from.
 enum Source {
     /// This batch; the forward pass leaves them here.
@@ -345,10 +352,6 @@ impl BatchNorm {
         }
     }
 
-    fn inverse_std(&self, moments: Moments) -> f64 {
-        1.0 / (moments.variance + self.eps).sqrt()
-    }
-
     /// `(x − mean)/σ · weight + bias`, as each channel's numbers.
     fn affine<T: Element>(&self, weight: &[T], bias: &[T]) -> Vec<Affine<T>> {
         let parameters = weight.iter().zip(bias);
@@ -356,7 +359,7 @@ impl BatchNorm {
         channels
             .map(|(&moments, (weight, &bias))| Affine {
                 mean: T::real(moments.mean),
-                scale: T::real(weight.as_f64() * self.inverse_std(moments)),
+                scale: T::real(weight.as_f64() * moments.inverse_std(self.eps)),
                 bias,
             })
             .collect()
@@ -390,7 +393,7 @@ impl BatchNorm {
         let sums = (needs.parameters || of_batch).then(|| {
             let sums = cpu::gradient_sums(&self.sizes, isa, (x, dy), moments, masks);
             let both = sums.iter().zip(moments);
-            both.map(|(sums, &moments)| (sums.dy_x * self.inverse_std(moments), sums.dy))
+            both.map(|(sums, &moments)| (sums.dy_x * moments.inverse_std(self.eps), sums.dy))
                 .unzip()
         });
         let sums: Option<(Vec<f64>, Vec<f64>)> = sums;
@@ -398,7 +401,7 @@ impl BatchNorm {
             let share = 1.0 / self.sizes.count() as f64;
             let numbers: Vec<InputGradient<T>> = (0..self.sizes.channels)
                 .map(|c| {
-                    let inverse_std = self.inverse_std(moments[c]);
+                    let inverse_std = moments[c].inverse_std(self.eps);
                     let sums = sums.as_ref();
                     let (dweight, dbias) = sums.map_or((0.0, 0.0), |(w, b)| (w[c], b[c]));
                     InputGradient {

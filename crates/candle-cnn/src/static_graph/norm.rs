@@ -116,17 +116,13 @@ pub(super) struct Affine<T> {
 impl<T: Element> Affine<T> {
     pub(super) fn new(moments: &[Moments], weight: &[T], bias: &[T], eps: f64) -> Self {
         let scale = moments.iter().zip(weight);
-        let scale = scale.map(|(m, weight)| T::real(weight.as_f64() * inverse_std(m, eps)));
+        let scale = scale.map(|(m, weight)| T::real(weight.as_f64() * m.inverse_std(eps)));
         Self {
             mean: moments.iter().map(|m| T::real(m.mean)).collect(),
             scale: scale.collect(),
             bias: bias[..moments.len()].to_vec(),
         }
     }
-}
-
-fn inverse_std(moments: &Moments, eps: f64) -> f64 {
-    1.0 / (moments.variance + eps).sqrt()
 }
 
 multiversion! {
@@ -271,7 +267,7 @@ impl<T: Element> InputGradient<T> {
         let share = 1.0 / count as f64;
         let slope = sums.dy_x.iter().zip(moments);
         let slope = slope.map(|(dy_x, moments)| {
-            let inverse_std = inverse_std(moments, eps);
+            let inverse_std = moments.inverse_std(eps);
             T::real(dy_x * inverse_std * inverse_std * share)
         });
         Self {
@@ -292,7 +288,7 @@ pub(super) fn parameter_gradients<T: Element>(
     let weight = sums.dy_x.iter().zip(moments);
     (
         weight
-            .map(|(dy_x, m)| T::real(dy_x * inverse_std(m, eps)))
+            .map(|(dy_x, m)| T::real(dy_x * m.inverse_std(eps)))
             .collect(),
         sums.dy.iter().map(|&dy| T::real(dy)).collect(),
     )
