@@ -16,8 +16,8 @@ pub(crate) struct Axis {
 
 impl Axis {
     /// Counts the windows; `None` where not even one fits. The settings are
-    /// those that [`Planes::new`] lets pass.
-    pub(crate) fn new(
+    /// those that [`axes`] lets pass.
+    fn new(
         input: usize,
         kernel: usize,
         stride: usize,
@@ -79,44 +79,18 @@ impl Planes {
         let Ok((batch, channels, height, width)) = x.dims4() else {
             return Err(OpError::shape(op, "input", x, "(N, C, H, W)"));
         };
-        if kernel.0 == 0 || kernel.1 == 0 {
-            return Err(OpError::setting(op, "kernel_size", kernel, "at least 1"));
+        let (h, w) = axes(op, (height, width), kernel, stride, padding, ceil_mode)?;
+        for (what, size) in [("input", (height, width)), ("output", (h.output, w.output))] {
+            // What is counted of one plane must not overflow where there is none, either.
+            let shape = [batch.max(1), channels.max(1), size.0, size.1];
+            OpError::check_elements(op, what, &shape)?;
         }
-        if stride.0 == 0 || stride.1 == 0 {
-            return Err(OpError::setting(op, "stride", stride, "at least 1"));
-        }
-        if padding.0 > kernel.0 / 2 || padding.1 > kernel.1 / 2 {
-            // Otherwise a window could lie in the padding alone.
-            let expected = "at most half of the kernel size";
-            return Err(OpError::setting(op, "padding", padding, expected));
-        }
-        let axis =
-            |input, kernel, stride, padding| Axis::new(input, kernel, stride, padding, ceil_mode);
-        match (
-            axis(height, kernel.0, stride.0, padding.0),
-            axis(width, kernel.1, stride.1, padding.1),
-        ) {
-            (Some(h), Some(w)) if height > 0 && width > 0 => {
-                for (what, size) in [("input", (height, width)), ("output", (h.output, w.output))] {
-                    // What is counted of one plane must not overflow where there is none, either.
-                    let shape = [batch.max(1), channels.max(1), size.0, size.1];
-                    OpError::check_elements(op, what, &shape)?;
-                }
-                Ok(Self {
-                    batch,
-                    channels,
-                    h,
-                    w,
-                })
-            }
-            _ => Err(OpError::Window {
-                op,
-                window: kernel,
-                input: (height, width),
-                padding,
-            }
-            .into()),
-        }
+        Ok(Self {
+            batch,
+            channels,
+            h,
+            w,
+        })
     }
 
     pub(crate) fn input_plane(&self) -> usize {
@@ -129,6 +103,42 @@ impl Planes {
 
     pub(crate) fn output_shape(&self) -> (usize, usize, usize, usize) {
         (self.batch, self.channels, self.h.output, self.w.output)
+    }
+}
+
+/// Both axes of a window over planes of `size`: the vertical one, then the horizontal one.
+///
+/// # Errors
+/// No pixels, a kernel or stride of 0, more padding than half of the kernel, and a window that does not fit.
+pub(crate) fn axes(
+    op: &'static str,
+    size: (usize, usize),
+    kernel: (usize, usize),
+    stride: (usize, usize),
+    padding: (usize, usize),
+    ceil_mode: bool,
+) -> Result<(Axis, Axis)> {
+    for (name, pair) in [("kernel_size", kernel), ("stride", stride)] {
+        if pair.0 == 0 || pair.1 == 0 {
+            return Err(OpError::setting(op, name, pair, "at least 1"));
+        }
+    }
+    if padding.0 > kernel.0 / 2 || padding.1 > kernel.1 / 2 {
+        // Otherwise a window could lie in the padding alone.
+        let expected = "at most half of the kernel size";
+        return Err(OpError::setting(op, "padding", padding, expected));
+    }
+    let vertical = Axis::new(size.0, kernel.0, stride.0, padding.0, ceil_mode);
+    let horizontal = Axis::new(size.1, kernel.1, stride.1, padding.1, ceil_mode);
+    match (vertical, horizontal) {
+        (Some(h), Some(w)) if size.0 > 0 && size.1 > 0 => Ok((h, w)),
+        _ => Err(OpError::Window {
+            op,
+            window: kernel,
+            input: size,
+            padding,
+        }
+        .into()),
     }
 }
 

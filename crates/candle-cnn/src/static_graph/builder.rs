@@ -10,7 +10,7 @@ use super::plan::Network;
 use super::{ALIGNMENT, OP, StaticGraph};
 use crate::error::OpError;
 use crate::max_pool2d::MaxPool2dConfig;
-use crate::window::Axis;
+use crate::window::{Axis, axes};
 
 /// What a node of the graph yields: a map (N, C, H, W).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,31 +165,13 @@ impl StaticGraphBuilder {
     /// A window that does not fit the padded input; what no memory holds.
     pub fn max_pool2d(&mut self, input: Node, config: MaxPool2dConfig) -> Result<Node> {
         let map = self.readable(input)?;
-        let (kernel, stride, padding) = (config.kernel_size, config.stride, config.padding);
-        for (name, pair) in [("kernel_size", kernel), ("stride", stride)] {
-            if pair.0 == 0 || pair.1 == 0 {
-                return Err(OpError::setting(OP, name, pair, "at least 1"));
-            }
-        }
-        if padding.0 > kernel.0 / 2 || padding.1 > kernel.1 / 2 {
-            let expected = "at most half of the kernel size";
-            return Err(OpError::setting(OP, "padding", padding, expected));
-        }
-        let axis = |size, kernel, stride, padding| {
-            Axis::new(size, kernel, stride, padding, config.ceil_mode)
-        };
-        let (Some(h), Some(w)) = (
-            axis(map.size.0, kernel.0, stride.0, padding.0),
-            axis(map.size.1, kernel.1, stride.1, padding.1),
-        ) else {
-            return Err(OpError::Window {
-                op: OP,
-                window: kernel,
-                input: map.size,
-                padding,
-            }
-            .into());
-        };
+        let MaxPool2dConfig {
+            kernel_size,
+            stride,
+            padding,
+            ceil_mode,
+        } = config;
+        let (h, w) = axes(OP, map.size, kernel_size, stride, padding, ceil_mode)?;
         let to = Map::new(map.channels, (h.output, w.output));
         map.check_elements(1)?;
         to.check_elements(1)?;

@@ -51,7 +51,7 @@ multiversion! {
     ) = scatter_image
 }
 
-/// Taps of a window that [`forward_with_winners`] can tell apart.
+/// Taps of a window that [`forward_with_winners`] can tell apart, and the kernel on CUDA: a winner is a byte.
 pub(super) const MOST_TAPS: usize = 1 << u8::BITS;
 
 impl Pool {

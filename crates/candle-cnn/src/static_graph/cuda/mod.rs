@@ -53,6 +53,7 @@ use super::builder::Operation;
 use super::custom_op::{Gradients, Token, lock};
 use super::parameters::{ConvParameters, GraphOutput};
 use super::plan::Network;
+use super::pool::MOST_TAPS;
 use super::{OP, StaticGraph};
 use crate::backward::aside;
 use crate::batch_norm::BatchStatistics;
@@ -87,7 +88,7 @@ pub(super) fn forward(
     }
     for operation in &network.operations {
         if let Operation::MaxPool(p) = operation
-            && p.h.kernel * p.w.kernel > 256
+            && p.h.kernel * p.w.kernel > MOST_TAPS
         {
             let window = (p.h.kernel, p.w.kernel);
             let expected = "at most 256 pixels on CUDA";
