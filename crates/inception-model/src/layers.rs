@@ -14,13 +14,13 @@ use crate::table::BlockWidths;
 
 /// A convolution with bias, stride 1 and "same" padding, followed by ReLU.
 #[derive(Clone, Debug)]
-pub struct Conv {
+pub(crate) struct Conv {
     /// State-dict prefix, such as `a3.branch2.2`.
-    pub name: String,
+    pub(crate) name: String,
     /// (C_out, C_in, kernel, kernel).
-    pub weight: Var,
+    pub(crate) weight: Var,
     /// (C_out).
-    pub bias: Var,
+    pub(crate) bias: Var,
     pub(crate) config: Conv2dConfig,
 }
 
@@ -46,7 +46,7 @@ impl Conv {
     ///
     /// # Errors
     /// Another number of channels than the weight's.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (at_use(&self.weight, x)?, at_use(&self.bias, x)?);
         conv2d_relu(x, &weight, Some(&bias), self.config)
     }
@@ -133,19 +133,19 @@ pub(crate) enum Stage<C = Conv> {
 /// Four branches side by side over the same input, concatenated by channel.
 ///
 /// `C` is the network's convolution with what belongs to it: [`Conv`] in the
-/// lesson's net, [`crate::ConvNorm`] in torchvision's.
+/// lesson's net, [`crate::torchvision::ConvNorm`] in torchvision's.
 #[derive(Clone, Debug)]
-pub struct Inception<C = Conv> {
+pub(crate) struct Inception<C = Conv> {
     /// The block's name in the table, such as `a3` or `inception3a`.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// 1×1.
-    pub branch1: C,
+    pub(crate) branch1: C,
     /// 1×1 reduction, 3×3.
-    pub branch2: [C; 2],
+    pub(crate) branch2: [C; 2],
     /// 1×1 reduction, 5×5 (torchvision: 3×3).
-    pub branch3: [C; 2],
+    pub(crate) branch3: [C; 2],
     /// 1×1 after a 3×3 max-pool.
-    pub branch4: C,
+    pub(crate) branch4: C,
 }
 
 impl<C> Inception<C> {
@@ -209,7 +209,7 @@ impl<C> Inception<C> {
     }
 
     /// All convolutions in the state dict's order.
-    pub fn convs(&self) -> [&C; 6] {
+    pub(crate) fn convs(&self) -> [&C; 6] {
         let [reduce3x3, conv3x3] = &self.branch2;
         let [reduce5x5, conv5x5] = &self.branch3;
         [
@@ -264,20 +264,20 @@ impl Inception {
     ///
     /// # Errors
     /// Another number of channels than the block's.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, Conv::forward)
     }
 }
 
 /// The classifier's fully connected layer.
 #[derive(Clone, Debug)]
-pub struct Linear {
+pub(crate) struct Linear {
     /// State-dict prefix, such as `fc`.
-    pub name: String,
+    pub(crate) name: String,
     /// (classes, features).
-    pub weight: Var,
+    pub(crate) weight: Var,
     /// (classes).
-    pub bias: Var,
+    pub(crate) bias: Var,
 }
 
 impl Linear {
@@ -299,7 +299,7 @@ impl Linear {
     ///
     /// # Errors
     /// Another number of features than the weight's.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         linear(x, &self.weight, Some(&self.bias))
     }
 

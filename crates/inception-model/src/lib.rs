@@ -30,10 +30,9 @@ mod torchvision;
 pub use cifar::{CifarConfig, CifarGoogLeNet};
 pub use error::ModelError;
 pub use init::Init;
-pub use layers::{Conv, Inception, Linear};
 pub use summary::{Summary, SummaryRow};
 pub use table::{BLOCKS, BlockName, BlockWidths, Entry, FEATURES, STEM_WIDTH};
 pub use torchvision::{
-    BatchNorm, ConvNorm, FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, GoogLeNetOutputs,
-    LARGEST_OF_ONE_PIXEL, SMALLEST_IMAGE,
+    FrozenBatchNorm, GoogLeNet, GoogLeNetConfig, GoogLeNetOutputs, LARGEST_OF_ONE_PIXEL,
+    SMALLEST_IMAGE,
 };

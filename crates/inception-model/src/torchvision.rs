@@ -776,29 +776,29 @@ impl AuxHead<ConvNorm, Linear> {
 
 /// torchvision's `BasicConv2d`: a convolution without bias, batch norm, ReLU.
 #[derive(Clone, Debug)]
-pub struct ConvNorm {
+pub(crate) struct ConvNorm {
     /// State-dict prefix, such as `inception3a.branch2.1`.
-    pub name: String,
+    name: String,
     /// (C_out, C_in, kernel, kernel).
-    pub weight: Var,
+    weight: Var,
     /// The batch norm that follows the convolution.
-    pub norm: BatchNorm,
+    norm: BatchNorm,
     config: Conv2dConfig,
 }
 
 /// `nn.BatchNorm2d(eps=0.001)`.
 #[derive(Clone, Debug)]
-pub struct BatchNorm {
+struct BatchNorm {
     /// The factor of each channel, (C).
-    pub weight: Var,
+    weight: Var,
     /// The term of each channel, (C).
-    pub bias: Var,
+    bias: Var,
     /// Running mean of each channel, (C).
-    pub running_mean: Var,
+    running_mean: Var,
     /// Running unbiased variance of each channel, (C).
-    pub running_var: Var,
+    running_var: Var,
     /// Training passes so far, i64 without dimensions.
-    pub num_batches_tracked: Var,
+    num_batches_tracked: Var,
 }
 
 /// torchvision's, against PyTorch's default of 1e-5.

@@ -36,57 +36,57 @@ pub struct DataArguments {
 /// How to train.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Training")]
-pub struct TrainingArguments {
+pub(crate) struct TrainingArguments {
     /// Passes over the training images
     #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
-    pub epochs: Option<u64>,
+    pub(crate) epochs: Option<u64>,
     /// End after N steps, even inside an epoch [default: none]
     #[arg(long, value_name = "N", value_parser = at_least_one, allow_negative_numbers = true)]
-    pub max_steps: Option<u64>,
+    pub(crate) max_steps: Option<u64>,
     /// Images a step
     #[arg(long, value_name = "IMAGES", value_parser = batch_size, allow_negative_numbers = true)]
-    pub batch_size: Option<u64>,
+    pub(crate) batch_size: Option<u64>,
     /// Learning rate
     #[arg(long, value_name = "RATE", value_parser = not_negative, allow_negative_numbers = true)]
-    pub lr: Option<f64>,
+    pub(crate) lr: Option<f64>,
     /// Share of the last step's velocity that is kept: at least 0, below 1
     #[arg(long, value_name = "SHARE", value_parser = below_one, allow_negative_numbers = true)]
-    pub momentum: Option<f64>,
+    pub(crate) momentum: Option<f64>,
     /// L2 penalty on the weights
     #[arg(long, value_name = "FACTOR", value_parser = not_negative, allow_negative_numbers = true)]
-    pub weight_decay: Option<f64>,
+    pub(crate) weight_decay: Option<f64>,
     /// Nesterov's momentum
     #[arg(long)]
-    pub nesterov: bool,
+    pub(crate) nesterov: bool,
     /// Share of the target that is spread evenly over all classes: at least 0, below 1
     #[arg(long, value_name = "SHARE", value_parser = below_one, allow_negative_numbers = true)]
-    pub label_smoothing: Option<f64>,
+    pub(crate) label_smoothing: Option<f64>,
     /// How the learning rate changes: step is PyTorch's StepLR, by the epoch; cosine falls to 0 at the last step
     #[arg(long, value_enum, value_name = "NAME")]
-    pub lr_schedule: Option<LrSchedule>,
+    pub(crate) lr_schedule: Option<LrSchedule>,
     /// With --lr-schedule step: epochs until the rate is multiplied by --lr-gamma, again and again [default: none, must be given]
     #[arg(long, value_name = "N", value_parser = at_least_one, requires = "lr_schedule", allow_negative_numbers = true)]
-    pub lr_step_epochs: Option<u64>,
+    pub(crate) lr_step_epochs: Option<u64>,
     /// With --lr-schedule step: the factor [default: 0.1]
     #[arg(long, value_name = "FACTOR", value_parser = not_negative, requires = "lr_schedule", allow_negative_numbers = true)]
-    pub lr_gamma: Option<f64>,
+    pub(crate) lr_gamma: Option<f64>,
     /// With --lr-schedule cosine: epochs, or a fraction of one, in which the rate first rises from 0 [default: 0]
     #[arg(long, value_name = "N", value_parser = not_negative, requires = "lr_schedule", allow_negative_numbers = true)]
-    pub warmup_epochs: Option<f64>,
+    pub(crate) warmup_epochs: Option<f64>,
     /// Keep the order of the training images, the same in each epoch
     #[arg(long)]
-    pub no_shuffle: bool,
+    pub(crate) no_shuffle: bool,
     /// Source of all randomness: initial weights, order, dropout, validation split
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    pub seed: Option<u64>,
+    pub(crate) seed: Option<u64>,
     /// Evaluate after every N epochs, and after the last; 0: after the last only
     #[arg(long, value_name = "EPOCHS", allow_negative_numbers = true)]
-    pub eval_every: Option<u64>,
+    pub(crate) eval_every: Option<u64>,
 }
 
 /// The value of `--lr-schedule`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LrSchedule {
+pub(crate) enum LrSchedule {
     /// The same rate at every step
     Constant,
     /// Multiplied by --lr-gamma after each --lr-step-epochs
@@ -98,21 +98,21 @@ pub enum LrSchedule {
 /// Where to put a run, and how to go on with one.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Run")]
-pub struct RunArguments {
+pub(crate) struct RunArguments {
     /// Folder for runs; this one becomes DIR/EXPERIMENT/TIME
     #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
+    pub(crate) out: Option<PathBuf>,
     /// Save a checkpoint every N steps, besides the one after each epoch; 0: none besides
     #[arg(long, value_name = "STEPS", allow_negative_numbers = true)]
-    pub checkpoint_every: Option<u64>,
+    pub(crate) checkpoint_every: Option<u64>,
     /// Continue a run that was stopped: the folder it works in. Every setting comes from the run;
     /// only --data-dir, for data that have moved, and --profile may be given
     #[arg(long, value_name = "RUN")]
-    pub resume: Option<PathBuf>,
+    pub(crate) resume: Option<PathBuf>,
     /// Print at the end where the time of the steps went, by layer and pass, and save it as
     /// profile.csv in the run's folder
     #[arg(long)]
-    pub profile: bool,
+    pub(crate) profile: bool,
 }
 
 /// What to compute on.
@@ -133,41 +133,41 @@ pub struct DeviceArguments {
 /// What to compute on, and how.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Machine")]
-pub struct ComputeArguments {
+pub(crate) struct ComputeArguments {
     /// The device.
     #[command(flatten)]
-    pub machine: DeviceArguments,
+    pub(crate) machine: DeviceArguments,
     /// Let a GPU use only algorithms that give the same bits in each run; the CPU always does
     #[arg(long)]
-    pub deterministic: bool,
+    pub(crate) deterministic: bool,
     /// Launch each operation of a GPU's training step anew, instead of replaying a CUDA graph of
     /// the whole step
     #[arg(long)]
-    pub no_cuda_graph: bool,
+    pub(crate) no_cuda_graph: bool,
     /// Keep a plane per channel on a GPU and run one operation after the other, instead of the network as a whole with the
     /// channels of each pixel side by side
     #[arg(long)]
-    pub no_channels_last: bool,
+    pub(crate) no_channels_last: bool,
     /// Convolutions that a GPU may run side by side, where none waits for another [default: 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_STREAMS as u64), conflicts_with = "no_channels_last", allow_negative_numbers = true)]
-    pub streams: Option<u64>,
+    pub(crate) streams: Option<u64>,
 }
 
 /// How many processes train together. Neither is needed where the environment says so, as under
 /// torchrun.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Machine")]
-pub struct ParallelArguments {
+pub(crate) struct ParallelArguments {
     /// Train on the first N GPUs of this machine: one process each, which takes its part of every
     /// batch [default: 1]
     #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "device", allow_negative_numbers = true)]
-    pub gpus: Option<u64>,
+    pub(crate) gpus: Option<u64>,
     /// Train with N processes on this machine; each takes its part of every batch [default: 1]
     #[arg(long, value_name = "N", value_parser = at_least_one, conflicts_with = "gpus", allow_negative_numbers = true)]
-    pub processes: Option<u64>,
+    pub(crate) processes: Option<u64>,
 }
 
-/// What [`TrainingArguments`] that are not given become. An experiment has one set of them, or one
+/// What arguments of the training that are not given become. An experiment has one set of them, or one
 /// for each preset.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainingDefaults {
@@ -196,7 +196,7 @@ impl TrainingArguments {
     ///
     /// # Errors
     /// Flags of another schedule than the one that was chosen, and `step` without its length.
-    pub fn resolve(
+    pub(crate) fn resolve(
         &self,
         run: &RunArguments,
         defaults: &TrainingDefaults,
@@ -264,7 +264,7 @@ impl RunArguments {
     ///
     /// # Errors
     /// Any other flag but `--data-dir` and `--profile`.
-    pub fn to_resume<M>(
+    pub(crate) fn to_resume<M>(
         &self,
         given: &[String],
         data: &DataArguments,
@@ -285,7 +285,7 @@ impl RunArguments {
     }
 
     /// Folder for runs.
-    pub fn out(&self) -> PathBuf {
+    pub(crate) fn out(&self) -> PathBuf {
         self.out.clone().unwrap_or_else(|| "runs".into())
     }
 }

@@ -9,7 +9,6 @@ use crate::arguments::{
     ComputeArguments, DataArguments, ParallelArguments, RunArguments, TrainingArguments,
     TrainingDefaults, describe_defaults, flags_given, refuse_all_but,
 };
-use crate::data::Dataset;
 use crate::experiment::{Action, RunConfig};
 
 /// The arguments of a program that trains.
@@ -80,25 +79,25 @@ fn flags_not_in(command: &Command, lines: &[&str]) -> Vec<String> {
 pub struct CommonArguments<N: Args> {
     /// Print the network layer by layer and exit
     #[arg(long)]
-    pub summary: bool,
+    summary: bool,
     /// The pictures.
     #[command(flatten)]
-    pub data: DataArguments,
+    data: DataArguments,
     /// The steps.
     #[command(flatten)]
-    pub training: TrainingArguments,
+    training: TrainingArguments,
     /// The network.
     #[command(flatten)]
-    pub network: N,
+    network: N,
     /// The run's folder.
     #[command(flatten)]
-    pub run: RunArguments,
+    run: RunArguments,
     /// The machine.
     #[command(flatten)]
-    pub compute: ComputeArguments,
+    compute: ComputeArguments,
     /// The processes.
     #[command(flatten)]
-    pub parallel: ParallelArguments,
+    parallel: ParallelArguments,
 }
 
 /// What else an experiment makes of [`CommonArguments`].
@@ -136,7 +135,7 @@ impl<N: Args> CommonArguments<N> {
             Some(shapes) => self.data.quick(shapes)?,
             None => self.data,
         };
-        let data = data.resolve(Dataset::Cifar10)?;
+        let data = data.resolve()?;
         let compute = self.compute.resolve_for(&self.parallel)?;
         let training = self
             .training
@@ -178,7 +177,7 @@ mod tests {
 
     use crate::arguments::common_defaults;
     use crate::compute::{ComputeConfig, DeviceChoice, Precision};
-    use crate::data::DataConfig;
+    use crate::data::{DataConfig, Dataset};
 
     use super::*;
 

@@ -223,7 +223,7 @@ impl ComputeArguments {
     /// # Errors
     /// As [`DeviceArguments::resolve`]; another number of processes than the environment says, and an environment
     /// that makes no sense.
-    pub fn resolve_for(&self, parallel: &ParallelArguments) -> Result<ComputeConfig> {
+    pub(crate) fn resolve_for(&self, parallel: &ParallelArguments) -> Result<ComputeConfig> {
         let choice = match parallel.gpus {
             Some(_) => DeviceChoice::Cuda(0),
             None => self.machine.device.unwrap_or_default(),

@@ -78,8 +78,8 @@ impl DataArguments {
     /// # Errors
     /// A folder for pictures that are drawn, or more of them than are drawn at most; as many
     /// validation images as there are training images.
-    pub fn resolve(&self, default: Dataset) -> Result<DataConfig> {
-        let dataset = self.dataset.unwrap_or(default);
+    pub fn resolve(&self) -> Result<DataConfig> {
+        let dataset = self.dataset.unwrap_or_default();
         if dataset == Dataset::Shapes && self.data_dir.is_some() {
             bail!(
                 "--dataset shapes cannot be combined with --data-dir: these pictures are drawn by \
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn limits_and_validation_decide_the_sizes_of_the_sets() {
-        let config = shapes(100, 30).resolve(Dataset::Cifar10).unwrap();
+        let config = shapes(100, 30).resolve().unwrap();
         let data = config.load(1).unwrap();
         let validation = data.validation.unwrap();
         assert_eq!(
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn black_becomes_minus_one_and_white_one_as_in_the_lesson() {
-        let config = shapes(10, 0).resolve(Dataset::Cifar10).unwrap();
+        let config = shapes(10, 0).resolve().unwrap();
         let normalization = config.load(1).unwrap().normalization;
         for channel in 0..3 {
             let ends = [0, 255].map(|byte| normalization.apply(channel, byte));
@@ -341,7 +341,7 @@ mod tests {
 
     #[test]
     fn the_seed_changes_the_split_but_not_the_pictures() {
-        let config = shapes(100, 30).resolve(Dataset::Cifar10).unwrap();
+        let config = shapes(100, 30).resolve().unwrap();
         let [a, b, c] = [1, 1, 2].map(|seed| config.load(seed).unwrap().fingerprints());
         assert_eq!(a, b);
         assert_ne!(a.validation, c.validation);
@@ -351,18 +351,18 @@ mod tests {
     #[test]
     fn more_shapes_than_fit_into_memory_are_refused() {
         for limit in [SHAPES_MOST + 1, u64::MAX] {
-            let error = shapes(limit, 0).resolve(Dataset::Cifar10).unwrap_err();
+            let error = shapes(limit, 0).resolve().unwrap_err();
             assert!(error.to_string().contains("--train-limit"), "{error}");
             let mut arguments = shapes(100, 0);
             arguments.test_limit = Some(limit);
-            let error = arguments.resolve(Dataset::Cifar10).unwrap_err();
+            let error = arguments.resolve().unwrap_err();
             assert!(error.to_string().contains("--test-limit"), "{error}");
         }
     }
 
     #[test]
     fn validation_of_all_training_images_is_refused() {
-        let error = shapes(30, 30).resolve(Dataset::Cifar10).unwrap_err();
+        let error = shapes(30, 30).resolve().unwrap_err();
         assert!(error.to_string().contains("--validation 30"), "{error}");
     }
 

@@ -21,8 +21,7 @@ mod session;
 mod signals;
 
 pub use arguments::{
-    ComputeArguments, DataArguments, DeviceArguments, LrSchedule, ParallelArguments, RunArguments,
-    TrainingArguments, TrainingDefaults, at_least_one, below_one, common_defaults,
+    DataArguments, DeviceArguments, TrainingDefaults, at_least_one, below_one, common_defaults,
     describe_defaults, device_defaults, flags_without_default, threads,
 };
 pub use command_line::{

@@ -88,7 +88,7 @@ impl Arguments {
             test_limit: self.test_limit,
             validation: None,
         };
-        arguments.resolve(set)
+        arguments.resolve()
     }
 
     pub(crate) fn top(&self) -> usize {

@@ -55,17 +55,15 @@ impl Classifier {
         };
         let weights = Weights::read(&found.file).context("cannot use --weights")?;
         let path = weights.path.display().to_string();
-        let shown = found.origin.unwrap_or(path);
+        let from = found.origin.unwrap_or(path);
         let classifier = match architecture(&weights)? {
-            CifarGoogLeNet::ARCHITECTURE => Self::cifar(weights, device),
-            _ => Self::torchvision(weights, device),
+            CifarGoogLeNet::ARCHITECTURE => Self::cifar(weights, from, device),
+            _ => Self::torchvision(weights, from, device),
         };
-        let mut classifier = classifier.context("cannot use --weights")?;
-        classifier.from = shown;
-        Ok(classifier)
+        classifier.context("cannot use --weights")
     }
 
-    fn cifar(weights: Weights, device: &Device) -> Result<Self> {
+    fn cifar(weights: Weights, from: String, device: &Device) -> Result<Self> {
         let config = CifarConfig {
             num_classes: classes(&weights)?,
             ..CifarConfig::default()
@@ -89,12 +87,12 @@ impl Classifier {
             preprocessing: Preprocessing::Cifar,
             class_names,
             device: device.clone(),
-            from: String::new(),
+            from,
             assumed,
         })
     }
 
-    fn torchvision(weights: Weights, device: &Device) -> Result<Self> {
+    fn torchvision(weights: Weights, from: String, device: &Device) -> Result<Self> {
         let classes = classes(&weights)?;
         let said = |key: &str| weights.state.metadata.get(key).map(String::as_str);
         let image_size = weights.image_size()?;
@@ -134,7 +132,7 @@ impl Classifier {
             preprocessing,
             class_names,
             device: device.clone(),
-            from: String::new(),
+            from,
             assumed,
         })
     }

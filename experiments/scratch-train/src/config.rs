@@ -25,7 +25,7 @@ pub(crate) struct ModelConfig {
 pub(crate) enum Initialization {
     /// Kaiming normal over the outputs, as the lesson.
     Lesson,
-    /// Kaiming normal over the inputs.
+    /// Kaiming normal over the inputs: of runs of `--quick` from before it was centred.
     FanIn,
     /// Normal filters of sum zero: [`Init::Centred`].
     Centred,

@@ -36,9 +36,9 @@ pub struct NetworkSettings {
 }
 
 impl NetworkSettings {
-    fn googlenet(&self, classes: usize) -> GoogLeNetConfig {
+    fn googlenet(&self) -> GoogLeNetConfig {
         GoogLeNetConfig {
-            num_classes: classes,
+            num_classes: self.classes,
             aux_heads: self.aux_heads,
             transform_input: self.transform_input,
             dropout: self.dropout,
@@ -64,7 +64,7 @@ impl Network {
     /// Out of memory on the device.
     pub fn new(settings: NetworkSettings, seed: u64, device: &Device) -> Result<Self> {
         let make = || {
-            let config = settings.googlenet(settings.classes);
+            let config = settings.googlenet();
             let mut rng: ChaCha8Rng = random::stream(seed, random::INIT, 0);
             let mut googlenet = GoogLeNet::new(&config, device, &mut rng)?;
             let mut rng: ChaCha8Rng = random::stream(seed, random::INIT, 1);
