@@ -193,7 +193,7 @@ impl GoogLeNet {
     /// As [`Self::forward`].
     pub fn infer(&self, images: &Tensor) -> Result<Tensor> {
         let features = match self.runs_as_graph(images) {
-            true => self.features_by_graph(images, Mode::Eval, false)?,
+            true => self.features_by_graph(images, Mode::Eval, Var::as_detached_tensor)?,
             false => self.features(images, Mode::Eval)?.detach(),
         };
         Ok(self.classify(&features, Mode::Eval)?.detach())
@@ -212,8 +212,11 @@ impl GoogLeNet {
         observe: impl FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<GoogLeNetOutputs> {
         // The heads exist to send a gradient into the backbone.
-        let aux = mode.is_train() && self.frozen.is_none();
-        let body = self.body(images, mode, aux, observe)?;
+        let heads = match mode.is_train() && self.frozen.is_none() {
+            true => self.network.aux.as_ref(),
+            false => None,
+        };
+        let body = self.body(images, mode, heads, observe)?;
         Ok(GoogLeNetOutputs {
             logits: self.classify(&body.features, mode)?,
             aux2: body.aux2,
@@ -227,9 +230,12 @@ impl GoogLeNet {
     /// As [`Self::forward`].
     pub fn features(&self, images: &Tensor, mode: Mode) -> Result<Tensor> {
         if self.runs_as_graph(images) {
-            return self.features_by_graph(images, mode, self.frozen.is_none());
+            return self.features_by_graph(images, mode, |var| match self.frozen {
+                None => var.as_tensor().clone(),
+                Some(_) => var.as_detached_tensor(),
+            });
         }
-        Ok(self.body(images, mode, false, |_, _| Ok(()))?.features)
+        Ok(self.body(images, mode, None, |_, _| Ok(()))?.features)
     }
 
     /// Logits (N, classes) of [`Self::features`]: dropout and the head.
@@ -403,17 +409,19 @@ impl GoogLeNet {
         }
     }
 
-    /// [`Self::features`] as one operation; `track` whether parameters get a gradient.
-    fn features_by_graph(&self, images: &Tensor, mode: Mode, track: bool) -> Result<Tensor> {
+    /// [`Self::features`] as one operation, by weights that `tensor` makes of the parameters: those that it detaches get no
+    /// gradient.
+    fn features_by_graph(
+        &self,
+        images: &Tensor,
+        mode: Mode,
+        tensor: impl Fn(&Var) -> Tensor,
+    ) -> Result<Tensor> {
         let (_, _, height, width) = check_images(images)?;
         let graph = self.graph((height, width))?;
         let norm = self.norm_mode(mode);
         let convs = self.network.backbone();
-        let tensor = |var: &Var| match track {
-            true => var.as_tensor().clone(),
-            false => var.as_detached_tensor(),
-        };
-        let tensors: Vec<_> = convs.iter().map(|conv| conv.tensors(tensor)).collect();
+        let tensors: Vec<_> = convs.iter().map(|conv| conv.tensors(&tensor)).collect();
         let parameters: Vec<_> = tensors
             .iter()
             .map(
@@ -472,12 +480,12 @@ impl GoogLeNet {
         })
     }
 
-    /// Everything up to the global average pool.
+    /// Everything up to the global average pool, and the auxiliary `heads`.
     fn body(
         &self,
         images: &Tensor,
         mode: Mode,
-        with_aux: bool,
+        heads: Option<&[AuxHead<ConvNorm, Linear>; 2]>,
         mut observe: impl FnMut(&str, &Tensor) -> Result<()>,
     ) -> Result<Body> {
         check_images(images)?;
@@ -504,7 +512,7 @@ impl GoogLeNet {
                 Stage::Block(block) => step(block.name, block.forward_with(&x, conv)?)?,
                 Stage::MaxPool { name, window } => step(name, max_pool2d(&x, *window)?)?,
             };
-            let Some([head1, head2]) = network.aux.as_ref().filter(|_| with_aux) else {
+            let Some([head1, head2]) = heads else {
                 continue;
             };
             let p = self.config.dropout_aux;

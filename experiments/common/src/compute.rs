@@ -91,20 +91,12 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The settings of CUDA's convolutions and matrix products.
-    fn settings(self, deterministic: bool, channels_last: bool, streams: usize) -> Settings {
-        let (convolution, matmul) = match self {
+    /// How CUDA computes in f32: convolutions, and matrix products.
+    fn f32_math(self) -> (F32Math, F32Math) {
+        match self {
             Self::F32 => (F32Math::Full, F32Math::Full),
             Self::Tf32Convolutions | Self::Bf16 => (F32Math::Tf32, F32Math::Full),
             Self::Tf32 => (F32Math::Tf32, F32Math::Tf32),
-        };
-        Settings {
-            convolution,
-            matmul,
-            deterministic,
-            channels_last,
-            streams,
-            ..Settings::default()
         }
     }
 
@@ -286,10 +278,7 @@ impl ComputeConfig {
     /// environment asks for and the processor lacks.
     pub fn start(&self) -> Result<Device> {
         start_threads(Some(self.threads))?;
-        let settings =
-            self.precision
-                .settings(self.deterministic, self.channels_last, self.streams);
-        set_settings(settings);
+        set_settings(self.settings());
         let local_rank = match self.processes {
             1 => 0,
             _ => Role::from_environment()?.local_rank(),
@@ -297,6 +286,19 @@ impl ComputeConfig {
         match self.device {
             DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(first) => open_cuda(first + local_rank, self.precision),
+        }
+    }
+
+    /// How CUDA is to compute.
+    fn settings(&self) -> Settings {
+        let (convolution, matmul) = self.precision.f32_math();
+        Settings {
+            convolution,
+            matmul,
+            deterministic: self.deterministic,
+            channels_last: self.channels_last,
+            streams: self.streams,
+            ..Settings::default()
         }
     }
 
@@ -506,8 +508,13 @@ mod tests {
 
     #[test]
     fn precisions_mean_what_pytorch_means_by_them() {
-        let math = |precision: Precision| {
-            let settings = precision.settings(false, true, 4);
+        let on_cpu = arguments(DeviceChoice::Cpu).resolve().unwrap();
+        let math = |precision| {
+            let config = ComputeConfig {
+                precision,
+                ..on_cpu.clone()
+            };
+            let settings = config.settings();
             (settings.convolution, settings.matmul)
         };
         assert_eq!(math(Precision::F32), (F32Math::Full, F32Math::Full));
@@ -515,7 +522,11 @@ mod tests {
         assert_eq!(math(Precision::Tf32Convolutions), pytorch);
         assert_eq!(math(Precision::Tf32), (F32Math::Tf32, F32Math::Tf32));
         assert_eq!(Precision::Bf16.activations(), DType::BF16);
-        assert!(Precision::F32.settings(true, true, 4).deterministic);
+        let deterministic = ComputeConfig {
+            deterministic: true,
+            ..on_cpu.clone()
+        };
+        assert!(deterministic.settings().deterministic && !on_cpu.settings().deterministic);
     }
 
     #[test]

@@ -107,11 +107,12 @@ impl Launched {
                 failed.get_or_insert((status, Instant::now()));
             }
             if let (Some(signal), None) = (received(), passed_on) {
-                let number = signal.exit_code.wrapping_sub(128);
                 for child in &mut self.0 {
                     if let Some(input) = &mut child.stdin {
                         // One that is gone needs no signal.
-                        let _ = input.write_all(&[number]).and_then(|()| input.flush());
+                        let _ = input
+                            .write_all(&[signal.number])
+                            .and_then(|()| input.flush());
                     }
                 }
                 passed_on = Some(signal);
@@ -123,7 +124,7 @@ impl Launched {
         }
         Ok(match (failed, passed_on) {
             (None, _) => ExitCode::SUCCESS,
-            (Some(_), Some(signal)) => ExitCode::from(signal.exit_code),
+            (Some(_), Some(signal)) => ExitCode::from(signal.exit_code()),
             (Some((status, _)), None) => {
                 let code = status.code().and_then(|code| u8::try_from(code).ok());
                 ExitCode::from(code.unwrap_or(1))
@@ -163,7 +164,7 @@ mod tests {
     fn who_hangs_is_ended_after_the_grace_also_when_a_stop_was_asked_for() {
         let stop = Signal {
             name: "SIGTERM",
-            exit_code: 143,
+            number: SIGTERM as u8,
         };
         for signal in [None, Some(stop)] {
             let started = ["exit 3", "exec sleep 60"].map(|line| {
@@ -176,7 +177,7 @@ mod tests {
             let code = launched
                 .wait(Duration::from_millis(100), || signal)
                 .unwrap();
-            let expected = signal.map_or(3, |signal| signal.exit_code);
+            let expected = signal.map_or(3, Signal::exit_code);
             assert_eq!(
                 format!("{code:?}"),
                 format!("{:?}", ExitCode::from(expected))

@@ -120,7 +120,7 @@ pub(crate) fn quoted(dir: &Path) -> String {
 /// the processes that train together.
 fn stopped(signals: &StopSignals) -> (&'static str, ExitCode) {
     match signals.received() {
-        Some(signal) => (signal.name, ExitCode::from(signal.exit_code)),
+        Some(signal) => (signal.name, ExitCode::from(signal.exit_code())),
         None => ("a signal to another rank", ExitCode::from(INTERRUPTED)),
     }
 }

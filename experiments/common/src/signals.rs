@@ -44,7 +44,7 @@ impl StopSignals {
         Ok(Self { received })
     }
 
-    /// The signal that arrived, with its exit code.
+    /// The signal that arrived.
     pub(crate) fn received(&self) -> Option<Signal> {
         match self.received.load(Ordering::Relaxed) as i32 {
             0 => None,
@@ -54,7 +54,7 @@ impl StopSignals {
                     SIGHUP => "SIGHUP",
                     _ => "SIGTERM",
                 },
-                exit_code: exit_code(number) as u8,
+                number: number as u8,
             }),
         }
     }
@@ -65,8 +65,15 @@ impl StopSignals {
 pub(crate) struct Signal {
     /// `SIGINT`, `SIGTERM` or `SIGHUP`.
     pub(crate) name: &'static str,
+    /// 2, 15 or 1.
+    pub(crate) number: u8,
+}
+
+impl Signal {
     /// 128 + its number, the shell's convention: 130, 143 or 129.
-    pub(crate) exit_code: u8,
+    pub(crate) fn exit_code(self) -> u8 {
+        exit_code(self.number.into()) as u8
+    }
 }
 
 const CANNOT_LISTEN: &str = "cannot listen for signals";

@@ -75,9 +75,8 @@ impl CommandLine for Arguments {
                 true => Trained::HeadWithFixedStatistics,
                 false => Trained::Head,
             };
-            let aux_heads = false; // they only ever train the backbone
             let begin = Begin::NewestRunOf("finetune-full");
-            network.transfer.request(begin, aux_heads, trained)
+            network.transfer.request(begin, trained)
         })
     }
 }

@@ -78,7 +78,10 @@ impl CommandLine for Arguments {
         self.common.resolve(given, presets, |network| {
             let begin = Begin::Weights(weights);
             let NetworkArguments { transfer, aux } = network;
-            transfer.request(begin, aux, Trained::Everything)
+            Ok(Request {
+                aux_heads: aux,
+                ..transfer.request(begin, Trained::Everything)?
+            })
         })
     }
 }

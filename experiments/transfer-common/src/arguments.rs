@@ -43,11 +43,11 @@ pub fn transfer_defaults() -> Vec<(&'static str, String)> {
 }
 
 impl TransferArguments {
-    /// What is asked for; `default` is what a run begins with unless told.
+    /// What is asked for, without auxiliary heads; `default` is what a run begins with unless told.
     ///
     /// # Errors
     /// `--weights` beside `--init`.
-    pub fn request(self, default: Begin, aux_heads: bool, trained: Trained) -> Result<Request> {
+    pub fn request(self, default: Begin, trained: Trained) -> Result<Request> {
         let begin = match (self.weights, self.init) {
             (Some(weights), Some(init)) => bail!(
                 "--weights {weights} cannot be combined with --init {}: --weights brings a backbone \
@@ -62,7 +62,7 @@ impl TransferArguments {
             begin,
             image_size: self.image_size,
             dropout: self.dropout.unwrap_or(DROPOUT),
-            aux_heads,
+            aux_heads: false,
             trained,
         })
     }

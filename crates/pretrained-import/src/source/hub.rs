@@ -38,6 +38,15 @@ struct Chosen {
     file: String,
 }
 
+/// Whether the Hub has what it refuses.
+#[derive(Clone, Copy)]
+enum Existence {
+    /// It said so.
+    Certain,
+    /// It may not.
+    Open,
+}
+
 impl<'a> Wanted<'a> {
     pub(super) fn new(
         repository: &'a str,
@@ -211,7 +220,7 @@ impl Wanted<'_> {
             .into(),
             offline: OFFLINE.into(),
             other_folder: "choose another cache with HF_HUB_CACHE".into(),
-            refused: self.hint(true).into(),
+            refused: self.hint(Existence::Certain).into(),
         };
         let options = self.options.transfer_options();
         let token = hub.token.as_ref();
@@ -298,7 +307,10 @@ impl Wanted<'_> {
                     HFError::Forbidden { .. } => 403,
                     _ => 401,
                 },
-                hint: self.hint(code == "GatedRepo"),
+                hint: self.hint(match code.as_str() {
+                    "GatedRepo" => Existence::Certain,
+                    _ => Existence::Open,
+                }),
             }
             .into(),
             _ => HubAnswer::from(error),
@@ -306,14 +318,14 @@ impl Wanted<'_> {
     }
 
     /// What to do about 401 and 403. The Hub answers 401 to strangers who ask for what does not exist, too.
-    fn hint(&self, exists: bool) -> &'static str {
-        match (self.options.hub.token.is_some(), exists) {
+    fn hint(&self, existence: Existence) -> &'static str {
+        match (self.options.hub.token.is_some(), existence) {
             (true, _) => {
                 "HF_TOKEN (or the token that `hf auth login` stored) is wrong, expired, or lacks access; a gated \
                  repository must be asked for on its page"
             }
-            (false, true) => "set HF_TOKEN to a token that may read it",
-            (false, false) => {
+            (false, Existence::Certain) => "set HF_TOKEN to a token that may read it",
+            (false, Existence::Open) => {
                 "it does not exist, or it is private: then set HF_TOKEN to a token that may read it"
             }
         }
