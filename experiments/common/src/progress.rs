@@ -226,15 +226,17 @@ impl DownloadProgress {
             }
             return;
         }
-        let tenths = done * 10 / bytes.max(1);
-        if tenths != self.tenths {
-            say(&format!(
-                "{} of {}",
-                DecimalBytes(done),
-                DecimalBytes(bytes)
-            ));
+        if let Some(line) = self.line(done, bytes) {
+            say(&line);
         }
-        self.tenths = tenths;
+    }
+
+    /// What to say where there is no terminal: something at each tenth, and nothing as a file begins.
+    fn line(&mut self, done: u64, bytes: u64) -> Option<String> {
+        let tenths = done * 10 / bytes.max(1);
+        let before = std::mem::replace(&mut self.tenths, tenths);
+        let is_due = tenths != before && tenths > 0;
+        is_due.then(|| format!("{} of {}", DecimalBytes(done), DecimalBytes(bytes)))
     }
 }
 
@@ -274,4 +276,23 @@ fn bar(template: &str) -> ProgressBar {
         bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
     }
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_terminal_a_download_says_each_tenth_and_nothing_as_a_further_file_begins() {
+        let mut progress = DownloadProgress::new();
+        let mut lines = |done: &[u64]| -> Vec<String> {
+            let lines = done.iter().map(|&done| progress.line(done, 2_000));
+            lines.flatten().collect()
+        };
+        assert_eq!(
+            lines(&[0, 199, 200, 399, 2_000]),
+            ["200 B of 2.00 kB", "2.00 kB of 2.00 kB"]
+        );
+        assert_eq!(lines(&[0, 1, 1_000]), ["1.00 kB of 2.00 kB"]);
+    }
 }
