@@ -17,10 +17,10 @@ use crate::data::DataConfig;
 use crate::launch::{launch, watch_launcher};
 use crate::logging::start_logging;
 use crate::memory::keep_freed_pages;
-use crate::parallel::{Role, connect, facts, with_group};
+use crate::parallel::Role;
 use crate::profile::Profile;
 use crate::progress::{lost_result, print, say};
-use crate::session::{print_finished, train};
+use crate::session::{Session, print_finished};
 
 /// Everything that decides what a run computes: the contents of `config.json`. `M` holds the
 /// network's own settings.
@@ -193,12 +193,11 @@ fn start<E: Experiment>(
     if role.is_first() {
         RunDirectory::prepare(out, E::NAME).with_context(cannot_start)?;
     }
-    let device = config.compute.start()?;
-    let group = connect(&role, &device, facts((E::NAME, E::VERSION), &config)?)?;
-    with_group(group.as_ref(), || {
+    let session = Session::open((E::NAME, E::VERSION), &config, &role, profile)?;
+    session.work(|| {
         let data = config.data.load(config.training.seed)?;
         E::check_data(&config, &data)?;
-        let network = E::network(&config, &device)?;
+        let network = E::network(&config, &session.device)?;
         let mut run = None;
         if let Some(located) = located {
             E::load_initial_weights(&network, &config)?;
@@ -212,16 +211,7 @@ fn start<E: Experiment>(
             let created = RunDirectory::create(out, E::NAME, &recorded, &data, &environment);
             run = Some(created.with_context(cannot_start)?);
         }
-        let training = config.training.clone();
-        train(
-            &network,
-            data,
-            (&device, config.compute.execution(&device)),
-            training,
-            run,
-            group.as_ref(),
-            profile,
-        )
+        session.train(&network, data, config.training.clone(), run)
     })
 }
 
@@ -244,40 +234,36 @@ fn resume<E: Experiment>(
     }
     let finished = run.as_ref().map(RunDirectory::finished).transpose();
     let finished = finished.map_err(advised).context("cannot resume")?;
-    let (summary, lost) = match finished {
-        Some(Finished::Yes(summary)) => (Some(summary), None),
-        Some(Finished::Lost(problem)) => (None, Some(problem)),
-        Some(Finished::No) | None => (None, None),
+    let summary = match (finished, &role) {
+        // The other processes wait for this one, and have to hear it.
+        (Some(Finished::Yes(summary)), Role::Rank(_)) => Some(summary),
+        (Some(Finished::Yes(summary)), _) => return Ok(finished_already(dir, &summary)),
+        // The first of the processes tells it.
+        (Some(Finished::Lost(_)), Role::Launcher { .. }) => None,
+        (Some(Finished::Lost(problem)), _) => {
+            say(&format!(
+                "{problem}: it is written again from the last checkpoint"
+            ));
+            None
+        }
+        (Some(Finished::No) | None, _) => None,
     };
-    let summary = summary.as_ref();
-    if let (Some(summary), Role::Alone | Role::Launcher { .. }) = (summary, &role) {
-        return Ok(finished_already(dir, summary));
-    }
     if let Role::Launcher { processes } = role {
-        // The first of the processes works in it, and tells what it has lost.
+        // The first of the processes works in it.
         drop(run);
         return launch(processes);
     }
-    if let Some(problem) = lost {
-        say(&format!(
-            "{problem}: it is written again from the last checkpoint"
-        ));
-    }
-    let device = config.compute.start()?;
-    let group = connect(&role, &device, facts((E::NAME, E::VERSION), &config)?)?;
-    with_group(group.as_ref(), || {
-        let mut over = [u64::from(summary.is_some())];
-        if let Some(group) = &group {
-            group.all_reduce_sum(&mut over)?;
-        }
-        if let Some(summary) = summary {
+    let session = Session::open((E::NAME, E::VERSION), &config, &role, profile)?;
+    session.work(|| {
+        let is_over = session.any(summary.is_some())?;
+        if let Some(summary) = &summary {
             return Ok(finished_already(dir, summary));
         }
-        if over[0] > 0 {
+        if is_over {
             return Ok(ExitCode::SUCCESS);
         }
         let data = config.data.load(config.training.seed)?;
-        let network = E::network(&config, &device)?;
+        let network = E::network(&config, &session.device)?;
         let begins =
             |run: &RunDirectory| run.has_checkpoint().map(|has_checkpoint| !has_checkpoint);
         if run.as_ref().map(begins).transpose()? == Some(true) {
@@ -285,16 +271,7 @@ fn resume<E: Experiment>(
             E::load_initial_weights(&network, &config)?;
         }
         let run = run.map(|run| run.resumed_in(environment::<E>(&config)));
-        let training = config.training.clone();
-        train(
-            &network,
-            data,
-            (&device, config.compute.execution(&device)),
-            training,
-            run,
-            group.as_ref(),
-            profile,
-        )
+        session.train(&network, data, config.training.clone(), run)
     })
 }
 

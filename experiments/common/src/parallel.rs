@@ -166,21 +166,6 @@ pub(crate) fn facts<M: Serialize>(
     Ok(facts)
 }
 
-/// Does this rank's work, and tells the others when it fails.
-///
-/// # Errors
-/// Those of `work`.
-pub(crate) fn with_group<T>(
-    group: Option<&ProcessGroup>,
-    work: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    let result = work();
-    if let (Some(group), Err(error)) = (group, &result) {
-        group.give_up(&format!("{error:#}"));
-    }
-    result
-}
-
 /// `{"training": {"seed": 0}}` becomes `training.seed`: `0`.
 fn flatten(name: &str, value: &Value, facts: &mut BTreeMap<String, String>) {
     match value {

@@ -1,4 +1,4 @@
-//! One process' share of a run, from its folder to its exit code.
+//! One process' share of a run, from its device to its exit code.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -7,81 +7,140 @@ use std::process::ExitCode;
 use anyhow::{Result, anyhow};
 use candle_core::Device;
 use data_parallel::ProcessGroup;
+use serde::Serialize;
 use trainer::{
     DataSets, Error, Execution, Model, Observer, Outcome, RunDirectory, Silent, Summary, Training,
     TrainingConfig,
 };
 
 use crate::advice::advised;
+use crate::experiment::RunConfig;
+use crate::parallel::{Role, connect, facts};
 use crate::profile::Profile;
 use crate::progress::{Progress, print};
 use crate::signals::StopSignals;
 
-/// Trains until the run is finished (exit code 0) or a signal stops it (128 and its number), and says what
-/// came of it. What `profile` has collected is printed and saved in the run's folder. Of processes that
-/// train together only the first has a `run`, and only it prints; a signal to one stops all.
-///
-/// # Errors
-/// The trainer's.
-pub(crate) fn train(
-    model: &dyn Model,
-    data: DataSets,
-    (device, execution): (&Device, Execution),
-    config: TrainingConfig,
-    run: Option<RunDirectory>,
-    group: Option<&ProcessGroup>,
-    profile: Option<&Profile>,
-) -> Result<ExitCode> {
-    let signals = StopSignals::install()?;
-    let stop = || signals.received().is_some();
-    let run_with = |training: trainer::Result<Training<'_>>, observer: &mut dyn Observer| {
-        training.and_then(|training| training.executed(execution).run(observer, &stop))
-    };
-    let (run, group) = match (run, group) {
-        (Some(run), group) => (run, group),
-        (None, Some(group)) => {
-            let training = Training::distributed(model, data, device, config, None, group);
-            return match run_with(training, &mut Silent).map_err(advised)? {
-                Outcome::Finished(_) => Ok(ExitCode::SUCCESS),
-                Outcome::Stopped { .. } => Ok(stopped(&signals).1),
-            };
-        }
-        (None, None) => anyhow::bail!("a process that is alone needs a run directory"),
-    };
-    let (dir, experiment) = (run.path().to_path_buf(), run.experiment().to_string());
-    print(&format!("Run: {}", dir.display()));
-    let mut progress = Progress::new();
-    let training = match group {
-        Some(group) => Training::distributed(model, data, device, config, Some(run), group),
-        None => Training::new(model, data, device, config, run),
-    };
-    let outcome = run_with(training, &mut progress);
-    progress.end();
-    let outcome = outcome.map_err(|error| match is_of_the_machine(&error) {
-        true => anyhow!(
-            "{:#}. The run goes on from what it has saved with\n  {}",
-            advised(error),
-            resume_command(&experiment, &dir)
-        ),
-        false => advised(error),
-    })?;
-    if let Some(profile) = profile {
-        profile.write(&dir)?;
-        print(profile.table().trim_end());
+/// What one process trains by.
+pub(crate) struct Session<'a> {
+    /// The processes that train together, where there are several. Left before the device goes.
+    group: Option<ProcessGroup>,
+    pub(crate) device: Device,
+    execution: Execution,
+    profile: Option<&'a Profile>,
+}
+
+impl<'a> Session<'a> {
+    /// Starts the device and joins the other processes, who must be of the same `program` (name and version) with the same
+    /// settings.
+    ///
+    /// # Errors
+    /// As [`ComputeConfig::start`](crate::ComputeConfig::start) and [`connect`].
+    pub(crate) fn open<M: Serialize>(
+        program: (&str, &str),
+        config: &RunConfig<M>,
+        role: &Role,
+        profile: Option<&'a Profile>,
+    ) -> Result<Self> {
+        let device = config.compute.start()?;
+        Ok(Self {
+            group: connect(role, &device, facts(program, config)?)?,
+            execution: config.compute.execution(&device),
+            device,
+            profile,
+        })
     }
-    match outcome {
-        Outcome::Finished(summary) => {
-            print_finished(&dir.display().to_string(), &summary);
-            Ok(ExitCode::SUCCESS)
+
+    /// Does this process' work, and tells the others when it fails.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub(crate) fn work<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let result = work();
+        if let (Some(group), Err(error)) = (&self.group, &result) {
+            group.give_up(&format!("{error:#}"));
         }
-        Outcome::Stopped { step, checkpoint } => {
-            let (cause, exit_code) = stopped(&signals);
-            print(&format!(
-                "Stopped by {cause} after step {step}; saved as {}. Continue with\n  {}",
-                checkpoint.display(),
+        result
+    }
+
+    /// Whether any of the processes says yes.
+    ///
+    /// # Errors
+    /// Another process that is gone.
+    pub(crate) fn any(&self, yes: bool) -> Result<bool> {
+        let mut count = [u64::from(yes)];
+        if let Some(group) = &self.group {
+            group.all_reduce_sum(&mut count)?;
+        }
+        Ok(count[0] > 0)
+    }
+
+    /// Trains until the run is finished (exit code 0) or a signal stops it (128 and its number), and says what
+    /// came of it. What the profile has collected is printed and saved in the run's folder. Of processes that
+    /// train together only the first has a `run`, and only it prints; a signal to one stops all.
+    ///
+    /// # Errors
+    /// The trainer's.
+    pub(crate) fn train(
+        &self,
+        model: &dyn Model,
+        data: DataSets,
+        config: TrainingConfig,
+        run: Option<RunDirectory>,
+    ) -> Result<ExitCode> {
+        let signals = StopSignals::install()?;
+        let stop = || signals.received().is_some();
+        let run_with = |training: trainer::Result<Training<'_>>, observer: &mut dyn Observer| {
+            training.and_then(|training| training.executed(self.execution).run(observer, &stop))
+        };
+        let (run, group) = match (run, &self.group) {
+            (Some(run), group) => (run, group),
+            (None, Some(group)) => {
+                let training =
+                    Training::distributed(model, data, &self.device, config, None, group);
+                return match run_with(training, &mut Silent).map_err(advised)? {
+                    Outcome::Finished(_) => Ok(ExitCode::SUCCESS),
+                    Outcome::Stopped { .. } => Ok(stopped(&signals).1),
+                };
+            }
+            (None, None) => anyhow::bail!("a process that is alone needs a run directory"),
+        };
+        let (dir, experiment) = (run.path().to_path_buf(), run.experiment().to_string());
+        print(&format!("Run: {}", dir.display()));
+        let mut progress = Progress::new();
+        let training = match group {
+            Some(group) => {
+                Training::distributed(model, data, &self.device, config, Some(run), group)
+            }
+            None => Training::new(model, data, &self.device, config, run),
+        };
+        let outcome = run_with(training, &mut progress);
+        progress.end();
+        let outcome = outcome.map_err(|error| match is_of_the_machine(&error) {
+            true => anyhow!(
+                "{:#}. The run goes on from what it has saved with\n  {}",
+                advised(error),
                 resume_command(&experiment, &dir)
-            ));
-            Ok(exit_code)
+            ),
+            false => advised(error),
+        })?;
+        if let Some(profile) = self.profile {
+            profile.write(&dir)?;
+            print(profile.table().trim_end());
+        }
+        match outcome {
+            Outcome::Finished(summary) => {
+                print_finished(&dir.display().to_string(), &summary);
+                Ok(ExitCode::SUCCESS)
+            }
+            Outcome::Stopped { step, checkpoint } => {
+                let (cause, exit_code) = stopped(&signals);
+                print(&format!(
+                    "Stopped by {cause} after step {step}; saved as {}. Continue with\n  {}",
+                    checkpoint.display(),
+                    resume_command(&experiment, &dir)
+                ));
+                Ok(exit_code)
+            }
         }
     }
 }
