@@ -290,7 +290,7 @@ fn already_complete(
     }
 }
 
-/// Fills `part` from the cached file, if that is right.
+/// Fills `part` from the cached file, if that is right. One that cannot be read is no reason to give up.
 fn copy_from_cache(
     copy: &CachedCopy,
     file: &FileRequest,
@@ -301,9 +301,18 @@ fn copy_from_cache(
         path: cached,
         cache,
     } = copy;
-    match store::check(cached, &file.pin, progress)? {
-        State::Absent => return Ok(false),
-        State::Wrong(problem) => {
+    match store::check(cached, &file.pin, progress) {
+        Err(error) => {
+            let error = &error;
+            progress(Event::CacheIsUnreadable {
+                cache,
+                cached,
+                error,
+            });
+            return Ok(false);
+        }
+        Ok(State::Absent) => return Ok(false),
+        Ok(State::Wrong(problem)) => {
             progress(Event::CacheIsWrong {
                 cache,
                 cached,
@@ -311,7 +320,7 @@ fn copy_from_cache(
             });
             return Ok(false);
         }
-        State::Complete(_) => {}
+        Ok(State::Complete(_)) => {}
     }
     let path = &file.path;
     progress(Event::CopyingFromCache {
@@ -472,6 +481,15 @@ pub enum Event<'a> {
         /// What is wrong with it.
         problem: &'a Mismatch,
     },
+    /// A cache has the file and it cannot be read, so it is fetched instead.
+    CacheIsUnreadable {
+        /// What the caller calls the cache.
+        cache: &'a str,
+        /// The copy in the cache.
+        cached: &'a Path,
+        /// Why it cannot be read.
+        error: &'a DownloadError,
+    },
     /// A file is about to be fetched (or, when all of it is there unverified, only verified).
     Fetching {
         /// The address.
@@ -557,6 +575,9 @@ impl Event<'_> {
                 cached,
                 problem,
             } => format!("not using {} from {cache}: {problem}", cached.display()),
+            Event::CacheIsUnreadable { cache, error, .. } => {
+                format!("not using {cache}: {}", with_causes(error))
+            }
             Event::Fetching {
                 url, from, bytes, ..
             } => {

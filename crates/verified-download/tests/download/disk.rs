@@ -94,6 +94,31 @@ fn a_copy_in_a_cache_is_taken_or_refused_under_the_caches_name() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn a_copy_in_a_cache_that_cannot_be_read_is_fetched_instead() {
+    let body = content(1000);
+    let (dir, caches) = (temporary(), temporary());
+    let copy = caches.path().join("copy.bin");
+    // A link to itself: nobody may read it, whatever his rights.
+    std::os::unix::fs::symlink(&copy, &copy).unwrap();
+    let server = Server::start([Reply::file(&body)]);
+    let mut request = request(&server.url(), dir.path(), &body);
+    request.cached = Some(CachedCopy {
+        path: copy.clone(),
+        cache: "the loft".into(),
+    });
+    let mut lines = Vec::new();
+    let fetched = request.fetch(&mut |event| lines.extend(event.message()));
+    assert_eq!(fetched.unwrap().origin, Origin::Network { received: 1000 });
+    let refused = format!("not using the loft: cannot read {}: ", copy.display());
+    assert!(
+        lines.iter().any(|line| line.starts_with(&refused)),
+        "{lines:?}"
+    );
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_named_and_nothing_is_left() {
