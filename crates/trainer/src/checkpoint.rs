@@ -4,7 +4,8 @@
 //! checkpoints/step-0000123/
 //!   model.safetensors       weights and buffers under PyTorch's names
 //!   optimizer.safetensors   momentum buffers
-//!   state.json              position, seed, schedule, sums of the epoch, metrics so far
+//!   state.json              position in the epoch and its sums, seed, schedule, settings, hashes of the data,
+//!                           last evaluation, and how much of the metrics files it covers
 //!   SHA256SUMS              of the three, as `sha256sum --check` reads it; written last
 //! ```
 //! The folder is written under a temporary name, every file and the folder are synced, and only then
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DataFingerprints;
 use crate::durable::{
-    TEMPORARY, io_error, read, sha256_hex, sync_dir, temporary_sibling, write_synced,
+    TEMPORARY, io_error, read, sha256_hex, sync_dir, sync_parent, temporary_sibling, write_synced,
 };
 use crate::error::{Error, Result};
 use crate::evaluate::Evaluation;
@@ -102,6 +103,8 @@ pub(crate) fn save(
     keep: usize,
 ) -> Result<PathBuf> {
     fs::create_dir_all(dir).map_err(io_error("create", dir))?;
+    // With it the run's metrics files, whose lines this checkpoint counts on.
+    sync_parent(dir)?;
     remove_half_written(dir)?;
     let path = dir.join(format!("step-{:07}", state.position.step));
     let temporary = temporary_sibling(&path);
@@ -200,9 +203,11 @@ pub(crate) fn was_saved(dir: &Path) -> Result<bool> {
 }
 
 /// The newest checkpoint's folder, unverified.
-pub(crate) fn newest_path(dir: &Path) -> Option<PathBuf> {
-    let newest = list(dir, "step-").ok()?.into_iter().next()?;
-    Some(newest.1)
+pub(crate) fn newest_path(dir: &Path) -> Result<PathBuf> {
+    let newest = list(dir, "step-")?.into_iter().next();
+    let newest = newest.ok_or_else(|| ErrorKind::NotFound.into());
+    let (_, path) = newest.map_err(io_error("find a checkpoint in", dir))?;
+    Ok(path)
 }
 
 /// The hash that the checkpoint in `dir` records of its weights; None where there is no checkpoint.

@@ -127,9 +127,8 @@ impl Training<'_> {
         let Some(Recorder { run, .. }) = &self.recorder else {
             return Err(Error::RunOfRank { rank: 0 });
         };
-        let newest = checkpoint::newest_path(&run.checkpoints());
-        let source = newest.unwrap_or_else(|| run.checkpoints());
-        let weights = read(&source.join(checkpoint::WEIGHTS))?;
+        let newest = checkpoint::newest_path(&run.checkpoints())?;
+        let weights = read(&newest.join(checkpoint::WEIGHTS))?;
         write_atomically(&run.path().join(checkpoint::WEIGHTS), &weights)?;
         let summary = Summary {
             steps: self.position.step,
