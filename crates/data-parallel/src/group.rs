@@ -165,6 +165,12 @@ impl ProcessGroup {
     /// the sizes differ between ranks, [`Error::Nccl`], and those of every call: [`Error::Lost`],
     /// [`Error::Silent`], [`Error::GaveUp`], [`Error::Failed`].
     pub fn all_reduce_weighted(&self, tensors: &[Tensor], weight: f64) -> Result<Vec<Tensor>> {
+        // The others wait for this rank's part, also where it fails before a connection is used.
+        self.all_reduce_buckets(tensors, weight)
+            .inspect_err(|error| self.give_up(&error.to_string()))
+    }
+
+    fn all_reduce_buckets(&self, tensors: &[Tensor], weight: f64) -> Result<Vec<Tensor>> {
         if let Some(tensor) = tensors.iter().find(|tensor| tensor.dtype() != DType::F32) {
             return Err(Error::Unsupported {
                 what: format!("a tensor of {:?}; only F32 can be reduced", tensor.dtype()),
@@ -307,9 +313,7 @@ impl ProcessGroup {
         #[cfg(feature = "nccl")]
         if let Some(nccl) = &self.nccl {
             self.check_usable()?;
-            return nccl
-                .all_reduce_weighted(tensors, weight)
-                .inspect_err(|error| self.give_up(&error.to_string()));
+            return nccl.all_reduce_weighted(tensors, weight);
         }
         let during = Kind::AllReduce.name();
         let failed = |source| Error::Tensor { during, source };

@@ -210,7 +210,8 @@ impl Link {
             return from.receive(call, received);
         }
         std::thread::scope(|scope| {
-            let sender = scope.spawn(|| self.send(call, sent));
+            let sender = std::thread::Builder::new().spawn_scoped(scope, || self.send(call, sent));
+            let sender = sender.map_err(|no_thread| self.failed(call, no_thread))?;
             let result = from.receive(call, received);
             if result.is_err() && !sender.is_finished() {
                 // Nobody may ever take the rest; the sender must not wait for that.

@@ -180,6 +180,27 @@ fn the_reason_for_giving_up_reaches_every_rank() {
 }
 
 #[test]
+fn what_one_rank_cannot_reduce_ends_the_call_of_all() {
+    let errors = on_ranks(3, |group| {
+        let dtype = match group.rank() {
+            1 => DType::F64,
+            _ => DType::F32,
+        };
+        let tensor = Tensor::zeros(10, dtype, &Device::Cpu).unwrap();
+        group.all_reduce_mean(&[tensor]).unwrap_err().to_string()
+    });
+    let [first, unsupported, last] = &errors[..] else {
+        panic!("{errors:?}");
+    };
+    assert!(
+        unsupported.contains("only F32 can be reduced"),
+        "{unsupported}"
+    );
+    let heard = format!("rank 1 gave up: {unsupported}");
+    assert_eq!([first, last], [&heard; 2]);
+}
+
+#[test]
 fn a_silent_rank_is_an_error_after_the_timeout() {
     let port = free_port();
     let connect = move |rank| {

@@ -404,11 +404,13 @@ impl Wanted<'_> {
             event => progress(event),
         })?;
         match (complete, problem) {
+            (true, _) => Ok(Some(pin)),
             (false, Some(problem)) => Err(FetchError::DamagedCache {
                 path: blob,
                 problem,
             }),
-            _ => Ok(Some(pin)),
+            // Removed while it was looked at.
+            (false, None) => Err(read(io::ErrorKind::NotFound.into())),
         }
     }
 }
