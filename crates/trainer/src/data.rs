@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+/// The name of the set that is trained on.
+pub(crate) const TRAIN: &str = "train";
+
 /// The sets a run works on. The validation set, where there is one, was split from the training
 /// set; decisions are made on it, never on the test set.
 #[derive(Debug, Clone)]
@@ -36,39 +39,66 @@ impl DataSets {
         }
     }
 
+    /// The set to train on.
+    pub(crate) fn trained(&self) -> NamedSet {
+        NamedSet {
+            name: TRAIN,
+            images: self.train.clone(),
+        }
+    }
+
     /// The sets to evaluate, validation first.
-    pub(crate) fn evaluated(&self) -> Vec<(&'static str, Arc<ImageSet>)> {
-        let validation = self
-            .validation
-            .iter()
-            .map(|set| ("validation", set.clone()));
-        validation.chain([("test", self.test.clone())]).collect()
+    pub(crate) fn evaluated(&self) -> Vec<NamedSet> {
+        let validation = self.validation.as_ref().map(|set| ("validation", set));
+        let sets = validation.into_iter().chain([("test", &self.test)]);
+        sets.map(|(name, images)| NamedSet {
+            name,
+            images: images.clone(),
+        })
+        .collect()
     }
 
     pub(crate) fn check_not_empty(&self) -> Result<()> {
-        let train = ("train", self.train.clone());
-        for (set, images) in self.evaluated().into_iter().chain([train]) {
-            if images.is_empty() {
-                return Err(Error::EmptySet { set });
+        for set in self.evaluated().into_iter().chain([self.trained()]) {
+            if set.images.is_empty() {
+                return Err(Error::EmptySet { set: set.name });
             }
         }
         Ok(())
     }
 }
 
-/// Batches of `set` in `order`, beginning with batch number `first`.
-pub(crate) fn batches(
-    name: &'static str,
-    set: &Arc<ImageSet>,
-    order: Vec<u32>,
-    batch_size: usize,
-    normalization: Normalization,
-    device: &Device,
-    first: u64,
-) -> Result<Batches> {
-    Batches::new(set.clone(), order, batch_size, normalization, device)
-        .map(|batches| batches.starting_at(first as usize))
-        .map_err(Error::data(name))
+/// A set, and what errors and reports call it.
+#[derive(Debug, Clone)]
+pub struct NamedSet {
+    /// Such as `test`.
+    pub name: &'static str,
+    /// Its pictures.
+    pub images: Arc<ImageSet>,
+}
+
+impl NamedSet {
+    /// Batches in `order`, beginning with batch number `first`, made by the host.
+    pub(crate) fn batches(
+        &self,
+        order: Vec<u32>,
+        batch_size: usize,
+        normalization: Normalization,
+        device: &Device,
+        first: u64,
+    ) -> Result<impl Iterator<Item = Result<Examples>> + use<>> {
+        let name = self.name;
+        let batches = Batches::new(
+            self.images.clone(),
+            order,
+            batch_size,
+            normalization,
+            device,
+        );
+        let batches = batches.map_err(Error::data(name))?;
+        let batches = batches.starting_at(first as usize);
+        Ok(batches.map(move |batch| batch.map(Examples::from).map_err(Error::data(name))))
+    }
 }
 
 /// What a step works on.

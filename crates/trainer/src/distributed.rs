@@ -26,7 +26,16 @@ use crate::weights;
 
 /// The processes that train together, this one included.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Together<'a>(pub(crate) Option<&'a ProcessGroup>);
+pub(crate) struct Processes<'a>(pub(crate) Option<&'a ProcessGroup>);
+
+/// The numbers of a step over this rank's part of a batch.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct BatchPart {
+    /// Mean over the part.
+    pub(crate) loss: f32,
+    pub(crate) correct: u64,
+    pub(crate) images: u64,
+}
 
 /// The numbers of a step over the whole batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,7 +61,7 @@ impl Share {
     }
 }
 
-impl Together<'_> {
+impl Processes<'_> {
     pub(crate) fn rank(self) -> usize {
         self.0.map_or(0, ProcessGroup::rank)
     }
@@ -83,7 +92,7 @@ impl Together<'_> {
     }
 
     /// Whether any rank says yes.
-    pub(crate) fn any(self, yes: bool) -> Result<bool> {
+    pub(crate) fn any_rank(self, yes: bool) -> Result<bool> {
         let Some(group) = self.0 else { return Ok(yes) };
         let mut count = [u64::from(yes)];
         group.all_reduce_sum(&mut count)?;
@@ -142,17 +151,21 @@ impl Together<'_> {
         image(batches.start)..image(batches.end)
     }
 
-    /// Loss and counts of the whole batch from those of this rank's part, whose loss is its mean.
-    pub(crate) fn sum_batch(self, loss: f32, correct: u64, images: u64) -> Result<BatchSums> {
-        Ok(self.sum_batches(&[(loss, correct, images)])?[0])
+    /// Loss and counts of the whole batch from this rank's part of it.
+    pub(crate) fn sum_batch(self, part: BatchPart) -> Result<BatchSums> {
+        Ok(self.sum_batches(&[part])?[0])
     }
 
-    /// Loss and counts of several whole batches from this rank's part of each: mean loss, right answers, images.
-    pub(crate) fn sum_batches(self, parts: &[(f32, u64, u64)]) -> Result<Vec<BatchSums>> {
+    /// Loss and counts of several whole batches from this rank's part of each.
+    pub(crate) fn sum_batches(self, parts: &[BatchPart]) -> Result<Vec<BatchSums>> {
         // Counts are far below 2^53, so that an f64 holds them exactly.
-        let numbers = parts.iter().flat_map(|&(loss, correct, images)| {
-            let loss = if images == 0 { 0.0 } else { f64::from(loss) };
-            [loss * images as f64, correct as f64, images as f64]
+        let numbers = parts.iter().flat_map(|part| {
+            let images = part.images as f64;
+            let loss = match part.images {
+                0 => 0.0,
+                _ => f64::from(part.loss),
+            };
+            [loss * images, part.correct as f64, images]
         });
         let mut sums: Vec<f64> = numbers.collect();
         if let Some(group) = self.0 {
@@ -160,14 +173,14 @@ impl Together<'_> {
         }
         let sums = parts.iter().zip(sums.chunks_exact(3));
         Ok(sums
-            .map(|(&(loss, _, own), sum)| BatchSums {
+            .map(|(part, sum)| BatchSums {
                 loss: match self.is_alone() {
-                    true => loss,
+                    true => part.loss,
                     false => (sum[0] / sum[2]) as f32,
                 },
                 correct: sum[1] as u64,
                 batch: Share {
-                    own,
+                    own: part.images,
                     images: sum[2] as u64,
                 },
             })
@@ -230,7 +243,7 @@ impl Together<'_> {
         part: Option<EvaluationSums>,
     ) -> Result<Option<EvaluationSums>> {
         let Some(group) = self.0 else { return Ok(part) };
-        if self.any(part.is_none())? {
+        if self.any_rank(part.is_none())? {
             return Ok(None);
         }
         let part = part.unwrap_or_default();
@@ -267,13 +280,13 @@ impl Together<'_> {
             let (before, after) = ([zeros(begin)?], [zeros(rows - end)?]);
             Tensor::cat(&[&before, parts, &after].concat(), 0)
         };
-        // Each row is added to zeros only, which changes no bit of it.
+        // Each row is added to zeros only, which changes no value.
         let all = group.all_reduce_weighted(&[padded().map_err(unreadable)?], 1.0)?;
         Tensor::cat(&all, 0).map_err(unreadable)
     }
 
     /// Gives every rank the buffers of rank 0, with which it evaluates and which it saves.
-    pub(crate) fn share_buffers(self, model: &dyn Model) -> Result<()> {
+    pub(crate) fn broadcast_buffers(self, model: &dyn Model) -> Result<()> {
         let buffers = model.named_buffers();
         let Some(group) = self.0.filter(|_| !buffers.is_empty()) else {
             return Ok(());
@@ -295,7 +308,7 @@ impl Together<'_> {
     }
 
     /// Gives every rank the checkpoint of rank 0, or the weights that rank 0 begins with.
-    pub(crate) fn share_beginning(
+    pub(crate) fn broadcast_start(
         self,
         checkpoint: Option<Checkpoint>,
         model: &dyn Model,
@@ -335,7 +348,7 @@ impl Together<'_> {
     }
 
     /// Has rank 0 do something, and tells the others what came of it.
-    pub(crate) fn first_does<T: Serialize + DeserializeOwned>(
+    pub(crate) fn on_rank_0<T: Serialize + DeserializeOwned>(
         self,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
@@ -351,7 +364,7 @@ impl Together<'_> {
     }
 
     /// Lets the others know why this rank stops, when it does by an error.
-    pub(crate) fn tell<T>(self, result: Result<T>) -> Result<T> {
+    pub(crate) fn report_error<T>(self, result: Result<T>) -> Result<T> {
         if let (Err(error), Some(group)) = (&result, self.0) {
             group.give_up(&error.with_sources());
         }

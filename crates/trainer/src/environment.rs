@@ -55,7 +55,7 @@ pub struct Program<'a> {
 }
 
 impl Environment {
-    /// Looks around.
+    /// Records machine, versions, commit and settings as they are now.
     pub fn capture(program: Program<'_>, device: &str, threads: usize, seed: u64) -> Self {
         let mut packages: BTreeMap<String, String> = env!("TRAINER_PACKAGES")
             .split_whitespace()

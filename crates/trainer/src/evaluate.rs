@@ -1,16 +1,15 @@
 //! Loss and accuracy over a whole set.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use candle_cnn::{CrossEntropyConfig, Mode, cross_entropy};
 use candle_core::{DType, Device, Tensor};
-use cifar_data::{ImageSet, Normalization};
+use cifar_data::Normalization;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{Examples, batches};
+use crate::data::{Examples, NamedSet};
 use crate::error::{Error, Place, Result};
-use crate::execution::InARow;
+use crate::execution::LargestBatch;
 use crate::model::Model;
 use crate::resident::correct_on_device;
 
@@ -41,19 +40,18 @@ impl Evaluation {
 /// [`Error::EmptySet`], [`Error::Data`], [`Error::Tensor`].
 pub fn evaluate(
     model: &dyn Model,
-    set: (&'static str, &Arc<ImageSet>),
+    set: &NamedSet,
     batch_size: usize,
     normalization: Normalization,
     device: &Device,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Option<Evaluation>> {
-    let (name, images) = set;
-    if images.is_empty() {
-        return Err(Error::EmptySet { set: name });
+    let images = set.images.len();
+    if images == 0 {
+        return Err(Error::EmptySet { set: set.name });
     }
-    let order = (0..images.len() as u32).collect();
-    let batches = batches(name, images, order, batch_size, normalization, device, 0)?;
-    let batches = batches.map(|batch| batch.map(Examples::from).map_err(Error::data(name)));
+    let order = (0..images as u32).collect();
+    let batches = set.batches(order, batch_size, normalization, device, 0)?;
     let sums = evaluate_examples(
         batches,
         |images| model.forward(images, Mode::Eval),
@@ -87,7 +85,7 @@ pub(crate) fn evaluate_examples(
     logits: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
 ) -> Result<Option<EvaluationSums>> {
-    let (mut tally, mut done, mut in_a_row) = (Tally::default(), 0, InARow::default());
+    let (mut tally, mut done, mut largest) = (Tally::default(), 0, LargestBatch::default());
     // Of the last batch, whose result is waited for after it.
     let mut place = Place::Batch {
         batch: 0,
@@ -100,7 +98,7 @@ pub(crate) fn evaluate_examples(
             count,
         } = batch?;
         let mut evaluated = || {
-            let logits = in_a_row.run(count, || logits(&inputs))?;
+            let logits = largest.run(count, || logits(&inputs))?;
             let loss = cross_entropy(&logits, &labels, CrossEntropyConfig::default())?;
             match inputs.device().is_cpu() {
                 true => tally.add(scalar(&loss)?, count_correct(&logits, &labels)?, count),
@@ -189,18 +187,27 @@ pub fn first_maximum(logits: &[f32]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use cifar_data::{Split, shapes};
 
     use super::*;
     use crate::tiny_model::TinyModel;
 
+    fn test_set(images: usize) -> NamedSet {
+        NamedSet {
+            name: "test",
+            images: Arc::new(shapes::generate(1, Split::Test, images)),
+        }
+    }
+
     #[test]
     fn a_set_is_evaluated_whole_in_batches_until_progress_breaks_off() {
         let model = TinyModel::new(3);
-        let set = Arc::new(shapes::generate(1, Split::Test, 11));
+        let set = test_set(11);
         let evaluated = |batch_size, progress: &mut dyn FnMut(u64) -> ControlFlow<()>| {
             let (half, cpu) = (Normalization::HALF, &Device::Cpu);
-            evaluate(&model, ("test", &set), batch_size, half, cpu, progress).unwrap()
+            evaluate(&model, &set, batch_size, half, cpu, progress).unwrap()
         };
         let mut heard = Vec::new();
         let in_batches = evaluated(4, &mut |done| {
@@ -217,10 +224,9 @@ mod tests {
 
     #[test]
     fn an_empty_set_has_no_accuracy() {
-        let set = Arc::new(shapes::generate(1, Split::Test, 0));
         let (half, cpu) = (Normalization::HALF, &Device::Cpu);
         let on = &mut |_| ControlFlow::Continue(());
-        let error = evaluate(&TinyModel::new(3), ("test", &set), 4, half, cpu, on).unwrap_err();
+        let error = evaluate(&TinyModel::new(3), &test_set(0), 4, half, cpu, on).unwrap_err();
         assert!(matches!(error, Error::EmptySet { set: "test" }), "{error}");
     }
 

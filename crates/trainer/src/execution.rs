@@ -33,24 +33,22 @@ impl Execution {
     }
 }
 
-/// Runs `f`; a GPU times no engines for it if its shapes are `seldom` met, as those of a last, smaller batch are.
-pub(crate) fn without_benchmark_if<R>(seldom: bool, f: impl FnOnce() -> R) -> R {
-    match seldom {
+/// Runs `f` on a batch; where that `is_smaller` than others, as a last one may be, a GPU times no engines for its shapes.
+pub(crate) fn without_benchmark_if<R>(is_smaller: bool, f: impl FnOnce() -> R) -> R {
+    match is_smaller {
         true => without_benchmark(f),
         false => f(),
     }
 }
 
-/// Batches in a row, of which the last may have fewer images.
+/// Images of the largest batch of a row so far; the last of a row may have fewer.
 #[derive(Debug, Default)]
-pub(crate) struct InARow {
-    whole: u64,
-}
+pub(crate) struct LargestBatch(u64);
 
-impl InARow {
-    /// [`without_benchmark_if`] for the next batch, of so many images.
+impl LargestBatch {
+    /// [`without_benchmark_if`] for the next batch of the row, of so many images.
     pub(crate) fn run<R>(&mut self, images: u64, f: impl FnOnce() -> R) -> R {
-        self.whole = images.max(self.whole);
-        without_benchmark_if(images < self.whole, f)
+        self.0 = images.max(self.0);
+        without_benchmark_if(images < self.0, f)
     }
 }

@@ -5,113 +5,100 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use cifar_data::ImageSet;
 
-use crate::data::Examples;
-use crate::distributed::Together;
+use crate::data::{Examples, NamedSet};
 use crate::error::{Error, Place, Result};
-use crate::execution::InARow;
+use crate::execution::LargestBatch;
 
 /// As errors call it.
 const COMPUTATION: &str = "the computation of features";
 
-/// Features and labels of the sets that have been asked for.
+/// Features and labels of the sets that have been asked for, by the sets' names.
 #[derive(Debug, Default)]
 pub(crate) struct FeatureCache(BTreeMap<&'static str, SetFeatures>);
 
-#[derive(Debug)]
-struct SetFeatures {
-    /// `(images, …)`
-    features: Tensor,
-    /// `u32`, `(images,)`
-    labels: Tensor,
+impl FeatureCache {
+    pub(crate) fn get(&self, set: &str) -> Option<&SetFeatures> {
+        self.0.get(set)
+    }
+
+    /// Keeps `features` of all pictures of `set`.
+    pub(crate) fn insert(
+        &mut self,
+        set: &NamedSet,
+        features: Tensor,
+        device: &Device,
+    ) -> Result<()> {
+        let labels = set.images.labels().iter().map(|&label| label.into());
+        let labels = Tensor::new(labels.collect::<Vec<u32>>(), device);
+        let labels = labels.map_err(Error::tensor(COMPUTATION, Place::Set(set.name)))?;
+        self.0.insert(set.name, SetFeatures { features, labels });
+        Ok(())
+    }
 }
 
-impl FeatureCache {
-    pub(crate) fn contains(&self, set: &str) -> bool {
-        self.0.contains_key(set)
-    }
-
-    /// Computes the features of a set from its batches in order; of several processes each computes
-    /// a part, which begins at picture `begin`, and gets the others'. `progress` may break off, which
-    /// keeps nothing.
-    pub(crate) fn fill(
-        &mut self,
-        (name, set): (&'static str, &Arc<ImageSet>),
-        (group, begin): (Together<'_>, usize),
-        batches: impl Iterator<Item = Result<Examples>>,
-        features: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
-        device: &Device,
-        progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
-    ) -> Result<ControlFlow<()>> {
-        let (mut parts, mut done, mut stopped) = (Vec::new(), 0, false);
-        let mut in_a_row = InARow::default();
-        for (index, batch) in batches.enumerate() {
-            let batch = batch?;
-            let part = in_a_row.run(batch.count, || features(&batch.inputs));
-            let place = Place::Batch {
-                batch: index as u64 + 1,
-                images: batch.count,
-            };
-            let part = part.map_err(Error::tensor(COMPUTATION, place))?;
-            parts.push(part.detach());
-            done += batch.count;
-            if progress(done).is_break() {
-                stopped = true;
-                break;
-            }
+/// The features of `batches`, a tensor for each. `progress` hears how many images are done and may break off, which gives None.
+pub(crate) fn compute(
+    batches: impl Iterator<Item = Result<Examples>>,
+    features: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<Option<Vec<Tensor>>> {
+    let (mut parts, mut done, mut largest) = (Vec::new(), 0, LargestBatch::default());
+    for (index, batch) in batches.enumerate() {
+        let batch = batch?;
+        let part = largest.run(batch.count, || features(&batch.inputs));
+        let place = Place::Batch {
+            batch: index as u64 + 1,
+            images: batch.count,
+        };
+        let part = part.map_err(Error::tensor(COMPUTATION, place))?;
+        parts.push(part.detach());
+        done += batch.count;
+        if progress(done).is_break() {
+            return Ok(None);
         }
-        if group.any(stopped)? {
-            return Ok(ControlFlow::Break(()));
-        }
-        let features = group.gather_rows(&parts, begin, set.len(), device)?;
-        let labels: Vec<u32> = set.labels().iter().map(|&label| label.into()).collect();
-        let labels = Tensor::new(labels, device);
-        let labels = labels.map_err(Error::tensor(COMPUTATION, Place::Set(name)))?;
-        self.0.insert(name, SetFeatures { features, labels });
-        Ok(ControlFlow::Continue(()))
     }
+    Ok(Some(parts))
+}
 
-    /// Features and labels of a set, where they are there.
-    pub(crate) fn set(&self, name: &str) -> Option<(Tensor, Tensor)> {
-        let set = self.0.get(name)?;
-        Some((set.features.clone(), set.labels.clone()))
-    }
+/// The features of a set and its labels.
+#[derive(Debug, Clone)]
+pub(crate) struct SetFeatures {
+    /// `(images, …)`
+    pub(crate) features: Tensor,
+    /// `u32`, `(images,)`
+    pub(crate) labels: Tensor,
+}
 
-    /// Batches of a set in `order`, beginning with batch number `first`; none where its features
-    /// are not there.
+impl SetFeatures {
+    /// Batches in `order`, beginning with batch number `first`.
     pub(crate) fn batches(
         &self,
-        set: &str,
         order: Vec<u32>,
         batch_size: usize,
         first: u64,
     ) -> impl Iterator<Item = Result<Examples>> + use<> {
-        let cached = self.set(set);
+        let set = self.clone();
         let count = order.len().div_ceil(batch_size);
-        let first = (first as usize).min(count);
-        cached.into_iter().flat_map(move |(features, labels)| {
-            let order = order.clone();
-            (first..count).map(move |index| {
-                let end = order.len().min((index + 1) * batch_size);
-                let rows = &order[index * batch_size..end];
-                let select = || {
-                    let rows = Tensor::new(rows, features.device())?;
-                    Ok(Examples {
-                        inputs: features.index_select(&rows, 0)?,
-                        labels: labels.index_select(&rows, 0)?,
-                        count: (end - index * batch_size) as u64,
-                    })
-                };
-                let place = Place::Batch {
-                    batch: index as u64 + 1,
-                    images: (end - index * batch_size) as u64,
-                };
-                select().map_err(Error::tensor("the selection of features", place))
-            })
+        (first as usize..count).map(move |index| {
+            let end = order.len().min((index + 1) * batch_size);
+            let rows = &order[index * batch_size..end];
+            let count = rows.len() as u64;
+            let select = || {
+                let rows = Tensor::new(rows, set.features.device())?;
+                Ok(Examples {
+                    inputs: set.features.index_select(&rows, 0)?,
+                    labels: set.labels.index_select(&rows, 0)?,
+                    count,
+                })
+            };
+            let place = Place::Batch {
+                batch: index as u64 + 1,
+                images: count,
+            };
+            select().map_err(Error::tensor("the selection of features", place))
         })
     }
 }

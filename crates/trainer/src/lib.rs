@@ -26,7 +26,7 @@
 //! use cifar_data::{Normalization, Split, shapes};
 //! use trainer::random::rand::Rng;
 //! use trainer::{
-//!     DataSets, Environment, Model, Outcome, Program, RunDirectory, Silent, Training,
+//!     DataSets, Environment, Model, NamedSet, Outcome, Program, RunDirectory, Silent, Training,
 //!     TrainingConfig, evaluate, random, weights,
 //! };
 //!
@@ -140,8 +140,9 @@
 //!
 //! let other = Network::new(1, &device)?;
 //! weights::load(&other, &folder.join("model.safetensors"))?;
-//! let (test, on) = (("test", &data.test), &mut |_| ControlFlow::Continue(()));
-//! let evaluation = evaluate(&other, test, 64, data.normalization, &device, on)?;
+//! let test = NamedSet { name: "test", images: data.test.clone() };
+//! let on = &mut |_| ControlFlow::Continue(());
+//! let evaluation = evaluate(&other, &test, 64, data.normalization, &device, on)?;
 //! assert_eq!(evaluation.as_ref(), summary.evaluations.get("test"));
 //! # Ok(())
 //! # }
@@ -172,7 +173,7 @@ mod training;
 pub mod weights;
 
 pub use config::{ConfigError, TrainingConfig};
-pub use data::{DataFingerprints, DataSets, SetFingerprint};
+pub use data::{DataFingerprints, DataSets, NamedSet, SetFingerprint};
 pub use durable::{sha256_hex, write_atomically};
 pub use environment::{Environment, Program};
 pub use error::{Error, LastCheckpoint, Place, Result};

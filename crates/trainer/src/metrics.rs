@@ -12,6 +12,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::durable::io_error;
 use crate::error::{Error, Result};
+use crate::evaluate::Evaluation;
+use crate::observer::EpochReport;
 
 /// One line of `metrics.jsonl`. Epochs and steps count from 1. An f32 is written as the shortest
 /// decimal that reads back to the same bits.
@@ -88,6 +90,26 @@ pub(crate) struct CsvRow {
     pub(crate) train_seconds: f64,
     pub(crate) images_per_second: f64,
     pub(crate) evaluation_seconds: f64,
+}
+
+impl CsvRow {
+    pub(crate) fn of(report: &EpochReport) -> Self {
+        let evaluated = |set: &str| report.evaluations.get(set);
+        Self {
+            epoch: report.epoch,
+            step: report.step,
+            lr: report.lr,
+            train_loss: report.train_loss,
+            train_accuracy: report.train_accuracy,
+            validation_loss: evaluated("validation").map(|e| e.loss),
+            validation_accuracy: evaluated("validation").map(Evaluation::accuracy),
+            test_loss: evaluated("test").map(|e| e.loss),
+            test_accuracy: evaluated("test").map(Evaluation::accuracy),
+            train_seconds: report.train_time.as_secs_f64(),
+            images_per_second: report.images_per_second(),
+            evaluation_seconds: report.evaluation_time.as_secs_f64(),
+        }
+    }
 }
 
 /// How much of the metrics files a checkpoint covers.

@@ -3,6 +3,9 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use cifar_data::{ImageSet, Normalization, SIDE};
 
+use crate::data::Examples;
+use crate::features::SetFeatures;
+
 /// A set on the device, of which batches are gathered there.
 #[derive(Debug)]
 pub(crate) struct ResidentSet {
@@ -65,16 +68,16 @@ impl ResidentSet {
     }
 
     /// A set of features that are on the device already.
-    pub(crate) fn of_features(features: Tensor, labels: Tensor) -> Self {
+    pub(crate) fn of_features(set: &SetFeatures) -> Self {
         Self {
-            inputs: Inputs::Features(features),
-            labels,
+            inputs: Inputs::Features(set.features.clone()),
+            labels: set.labels.clone(),
         }
     }
 
-    /// Inputs and labels at `indices` (`u32`, (n,), on the device), the values that
-    /// [`cifar_data::Batches`] gives. The host does not wait for them.
-    pub(crate) fn batch(&self, indices: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// What lies at `indices` (`u32`, (n,), on the device), the values that [`cifar_data::Batches`] gives. The host does not wait
+    /// for them.
+    pub(crate) fn batch(&self, indices: &Tensor) -> Result<Examples> {
         let inputs = match &self.inputs {
             Inputs::Features(features) => features.index_select(indices, 0)?,
             #[cfg(feature = "cuda")]
@@ -95,7 +98,11 @@ impl ResidentSet {
                 .normalized(&bytes.index_select(indices, 0)?)?
                 .to_dtype(*dtype)?,
         };
-        Ok((inputs, self.labels.index_select(indices, 0)?))
+        Ok(Examples {
+            inputs,
+            labels: self.labels.index_select(indices, 0)?,
+            count: indices.elem_count() as u64,
+        })
     }
 }
 
@@ -147,10 +154,11 @@ mod tests {
         };
         for (expected, rows) in host.zip(order.chunks(3)) {
             let expected = expected.unwrap();
-            let (images, labels) = resident.batch(&Tensor::new(rows, device).unwrap()).unwrap();
-            assert_eq!(images.dims(), expected.images.dims());
-            assert_eq!(bits(&images), bits(&expected.images));
-            let labels = labels.to_vec1::<u32>().unwrap();
+            let batch = resident.batch(&Tensor::new(rows, device).unwrap()).unwrap();
+            assert_eq!(batch.inputs.dims(), expected.images.dims());
+            assert_eq!(bits(&batch.inputs), bits(&expected.images));
+            assert_eq!(batch.count, expected.len as u64);
+            let labels = batch.labels.to_vec1::<u32>().unwrap();
             assert_eq!(labels, expected.labels.to_vec1::<u32>().unwrap());
         }
     }

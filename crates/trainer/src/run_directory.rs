@@ -9,6 +9,7 @@
 //!   checkpoints/        step-0000123/, the newest few
 //!   model.safetensors   the final weights            } written when the run
 //!   finished.json       final accuracy, their hash   } is complete
+//!   run.lock            empty; locked while a process works on the run
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -194,7 +195,7 @@ impl RunDirectory {
         for entry in fs::read_dir(&parent).map_err(io_error("list", &parent))? {
             let dir = entry.map_err(io_error("list", &parent))?.path();
             if dir.join("finished.json").is_file() && is_wanted(&dir) {
-                newest = newest.max(Some((age(&dir), dir)));
+                newest = newest.max(Some((start_order(&dir), dir)));
             }
         }
         Ok(newest.map(|(_, dir)| dir))
@@ -325,8 +326,8 @@ fn folder_name(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H-%M-%SZ").to_string()
 }
 
-/// What the name of a run's folder is ordered by: its time, then the number behind it.
-fn age(dir: &Path) -> (String, u64) {
+/// What runs are put in order by, from their folders' names: the time of the start, then the number behind it.
+fn start_order(dir: &Path) -> (String, u64) {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     match name.rsplit_once("Z-").map(|(time, n)| (time, n.parse())) {
         Some((time, Ok(number))) => (format!("{time}Z"), number),

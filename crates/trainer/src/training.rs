@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Position};
 use crate::config::{TrainingConfig, described};
-use crate::data::{DataSets, Examples, batches};
-use crate::distributed::{Share, Together};
+use crate::data::{DataSets, Examples, TRAIN};
+use crate::distributed::{BatchPart, Processes, Share};
 use crate::error::{Error, LastCheckpoint, Place, Result};
 use crate::evaluate::{Evaluation, count_correct, scalar};
 use crate::execution::{Execution, without_benchmark_if};
@@ -48,7 +48,7 @@ pub struct Training<'a> {
     schedule: ResolvedSchedule,
     /// That of rank 0; no other has one.
     recorder: Option<Recorder>,
-    together: Together<'a>,
+    processes: Processes<'a>,
     /// The parameters that the optimiser moves, in an order that all ranks have.
     trainable: Vec<Var>,
     position: Position,
@@ -105,7 +105,7 @@ impl<'a> Training<'a> {
         config: TrainingConfig,
         run: RunDirectory,
     ) -> Result<Self> {
-        Self::with(model, data, device, config, Some(run), Together(None))
+        Self::with(model, data, device, config, Some(run), Processes(None))
     }
 
     /// Prepares to train `model` together with the other processes of `group`. All of them call this,
@@ -129,8 +129,8 @@ impl<'a> Training<'a> {
         run: Option<RunDirectory>,
         group: &'a ProcessGroup,
     ) -> Result<Self> {
-        let together = Together((group.world_size() > 1).then_some(group));
-        together.tell(Self::with(model, data, device, config, run, together))
+        let processes = Processes((group.world_size() > 1).then_some(group));
+        processes.report_error(Self::with(model, data, device, config, run, processes))
     }
 
     fn with(
@@ -139,15 +139,15 @@ impl<'a> Training<'a> {
         device: &Device,
         config: TrainingConfig,
         run: Option<RunDirectory>,
-        together: Together<'a>,
+        processes: Processes<'a>,
     ) -> Result<Self> {
         config.validate()?;
         data.check_not_empty()?;
-        let rank = together.rank();
+        let rank = processes.rank();
         if run.is_some() != (rank == 0) {
             return Err(Error::RunOfRank { rank });
         }
-        together.check(&config, &data)?;
+        processes.check(&config, &data)?;
         weights::check_savable(&weights::state_dict(model))?;
         let trainable = trainable(model)?;
         let images = data.train.len();
@@ -167,7 +167,7 @@ impl<'a> Training<'a> {
         let recorder = run
             .map(|run| Recorder::open(run, covered.unwrap_or_default()))
             .transpose()?;
-        let checkpoint = together.share_beginning(checkpoint, model)?;
+        let checkpoint = processes.broadcast_start(checkpoint, model)?;
         let optimizer = Sgd::new(trainable, config.optimizer)?;
         let mut training = Self {
             model,
@@ -176,7 +176,7 @@ impl<'a> Training<'a> {
             optimizer,
             schedule,
             recorder,
-            together,
+            processes,
             position: Position::default(),
             last_evaluation: BTreeMap::new(),
             features: FeatureCache::default(),
@@ -214,7 +214,7 @@ impl<'a> Training<'a> {
     /// usable.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &dyn Fn() -> bool) -> Result<Outcome> {
         let outcome = self.run_to_end(observer, stop);
-        self.together.tell(outcome)
+        self.processes.report_error(outcome)
     }
 
     fn run_to_end(
@@ -237,11 +237,11 @@ impl<'a> Training<'a> {
             if flow.is_break() {
                 let step = self.position.step;
                 let saved = || checkpoint.ok_or(Error::RunOfRank { rank: 0 });
-                let checkpoint = self.together.first_does(saved)?;
+                let checkpoint = self.processes.on_rank_0(saved)?;
                 return Ok(Outcome::Stopped { step, checkpoint });
             }
         }
-        let summary = self.together.first_does(|| self.finish())?;
+        let summary = self.processes.on_rank_0(|| self.finish())?;
         Ok(Outcome::Finished(summary))
     }
 
@@ -256,11 +256,8 @@ impl<'a> Training<'a> {
         }
         if self.caches_training_features() {
             let begin = Instant::now();
-            let train = self.data.train.clone();
-            if self
-                .compute_features(("train", &train), observer, stop)?
-                .is_break()
-            {
+            let train = self.data.trained();
+            if self.compute_features(&train, observer, stop)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
             self.position.epoch_seconds += begin.elapsed().as_secs_f64();
@@ -270,20 +267,20 @@ impl<'a> Training<'a> {
         }
         let mut batches = self.remaining_batches()?;
         while !self.epoch_is_over() {
-            if self.together.any(stop())? {
+            if self.processes.any_rank(stop())? {
                 return Ok(ControlFlow::Break(()));
             }
             let begin = Instant::now();
             let mut parts = Parts::start();
             // Without one of its own this rank still takes part in the step.
             let batch = batches.next().transpose()?;
-            if batch.is_none() && self.together.is_alone() {
+            if batch.is_none() && self.processes.is_alone() {
                 break;
             }
             parts.end("data");
-            let seldom = self.is_smaller(self.position.batch_in_epoch);
+            let is_smaller = self.is_smaller(self.position.batch_in_epoch);
             let step =
-                without_benchmark_if(seldom, || self.train_step(batch.as_ref(), &mut parts))?;
+                without_benchmark_if(is_smaller, || self.train_step(batch.as_ref(), &mut parts))?;
             self.record_step(&step, begin.elapsed(), observer)?;
             if self.checkpoint_is_due() {
                 self.save_checkpoint(observer)?;
@@ -333,13 +330,20 @@ impl<'a> Training<'a> {
         // weight, on any rank.
         let read = |(batch, output): (&Examples, &TrainOutput)| {
             let loss = self.loss(output, &batch.labels)?;
-            let correct = count_correct(&output.logits, &batch.labels)?;
-            Ok((scalar(&loss)?, correct, batch.count, loss))
+            let part = BatchPart {
+                loss: scalar(&loss)?,
+                correct: count_correct(&output.logits, &batch.labels)?,
+                images: batch.count,
+            };
+            Ok((loss, part))
         };
-        let zero = || Ok((0.0, 0, 0, Tensor::zeros((), DType::F32, &self.device)?));
-        let local = batch.zip(output.as_ref()).map_or_else(zero, read);
-        let (value, correct, images, loss) = local.map_err(failed("the loss"))?;
-        let sums = self.together.sum_batch(value, correct, images)?;
+        let nothing = || {
+            let loss = Tensor::zeros((), DType::F32, &self.device)?;
+            Ok((loss, BatchPart::default()))
+        };
+        let own = batch.zip(output.as_ref()).map_or_else(nothing, read);
+        let (loss, own) = own.map_err(failed("the loss"))?;
+        let sums = self.processes.sum_batch(own)?;
         if !sums.loss.is_finite() {
             return Err(self.non_finite_loss(sums.loss, step));
         }
@@ -377,14 +381,14 @@ impl<'a> Training<'a> {
         let agreed = match agreed {
             Some(agreed) => agreed.to_vec(),
             None => self
-                .together
+                .processes
                 .agree_on_gradients(&gradients, &self.trainable)?,
         };
         if !agreed.contains(&true) {
             return Err(Error::NoGradient { step: step + 1 });
         }
         let averaged =
-            self.together
+            self.processes
                 .average_gradients(gradients, &self.trainable, &agreed, batch)?;
         Ok((averaged, agreed))
     }
@@ -396,7 +400,7 @@ impl<'a> Training<'a> {
         dropout_seed: u64,
     ) -> candle_core::Result<TrainOutput> {
         match self.model.fixed_features() {
-            Some(fixed) if self.features.contains("train") => Ok(TrainOutput {
+            Some(fixed) if self.features.get(TRAIN).is_some() => Ok(TrainOutput {
                 logits: fixed.classify(inputs, Mode::Train { dropout_seed })?,
                 auxiliary: Vec::new(),
             }),
@@ -464,10 +468,9 @@ impl<'a> Training<'a> {
         let begin = Instant::now();
         let mut evaluations = BTreeMap::new();
         if self.evaluation_is_due() {
-            for (name, set) in self.data.evaluated() {
-                let evaluation = self.evaluate((name, &set), observer, stop)?;
-                match evaluation {
-                    Some(evaluation) => evaluations.insert(name.to_string(), evaluation),
+            for set in self.data.evaluated() {
+                match self.evaluate(&set, observer, stop)? {
+                    Some(evaluation) => evaluations.insert(set.name.to_string(), evaluation),
                     None => return Ok(ControlFlow::Break(())),
                 };
             }
@@ -517,24 +520,10 @@ impl<'a> Training<'a> {
             train_accuracy: report.train_accuracy,
             images: report.images,
         })?;
-        let evaluated = |set: &str| report.evaluations.get(set);
         let Some(recorder) = &mut self.recorder else {
             return Ok(());
         };
-        recorder.metrics.write_row(&CsvRow {
-            epoch: report.epoch,
-            step: report.step,
-            lr: report.lr,
-            train_loss: report.train_loss,
-            train_accuracy: report.train_accuracy,
-            validation_loss: evaluated("validation").map(|e| e.loss),
-            validation_accuracy: evaluated("validation").map(Evaluation::accuracy),
-            test_loss: evaluated("test").map(|e| e.loss),
-            test_accuracy: evaluated("test").map(Evaluation::accuracy),
-            train_seconds: report.train_time.as_secs_f64(),
-            images_per_second: report.images_per_second(),
-            evaluation_seconds: report.evaluation_time.as_secs_f64(),
-        })
+        recorder.metrics.write_row(&CsvRow::of(report))
     }
 
     fn write(&mut self, metric: &Metric) -> Result<()> {
@@ -547,26 +536,24 @@ impl<'a> Training<'a> {
     fn remaining_batches(&self) -> Result<Box<dyn Iterator<Item = Result<Examples>>>> {
         let batch_in_epoch = self.position.batch_in_epoch;
         let (order, batch_size) = self
-            .together
+            .processes
             .share_of_batches(self.epoch_order(), self.config.batch_size);
-        if self.features.contains("train") {
-            let batches = self
-                .features
-                .batches("train", order, batch_size, batch_in_epoch);
-            return Ok(Box::new(batches));
+        if let Some(features) = self.features.get(TRAIN) {
+            return Ok(Box::new(features.batches(
+                order,
+                batch_size,
+                batch_in_epoch,
+            )));
         }
-        let batches = batches(
-            "train",
-            &self.data.train,
+        let (normalization, device) = (self.data.normalization, &self.device);
+        let batches = self.data.trained().batches(
             order,
             batch_size,
-            self.data.normalization,
-            &self.device,
+            normalization,
+            device,
             batch_in_epoch,
         )?;
-        Ok(Box::new(batches.map(|batch| {
-            batch.map(Examples::from).map_err(Error::data("train"))
-        })))
+        Ok(Box::new(batches))
     }
 
     /// The images of the current epoch in its own order.
@@ -584,7 +571,7 @@ impl<'a> Training<'a> {
 
     /// The seed of this rank's dropout masks in `step` (0-based).
     fn dropout_seed(&self, step: u64) -> u64 {
-        random::dropout_seed_of_rank(self.config.seed, step, self.together.rank())
+        random::dropout_seed_of_rank(self.config.seed, step, self.processes.rank())
     }
 
     fn upload_set(&self, set: &ImageSet) -> candle_core::Result<ResidentSet> {

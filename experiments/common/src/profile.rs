@@ -20,7 +20,7 @@ struct Rows {
     /// In the order in which they came first.
     rows: Vec<Row>,
     index: HashMap<(String, String), usize>,
-    /// Of a pass that may be one of a training step, or of an evaluation.
+    /// Those of the pass under way, until it is known whether it is a training step's or an evaluation's.
     pending: Vec<Row>,
 }
 

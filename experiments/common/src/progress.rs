@@ -103,6 +103,15 @@ impl Progress {
         }
     }
 
+    /// Where the run has come to: in the bar, or now and then on a line.
+    fn show(&mut self, text: String) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+        } else if self.line_is_due() {
+            say(&text);
+        }
+    }
+
     fn line_is_due(&mut self) -> bool {
         let due = self
             .last_line
@@ -157,24 +166,15 @@ impl Observer for Progress {
     }
 
     fn features_progress(&mut self, set: &str, images_done: u64, images: u64) {
-        let text = format!("computing the features of the {set} set: {images_done} of {images}");
-        if let Some(bar) = &self.bar {
-            bar.set_message(text);
-        } else if self.line_is_due() {
-            say(&text);
-        }
+        self.show(format!(
+            "computing the features of the {set} set: {images_done} of {images}"
+        ));
     }
 
     fn evaluation_progress(&mut self, set: &str, images_done: u64, images: u64) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(format!(
-                "evaluating on the {set} set: {images_done} of {images}"
-            ));
-        } else if self.line_is_due() {
-            say(&format!(
-                "evaluating on the {set} set: {images_done} of {images}"
-            ));
-        }
+        self.show(format!(
+            "evaluating on the {set} set: {images_done} of {images}"
+        ));
     }
 
     fn epoch_done(&mut self, report: &EpochReport) {

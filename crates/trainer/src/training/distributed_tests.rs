@@ -182,16 +182,16 @@ fn gradients_are_averaged_by_what_was_agreed_on_and_not_by_what_a_rank_has() {
     let port = free_port();
     let of_rank = |rank: usize| {
         let group = connect(rank, 2, port);
-        let together = Together(Some(&group));
+        let processes = Processes(Some(&group));
         let [a, b, c] = [1f32, 2.0, 3.0].map(|value| Var::new(value, &Device::Cpu).unwrap());
         // Rank 0 has gradients of a and b, rank 1 of a and c.
         let other = [&b, &c][rank].as_tensor();
         let gradients = (a.as_tensor() + other).unwrap().backward().unwrap();
         let parameters = [a, b, c];
-        let asked = together.agree_on_gradients(&gradients, &parameters);
+        let asked = processes.agree_on_gradients(&gradients, &parameters);
         assert_eq!(asked.unwrap(), [true; 3]);
         let (own, images) = (1, 2);
-        let averaged = together.average_gradients(
+        let averaged = processes.average_gradients(
             gradients,
             &parameters,
             &[true, true, false],

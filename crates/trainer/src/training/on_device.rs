@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 
 use super::{Step, Training};
-use crate::distributed::Share;
+use crate::data::TRAIN;
+use crate::distributed::{BatchPart, Share};
 use crate::error::{Error, Result};
 use crate::execution::without_benchmark_if;
 use crate::observer::Observer;
@@ -21,8 +22,8 @@ mod graph;
 
 /// Most steps between two readings of their losses.
 const READ_EVERY_STEPS: usize = 64;
-/// Most time between two readings of losses, so that slow steps are seen to advance, and a stop is heard. Where several processes
-/// train together, which have to read at the same steps, as many steps as took rank 0 this long the last time.
+/// Most time between two readings of losses, so that slow steps are seen to advance, and a stop is heard. Several processes have to
+/// read at the same steps: after as many as rank 0 made in this time when losses were read last.
 const READ_EVERY: Duration = Duration::from_millis(200);
 
 /// What a run keeps on its device from step to step.
@@ -137,15 +138,15 @@ impl Training<'_> {
         let mut read = Instant::now();
         while !self.epoch_will_be_over(state) {
             // Several processes ask each other where none of them has a step to read.
-            let asks = self.together.is_alone() || state.unread.is_empty();
-            if asks && self.together.any(stop())? {
+            let asks = self.processes.is_alone() || state.unread.is_empty();
+            if asks && self.processes.any_rank(stop())? {
                 self.read_steps(state, &mut read, observer)?;
                 return Ok(ControlFlow::Break(()));
             }
             let unread = self.step_on_device(state, &epoch)?;
             state.unread.push(unread);
             let full = state.unread.len() >= state.read_after;
-            let late = self.together.is_alone() && read.elapsed() >= READ_EVERY;
+            let late = self.processes.is_alone() && read.elapsed() >= READ_EVERY;
             if full || late || self.checkpoint_will_be_due(state) {
                 self.read_steps(state, &mut read, observer)?;
                 if self.checkpoint_is_due() {
@@ -168,7 +169,7 @@ impl Training<'_> {
         let batch_size = self.config.batch_size;
         let begin = batch as usize * batch_size;
         let images = batch_size.min(self.data.train.len() - begin);
-        let part = self.together.share_of_batch(images);
+        let part = self.processes.share_of_batch(images);
         let share = Share {
             own: part.len() as u64,
             images: images as u64,
@@ -191,8 +192,8 @@ impl Training<'_> {
         parts.end("data");
         let seed = self.dropout_seed(step);
         if !self.step_by_graph(state, share, seed)? {
-            let seldom = self.is_smaller(batch);
-            without_benchmark_if(seldom, || self.compute_step(state, share, seed, None))?;
+            let is_smaller = self.is_smaller(batch);
+            without_benchmark_if(is_smaller, || self.compute_step(state, share, seed, None))?;
         }
         let slot = state.unread.len();
         let keep = || {
@@ -245,18 +246,20 @@ impl Training<'_> {
     ) -> Result<Tensor> {
         let mut parts = Parts::start();
         let batch = || state.set.batch(&state.inputs.indices.narrow(0, 0, images)?);
-        let (images, labels) = batch().map_err(failed("the data"))?;
+        let batch = batch().map_err(failed("the data"))?;
         parts.end("gather");
-        let forward = || self.forward_train(&images, seed);
+        let forward = || self.forward_train(&batch.inputs, seed);
         // A recorded step must find its seed on the device: the host's would be part of the recording.
         let output = graph::with_dropout_seed(&state.inputs.seed, forward);
         let output = output.map_err(failed("the forward pass"))?;
         parts.end("forward");
-        let loss = self.loss(&output, &labels).map_err(failed("the loss"))?;
+        let loss = self
+            .loss(&output, &batch.labels)
+            .map_err(failed("the loss"))?;
         let keep = || {
             let value = loss.detach().to_dtype(DType::F32)?.reshape(1)?;
             state.outputs.loss.slice_set(&value, 0, 0)?;
-            let correct = correct_on_device(&output.logits, &labels)?;
+            let correct = correct_on_device(&output.logits, &batch.labels)?;
             state.outputs.correct.slice_set(&correct, 0, 0)
         };
         keep().map_err(failed("the loss"))?;
@@ -276,7 +279,7 @@ impl Training<'_> {
         if unread.is_empty() {
             return Ok(());
         }
-        self.together.wait_for(&self.device)?;
+        self.processes.wait_for(&self.device)?;
         let read = || {
             Ok((
                 state.losses.to_vec1::<f32>()?,
@@ -286,20 +289,24 @@ impl Training<'_> {
         let (losses, corrects) = read().map_err(self.failed("a step"))?;
         let time = last.elapsed() / unread.len() as u32;
         *last = Instant::now();
-        if !self.together.is_alone() {
+        if !self.processes.is_alone() {
             let steps = || Ok(steps_within(READ_EVERY, time));
-            state.read_after = self.together.first_does(steps)?;
+            state.read_after = self.processes.on_rank_0(steps)?;
         }
         let steps_made = self.position.step + unread.len() as u64;
         let steps = unread.iter().zip(losses).zip(corrects);
-        let own: Vec<(f32, u64, u64)> = steps
+        let own: Vec<BatchPart> = steps
             .map(|((step, loss), correct)| match step.images {
                 // It left nothing behind.
-                0 => (0.0, 0, 0),
-                images => (loss, correct as u64, images),
+                0 => BatchPart::default(),
+                images => BatchPart {
+                    loss,
+                    correct: correct as u64,
+                    images,
+                },
             })
             .collect();
-        for (step, sums) in unread.iter().zip(self.together.sum_batches(&own)?) {
+        for (step, sums) in unread.iter().zip(self.processes.sum_batches(&own)?) {
             let loss = sums.loss;
             if !loss.is_finite() {
                 return Err(self.non_finite_loss(loss, steps_made));
@@ -328,13 +335,13 @@ impl Training<'_> {
     }
 
     fn upload(&self) -> candle_core::Result<OnDevice> {
-        let set = match self.features.set("train") {
-            Some((features, labels)) => ResidentSet::of_features(features, labels),
+        let set = match self.features.get(TRAIN) {
+            Some(features) => ResidentSet::of_features(features),
             None => self.upload_set(&self.data.train)?,
         };
-        let part = self.together.share_of_batch(self.config.batch_size);
+        let part = self.processes.share_of_batch(self.config.batch_size);
         let mut state = OnDevice::new(set, part.len(), &self.device)?;
-        if !self.together.is_alone() {
+        if !self.processes.is_alone() {
             // How long a step takes nobody knows yet.
             state.read_after = 1;
         }

@@ -773,24 +773,17 @@ fn features_of_a_picture_stay_with_its_label_whatever_the_order() {
     let mut model = TinyModel::new(config().seed);
     model.frozen = true;
     let mut training = Training::new(&model, data(), &Device::Cpu, config(), run).unwrap();
-    let train = data().train;
-    let flow = training.compute_features(("train", &train), &mut Silent, &|| false);
+    let train = data().trained();
+    let flow = training.compute_features(&train, &mut Silent, &|| false);
     assert!(flow.unwrap().is_continue());
     let order: Vec<u32> = vec![13, 2, 7, 0, 5];
-    let cached = training.features.batches("train", order.clone(), 2, 1);
-    let images = batches(
-        "train",
-        &train,
-        order,
-        2,
-        Normalization::HALF,
-        &Device::Cpu,
-        1,
-    );
+    let cached = training.features.get(TRAIN).unwrap();
+    let cached = cached.batches(order.clone(), 2, 1);
+    let images = train.batches(order, 2, Normalization::HALF, &Device::Cpu, 1);
     let mut compared = 0;
     for (cached, images) in cached.zip(images.unwrap()) {
         let (cached, images) = (cached.unwrap(), images.unwrap());
-        let expected = model.forward(&images.images, Mode::Eval).unwrap();
+        let expected = model.forward(&images.inputs, Mode::Eval).unwrap();
         let found = model.fixed_features().unwrap();
         let found = found.classify(&cached.inputs, Mode::Eval).unwrap();
         test_support::assert_close("logits", &found, &expected, 1e-6);
@@ -798,8 +791,8 @@ fn features_of_a_picture_stay_with_its_label_whatever_the_order() {
             cached.labels.to_vec1::<u32>().unwrap(),
             images.labels.to_vec1::<u32>().unwrap()
         );
-        assert_eq!(cached.count, images.len as u64);
-        compared += images.len;
+        assert_eq!(cached.count, images.count);
+        compared += images.count;
     }
     assert_eq!(compared, 3);
 }

@@ -34,13 +34,15 @@ pub(super) struct RecordedStep {
 enum StepGraph {
     /// Steps made as usual.
     WarmingUp(usize),
-    Recorded {
-        graph: CudaGraph,
-        /// Whether it keeps the memory that it takes for a step.
-        keeps_memory: bool,
-    },
+    Recorded(Recorded),
     /// Recording failed; every step is made as usual.
     Unavailable,
+}
+
+struct Recorded {
+    graph: CudaGraph,
+    /// Whether it keeps the memory that it takes for a step.
+    keeps_memory: bool,
 }
 
 impl Default for StepGraph {
@@ -52,41 +54,30 @@ impl Default for StepGraph {
 impl RecordedStep {
     /// Whether it has memory that other work could use.
     fn keeps_memory(&self) -> bool {
-        matches!(
-            self.graph,
-            StepGraph::Recorded {
-                keeps_memory: true,
-                ..
-            }
-        )
+        matches!(&self.graph, StepGraph::Recorded(recorded) if recorded.keeps_memory)
     }
 
     /// Lets other work have the memory of a recorded step, which would lie idle beside its own.
     pub(super) fn make_room(&mut self, device: &Device) -> candle_core::Result<()> {
-        if let StepGraph::Recorded { keeps_memory, .. } = &mut self.graph
-            && *keeps_memory
+        if let StepGraph::Recorded(recorded) = &mut self.graph
+            && recorded.keeps_memory
         {
             candle_cnn::cuda::release_graph_memory(device)?;
-            *keeps_memory = false;
+            recorded.keeps_memory = false;
             log_memory(device, "without the recorded step's");
         }
         Ok(())
     }
+}
 
-    /// Replays a recorded step. What other work has freed goes back first: a graph does not take it from there.
+impl Recorded {
+    /// Makes the step. What other work has freed goes back first: a graph does not take it from there.
     fn replay(&mut self, device: &Device) -> candle_core::Result<()> {
-        let StepGraph::Recorded {
-            graph,
-            keeps_memory,
-        } = &mut self.graph
-        else {
-            return Ok(());
-        };
-        if !*keeps_memory {
+        if !self.keeps_memory {
             candle_cnn::cuda::release_freed_memory(device)?;
         }
-        graph.launch().w()?;
-        if !std::mem::replace(keeps_memory, true) {
+        self.graph.launch().w()?;
+        if !std::mem::replace(&mut self.keeps_memory, true) {
             log_memory(device, "with the recorded step's again");
         }
         Ok(())
@@ -103,13 +94,13 @@ impl Training<'_> {
         seed: u64,
     ) -> Result<bool> {
         let is_whole = batch.images == self.config.batch_size as u64;
-        if is_whole && self.execution.cuda_graph && self.together.stays_on_device() {
+        if is_whole && self.execution.cuda_graph && self.processes.stays_on_device() {
             self.replay_or_record(state, batch, seed)?;
             return Ok(true);
         }
         if state.recorded.keeps_memory() {
-            // Which is given back when the device has come so far.
-            self.together.wait_for(&self.device)?;
+            // To give that memory back waits for the device, and so for the other ranks.
+            self.processes.wait_for(&self.device)?;
         }
         let step = self.position.step + state.unread.len() as u64;
         let failed = Error::tensor("the step", self.place(step + 1));
@@ -117,48 +108,58 @@ impl Training<'_> {
         Ok(false)
     }
 
-    /// One step of a whole batch: replayed if it is recorded, recorded if it was made often enough, else made as
-    /// usual. A step that cannot be recorded is made as usual, and so are all that follow.
+    /// One step of a whole batch: replayed if it is recorded, recorded if it was made often enough, else made as usual.
     fn replay_or_record(&mut self, state: &mut OnDevice, batch: Share, seed: u64) -> Result<()> {
-        match &state.recorded.graph {
-            StepGraph::Recorded { .. } => {}
-            StepGraph::Unavailable => {
-                self.compute_step(state, batch, seed, Some(&state.recorded.agreed))?;
-                return Ok(());
-            }
-            &StepGraph::WarmingUp(steps) if steps < WARM_UP_STEPS => {
-                // Small uploads, such as the strides of a tensor, are kept: the recording finds them on the device.
-                let device = self.device.clone();
-                log_memory(&device, "before a step of the warm-up");
-                let _cache = device
-                    .as_cuda_device()
-                    .map_err(self.failed("the step"))?
-                    .enable_cuda_graph_htod_cache();
-                state.recorded.agreed = self.compute_step(state, batch, seed, None)?;
+        if let StepGraph::WarmingUp(steps) = state.recorded.graph {
+            if steps < WARM_UP_STEPS {
+                state.recorded.agreed = self.warm_up(state, batch, seed)?;
                 state.recorded.graph = StepGraph::WarmingUp(steps + 1);
                 return Ok(());
             }
-            StepGraph::WarmingUp(_) => match self.record_together(state, batch, seed)? {
-                Ok(graph) => {
-                    state.recorded.graph = StepGraph::Recorded {
-                        graph,
-                        keeps_memory: true,
-                    };
-                }
-                Err(reason) => {
-                    tracing::warn!(
-                        "the training step cannot be recorded as a CUDA graph, and is launched operation by operation: \
-                         {reason}"
-                    );
-                    state.recorded.graph = StepGraph::Unavailable;
-                    self.compute_step(state, batch, seed, Some(&state.recorded.agreed))?;
-                    return Ok(());
-                }
-            },
+            state.recorded.graph = self.record_or_give_up(state, batch, seed)?;
         }
-        // Recording computes nothing: the step that was recorded is replayed, too.
         let failed = self.failed("the replay of the step");
-        state.recorded.replay(&self.device).map_err(failed)
+        match &mut state.recorded.graph {
+            // Recording has computed nothing: the step that was recorded is replayed, too.
+            StepGraph::Recorded(recorded) => recorded.replay(&self.device).map_err(failed),
+            _ => {
+                self.compute_step(state, batch, seed, Some(&state.recorded.agreed))?;
+                Ok(())
+            }
+        }
+    }
+
+    /// A step made as usual, of which small uploads, such as the strides of a tensor, are kept: the recording finds them on the
+    /// device. Returns whose gradients the ranks agreed on.
+    fn warm_up(&mut self, state: &OnDevice, batch: Share, seed: u64) -> Result<Vec<bool>> {
+        let device = self.device.clone();
+        log_memory(&device, "before a step of the warm-up");
+        let _cache = device
+            .as_cuda_device()
+            .map_err(self.failed("the step"))?
+            .enable_cuda_graph_htod_cache();
+        self.compute_step(state, batch, seed, None)
+    }
+
+    /// The step recorded, or a warning that all steps are made as usual.
+    fn record_or_give_up(
+        &mut self,
+        state: &OnDevice,
+        batch: Share,
+        seed: u64,
+    ) -> Result<StepGraph> {
+        Ok(match self.record_together(state, batch, seed)? {
+            Ok(graph) => StepGraph::Recorded(Recorded {
+                graph,
+                keeps_memory: true,
+            }),
+            Err(reason) => {
+                tracing::warn!(
+                    "the training step cannot be recorded as a CUDA graph, and is launched operation by operation: {reason}"
+                );
+                StepGraph::Unavailable
+            }
+        })
     }
 
     /// Records the step on all ranks, or says why not: NCCL wants all of them to replay what they have recorded together, or none.
@@ -168,10 +169,10 @@ impl Training<'_> {
         batch: Share,
         seed: u64,
     ) -> Result<std::result::Result<CudaGraph, String>> {
-        // Whose steps before are waited for.
-        self.together.wait_for(&self.device)?;
+        // The recording waits for the device, and so for the other ranks' part in the steps before.
+        self.processes.wait_for(&self.device)?;
         let recorded = self.record(state, batch, seed);
-        let failed_somewhere = self.together.any(recorded.is_err())?;
+        let failed_somewhere = self.processes.any_rank(recorded.is_err())?;
         Ok(match recorded {
             Ok(graph) if failed_somewhere => {
                 drop(graph);
