@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor, Var};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Tensor, Var, WithDType};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -471,7 +471,7 @@ impl InplaceOp2 for FusedUpdate<'_> {
 const CHUNK: usize = 16 * 1024;
 
 impl FusedUpdate<'_> {
-    fn update<T: Float>(&self, parameter: &mut [T], grad: &[T], buffer: Option<&mut Vec<T>>) {
+    fn update<T: WithDType>(&self, parameter: &mut [T], grad: &[T], buffer: Option<&mut Vec<T>>) {
         let c = self.config;
         let [lr, momentum, weight_decay] = [self.lr, c.momentum, c.weight_decay].map(T::from_f64);
         // At the first step the buffer holds zeros, so that keeping none of it and all of the
@@ -496,29 +496,6 @@ impl FusedUpdate<'_> {
                     }
                 }),
         }
-    }
-}
-
-trait Float:
-    Copy
-    + Send
-    + Sync
-    + std::ops::Add<Output = Self>
-    + std::ops::Sub<Output = Self>
-    + std::ops::Mul<Output = Self>
-{
-    fn from_f64(value: f64) -> Self;
-}
-
-impl Float for f32 {
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-}
-
-impl Float for f64 {
-    fn from_f64(value: f64) -> Self {
-        value
     }
 }
 
