@@ -47,8 +47,8 @@ pub enum Error {
     },
     /// Some ranks never came.
     #[error(
-        "ranks {missing:?} of {world_size} did not connect within {} s",
-        timeout.as_secs_f64()
+        "ranks {} of {world_size} did not connect within {} s",
+        first_of(missing), timeout.as_secs_f64()
     )]
     Missing {
         /// Numbers of the ranks that did not come.
@@ -155,4 +155,12 @@ pub enum Error {
 
 fn shown(value: &Option<String>) -> &str {
     value.as_deref().unwrap_or("not there")
+}
+
+/// Some ranks for people, who need not know each of thousands.
+fn first_of(ranks: &[usize]) -> String {
+    match ranks.get(..8) {
+        Some(first) if ranks.len() > 8 => format!("{first:?} and {} more", ranks.len() - 8),
+        _ => format!("{ranks:?}"),
+    }
 }

@@ -228,7 +228,17 @@ fn join(
             facts: options.facts.clone(),
         },
     )?;
-    let welcome: Welcome = receive_json(&link)?;
+    let welcome: Result<Welcome> = receive_json(&link);
+    let welcome = welcome.map_err(|error| match error {
+        Error::OutOfStep { .. } => Error::Stranger {
+            peer: format!(
+                "what listens at {}:{}",
+                ranks.master_addr, ranks.master_port
+            ),
+            reason: "it speaks another protocol".into(),
+        },
+        error => error,
+    })?;
     if welcome.ring_addresses.len() != ranks.world_size {
         return Err(Error::Stranger {
             peer: "rank 0".into(),

@@ -17,6 +17,8 @@ const MAX_REASON: usize = 4 << 10;
 /// A body as long as this fits the system's buffers, so that writing it does not wait for the
 /// reader.
 const INLINE: usize = 4 << 10;
+/// How long a rank that gives up within a message lets its peer take the rest.
+const REST: Duration = Duration::from_secs(2);
 
 /// The kind of call that a message belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -213,9 +215,16 @@ impl Link {
             let sender = std::thread::Builder::new().spawn_scoped(scope, || self.send(call, sent));
             let sender = sender.map_err(|no_thread| self.failed(call, no_thread))?;
             let result = from.receive(call, received);
-            if result.is_err() && !sender.is_finished() {
-                // Nobody may ever take the rest; the sender must not wait for that.
-                let _ = self.stream.shutdown(Shutdown::Both);
+            if result.is_err() {
+                // The peer takes the rest and then hears why this rank gives up: a connection that ends within a message looks as if
+                // this rank were gone. A peer that takes nothing is not waited for.
+                let end = Instant::now() + REST;
+                while !sender.is_finished() && Instant::now() < end {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                if !sender.is_finished() {
+                    let _ = self.stream.shutdown(Shutdown::Both);
+                }
             }
             let sent = sender.join().unwrap_or_else(|_| {
                 let panicked = io::Error::other("the sending thread has panicked");

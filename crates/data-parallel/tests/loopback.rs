@@ -138,13 +138,14 @@ fn counters_add_up_and_bytes_of_rank_0_reach_all() {
 
 #[test]
 fn a_rank_that_ends_is_an_error_on_all_others_at_once() {
-    for dying in 0..3 {
+    for dying in 0..5 {
         let begin = Instant::now();
-        let errors = on_ranks(3, |group| {
+        let errors = on_ranks(5, |group| {
             if group.rank() == dying {
                 return None;
             }
-            let tensor = Tensor::zeros(100_000, DType::F32, &Device::Cpu).unwrap();
+            // So long that a rank is in the middle of a message when it hears of it.
+            let tensor = Tensor::zeros(5_000_000, DType::F32, &Device::Cpu).unwrap();
             let failed =
                 (0..10).find_map(|_| group.all_reduce_mean(std::slice::from_ref(&tensor)).err());
             let error = failed.expect("the group must not go on");
@@ -154,7 +155,8 @@ fn a_rank_that_ends_is_an_error_on_all_others_at_once() {
         });
         for (rank, error) in errors.iter().enumerate().filter(|(rank, _)| *rank != dying) {
             let error = error.as_ref().unwrap();
-            assert!(error.contains("lost rank"), "rank {rank}: {error}");
+            let lost = format!("lost rank {dying} ");
+            assert!(error.contains(&lost), "rank {rank}: {error}");
         }
         assert!(
             begin.elapsed() < Duration::from_secs(10),
@@ -469,6 +471,41 @@ fn silent_strangers_hold_nobody_up() {
         rank.join().unwrap().unwrap();
     }
     drop(strangers);
+}
+
+#[test]
+fn another_program_in_the_place_of_rank_0_is_told_from_a_rank_out_of_step() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream
+            .write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        stream
+    });
+    let ranks = Ranks::new(1, 2, "127.0.0.1", port).unwrap();
+    let error = ProcessGroup::connect(&ranks, &Options::default(), Backend::Tcp).unwrap_err();
+    drop(server.join().unwrap());
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "what listens at 127.0.0.1:{port} does not belong to this group: it speaks another protocol"
+        )
+    );
+}
+
+#[test]
+fn of_many_ranks_that_do_not_come_the_first_are_named() {
+    let missing = |count: usize| Error::Missing {
+        missing: (1..=count).collect(),
+        world_size: 30,
+        timeout: Duration::from_secs(1),
+    };
+    let few = "ranks [1, 2] of 30 did not connect within 1 s";
+    assert_eq!(missing(2).to_string(), few);
+    let many = "ranks [1, 2, 3, 4, 5, 6, 7, 8] and 21 more of 30 did not connect within 1 s";
+    assert_eq!(missing(29).to_string(), many);
 }
 
 #[test]
