@@ -102,7 +102,11 @@ pub(crate) fn save(
     optimizer: &[u8],
     keep: usize,
 ) -> Result<PathBuf> {
-    fs::create_dir_all(dir).map_err(io_error("create", dir))?;
+    // Not the run's folder, whose metrics lie where that has gone.
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+        created => created.map_err(io_error("create", dir))?,
+    }
     // With it the run's metrics files, whose lines this checkpoint counts on.
     sync_parent(dir)?;
     remove_half_written(dir)?;
@@ -472,6 +476,15 @@ mod tests {
             assert!(error.contains(WEIGHTS), "{error}");
             assert_eq!(sorted_names(dir.path()), ["step-0000001", "step-0000002"]);
         }
+    }
+
+    #[test]
+    fn a_run_whose_folder_has_gone_is_an_error_and_not_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let error = save(&run.join("checkpoints"), &state(1), b"w", b"m", 2).unwrap_err();
+        assert!(error.to_string().contains("cannot create"), "{error}");
+        assert!(!run.exists());
     }
 
     #[test]

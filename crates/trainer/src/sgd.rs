@@ -482,7 +482,7 @@ impl FusedUpdate<'_> {
         match buffer {
             None => chunks.for_each(|(p, g)| {
                 for (p, &g) in p.iter_mut().zip(g) {
-                    *p = *p - lr * (g + weight_decay * *p);
+                    *p -= lr * (g + weight_decay * *p);
                 }
             }),
             Some(buffer) => chunks
@@ -492,7 +492,7 @@ impl FusedUpdate<'_> {
                         let d = g + weight_decay * *p;
                         *b = momentum * *b + gain * d;
                         let d = if nesterov { d + momentum * *b } else { *b };
-                        *p = *p - lr * d;
+                        *p -= lr * d;
                     }
                 }),
         }

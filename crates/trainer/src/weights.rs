@@ -48,7 +48,9 @@ pub(crate) fn detached(variables: Vec<(String, Var)>) -> Vec<(String, Tensor)> {
 }
 
 /// Fills every parameter and buffer of `model` from a safetensors file. Strict: the file must hold
-/// exactly the model's tensors, each of its type and shape, or nothing is changed.
+/// exactly the model's tensors, each of its type and shape, or nothing is changed. Only PyTorch's counters of
+/// batches (`….num_batches_tracked`), which nothing needs where the momentum of a batch norm is a number, are
+/// left out where the model has none.
 ///
 /// # Errors
 /// [`WeightsError`]; one error lists everything missing, unexpected and misshapen.
@@ -93,7 +95,8 @@ pub fn assign(
             Some(tensor) => assignments.push((name, var, tensor)),
         }
     }
-    mismatch.unexpected = found.into_keys().collect();
+    let is_counter = |name: &String| name.ends_with("num_batches_tracked");
+    mismatch.unexpected = found.into_keys().filter(|name| !is_counter(name)).collect();
     if !mismatch.is_empty() {
         return Err(WeightsError::Mismatch {
             path: path.to_path_buf(),
@@ -512,6 +515,16 @@ mod tests {
             assert!(error.contains(part), "{part} not in {error}");
         }
         assert_eq!(model.bits(), before);
+    }
+
+    #[test]
+    fn pytorchs_counters_of_batches_are_left_out_where_the_model_has_none() {
+        let (model, other) = (TinyModel::new(1), TinyModel::new(2));
+        let mut file = tensors(&other);
+        let counter = Tensor::new(7i64, &Device::Cpu).unwrap();
+        file.push(("bn1.num_batches_tracked".into(), counter));
+        load_from_bytes(&model, &encoded(&file), Path::new("init.safetensors")).unwrap();
+        assert_eq!(model.bits(), other.bits());
     }
 
     #[test]
