@@ -85,7 +85,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let found = find(arguments)?;
     let state = StateDict::read(&found.path)?;
     if arguments.list {
-        return list(&state, arguments.json);
+        return printed(list(&state, arguments.json));
     }
     let options = MatchOptions {
         aux_heads: match (arguments.keep_aux, arguments.drop_aux) {
@@ -121,9 +121,18 @@ fn run(arguments: &Arguments) -> Result<()> {
         ),
     ]);
     write_safetensors(&arguments.out, &matched.tensors, &metadata, arguments.force)?;
-    match arguments.json {
+    printed(match arguments.json {
         true => print_json(arguments, &metadata, &matched.report),
         false => print_report(arguments, &metadata, conversion.as_ref(), &matched.report),
+    })
+}
+
+/// What came of printing. That a reader has gone away, such as `head`, is no failure.
+fn printed(outcome: Result<()>) -> Result<()> {
+    let gone = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+    match outcome {
+        Err(error) if error.downcast_ref().is_some_and(gone) => Ok(()),
+        outcome => outcome.context("cannot write to standard output"),
     }
 }
 

@@ -43,12 +43,26 @@ fn what_is_no_file_is_not_replaced_and_a_report_that_is_lost_is_an_error() {
     }
     assert!(!pipe.metadata().unwrap().is_file());
     let to = dir.path().join("to.safetensors");
-    let full = std::fs::File::create("/dev/full").unwrap();
-    let status = test_support::program(env!("CARGO_BIN_EXE_pretrained-import"), "")
-        .args([text(&from), "--out", text(&to), "--json"])
-        .stdout(full)
-        .status();
-    assert_eq!(status.unwrap().code(), Some(1));
+    let listed_to = |stdout: std::process::Stdio| {
+        test_support::program(env!("CARGO_BIN_EXE_pretrained-import"), "")
+            .args([text(&from), "--out", text(&to), "--json", "--force"])
+            .stdout(stdout)
+            .stderr(std::process::Stdio::piped())
+            .output()
+            .unwrap()
+    };
+    let full = listed_to(std::fs::File::create("/dev/full").unwrap().into());
+    assert_eq!(full.status.code(), Some(1));
+    let said = String::from_utf8(full.stderr).unwrap();
+    assert!(
+        said.starts_with("error: cannot write to standard output: "),
+        "{said}"
+    );
+    // A reader that has gone away, as `head` does.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let gone = listed_to(writer.into());
+    assert!(gone.status.success(), "{gone:?}");
 }
 
 /// A state dict of the right shapes: each tensor filled with its place in the list.
