@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use cifar_data::download::{Request, Source, fetch};
 use cifar_data::{
     CLASS_NAMES, CLASSES, DataError, ImageSet, Layout, Normalization, TrainTest, find_layout,
@@ -90,12 +90,9 @@ impl DataArguments {
             ("--train-limit", self.train_limit),
             ("--test-limit", self.test_limit),
         ];
-        for (flag, limit) in limits {
-            let limit = limit.unwrap_or(0);
-            if dataset == Dataset::Shapes && limit > SHAPES_MOST {
-                bail!(
-                    "{flag} {limit} is more than the {SHAPES_MOST} shapes that are drawn at most"
-                );
+        if dataset == Dataset::Shapes {
+            for (flag, limit) in limits {
+                check_drawn(flag, limit.unwrap_or(0))?;
             }
         }
         let config = match dataset {
@@ -121,6 +118,15 @@ impl DataArguments {
             _ => Ok(config),
         }
     }
+}
+
+/// A number of shapes to draw, unless they would not fit into memory.
+fn check_drawn(what: &str, limit: u64) -> Result<usize> {
+    ensure!(
+        limit <= SHAPES_MOST,
+        "{what} {limit} is more than the {SHAPES_MOST} shapes that are drawn at most"
+    );
+    Ok(limit as usize)
 }
 
 fn too_much_validation(validation: u64, train: u64) -> anyhow::Error {
@@ -163,13 +169,11 @@ impl DataConfig {
             warn_of_other_sizes(dir, &data);
             return Ok(data);
         }
+        // Of a run that is resumed they come from its file.
         let (train, test) = (self.train_limit, self.test_limit);
-        let size = |limit: Option<u64>, default| limit.unwrap_or(default) as usize;
-        Ok(shapes::train_test(
-            SHAPES_SEED,
-            size(train, SHAPES_TRAIN),
-            size(test, SHAPES_TEST),
-        ))
+        let train = check_drawn("train_limit", train.unwrap_or(SHAPES_TRAIN))?;
+        let test = check_drawn("test_limit", test.unwrap_or(SHAPES_TEST))?;
+        Ok(shapes::train_test(SHAPES_SEED, train, test))
     }
 
     /// Reads or draws the pictures, fetching them first where they are missing, and splits them.
@@ -357,6 +361,11 @@ mod tests {
             arguments.test_limit = Some(limit);
             let error = arguments.resolve().unwrap_err();
             assert!(error.to_string().contains("--test-limit"), "{error}");
+            // Of a file.
+            let mut config = shapes(100, 0).resolve().unwrap();
+            config.test_limit = Some(limit);
+            let error = config.load(0).unwrap_err();
+            assert!(error.to_string().starts_with("test_limit"), "{error}");
         }
     }
 

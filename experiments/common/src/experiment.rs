@@ -17,9 +17,9 @@ use crate::data::DataConfig;
 use crate::launch::{launch, watch_launcher};
 use crate::logging::start_logging;
 use crate::memory::keep_freed_pages;
-use crate::parallel::Role;
+use crate::parallel::{Role, rank, speak_as_rank};
 use crate::profile::Profile;
-use crate::progress::{lost_result, print, say};
+use crate::progress::{lost_result, print, print_always, say};
 use crate::session::{Session, print_finished};
 
 /// Everything that decides what a run computes: the contents of `config.json`. `M` holds the
@@ -118,6 +118,7 @@ pub fn run_experiment<E: Experiment>(
     parse: impl FnOnce() -> Result<Action<E::Request>>,
 ) -> ExitCode {
     keep_freed_pages();
+    speak_as_rank();
     watch_launcher();
     let act = |action: Action<E::Request>| {
         let profile = action.is_profiled().then(Profile::default);
@@ -138,8 +139,8 @@ pub fn conclude(outcome: Result<ExitCode>) -> ExitCode {
 
 /// Prints an error as the last word of a program.
 fn fail(error: &anyhow::Error) -> ExitCode {
-    match Role::from_environment() {
-        Ok(Role::Rank(ranks)) if ranks.rank == 0 => say(&format!("[rank 0] error: {error:#}")),
+    match rank() {
+        Some(0) => say(&format!("[rank 0] error: {error:#}")),
         _ => say(&format!("error: {error:#}")),
     }
     ExitCode::FAILURE
@@ -157,7 +158,8 @@ impl<R> Action<R> {
 fn act<E: Experiment>(action: Action<E::Request>, profile: Option<&Profile>) -> Result<ExitCode> {
     match action {
         Action::Summary(request) => {
-            print(&E::summary(&request)?);
+            // Every process that is asked for it shows it, whatever its rank.
+            print_always(&E::summary(&request)?);
             Ok(ExitCode::SUCCESS)
         }
         Action::Start { config, out, .. } => start::<E>(*config, &out, profile),
@@ -171,13 +173,14 @@ fn start<E: Experiment>(
     profile: Option<&Profile>,
 ) -> Result<ExitCode> {
     let role = Role::of(&config.compute)?;
+    // Before the processes wait for each other.
+    let (processes, batch_size) = (role.processes(), config.training.batch_size);
+    ensure!(
+        processes <= batch_size,
+        "cannot share out a batch of {batch_size} pictures among {processes} processes: start at most \
+         {batch_size}, or give a larger --batch-size"
+    );
     if let Role::Launcher { processes } = role {
-        let batch_size = config.training.batch_size;
-        ensure!(
-            processes <= batch_size,
-            "cannot share out a batch of {batch_size} pictures among {processes} processes: start at most \
-             {batch_size}, or give a larger --batch-size"
-        );
         return launch(processes);
     }
     // Only the record has the folder as it is found from anywhere.

@@ -1,7 +1,7 @@
 //! Processes that train one network together: who this one is, and how it joins the others.
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -106,13 +106,25 @@ impl Role {
     }
 }
 
-/// This process' number where it is not the first of several; such a process prints no results.
+/// This process' number where it is one of several that train together.
+static RANK: OnceLock<usize> = OnceLock::new();
+
+/// Has this process speak as one of several, where the environment says so. A program that trains begins with it; any other is the only
+/// one of its kind, whatever a launcher has left in the environment.
+pub(crate) fn speak_as_rank() {
+    if let Ok(Role::Rank(ranks)) = Role::from_environment() {
+        let _ = RANK.set(ranks.rank);
+    }
+}
+
+/// The number that [`speak_as_rank`] found.
+pub(crate) fn rank() -> Option<usize> {
+    RANK.get().copied()
+}
+
+/// The same where it is not that of the first; such a process prints no results.
 pub(crate) fn later_rank() -> Option<usize> {
-    static RANK: LazyLock<Option<usize>> = LazyLock::new(|| match Role::from_environment() {
-        Ok(Role::Rank(ranks)) if ranks.rank > 0 => Some(ranks.rank),
-        _ => None,
-    });
-    *RANK
+    rank().filter(|&rank| rank > 0)
 }
 
 /// Joins the others, who must have the same `facts`; None for a process that is alone.
@@ -131,11 +143,12 @@ pub(crate) fn connect(
         facts,
         ..Options::default()
     };
-    if let Ok(text) = std::env::var(TIMEOUT) {
+    if let Some(text) = std::env::var_os(TIMEOUT) {
+        let text = text.to_string_lossy();
         let seconds = text.parse().ok().filter(|&seconds: &u64| seconds > 0);
         let seconds = seconds.with_context(|| {
             format!(
-                "the environment variable {TIMEOUT} is {text:?}; it must be a number of seconds"
+                "the environment variable {TIMEOUT} is {text:?}; it must be a whole number of seconds, at least 1"
             )
         })?;
         options.timeout = Duration::from_secs(seconds);

@@ -29,9 +29,13 @@ static TO_A_TERMINAL: LazyLock<bool> = LazyLock::new(|| io::stdout().is_terminal
 /// neither does a full disk, which [`conclude`](crate::conclude) tells of at the end. Of processes that train together only the
 /// first prints.
 pub fn print(line: &str) {
-    if later_rank().is_some() {
-        return;
+    if later_rank().is_none() {
+        print_always(line);
     }
+}
+
+/// As [`print`], for every process.
+pub(crate) fn print_always(line: &str) {
     let to_a_terminal = *TO_A_TERMINAL;
     beside_bars(|| {
         let mut out = io::stdout().lock();
@@ -53,9 +57,10 @@ pub(crate) fn lost_result() -> Option<&'static io::Error> {
 /// says which one it is.
 pub fn say(line: &str) {
     let who = later_rank().map(|rank| format!("[rank {rank}] "));
-    let who = who.unwrap_or_default();
+    // At once, so that lines of several processes do not run into each other.
+    let line = format!("{}{line}\n", who.unwrap_or_default());
     beside_bars(|| {
-        let _ = writeln!(io::stderr(), "{who}{line}");
+        let _ = io::stderr().write_all(line.as_bytes());
     });
 }
 

@@ -1,6 +1,7 @@
 //! One process' share of a run, from its device to its exit code.
 
 use std::borrow::Cow;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -117,7 +118,7 @@ impl<'a> Session<'a> {
         progress.end();
         let outcome = outcome.map_err(|error| match is_of_the_machine(&error) {
             true => anyhow!(
-                "{:#}. The run goes on from what it has saved with\n  {}",
+                "{:#}. Once that is mended, the run goes on with\n  {}",
                 advised(error),
                 resume_command(&experiment, &dir)
             ),
@@ -149,7 +150,8 @@ impl<'a> Session<'a> {
 fn is_of_the_machine(error: &Error) -> bool {
     use data_parallel::Error::{Lost, Silent, Stuck};
     match error {
-        Error::Io { .. } => true,
+        // What is gone does not come back.
+        Error::Io { source, .. } => source.kind() != ErrorKind::NotFound,
         Error::Group(error) => matches!(error, Lost { .. } | Silent { .. } | Stuck { .. }),
         _ => false,
     }
@@ -213,9 +215,15 @@ mod tests {
         let disk = Error::Io {
             action: "write",
             path: "metrics.csv".into(),
-            source: std::io::ErrorKind::StorageFull.into(),
+            source: ErrorKind::StorageFull.into(),
         };
         assert!(is_of_the_machine(&disk));
+        let gone = Error::Io {
+            action: "open",
+            path: "metrics.csv".into(),
+            source: ErrorKind::NotFound.into(),
+        };
+        assert!(!is_of_the_machine(&gone));
         let gone = data_parallel::Error::Lost {
             rank: 1,
             during: "all_reduce_sum",

@@ -440,6 +440,12 @@ fn a_test_set_is_evaluated_class_by_class() {
                 .and(contains("  100.00 % of 4\n"))
                 .and(contains(format!("0.00 % of 4, 100.0 % taken for {class}"))),
         );
+    // It trains with nobody, whatever a launcher has left in the environment.
+    let mut rank = predict(&weights);
+    rank.envs([("RANK", "1"), ("WORLD_SIZE", "2")]);
+    rank.envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")]);
+    rank.args(["--evaluate", "shapes", "--test-limit", "40"]);
+    rank.assert().success().stdout(contains("(4 of 40)"));
     let run = evaluate("--evaluate shapes --test-limit 40 --json").success();
     // Nothing else is on standard output.
     let [line] = &json_lines(&run)[..] else {

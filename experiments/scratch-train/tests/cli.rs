@@ -460,6 +460,11 @@ fn the_summary_shows_the_network_and_trains_nothing() {
     let shown = output(program("--summary"));
     assert!(shown.status.success());
     assert!(text(&shown).contains("5,864,762"), "{}", text(&shown));
+    // A rank that is not the first shows it, too.
+    let mut rank = program("--summary");
+    rank.envs([("RANK", "1"), ("WORLD_SIZE", "2")]);
+    rank.envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")]);
+    assert_eq!(output(rank).stdout, shown.stdout);
 }
 
 #[cfg(unix)]
@@ -645,7 +650,9 @@ fn a_run_whose_metrics_are_gone_is_refused_and_none_are_made() {
     let (_out, run) = finished();
     remove(&run, &["finished.json", "metrics.jsonl"]);
     let before = files(&run);
-    assert_refused(resume(&run), "metrics.jsonl");
+    let said = assert_refused(resume(&run), "metrics.jsonl");
+    // The command that was just given does not help.
+    assert!(!said.contains("--resume"), "{said}");
     assert_eq!(files(&run), before);
 }
 

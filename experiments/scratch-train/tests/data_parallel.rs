@@ -207,7 +207,7 @@ fn a_rank_that_finds_no_other_gives_up_after_the_seconds_that_the_environment_sa
     let unreachable = format!("could not reach rank 0 at 127.0.0.1:{port} within 1 s");
     refused("1", &unreachable);
     for timeout in ["0", "-1", "x", ""] {
-        let reason = format!("DATA_PARALLEL_TIMEOUT is {timeout:?}; it must be a number of");
+        let reason = format!("DATA_PARALLEL_TIMEOUT is {timeout:?}; it must be a whole number of");
         refused(timeout, &reason);
     }
 }
@@ -247,6 +247,8 @@ fn environments_and_flags_without_sense_are_refused() {
             (0, 2),
             "--processes 3 does not fit the environment",
         ),
+        // Nobody waits for them.
+        ("", (0, 1_000_000_000_000), "cannot share out a batch of"),
     ];
     for (arguments, place, expected) in cases {
         let output = rank(arguments, out.path(), place, 1)
