@@ -253,63 +253,6 @@ pub(crate) fn transpose<T: Element>(
     unsafe { (kernels.transpose)(&args) }
 }
 
-/// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.
-#[allow(clippy::too_many_arguments)]
-fn gather<T: Element>(
-    kernels: &Kernels<T>,
-    rows: &[*const T],
-    taps: &[Tap],
-    channels: usize,
-    weight: &PackedWeight<T>,
-    init: &[T],
-    relu: bool,
-    out: &mut [T],
-) {
-    let height = kernels.height;
-    let weight_rows = taps.len() * channels;
-    // What the tiles rely on, once for all of them; the rows are looked at where they are listed.
-    assert!(rows.len().is_multiple_of(height));
-    assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
-    assert!(taps.iter().all(|tap| tap.number < taps.len()));
-    for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
-        let width = panel.vectors * kernels.lanes;
-        assert!(panel.start + width <= weight.width);
-        assert!(weight.data.len() >= offset + weight_rows * width);
-    }
-    let tiles = rows.len() / height;
-    for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
-        let width = panel.vectors * kernels.lanes;
-        let ahead_step = width.div_ceil(tiles.max(1));
-        for (tile, rows) in rows.chunks_exact(height).enumerate() {
-            let args = Gather {
-                rows: rows.as_ptr(),
-                next_rows: rows.as_ptr(),
-                taps: taps.as_ptr(),
-                tap_count: taps.len(),
-                channels,
-                panel: weight.data[offset..].as_ptr(),
-                // The next panel lies behind this one.
-                ahead: weight.data[offset..]
-                    .as_ptr()
-                    .wrapping_add(weight_rows * (width + tile * ahead_step)),
-                ahead_step,
-                init: init[panel.start..].as_ptr(),
-                init_stride: 0,
-                relu,
-                out: out[tile * height * weight.width + panel.start..].as_mut_ptr(),
-                out_stride: weight.width,
-            };
-            // SAFETY: `rows` holds `height` pointers into a buffer laid out by
-            // `Window`, where every tap of every output pixel is inside, as
-            // `Scratch::prepare` has asserted; the panel holds `width` weights
-            // for each of these taps and channels, and ends inside of
-            // `weight.width`, of which `init` holds one and `out` one for each
-            // row: asserted above. The kernels are available.
-            unsafe { kernels.gather[panel.vectors - 1](&args) };
-        }
-    }
-}
-
 /// Buffers that a task keeps from one group of images to the next.
 struct Scratch<T> {
     image: Vec<T>,
@@ -386,20 +329,69 @@ impl<T: Element> GatherPass<T> {
         scratch.prepare(kernels, window, taps, from, kernels.height);
         let Scratch { rows, out, .. } = scratch;
         out.resize(rows.len() * weight.width, T::ZERO);
-        gather(
-            kernels,
-            rows,
-            taps,
-            window.channels,
-            weight,
-            &self.init,
-            self.relu,
-            out,
-        );
+        // SAFETY: `prepare` has listed the rows in `scratch.image`, which it has laid out by this window, and has asserted
+        // that all taps of every row lie inside.
+        unsafe { self.gather(rows, out) };
         let pixels = window.output_pixels();
         for (image, planes) in to.chunks_exact_mut(c_out * pixels).enumerate() {
             let out = &out[image * pixels * weight.width..];
             transpose(kernels, out, weight.width, (pixels, *c_out), planes, pixels);
+        }
+    }
+
+    /// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.
+    ///
+    /// # Safety
+    /// At the offset of every tap from each of `rows`, as many elements are readable as the window has channels.
+    unsafe fn gather(&self, rows: &[*const T], out: &mut [T]) {
+        let Self {
+            kernels,
+            taps,
+            weight,
+            init,
+            ..
+        } = self;
+        let channels = self.window.channels;
+        let height = kernels.height;
+        let weight_rows = taps.len() * channels;
+        // What the tiles rely on besides the rows, once for all of them.
+        assert!(rows.len().is_multiple_of(height));
+        assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
+        assert!(taps.iter().all(|tap| tap.number < taps.len()));
+        for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
+            let width = panel.vectors * kernels.lanes;
+            assert!(panel.start + width <= weight.width);
+            assert!(weight.data.len() >= offset + weight_rows * width);
+        }
+        let tiles = rows.len() / height;
+        for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
+            let width = panel.vectors * kernels.lanes;
+            let ahead_step = width.div_ceil(tiles.max(1));
+            for (tile, rows) in rows.chunks_exact(height).enumerate() {
+                let args = Gather {
+                    rows: rows.as_ptr(),
+                    next_rows: rows.as_ptr(),
+                    taps: taps.as_ptr(),
+                    tap_count: taps.len(),
+                    channels,
+                    panel: weight.data[offset..].as_ptr(),
+                    // The next panel lies behind this one.
+                    ahead: weight.data[offset..]
+                        .as_ptr()
+                        .wrapping_add(weight_rows * (width + tile * ahead_step)),
+                    ahead_step,
+                    init: init[panel.start..].as_ptr(),
+                    init_stride: 0,
+                    relu: self.relu,
+                    out: out[tile * height * weight.width + panel.start..].as_mut_ptr(),
+                    out_stride: weight.width,
+                };
+                // SAFETY: what lies at the taps of these `height` rows is readable, by the
+                // caller's promise; the panel holds `width` weights for each of the taps and
+                // channels, and ends inside of `weight.width`, of which `init` holds one and
+                // `out` one for each row: asserted above. The kernels are available.
+                unsafe { kernels.gather[panel.vectors - 1](&args) };
+            }
         }
     }
 }
@@ -742,81 +734,75 @@ mod tests {
 
     use super::*;
 
-    /// A convolution of 1 image of 3 channels by 20 kernels of 2 × 2, as `spoil` leaves what the tiles get.
-    fn gathered(spoil: impl FnOnce(&mut Parts)) -> bool {
+    /// How many rows and results the tiles are given.
+    struct Given {
+        rows: usize,
+        out: usize,
+    }
+
+    /// Whether a convolution of 1 image of 3 channels by 20 kernels of 2 × 2 runs, as `spoil` leaves it and what the tiles get.
+    fn gathered(spoil: impl FnOnce(&mut GatherPass<f32>, &mut Given)) -> bool {
         let kernels = <f32 as crate::simd::KernelTable>::kernels(Isa::detect());
         let g = super::super::tests::geometry(1, (3, 20), (5, 6), (2, 2), Default::default());
         let g = g.unwrap();
         let window = Window::forward(&g);
         let weight = vec![1.0; 20 * 3 * 4];
-        let packed = PackedWeight::new(&weight, (4, 20, 3), kernels, Vec::new());
-        let mut parts = Parts {
-            taps: window.taps(&g),
+        let weight = PackedWeight::new(&weight, (4, 20, 3), kernels, Vec::new());
+        let mut pass = GatherPass {
+            kernels,
             window,
-            init: packed.width,
-            out: 0,
-            drop_rows: 0,
-            packed,
+            taps: window.taps(&g),
+            init: vec![0.0; weight.width],
+            weight,
+            relu: true,
+            c_out: 20,
         };
         let mut scratch = Scratch::default();
         let planes = vec![1.0; 3 * 30];
-        let all = parts.taps.clone();
-        scratch.prepare(kernels, &window, &all, &planes, kernels.height);
-        parts.out = scratch.rows.len() * parts.packed.width;
-        spoil(&mut parts);
+        scratch.prepare(kernels, &window, &pass.taps, &planes, kernels.height);
+        let rows = scratch.rows.len();
+        let mut given = Given {
+            rows,
+            out: rows * pass.weight.width,
+        };
+        spoil(&mut pass, &mut given);
         // Longer than what the tiles get, so that nothing is harmed where they do not refuse it.
-        let (init, mut out) = (vec![0.0; 64], vec![0.0; 2 * parts.out + 1024]);
+        let mut out = vec![0.0; 2 * given.out + 1024];
         let run = || {
-            scratch.prepare(kernels, &parts.window, &parts.taps, &planes, kernels.height);
-            let rows = &scratch.rows[..scratch.rows.len() - parts.drop_rows];
-            let (init, out) = (&init[..parts.init], &mut out[..parts.out]);
-            gather(
-                kernels,
-                rows,
-                &parts.taps,
-                3,
-                &parts.packed,
-                init,
-                true,
-                out,
-            );
+            scratch.prepare(kernels, &pass.window, &pass.taps, &planes, kernels.height);
+            // SAFETY: as in `GatherPass::run`.
+            unsafe { pass.gather(&scratch.rows[..given.rows], &mut out[..given.out]) };
         };
         catch_unwind(AssertUnwindSafe(run)).is_ok()
     }
 
-    struct Parts {
-        window: Window,
-        taps: Vec<Tap>,
-        packed: PackedWeight<f32>,
-        init: usize,
-        out: usize,
-        drop_rows: usize,
-    }
-
     #[test]
     fn what_the_tiles_rely_on_is_asserted_before_they_run() {
-        assert!(gathered(|_| ()));
-        assert!(!gathered(|parts| parts.out -= 1), "results");
-        assert!(!gathered(|parts| parts.init -= 1), "start values");
-        assert!(!gathered(|parts| parts.drop_rows = 1), "rows of a tile");
+        assert!(gathered(|_, _| ()));
+        assert!(!gathered(|_, given| given.out -= 1), "results");
+        assert!(!gathered(|_, given| given.rows -= 1), "rows of a tile");
         assert!(
-            !gathered(|parts| parts.taps[0].number = 4),
+            !gathered(|pass, _| pass.init.truncate(pass.weight.width - 1)),
+            "start values"
+        );
+        assert!(
+            !gathered(|pass, _| pass.taps[0].number = 4),
             "a tap's number"
         );
         assert!(
-            !gathered(|parts| parts.taps[3].offset += 3),
+            !gathered(|pass, _| pass.taps[3].offset += 3),
             "a tap's place"
         );
         assert!(
-            !gathered(|parts| parts.window.stride.1 = 2),
+            !gathered(|pass, _| pass.window.stride.1 = 2),
             "a pixel's place"
         );
         assert!(
-            !gathered(|parts| *parts.packed.offsets.last_mut().unwrap() += 1),
+            !gathered(|pass, _| *pass.weight.offsets.last_mut().unwrap() += 1),
             "weights"
         );
         assert!(
-            !gathered(|parts| parts.packed.width -= 1),
+            !gathered(|pass, _| pass.weight.width -= 1),
             "a panel's place"
         );
     }
