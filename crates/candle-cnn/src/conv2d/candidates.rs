@@ -51,11 +51,11 @@ impl<C> Candidates<C> {
     }
 
     /// Leaves out those that deviate by more than `most`, up to the first that does not, or of which nothing is known. Where none is
-    /// left, the one that deviates least comes back, if that is by no more than `or_else`, and this returns by how much.
+    /// left, the one that deviates least comes back, if that is by no more than `last_resort`, and this returns by how much.
     pub(super) fn admit(
         &mut self,
         most: f64,
-        or_else: f64,
+        last_resort: f64,
         mut try_out: impl FnMut(&C) -> Trial,
     ) -> Option<f64> {
         self.admitted = true;
@@ -75,7 +75,7 @@ impl<C> Candidates<C> {
         let deviations = self.left_out.iter().map(|(_, by)| *by).enumerate();
         let (least, by) = deviations
             .min_by(|(_, a), (_, b)| a.total_cmp(b))
-            .filter(|(_, by)| *by <= or_else)?;
+            .filter(|(_, by)| *by <= last_resort)?;
         self.waiting.push(self.left_out.swap_remove(least).0);
         Some(by)
     }
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     const MOST: f64 = 1.0;
-    const OR_ELSE: f64 = 10.0;
+    const LAST_RESORT: f64 = 10.0;
 
     /// Candidates that are their own trials.
     fn on_trial(trials: &[Trial]) -> Candidates<Trial> {
@@ -191,7 +191,7 @@ mod tests {
         ]);
         assert!(candidates.needs_trial());
         let mut tried = 0;
-        let admitted = candidates.admit(MOST, OR_ELSE, |trial| {
+        let admitted = candidates.admit(MOST, LAST_RESORT, |trial| {
             tried += 1;
             *trial
         });
@@ -201,7 +201,7 @@ mod tests {
         // One that refuses later is replaced by another, which is tried out as well.
         candidates.refused();
         assert!(candidates.needs_trial());
-        assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, LAST_RESORT, |trial| *trial), None);
         assert_eq!(next_deviation(&candidates), Some(0.5));
     }
 
@@ -212,12 +212,15 @@ mod tests {
         let trials = [3.0, f64::INFINITY, 2.0].map(Deviates);
         let mut candidates = on_trial(&[trials.as_slice(), &[Refused]].concat());
         for least in [2.0, 3.0] {
-            assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), Some(least));
+            assert_eq!(
+                candidates.admit(MOST, LAST_RESORT, |trial| *trial),
+                Some(least)
+            );
             assert!(!candidates.needs_trial());
             assert!(candidates.next().is_some());
             candidates.refused();
         }
-        assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, LAST_RESORT, |trial| *trial), None);
         assert!(candidates.next().is_none());
     }
 
@@ -232,7 +235,7 @@ mod tests {
     #[test]
     fn one_that_cannot_be_tried_out_is_taken() {
         let mut candidates = on_trial(&[Trial::Unknown, Trial::Deviates(0.0)]);
-        assert_eq!(candidates.admit(MOST, OR_ELSE, |trial| *trial), None);
+        assert_eq!(candidates.admit(MOST, LAST_RESORT, |trial| *trial), None);
         assert!(matches!(candidates.next(), Some(Trial::Unknown)));
     }
 }

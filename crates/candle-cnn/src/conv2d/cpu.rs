@@ -169,7 +169,7 @@ impl Window {
 
     /// Lays one image's planes out as pixels of channels.
     fn fill<T: Element>(&self, kernels: &Kernels<T>, planes: &[T], buffer: &mut [T]) {
-        let pixels = self.output_pixels_of_source();
+        let pixels = self.source_pixels();
         if self.is_dense() {
             let sizes = (self.channels, pixels);
             return transpose(kernels, planes, pixels, sizes, buffer, self.channels);
@@ -198,7 +198,7 @@ impl Window {
         }
     }
 
-    fn output_pixels_of_source(&self) -> usize {
+    fn source_pixels(&self) -> usize {
         self.source.0 * self.source.1
     }
 
@@ -283,7 +283,7 @@ impl<T: Element> Scratch<T> {
     ) {
         let buffer_len = window.buffer_len();
         assert!(window.end(taps) <= buffer_len);
-        let source_len = window.channels * window.output_pixels_of_source();
+        let source_len = window.channels * window.source_pixels();
         self.image
             .resize(planes.len() / source_len * buffer_len, T::ZERO);
         self.rows.clear();

@@ -39,7 +39,8 @@ use candle_core::{DType, Result};
 
 use super::candidates::{Candidates, Timing, Trial, best_in_graph, by_time, in_graphs_if_any};
 use super::plan::{
-    DescriptorNumbers, Epilogue, MemoryFormat, Pass, PlanKey, Turns, common_alignment, strides,
+    DescriptorNumbers, EngineQuota, Epilogue, MemoryFormat, Pass, PlanKey, common_alignment,
+    strides,
 };
 use super::{OP, exactness};
 use crate::cuda::cudnn::{Cudnn, address, data_type, failed};
@@ -267,12 +268,12 @@ impl Plan {
             );
             return Ok(());
         }
-        let or_else = match key.epilogue.is_nothing() {
-            true => exactness::WRONG,
+        let last_resort = match key.epilogue.is_nothing() {
+            true => exactness::MAX_LAST_RESORT_DEVIATION,
             // The pass without what follows is the better last resort.
-            false => exactness::MOST,
+            false => exactness::MAX_DEVIATION,
         };
-        let least = candidates.admit(exactness::MOST, or_else, |candidate| {
+        let least = candidates.admit(exactness::MAX_DEVIATION, last_resort, |candidate| {
             try_out(cudnn, key, candidate)
         });
         if let Some((deviation, candidate)) = least.zip(candidates.next()) {
@@ -361,14 +362,14 @@ fn planned(
     most_of_one: usize,
 ) -> Described<(Vec<Candidate>, Vec<Candidate>)> {
     let engines = engines(graph, mode)?;
-    let mut turns = Turns::new(most_of_one);
+    let mut quota = EngineQuota::new(most_of_one);
     let (mut within, mut beyond) = (Vec::new(), Vec::new());
     for engine in engines.iter().filter(|engine| engine.notes.suit(key)) {
         if within.len() == most {
             break;
         }
         // cuDNN may refuse one in spite of having named it.
-        if turns.take(engine.index)
+        if quota.take(engine.index)
             && let Ok(plan) = engine.plan()
         {
             let fits = plan.workspace <= key.workspace_limit;
@@ -579,7 +580,7 @@ fn try_out(cudnn: &mut Cudnn, key: &PlanKey, candidate: &Candidate) -> Trial {
     match deviation {
         Ok(deviation) => {
             tracing::debug!(engine, deviation, "conv2d: {key}");
-            if deviation > exactness::MOST {
+            if deviation > exactness::MAX_DEVIATION {
                 tracing::info!(
                     "conv2d: engine {engine} is left out: it deviates by {deviation:.1e}, although cuDNN does not say \
                      that it rounds f32, for {key}"

@@ -245,23 +245,24 @@ impl Notes {
     }
 }
 
-/// Counts how often each engine has had its turn: settings of one engine are often alike.
-pub(super) struct Turns {
+/// Lets each engine be a candidate only so many times: its settings are often alike.
+pub(super) struct EngineQuota {
     most: usize,
-    of_each: HashMap<i64, usize>,
+    taken: HashMap<i64, usize>,
 }
 
-impl Turns {
+impl EngineQuota {
+    /// A quota of `most` candidates for each engine.
     pub(super) fn new(most: usize) -> Self {
         Self {
             most,
-            of_each: HashMap::new(),
+            taken: HashMap::new(),
         }
     }
 
-    /// Whether the engine has another turn, which this is.
+    /// Takes one of the engine's quota; `false` where none is left.
     pub(super) fn take(&mut self, engine: i64) -> bool {
-        let taken = self.of_each.entry(engine).or_insert(0);
+        let taken = self.taken.entry(engine).or_insert(0);
         *taken += 1;
         *taken <= self.most
     }
@@ -542,9 +543,9 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_has_so_many_turns_and_the_others_have_theirs() {
-        let mut turns = Turns::new(2);
-        let taken = [1, 1, 1, 2, 1, 3].map(|engine| turns.take(engine));
+    fn an_engine_has_its_quota_and_the_others_have_theirs() {
+        let mut quota = EngineQuota::new(2);
+        let taken = [1, 1, 1, 2, 1, 3].map(|engine| quota.take(engine));
         assert_eq!(taken, [true, true, false, true, false, true]);
     }
 
