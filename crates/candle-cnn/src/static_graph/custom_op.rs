@@ -1,5 +1,6 @@
 //! A pass through a graph, and its parameters, as operations of Candle's.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
@@ -28,8 +29,8 @@ pub(super) struct GraphOp {
     pub(super) gradients: Gradients,
     /// Where the forward pass leaves the moments of each convolution, empty where it has none.
     pub(super) statistics: Arc<Mutex<Vec<Vec<Moments>>>>,
-    /// The maps of the forward pass, where somebody needs a gradient.
-    pub(super) kept: Mutex<Option<KeptMaps>>,
+    /// The [`Maps`] of the forward pass, of the type of `dtype`.
+    pub(super) kept: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl CustomOp2 for GraphOp {
@@ -53,7 +54,7 @@ impl CustomOp2 for GraphOp {
                 .with_values(&self.parameters, |values| {
                     Ok(in_pool(|| pass.run(images, values, Keep::ForBackward)))
                 })?;
-            *lock(&self.kept) = output.maps.map(Keepable::keep);
+            *lock(&self.kept) = output.maps.map(|maps| Box::new(maps) as _);
             *lock(&self.statistics) = output.moments;
             let shape = Shape::from((batch, self.graph.nodes[self.graph.output].channels));
             Ok((T::to_cpu_storage_owned(output.features), shape))
@@ -70,7 +71,7 @@ impl CustomOp2 for GraphOp {
         let gradient = gradient.contiguous()?;
         let kept = lock(&self.kept).take();
         dispatch!(OP, self.dtype, T => {
-            let Some(maps) = kept.and_then(<T as Keepable>::take) else {
+            let Some(maps) = kept.and_then(|kept| kept.downcast::<Maps<T>>().ok()) else {
                 let expected = "one backward pass for each forward pass";
                 return Err(OpError::setting(OP, "backward", "a second one", expected));
             };
@@ -83,7 +84,7 @@ impl CustomOp2 for GraphOp {
             );
             let (d_images, d_parameters) = self.graph.with_values(&self.parameters, |values| {
                 with_slices::<T, _, _>(OP, [&gradient], |[gradient]| {
-                    Ok(in_pool(|| pass.run(maps, values, gradient)))
+                    Ok(in_pool(|| pass.run(*maps, values, gradient)))
                 })
             })?;
             let d_images = d_images.map(|d| Tensor::from_vec(d, images.shape(), images.device()));
@@ -156,35 +157,6 @@ impl CustomOp2 for Token {
 
 /// Gradients of the parameters, in order.
 pub(super) type Gradients = Arc<Mutex<Vec<Option<Tensor>>>>;
-
-pub(super) enum KeptMaps {
-    F32(Maps<f32>),
-    F64(Maps<f64>),
-}
-
-/// Wraps and unwraps the maps of an element type.
-trait Keepable: Sized {
-    fn keep(maps: Maps<Self>) -> KeptMaps;
-    fn take(kept: KeptMaps) -> Option<Maps<Self>>;
-}
-
-macro_rules! keep {
-    ($t:ty, $variant:ident) => {
-        impl Keepable for $t {
-            fn keep(maps: Maps<Self>) -> KeptMaps {
-                KeptMaps::$variant(maps)
-            }
-            fn take(kept: KeptMaps) -> Option<Maps<Self>> {
-                match kept {
-                    KeptMaps::$variant(maps) => Some(maps),
-                    _ => None,
-                }
-            }
-        }
-    };
-}
-keep!(f32, F32);
-keep!(f64, F64);
 
 /// A value that is only ever replaced whole, so that a panic elsewhere cannot have spoiled it.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
