@@ -5,6 +5,8 @@ use std::cell::RefCell;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
 
+use crate::thread_local::with_local;
+
 /// Parameters and their gradients.
 pub(crate) type Pairs = Vec<(Tensor, Tensor)>;
 
@@ -53,9 +55,10 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
 
 /// Runs `f`, and gives what was set aside meanwhile.
 pub(crate) fn setting_aside<R>(f: impl FnOnce() -> R) -> (R, Pairs) {
-    let _outer = Outer(SET_ASIDE.replace(Some(Pairs::new())));
-    let result = f();
-    (result, SET_ASIDE.take().unwrap_or_default())
+    with_local(&SET_ASIDE, Some(Pairs::new()), || {
+        let result = f();
+        (result, SET_ASIDE.take().unwrap_or_default())
+    })
 }
 
 /// Takes the gradient of a variable aside if [`backward`] runs; else, and without one, it comes back.
@@ -68,15 +71,6 @@ pub(crate) fn aside(parameter: &Tensor, gradient: Option<Tensor>) -> Option<Tens
         }
         _ => Some(gradient),
     })
-}
-
-/// What was set aside before, put back even where a backward pass panics.
-struct Outer(Option<Pairs>);
-
-impl Drop for Outer {
-    fn drop(&mut self) {
-        SET_ASIDE.set(self.0.take());
-    }
 }
 
 #[cfg(test)]

@@ -61,6 +61,7 @@ mod mode;
 mod relu;
 mod simd;
 mod static_graph;
+mod thread_local;
 mod window;
 
 pub use avg_pool2d::{AvgPool2dConfig, adaptive_avg_pool2d, avg_pool2d, global_avg_pool2d};

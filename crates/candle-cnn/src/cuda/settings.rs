@@ -1,7 +1,9 @@
 //! How exact, how repeatable and how large the computations on CUDA may be.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::sync::{PoisonError, RwLock};
+
+use crate::thread_local::with_local;
 
 /// How the factors of an f32 product are taken on CUDA; sums are f32 in either case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,7 +71,7 @@ impl Default for Settings {
 static SETTINGS: RwLock<Option<Settings>> = RwLock::new(None);
 
 thread_local! {
-    static SELDOM: Cell<bool> = const { Cell::new(false) };
+    static SELDOM: RefCell<bool> = const { RefCell::new(false) };
 }
 
 /// The settings in force.
@@ -78,7 +80,7 @@ pub fn settings() -> Settings {
         .read()
         .unwrap_or_else(PoisonError::into_inner)
         .unwrap_or_default();
-    settings.benchmark &= !SELDOM.get();
+    settings.benchmark &= !SELDOM.with_borrow(|seldom| *seldom);
     settings
 }
 
@@ -93,17 +95,7 @@ pub fn settings() -> Settings {
 /// assert!(settings().benchmark);
 /// ```
 pub fn without_benchmark<R>(f: impl FnOnce() -> R) -> R {
-    let _outer = Outer(SELDOM.replace(true));
-    f()
-}
-
-/// What was in force before, put back even where `f` panics.
-struct Outer(bool);
-
-impl Drop for Outer {
-    fn drop(&mut self) {
-        SELDOM.set(self.0);
-    }
+    with_local(&SELDOM, true, f)
 }
 
 /// Puts settings into force, for all threads, from the next operation on.

@@ -11,6 +11,7 @@ use super::{Dropout, OP};
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{Held, Launch, Operand, alloc, count, tensor};
 use crate::error::OpError;
+use crate::thread_local::with_local;
 
 const SOURCE: Source = Source {
     file: "dropout/kernels.cu",
@@ -27,17 +28,7 @@ thread_local! {
 /// So a CUDA graph that is launched again draws new masks, once `seed` holds another number. `seed` is u32 of shape (2)
 /// on the device, the lower half first. Same number, same mask as by `Mode`, on the CPU too.
 pub fn with_dropout_seed<R>(seed: &Tensor, f: impl FnOnce() -> R) -> R {
-    let _outer = Outer(DEVICE_SEED.replace(Some(seed.clone())));
-    f()
-}
-
-/// The seed set aside, put back even where `f` panics.
-struct Outer(Option<Tensor>);
-
-impl Drop for Outer {
-    fn drop(&mut self) {
-        DEVICE_SEED.set(self.0.take());
-    }
+    with_local(&DEVICE_SEED, Some(seed.clone()), f)
 }
 
 /// The tensor of the [`with_dropout_seed`] that runs.
