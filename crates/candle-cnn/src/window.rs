@@ -4,6 +4,52 @@ use candle_core::{Result, Tensor};
 
 use crate::error::OpError;
 
+/// The window that a pooling is asked for; each pair is vertical, then horizontal.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PoolWindow {
+    pub(crate) kernel_size: (usize, usize),
+    pub(crate) stride: (usize, usize),
+    pub(crate) padding: (usize, usize),
+    pub(crate) ceil_mode: bool,
+}
+
+impl PoolWindow {
+    /// Both axes of the window over planes of `size`: the vertical one, then the horizontal one.
+    ///
+    /// # Errors
+    /// No pixels, a kernel or stride of 0, more padding than half of the kernel, and a window that does not fit.
+    pub(crate) fn axes(self, op: &'static str, size: (usize, usize)) -> Result<(Axis, Axis)> {
+        let Self {
+            kernel_size: kernel,
+            stride,
+            padding,
+            ceil_mode,
+        } = self;
+        for (name, pair) in [("kernel_size", kernel), ("stride", stride)] {
+            if pair.0 == 0 || pair.1 == 0 {
+                return Err(OpError::setting(op, name, pair, "at least 1"));
+            }
+        }
+        if padding.0 > kernel.0 / 2 || padding.1 > kernel.1 / 2 {
+            // Otherwise a window could lie in the padding alone.
+            let expected = "at most half of the kernel size";
+            return Err(OpError::setting(op, "padding", padding, expected));
+        }
+        let vertical = Axis::new(size.0, kernel.0, stride.0, padding.0, ceil_mode);
+        let horizontal = Axis::new(size.1, kernel.1, stride.1, padding.1, ceil_mode);
+        match (vertical, horizontal) {
+            (Some(h), Some(w)) if size.0 > 0 && size.1 > 0 => Ok((h, w)),
+            _ => Err(OpError::Window {
+                op,
+                window: kernel,
+                input: size,
+                padding,
+            }
+            .into()),
+        }
+    }
+}
+
 /// One axis of a pooling window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Axis {
@@ -16,7 +62,7 @@ pub(crate) struct Axis {
 
 impl Axis {
     /// Counts the windows; `None` where not even one fits. The settings are
-    /// those that [`axes`] lets pass.
+    /// those that [`PoolWindow::axes`] lets pass.
     fn new(
         input: usize,
         kernel: usize,
@@ -68,18 +114,11 @@ pub(crate) struct Planes {
 }
 
 impl Planes {
-    pub(crate) fn new(
-        op: &'static str,
-        x: &Tensor,
-        kernel: (usize, usize),
-        stride: (usize, usize),
-        padding: (usize, usize),
-        ceil_mode: bool,
-    ) -> Result<Self> {
+    pub(crate) fn new(op: &'static str, x: &Tensor, window: PoolWindow) -> Result<Self> {
         let Ok((batch, channels, height, width)) = x.dims4() else {
             return Err(OpError::shape(op, "input", x, "(N, C, H, W)"));
         };
-        let (h, w) = axes(op, (height, width), kernel, stride, padding, ceil_mode)?;
+        let (h, w) = window.axes(op, (height, width))?;
         for (what, size) in [("input", (height, width)), ("output", (h.output, w.output))] {
             // What is counted of one plane must not overflow where there is none, either.
             let shape = [batch.max(1), channels.max(1), size.0, size.1];
@@ -103,42 +142,6 @@ impl Planes {
 
     pub(crate) fn output_shape(&self) -> (usize, usize, usize, usize) {
         (self.batch, self.channels, self.h.output, self.w.output)
-    }
-}
-
-/// Both axes of a window over planes of `size`: the vertical one, then the horizontal one.
-///
-/// # Errors
-/// No pixels, a kernel or stride of 0, more padding than half of the kernel, and a window that does not fit.
-pub(crate) fn axes(
-    op: &'static str,
-    size: (usize, usize),
-    kernel: (usize, usize),
-    stride: (usize, usize),
-    padding: (usize, usize),
-    ceil_mode: bool,
-) -> Result<(Axis, Axis)> {
-    for (name, pair) in [("kernel_size", kernel), ("stride", stride)] {
-        if pair.0 == 0 || pair.1 == 0 {
-            return Err(OpError::setting(op, name, pair, "at least 1"));
-        }
-    }
-    if padding.0 > kernel.0 / 2 || padding.1 > kernel.1 / 2 {
-        // Otherwise a window could lie in the padding alone.
-        let expected = "at most half of the kernel size";
-        return Err(OpError::setting(op, "padding", padding, expected));
-    }
-    let vertical = Axis::new(size.0, kernel.0, stride.0, padding.0, ceil_mode);
-    let horizontal = Axis::new(size.1, kernel.1, stride.1, padding.1, ceil_mode);
-    match (vertical, horizontal) {
-        (Some(h), Some(w)) if size.0 > 0 && size.1 > 0 => Ok((h, w)),
-        _ => Err(OpError::Window {
-            op,
-            window: kernel,
-            input: size,
-            padding,
-        }
-        .into()),
     }
 }
 

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
-use crate::window::{Axis, Planes};
+use crate::window::{Axis, Planes, PoolWindow};
 
 /// Window of an average pooling, vertical then horizontal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,6 +58,23 @@ impl AvgPool2dConfig {
             ..self
         }
     }
+
+    /// This window for what poolings share.
+    fn window(self) -> PoolWindow {
+        let Self {
+            kernel_size,
+            stride,
+            padding,
+            ceil_mode,
+            count_include_pad: _,
+        } = self;
+        PoolWindow {
+            kernel_size,
+            stride,
+            padding,
+            ceil_mode,
+        }
+    }
 }
 
 /// The mean of each window of `x` (N, C, H, W), as
@@ -78,17 +95,10 @@ impl AvgPool2dConfig {
 pub fn avg_pool2d(x: &Tensor, config: AvgPool2dConfig) -> Result<Tensor> {
     const OP: &str = "avg_pool2d";
     float_dtype(OP, &[x])?;
-    let AvgPool2dConfig {
-        kernel_size,
-        stride,
-        padding,
-        ceil_mode,
-        count_include_pad,
-    } = config;
-    let planes = Planes::new(OP, x, kernel_size, stride, padding, ceil_mode)?;
+    let planes = Planes::new(OP, x, config.window())?;
     let rule = |axis: Axis| Rule::Windows {
         axis,
-        count_include_pad,
+        count_include_pad: config.count_include_pad,
     };
     let pool = AvgPool2d::new(OP, rule(planes.h), rule(planes.w));
     x.contiguous()?.apply_op1(pool)

@@ -14,7 +14,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDTyp
 use crate::element::{dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
-use crate::window::{Axis, Planes};
+use crate::window::{Axis, Planes, PoolWindow};
 
 const OP: &str = "max_pool2d";
 
@@ -49,6 +49,22 @@ impl MaxPool2dConfig {
             ..self
         }
     }
+
+    /// This window for what poolings share.
+    pub(crate) fn window(self) -> PoolWindow {
+        let Self {
+            kernel_size,
+            stride,
+            padding,
+            ceil_mode,
+        } = self;
+        PoolWindow {
+            kernel_size,
+            stride,
+            padding,
+            ceil_mode,
+        }
+    }
 }
 
 /// The maximum of each window of `x` (N, C, H, W), as
@@ -75,13 +91,7 @@ impl MaxPool2dConfig {
 /// ```
 pub fn max_pool2d(x: &Tensor, config: MaxPool2dConfig) -> Result<Tensor> {
     float_dtype(OP, &[x])?;
-    let MaxPool2dConfig {
-        kernel_size,
-        stride,
-        padding,
-        ceil_mode,
-    } = config;
-    let planes = Planes::new(OP, x, kernel_size, stride, padding, ceil_mode)?;
+    let planes = Planes::new(OP, x, config.window())?;
     check_border(&planes)?;
     x.contiguous()?.apply_op1(MaxPool2d { planes })
 }

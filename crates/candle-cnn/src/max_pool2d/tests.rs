@@ -25,7 +25,8 @@ proptest! {
         ceil_mode: bool,
     ) {
         let x = tied("x", dims).unwrap();
-        let Ok(planes) = Planes::new(OP, &x, kernel, stride, padding, ceil_mode) else {
+        let window = PoolWindow { kernel_size: kernel, stride, padding, ceil_mode };
+        let Ok(planes) = Planes::new(OP, &x, window) else {
             return Ok(());
         };
         let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -10,7 +10,7 @@ use super::plan::Network;
 use super::{ALIGNMENT, OP, StaticGraph};
 use crate::error::OpError;
 use crate::max_pool2d::MaxPool2dConfig;
-use crate::window::{Axis, axes};
+use crate::window::Axis;
 
 /// What a node of the graph yields: a map (N, C, H, W).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,13 +165,7 @@ impl StaticGraphBuilder {
     /// A window that does not fit the padded input; what no memory holds.
     pub fn max_pool2d(&mut self, input: Node, config: MaxPool2dConfig) -> Result<Node> {
         let map = self.readable(input)?;
-        let MaxPool2dConfig {
-            kernel_size,
-            stride,
-            padding,
-            ceil_mode,
-        } = config;
-        let (h, w) = axes(OP, map.size, kernel_size, stride, padding, ceil_mode)?;
+        let (h, w) = config.window().axes(OP, map.size)?;
         let to = Map::new(map.channels, (h.output, w.output));
         map.check_elements(1)?;
         to.check_elements(1)?;
