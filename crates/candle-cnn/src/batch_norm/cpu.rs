@@ -13,7 +13,7 @@
 use rayon::prelude::*;
 
 use super::{Moments, Sizes};
-use crate::activation::{keep_positive, relu};
+use crate::activation::{Activation, keep_positive, relu};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
 
@@ -153,39 +153,46 @@ impl<T: Element> Affine<T> {
     }
 }
 
-/// [`Affine`] by channel, then ReLU where asked for.
+/// [`Affine`] by channel, then the activation.
 pub(super) fn apply<T: Element>(
     sizes: &Sizes,
     isa: Isa,
     x: &[T],
     affine: &[Affine<T>],
-    relu: bool,
+    activation: Activation,
 ) -> Vec<T> {
     let mut y = vec![T::ZERO; x.len()];
     map(sizes, &mut y, affine, |range, affine, y| {
-        apply_run(isa, &x[range], affine, relu, y);
+        apply_run(isa, &x[range], affine, activation, y);
     });
     y
 }
 
 multiversion! {
-    fn apply_run<T: Element>(x: &[T], affine: Channels<Affine<T>>, with_relu: bool, y: &mut [T]) = apply_run_body
+    fn apply_run<T: Element>(x: &[T], affine: Channels<Affine<T>>, activation: Activation, y: &mut [T]) = apply_run_body
 }
 
 #[inline(always)]
-fn apply_run_body<T: Element>(x: &[T], affine: Channels<Affine<T>>, with_relu: bool, y: &mut [T]) {
-    match (affine, with_relu) {
-        (Channels::One(a), false) => y.iter_mut().zip(x).for_each(|(y, &x)| *y = a.apply(x)),
-        (Channels::One(a), true) => y
+fn apply_run_body<T: Element>(
+    x: &[T],
+    affine: Channels<Affine<T>>,
+    activation: Activation,
+    y: &mut [T],
+) {
+    match (affine, activation) {
+        (Channels::One(a), Activation::Identity) => {
+            y.iter_mut().zip(x).for_each(|(y, &x)| *y = a.apply(x))
+        }
+        (Channels::One(a), Activation::Relu) => y
             .iter_mut()
             .zip(x)
             .for_each(|(y, &x)| *y = relu(a.apply(x))),
-        (Channels::Each(a), false) => {
+        (Channels::Each(a), Activation::Identity) => {
             for (y, (&x, a)) in y.iter_mut().zip(x.iter().zip(a)) {
                 *y = a.apply(x);
             }
         }
-        (Channels::Each(a), true) => {
+        (Channels::Each(a), Activation::Relu) => {
             for (y, (&x, a)) in y.iter_mut().zip(x.iter().zip(a)) {
                 *y = relu(a.apply(x));
             }
@@ -404,12 +411,12 @@ pub(super) fn input_gradient<T: Element>(
     (x, dy): (&[T], &[T]),
     numbers: &[InputGradient<T>],
     of_batch: bool,
-    relu: bool,
+    activation: Activation,
 ) -> Vec<T> {
     let mut dx = vec![T::ZERO; x.len()];
     map(sizes, &mut dx, numbers, |range, numbers, dx| {
         let of_run = (&x[range.clone()], &dy[range]);
-        input_gradient_run(isa, of_run, numbers, of_batch, relu, dx);
+        input_gradient_run(isa, of_run, numbers, of_batch, activation, dx);
     });
     dx
 }
@@ -419,7 +426,7 @@ multiversion! {
         of_run: (&[T], &[T]),
         numbers: Channels<InputGradient<T>>,
         of_batch: bool,
-        relu: bool,
+        activation: Activation,
         dx: &mut [T],
     ) = input_gradient_run_body
 }
@@ -429,23 +436,23 @@ fn input_gradient_run_body<T: Element>(
     (x, dy): (&[T], &[T]),
     numbers: Channels<InputGradient<T>>,
     of_batch: bool,
-    relu: bool,
+    activation: Activation,
     dx: &mut [T],
 ) {
     let values = dx.iter_mut().zip(x.iter().zip(dy));
-    match (numbers, relu) {
-        (Channels::One(n), false) => {
+    match (numbers, activation) {
+        (Channels::One(n), Activation::Identity) => {
             values.for_each(|(dx, (&x, &dy))| *dx = n.apply(x, dy, of_batch));
         }
-        (Channels::One(n), true) => {
+        (Channels::One(n), Activation::Relu) => {
             values.for_each(|(dx, (&x, &dy))| *dx = n.apply_masked(x, dy, of_batch));
         }
-        (Channels::Each(n), false) => {
+        (Channels::Each(n), Activation::Identity) => {
             for ((dx, (&x, &dy)), n) in values.zip(n) {
                 *dx = n.apply(x, dy, of_batch);
             }
         }
-        (Channels::Each(n), true) => {
+        (Channels::Each(n), Activation::Relu) => {
             for ((dx, (&x, &dy)), n) in values.zip(n) {
                 *dx = n.apply_masked(x, dy, of_batch);
             }

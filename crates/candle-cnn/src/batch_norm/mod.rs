@@ -369,8 +369,8 @@ impl BatchNorm {
         if let Source::Batch(cell) = &self.source {
             cell.get_or_init(|| cpu::moments(&self.sizes, isa, x));
         }
-        let relu = self.activation == Activation::Relu;
-        cpu::apply(&self.sizes, isa, x, &self.affine(weight, bias), relu)
+        let affine = self.affine(weight, bias);
+        cpu::apply(&self.sizes, isa, x, &affine, self.activation)
     }
 
     /// With x̂ = (x − mean)/σ: dbias = Σ dy, dweight = Σ dy·x̂ and, through the
@@ -386,8 +386,7 @@ impl BatchNorm {
     ) -> Gradients<T> {
         let moments = self.moments();
         let affine = self.affine(weight, bias);
-        let relu = self.activation == Activation::Relu;
-        let masks = relu.then_some(affine.as_slice());
+        let masks = (self.activation == Activation::Relu).then_some(affine.as_slice());
         // Of the corrections nothing is left with running statistics.
         let of_batch = matches!(self.source, Source::Batch(_));
         let sums = (needs.parameters || of_batch).then(|| {
@@ -412,7 +411,8 @@ impl BatchNorm {
                     }
                 })
                 .collect();
-            cpu::input_gradient(&self.sizes, isa, (x, dy), &numbers, of_batch, relu)
+            let activation = self.activation;
+            cpu::input_gradient(&self.sizes, isa, (x, dy), &numbers, of_batch, activation)
         });
         let narrow = |values: Vec<f64>| values.into_iter().map(T::real).collect();
         Gradients {

@@ -1,6 +1,7 @@
 //! The definition as plain loops in f64.
 
 use super::{Moments, Sizes};
+use crate::activation::Activation;
 
 impl Sizes {
     /// Positions of one channel's values.
@@ -27,21 +28,21 @@ pub(super) fn moments(sizes: &Sizes, x: &[f64]) -> Vec<Moments> {
         .collect()
 }
 
-/// `(x − mean)/σ · weight + bias`, then ReLU where asked for.
+/// `(x − mean)/σ · weight + bias`, then the activation.
 pub(super) fn forward(
     sizes: &Sizes,
     x: &[f64],
     (weight, bias): (&[f64], &[f64]),
     moments: &[Moments],
     eps: f64,
-    relu: bool,
+    activation: Activation,
 ) -> Vec<f64> {
     let mut y = vec![0.0; x.len()];
     for c in 0..sizes.channels {
         for i in sizes.channel(c) {
             let normalised = (x[i] - moments[c].mean) / (moments[c].variance + eps).sqrt();
             y[i] = normalised * weight[c] + bias[c];
-            if relu {
+            if activation == Activation::Relu {
                 y[i] = y[i].max(0.0);
             }
         }

@@ -166,9 +166,8 @@ fn check_against_plain_loops<T: Element>(isa: Isa, shape: [usize; 4], tolerance:
     };
     let moments = reference::moments(&sizes, &exact_x);
     for activation in [Activation::Identity, Activation::Relu] {
-        let relu = activation == Activation::Relu;
         let parameters = (exact_weight.as_slice(), exact_bias.as_slice());
-        let exact_y = reference::forward(&sizes, &exact_x, parameters, &moments, EPS, relu);
+        let exact_y = reference::forward(&sizes, &exact_x, parameters, &moments, EPS, activation);
         let op = BatchNorm {
             sizes,
             eps: EPS,
@@ -176,7 +175,7 @@ fn check_against_plain_loops<T: Element>(isa: Isa, shape: [usize; 4], tolerance:
             activation,
         };
         close("y", &op.forward(isa, &x, &weight, &bias), &exact_y);
-        let mask = relu.then_some(exact_y.as_slice());
+        let mask = (activation == Activation::Relu).then_some(exact_y.as_slice());
         let pair = (exact_x.as_slice(), exact_dy.as_slice());
         let (dx, dweight, dbias) =
             reference::backward(&sizes, pair, &exact_weight, &moments, EPS, mask);

@@ -22,7 +22,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{Conv2dGeometry, PackedWeight};
-use crate::activation::keep_positive;
+use crate::activation::{Activation, keep_positive};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, Transpose};
 
@@ -310,7 +310,7 @@ struct GatherPass<T: 'static> {
     weight: PackedWeight<T>,
     /// What the sums start from, `weight.width` values.
     init: Vec<T>,
-    relu: bool,
+    activation: Activation,
     /// Channels of the result.
     c_out: usize,
 }
@@ -382,7 +382,7 @@ impl<T: Element> GatherPass<T> {
                     ahead_step,
                     init: init[panel.start..].as_ptr(),
                     init_stride: 0,
-                    relu: self.relu,
+                    activation: self.activation,
                     out: out[tile * height * weight.width + panel.start..].as_mut_ptr(),
                     out_stride: weight.width,
                 };
@@ -409,7 +409,7 @@ pub(super) fn forward<T: Element>(
     x: &[T],
     weight: &[T],
     bias: Option<&[T]>,
-    relu: bool,
+    activation: Activation,
 ) -> Vec<T> {
     let kernels = T::kernels(isa);
     let window = Window::forward(g);
@@ -430,7 +430,7 @@ pub(super) fn forward<T: Element>(
         window,
         weight: packed,
         init,
-        relu,
+        activation,
         c_out: g.c_out,
     };
     let images = images_per_task(PIXELS_PER_TASK, g.batch, pixels);
@@ -472,7 +472,7 @@ pub(super) fn backward<T: Element>(
             taps: window.taps(g),
             weight: PackedWeight::turned(weight, (taps, g.c_out, g.c_in), kernels, Vec::new()),
             init: vec![T::ZERO; g.c_in.div_ceil(kernels.lanes) * kernels.lanes],
-            relu: false,
+            activation: Activation::Identity,
             c_out: g.c_in,
         }),
     };
@@ -754,7 +754,7 @@ mod tests {
             taps: window.taps(&g),
             init: vec![0.0; weight.width],
             weight,
-            relu: true,
+            activation: Activation::Relu,
             c_out: 20,
         };
         let mut scratch = Scratch::default();

@@ -429,13 +429,13 @@ impl Conv2d {
         weight: (&CpuStorage, &Layout),
         bias: Option<(&CpuStorage, &Layout)>,
     ) -> Result<(CpuStorage, Shape)> {
-        let relu = self.activation == Activation::Relu;
+        let (isa, activation) = (Isa::detect(), self.activation);
         let shape = self.geometry.output_shape();
         dispatch!(OP, self.dtype, T => {
             let x = slice::<T>(OP, x.0, x.1)?;
             let weight = slice::<T>(OP, weight.0, weight.1)?;
             let bias = bias.map(|(s, l)| slice::<T>(OP, s, l)).transpose()?;
-            let y = cpu::forward(&self.geometry, Isa::detect(), x, weight, bias, relu);
+            let y = cpu::forward(&self.geometry, isa, x, weight, bias, activation);
             Ok((T::to_cpu_storage_owned(y), shape))
         })
     }

@@ -83,7 +83,7 @@ fn check<T: Element>(g: &Conv2dGeometry, against: Against, tolerance: f64) {
         bias: true,
     };
     for isa in Isa::available() {
-        let y = cpu::forward(g, isa, &x, &weight, Some(&bias), false);
+        let y = cpu::forward(g, isa, &x, &weight, Some(&bias), Activation::Identity);
         let gradients = cpu::backward(g, isa, &x, &weight, None, &dy, all);
         let actual = [
             ("y", Some(y)),
@@ -206,8 +206,10 @@ fn fused_relu_keeps_the_sign_of_zero_in_every_instruction_set() -> Result<()> {
             let g = geometry(1, (1, c_out), (1, 7), (1, 1), Conv2dConfig::default())?;
             let (weight, bias) = (vec![T::real(1.0); c_out], vec![T::real(-0.0); c_out]);
             for isa in Isa::available() {
-                let y = cpu::forward(&g, isa, &x, &weight, Some(&bias), true);
-                let apart = cpu::forward(&g, isa, &x, &weight, Some(&bias), false);
+                let forward =
+                    |activation| cpu::forward(&g, isa, &x, &weight, Some(&bias), activation);
+                let y = forward(Activation::Relu);
+                let apart = forward(Activation::Identity);
                 for (at, (y, apart)) in y.iter().zip(apart).enumerate() {
                     let (y, expected) = (y.as_f64(), expected[at % 7]);
                     let relu = activation::relu(apart).as_f64();

@@ -19,6 +19,7 @@
 use super::Isa;
 use super::transpose::{self, Transpose};
 use super::vectors::*;
+use crate::activation::Activation;
 
 /// Widest panel, in vectors.
 pub(crate) const MAX_VECTORS: usize = 3;
@@ -56,7 +57,7 @@ pub(crate) struct Gather<T> {
     pub(crate) init: *const T,
     /// Elements between the start values of two rows: 0 where all have the same.
     pub(crate) init_stride: usize,
-    pub(crate) relu: bool,
+    pub(crate) activation: Activation,
     /// First row of the output tile.
     pub(crate) out: *mut T,
     /// Elements between output rows.
@@ -174,7 +175,10 @@ unsafe fn gather_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &G
         }
         for (i, row) in sums.iter().enumerate() {
             for (j, &sum) in row.iter().enumerate() {
-                let value = if args.relu { S::relu(sum) } else { sum };
+                let value = match args.activation {
+                    Activation::Identity => sum,
+                    Activation::Relu => S::relu(sum),
+                };
                 S::store(args.out.add(i * args.out_stride + j * S::LANES), value);
             }
         }

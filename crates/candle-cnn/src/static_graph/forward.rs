@@ -561,7 +561,7 @@ impl<'a, T: Element> Forward<'a, T> {
             padding: c.padding,
             weight: &packed.direct,
             start: Start::Values(start),
-            relu: activation == Activation::Relu,
+            activation,
             y: span.layout,
             y_channel: span.channel,
         };

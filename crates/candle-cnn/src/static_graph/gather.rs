@@ -4,6 +4,7 @@
 use super::ALIGNMENT;
 use super::arena::{MapLayout, Part};
 use super::winograd::WinogradPass;
+use crate::activation::Activation;
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Tap};
@@ -28,7 +29,7 @@ pub(super) struct GatherPass<'a, T: 'static> {
     pub(super) padding: usize,
     pub(super) weight: &'a PackedWeight<T>,
     pub(super) start: Start<'a, T>,
-    pub(super) relu: bool,
+    pub(super) activation: Activation,
     pub(super) y: MapLayout,
     pub(super) y_channel: usize,
 }
@@ -125,7 +126,7 @@ impl<'a, T: Element> GatherPass<'a, T> {
             padding: self.padding,
             weight,
             start: self.start,
-            relu: self.relu,
+            activation: self.activation,
             y: self.y,
             y_channel: self.y_channel,
         }
@@ -175,7 +176,7 @@ impl<'a, T: Element> GatherPass<'a, T> {
                     ahead_step,
                     init: std::ptr::null(),
                     init_stride: 0,
-                    relu: self.relu,
+                    activation: self.activation,
                     out: std::ptr::null_mut(),
                     out_stride: 0,
                 };

@@ -10,6 +10,7 @@ use super::backward::Backward;
 use super::forward::{Forward, Keep};
 use super::pass::{ParameterValues, Trains};
 use super::*;
+use crate::activation::Activation;
 use crate::element::Element;
 use crate::{
     Conv2dConfig, Conv2dGeometry, MaxPool2dConfig, RunningStatistics, batch_norm_relu_eval,
@@ -574,7 +575,7 @@ fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
             padding: 1,
             weight: &winograd::transform_weight(isa, &packed, Vec::new()),
             start: gather::Start::Values(&vec![0.0; c_out]),
-            relu: false,
+            activation: Activation::Identity,
             y: y_layout,
             y_channel: 32,
         }

@@ -14,7 +14,7 @@ use super::plan::Network;
 use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
 use super::winograd::WinogradOuterPass;
-use crate::activation::keep_positive;
+use crate::activation::{Activation, keep_positive};
 use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, images_per_task};
 use crate::element::Element;
 use crate::simd::{Isa, multiversion};
@@ -86,7 +86,7 @@ impl<T: Element> Prepared<'_, T> {
                 true => Start::Values(&self.zeros),
                 false => Start::Present,
             },
-            relu: false,
+            activation: Activation::Identity,
             y: forward.graph.gradient_layout(c.input),
             y_channel: 0,
         };

@@ -21,7 +21,7 @@ use super::ALIGNMENT;
 use super::arena::{MapLayout, Part};
 use super::gather::Start;
 use super::outer::turn_sums;
-use crate::activation::relu;
+use crate::activation::{Activation, relu};
 use crate::conv2d::{PackedWeight, panels};
 use crate::element::Element;
 use crate::simd::{Gather, Isa, Kernels, Outer, Tap, multiversion};
@@ -276,7 +276,7 @@ struct Finish<'a, T> {
     /// Elements from one product, and from one tile, to the next.
     strides: (usize, usize),
     start: Start<'a, T>,
-    relu: bool,
+    activation: Activation,
 }
 
 multiversion! {
@@ -309,7 +309,10 @@ fn output_body<T: Element>(finish: &Finish<'_, T>, from: &[T], y: &mut [T]) {
                     };
                     for i in 0..ALIGNMENT {
                         let value = pixels[row][column][i] + start[i];
-                        to[i] = if finish.relu { relu(value) } else { value };
+                        to[i] = match finish.activation {
+                            Activation::Identity => value,
+                            Activation::Relu => relu(value),
+                        };
                     }
                 }
             }
@@ -389,7 +392,7 @@ pub(super) struct WinogradPass<'a, T: 'static> {
     pub(super) weight: &'a PackedWeight<T>,
     /// A multiple of 16 values.
     pub(super) start: Start<'a, T>,
-    pub(super) relu: bool,
+    pub(super) activation: Activation,
     pub(super) y: MapLayout,
     pub(super) y_channel: usize,
 }
@@ -460,7 +463,7 @@ impl<T: Element> WinogradPass<'_, T> {
                         ahead_step,
                         init: zeros.as_ptr(),
                         init_stride: 0,
-                        relu: false,
+                        activation: Activation::Identity,
                         out: output[block * height * width + panel.start..].as_mut_ptr(),
                         out_stride: width,
                     };
@@ -480,7 +483,7 @@ impl<T: Element> WinogradPass<'_, T> {
             },
             strides: (padded * width, width),
             start: self.start,
-            relu: self.relu,
+            activation: self.activation,
         };
         transform_output(self.isa, &finish, &scratch.output, y);
     }
