@@ -24,7 +24,7 @@ use rayon::prelude::*;
 use super::{Conv2dGeometry, PackedWeight};
 use crate::activation::{Activation, keep_positive};
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, Transpose};
+use crate::simd::{Accumulate, Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, Transpose};
 
 /// Which gradients somebody needs.
 #[derive(Clone, Copy, Debug)]
@@ -644,7 +644,7 @@ impl<T: Element> Part<T> {
                     for (c, tile) in kernels.outer_strips(g.c_in, panel.vectors) {
                         let to = (number * g.c_in + c) * width + panel.start;
                         let args = Outer {
-                            fresh: false,
+                            accumulate: Accumulate::Add,
                             rows: rows[p0..p0 + block].as_ptr(),
                             offset: offset + c,
                             pixels: block,

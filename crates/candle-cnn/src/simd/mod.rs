@@ -12,7 +12,9 @@ mod vectors;
 use std::ffi::OsStr;
 use std::sync::OnceLock;
 
-pub(crate) use tiles::{Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap};
+pub(crate) use tiles::{
+    Accumulate, Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap,
+};
 pub(crate) use transpose::Transpose;
 
 use crate::error::OpError;

@@ -37,6 +37,15 @@ pub(crate) struct Tap {
     pub(crate) number: usize,
 }
 
+/// Whether sums begin or go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Accumulate {
+    /// They begin with what is added: their memory may hold anything before.
+    Begin,
+    /// What is added goes to what is there already.
+    Add,
+}
+
 /// What a gather tile reads and writes.
 pub(crate) struct Gather<T> {
     /// `tile height` pointers to the tap at offset 0.
@@ -75,8 +84,7 @@ pub(crate) struct Outer<T> {
     pub(crate) dy: *const T,
     /// Elements from one pixel to the next.
     pub(crate) dy_stride: usize,
-    /// Whether the sums start from zero, and not from what is there already.
-    pub(crate) fresh: bool,
+    pub(crate) accumulate: Accumulate,
     /// First row of the gradient tile; one row per input channel.
     pub(crate) dw: *mut T,
     pub(crate) dw_stride: usize,
@@ -192,9 +200,9 @@ unsafe fn outer_tile<S: Simd, const ROWS: usize, const VECTORS: usize>(args: &Ou
     // SAFETY: forwarded from the caller.
     unsafe {
         let mut sums: [[S::Vector; VECTORS]; ROWS] = std::array::from_fn(|i| {
-            std::array::from_fn(|j| match args.fresh {
-                true => S::zero(),
-                false => S::load(args.dw.add(i * args.dw_stride + j * S::LANES)),
+            std::array::from_fn(|j| match args.accumulate {
+                Accumulate::Begin => S::zero(),
+                Accumulate::Add => S::load(args.dw.add(i * args.dw_stride + j * S::LANES)),
             })
         });
         let mut dy = args.dy;

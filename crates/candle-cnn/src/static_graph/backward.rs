@@ -9,9 +9,8 @@ use super::pass::{
     Maps, ParameterGradients, ParameterValues, Trains, give_back, give_back_gradient,
 };
 use super::plan::Network;
-use super::way::Dx;
 use crate::element::Element;
-use crate::simd::Isa;
+use crate::simd::{Accumulate, Isa};
 
 /// The backward pass.
 pub(super) struct Backward<'a, T: 'static> {
@@ -104,9 +103,9 @@ impl<'a, T: Element> Backward<'a, T> {
                     channel,
                     trains,
                     dx: match gradients[input] {
-                        _ if !self.needed[input] => Dx::Skip,
-                        None if branches.is_empty() => Dx::Begin,
-                        _ => Dx::Add,
+                        _ if !self.needed[input] => None,
+                        None if branches.is_empty() => Some(Accumulate::Begin),
+                        _ => Some(Accumulate::Add),
                     },
                 });
             }

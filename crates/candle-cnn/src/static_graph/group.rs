@@ -11,12 +11,11 @@ use super::pass::{
     After, AfterGradients, Maps, ParameterGradients, ParameterValues, Trains, max_pool_of, pays,
 };
 use super::profile::{self, Times, Watch};
-use super::way::{
-    Dx, Images, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once,
-};
+use super::way::{Images, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once};
 use super::{ALIGNMENT, winograd};
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
+use crate::simd::Accumulate;
 
 /// The backward pass through a group, and what it reads.
 pub(super) struct GroupPass<'a, T: 'static> {
@@ -45,7 +44,8 @@ pub(super) struct Branch {
     pub(super) channel: usize,
     /// Which parameters train, if any of the operation's do.
     pub(super) trains: Option<Trains>,
-    pub(super) dx: Dx,
+    /// What it does about the gradient of its input, unless nobody needs that.
+    pub(super) dx: Option<Accumulate>,
 }
 
 /// The gradient of a buffer that operations of a group write.
@@ -126,7 +126,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         let norm = self.batch_norm(c, y, &mask, &mut output.dy, d_parameters.as_mut());
         let taps = c.kernel * c.kernel;
         let len = c.c_in.next_multiple_of(kernels.lanes) * taps * c.c_out;
-        let packed = (branch.dx != Dx::Skip).then(|| {
+        let packed = branch.dx.map(|_| {
             let shape = (taps, c.c_out, c.c_in);
             let memory = graph.arenas.take_flat(len);
             PackedWeight::turned(values.weight, shape, kernels, memory)

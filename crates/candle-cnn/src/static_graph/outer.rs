@@ -8,7 +8,7 @@ use super::arena::MapLayout;
 use super::gather::{MAX_WIDTH, fits, inside, skips_padding};
 use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels, transpose};
 use crate::element::Element;
-use crate::simd::{Kernels, Outer};
+use crate::simd::{Accumulate, Kernels, Outer};
 
 /// The weight gradient of a convolution.
 pub(super) struct OuterPass<T: 'static> {
@@ -54,12 +54,12 @@ impl<T: Element> OuterPass<T> {
         self.kernel * self.kernel * self.c_in * self.width()
     }
 
-    /// Adds the products of some images to `sums`, or with `fresh` begins the sums with them.
+    /// Adds the products of some images to `sums`, or begins the sums with them.
     pub(super) fn run(
         &self,
         x: &[T],
         dy: &[T],
-        (sums, fresh): (&mut [T], bool),
+        (sums, accumulate): (&mut [T], Accumulate),
         rows: &mut Rows<T>,
     ) {
         let images = dy.len() / self.dy.image();
@@ -84,7 +84,7 @@ impl<T: Element> OuterPass<T> {
                 let lines: Vec<usize> = inside(r, self.x.size.0, self.dy.size.0).collect();
                 let columns: Vec<usize> = inside(s, self.x.size.1, self.dy.size.1).collect();
                 self.list(x, images, (&lines, &columns), rows);
-                self.blocks(&panels, &[(r, s)], dy, (sums, fresh), rows);
+                self.blocks(&panels, &[(r, s)], dy, (sums, accumulate), rows);
             }
             return;
         }
@@ -92,7 +92,7 @@ impl<T: Element> OuterPass<T> {
         let columns: Vec<usize> = (0..self.dy.size.1).collect();
         self.list(x, images, (&lines, &columns), rows);
         let taps: Vec<_> = taps.collect();
-        self.blocks(&panels, &taps, dy, (sums, fresh), rows);
+        self.blocks(&panels, &taps, dy, (sums, accumulate), rows);
     }
 
     /// The pixels of some lines and columns: the first tap's in `x`, and in `dy`.
@@ -118,17 +118,17 @@ impl<T: Element> OuterPass<T> {
         }
     }
 
-    /// Adds the products of all listed pixels for some taps.
+    /// Adds the products of all listed pixels for some taps, or begins the sums with them.
     fn blocks(
         &self,
         panels: &[Panel],
         taps: &[(usize, usize)],
         dy: &[T],
-        (sums, fresh): (&mut [T], bool),
+        (sums, accumulate): (&mut [T], Accumulate),
         rows: &mut Rows<T>,
     ) {
         let (lanes, width) = (self.kernels.lanes, self.width());
-        if fresh && rows.pointers.is_empty() {
+        if accumulate == Accumulate::Begin && rows.pointers.is_empty() {
             for &(r, s) in taps {
                 let first = (r * self.kernel + s) * self.c_in * width;
                 sums[first..][..self.c_in * width].fill(T::ZERO);
@@ -140,6 +140,11 @@ impl<T: Element> OuterPass<T> {
             .zip(rows.offsets.chunks(PIXELS_PER_OUTER_BLOCK))
             .enumerate()
         {
+            let accumulate = if block == 0 {
+                accumulate
+            } else {
+                Accumulate::Add
+            };
             for panel in panels {
                 let panel_width = panel.vectors * lanes;
                 for (to, &from) in rows.packed.chunks_exact_mut(panel_width).zip(offsets) {
@@ -154,7 +159,7 @@ impl<T: Element> OuterPass<T> {
                             pixels: pointers.len(),
                             dy: rows.packed.as_ptr(),
                             dy_stride: panel_width,
-                            fresh: fresh && block == 0,
+                            accumulate,
                             dw: sums[row * width + panel.start..].as_mut_ptr(),
                             dw_stride: width,
                         };

@@ -9,7 +9,7 @@
 use super::ALIGNMENT;
 use super::arena::{MapLayout, Part};
 use crate::element::Element;
-use crate::simd::multiversion;
+use crate::simd::{Accumulate, multiversion};
 use crate::window::Axis;
 
 /// One pooling of one image.
@@ -37,17 +37,17 @@ multiversion! {
 }
 
 multiversion! {
-    /// Adds the gradient of one image's input to `dx`, or begins it where it is `fresh`, by comparing again.
+    /// Adds the gradient of one image's input to `dx`, or begins `dx` with it, by comparing again.
     pub(super) fn backward<T: Element>(
-        pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fresh: bool,
+        pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], accumulate: Accumulate,
     ) = backward_image
 }
 
 multiversion! {
-    /// Adds the gradient of one image's input to `dx`, or begins it where it is `fresh`, from the
+    /// Adds the gradient of one image's input to `dx`, or begins `dx` with it, from the
     /// winners of [`forward_with_winners`].
     pub(super) fn scatter<T: Element>(
-        pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], fresh: bool,
+        pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], accumulate: Accumulate,
     ) = scatter_image
 }
 
@@ -130,8 +130,14 @@ fn forward_image_with_winners<T: Element>(
 }
 
 #[inline(always)]
-fn backward_image<T: Element>(pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fresh: bool) {
-    let mut begun = if fresh { 0 } else { pool.h.input };
+fn backward_image<T: Element>(
+    pool: &Pool,
+    x: &[T],
+    dy: &[T],
+    dx: &mut [T],
+    accumulate: Accumulate,
+) {
+    let mut begun = lines_begun(pool, accumulate);
     for oh in 0..pool.h.output {
         begun = begin_lines(pool, dx, begun..pool.h.range(oh).end);
         for ow in 0..pool.w.output {
@@ -145,8 +151,14 @@ fn backward_image<T: Element>(pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], fres
 }
 
 #[inline(always)]
-fn scatter_image<T: Element>(pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], fresh: bool) {
-    let mut begun = if fresh { 0 } else { pool.h.input };
+fn scatter_image<T: Element>(
+    pool: &Pool,
+    winners: &[u8],
+    dy: &[T],
+    dx: &mut [T],
+    accumulate: Accumulate,
+) {
+    let mut begun = lines_begun(pool, accumulate);
     let mut at = 0;
     for oh in 0..pool.h.output {
         begun = begin_lines(pool, dx, begun..pool.h.range(oh).end);
@@ -160,6 +172,15 @@ fn scatter_image<T: Element>(pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T]
         }
     }
     begin_lines(pool, dx, begun..pool.h.input);
+}
+
+/// Lines of `dx` that need no zeros before a window adds to them.
+#[inline(always)]
+fn lines_begun(pool: &Pool, accumulate: Accumulate) -> usize {
+    match accumulate {
+        Accumulate::Begin => 0,
+        Accumulate::Add => pool.h.input,
+    }
 }
 
 /// Zeros in lines of `dx`, just before a window first adds to them. Returns how many have begun.

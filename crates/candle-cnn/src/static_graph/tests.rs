@@ -12,6 +12,7 @@ use super::pass::{ParameterValues, Trains};
 use super::*;
 use crate::activation::Activation;
 use crate::element::Element;
+use crate::simd::Accumulate;
 use crate::{
     Conv2dConfig, Conv2dGeometry, MaxPool2dConfig, RunningStatistics, batch_norm_relu_eval,
     batch_norm_relu_train, conv2d, conv2d_backward_reference, conv2d_reference, conv2d_relu,
@@ -599,7 +600,7 @@ fn winograds_rounding_is_below_3e_5_in_relative_l2_norm() -> Result<()> {
             c_out,
         };
         let mut sums = vec![f32::NAN; pass.sums_len()];
-        pass.run(&x, &dy, (&mut sums, true), &mut scratch);
+        pass.run(&x, &dy, (&mut sums, Accumulate::Begin), &mut scratch);
         let mut d_weight = vec![0f32; weight.len()];
         pass.unpack(&[&sums], &mut d_weight);
         let backward = l2_error(&d_weight, &expected_weight);

@@ -17,12 +17,15 @@ use super::winograd::WinogradOuterPass;
 use crate::activation::{Activation, keep_positive};
 use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, images_per_task};
 use crate::element::Element;
-use crate::simd::{Isa, multiversion};
+use crate::simd::{Accumulate, Isa, multiversion};
 
 /// An operation's way back, before the first image takes it.
 pub(super) enum PreparedWay<'a, T> {
     Convolution(Box<Prepared<'a, T>>),
-    MaxPool { pool: Box<Pool>, dx: Dx },
+    MaxPool {
+        pool: Box<Pool>,
+        dx: Option<Accumulate>,
+    },
 }
 
 impl<T: Element> PreparedWay<'_, T> {
@@ -64,7 +67,7 @@ pub(super) struct Prepared<'a, T> {
     /// The turned weight for Winograd's products, where they pay.
     pub(super) transformed: Option<PackedWeight<T>>,
     pub(super) zeros: Vec<T>,
-    pub(super) dx: Dx,
+    pub(super) dx: Option<Accumulate>,
     pub(super) trains_weight: bool,
     /// What preparing it took.
     pub(super) time: Duration,
@@ -82,9 +85,10 @@ impl<T: Element> Prepared<'_, T> {
             stride: 1,
             padding: c.kernel - 1 - c.padding,
             weight: self.packed.as_ref()?,
-            start: match self.dx == Dx::Begin || self.pool.is_some() {
-                true => Start::Values(&self.zeros),
-                false => Start::Present,
+            start: match (self.dx, &self.pool) {
+                (Some(Accumulate::Add), None) => Start::Present,
+                // What a pooling passes on has a place of its own.
+                _ => Start::Values(&self.zeros),
             },
             activation: Activation::Identity,
             y: forward.graph.gradient_layout(c.input),
@@ -125,21 +129,13 @@ impl<T: Element> Prepared<'_, T> {
     }
 }
 
-/// What an operation does about the gradient of its input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Dx {
-    /// Nothing, since nobody needs it.
-    Skip,
-    /// Begins it: what the memory holds may be anything.
-    Begin,
-    /// Adds to what others have added up.
-    Add,
-}
-
 /// How one operation of some takes a few images back.
 pub(super) enum Way<'a, T: 'static> {
     Convolution(Box<ConvolutionWay<'a, T>>),
-    MaxPool { pool: &'a Pool, dx: Dx },
+    MaxPool {
+        pool: &'a Pool,
+        dx: Option<Accumulate>,
+    },
 }
 
 pub(super) struct ConvolutionWay<'a, T: 'static> {
@@ -179,14 +175,13 @@ impl<T: Element> Way<'_, T> {
         match self {
             Self::MaxPool { pool, dx } => {
                 let watch = Watch::start();
-                let fresh = *dx == Dx::Begin;
-                let Images { x, dy, dx, .. } = images;
-                let gradients = dx
-                    .into_iter()
-                    .flat_map(|dx| dx.chunks_exact_mut(pool.dx.image()));
-                let dys = dy.chunks_exact(pool.dy.image());
-                for ((dx, dy), x) in gradients.zip(dys).zip(x.chunks_exact(pool.x.image())) {
-                    pool::backward(isa, pool, x, dy, dx, fresh);
+                if let (Some(accumulate), Some(dx)) = (*dx, images.dx) {
+                    let gradients = dx.chunks_exact_mut(pool.dx.image());
+                    let dys = images.dy.chunks_exact(pool.dy.image());
+                    let xs = images.x.chunks_exact(pool.x.image());
+                    for ((dx, dy), x) in gradients.zip(dys).zip(xs) {
+                        pool::backward(isa, pool, x, dy, dx, accumulate);
+                    }
                 }
                 sums.times.input += watch.elapsed();
             }
@@ -278,14 +273,13 @@ impl<T: Element> ConvolutionWay<'_, T> {
         sums.pooling.input += watch.elapsed();
         let wanted = dx.is_some().then_some(&mut *d_between);
         self.gradients(y, dy, wanted, sums, scratch);
-        if let Some(dx) = dx {
+        if let (Some(accumulate), Some(dx)) = (self.prepared.dx, dx) {
             let watch = Watch::start();
-            let fresh = self.prepared.dx == Dx::Begin;
             let gradients = dx.chunks_exact_mut(pool.dx.image());
             let dys = d_between.chunks_exact(pool.dy.image());
             let kept = winners.chunks_exact(pool.winners());
             for ((dx, dy), winners) in gradients.zip(dys).zip(kept) {
-                pool::scatter(isa, pool, winners, dy, dx, fresh);
+                pool::scatter(isa, pool, winners, dy, dx, accumulate);
             }
             sums.pooling.input += watch.elapsed();
         }
@@ -366,8 +360,8 @@ impl<T: Element> AnyOuterPass<T> {
     }
 
     fn run(&self, x: &[T], dy: &[T], sums: &mut Sums<T>, scratch: &mut Scratch<T>) {
-        let fresh = std::mem::take(&mut sums.fresh);
-        let weight = (&mut sums.weight[..self.sums_len()], fresh);
+        let accumulate = std::mem::replace(&mut sums.accumulate, Accumulate::Add);
+        let weight = (&mut sums.weight[..self.sums_len()], accumulate);
         match self {
             Self::Direct(pass) => pass.run(x, dy, weight, &mut scratch.outer),
             Self::Winograd(pass) => pass.run(x, dy, weight, &mut scratch.winograd),
@@ -387,8 +381,8 @@ impl<T: Element> AnyOuterPass<T> {
 pub(super) struct Sums<T> {
     /// Sums of the weight's gradient, as the pass lays them out.
     pub(super) weight: Vec<T>,
-    /// Whether nothing has been added to `weight`, whose memory may then hold anything.
-    fresh: bool,
+    /// Whether the next products begin `weight`.
+    accumulate: Accumulate,
     bias: Vec<T>,
     image_bias: Vec<T>,
     times: Times,
@@ -401,7 +395,7 @@ impl<T: Element> Sums<T> {
     fn new(weight: Vec<T>, c_out: usize) -> Self {
         Self {
             weight,
-            fresh: true,
+            accumulate: Accumulate::Begin,
             bias: vec![T::ZERO; c_out],
             image_bias: vec![T::ZERO; c_out],
             times: Times::default(),

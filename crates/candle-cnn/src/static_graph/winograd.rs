@@ -24,7 +24,7 @@ use super::outer::turn_sums;
 use crate::activation::{Activation, relu};
 use crate::conv2d::{PackedWeight, panels};
 use crate::element::Element;
-use crate::simd::{Gather, Isa, Kernels, Outer, Tap, multiversion};
+use crate::simd::{Accumulate, Gather, Isa, Kernels, Outer, Tap, multiversion};
 
 /// Height and width of an output tile.
 pub(super) const TILE: usize = 4;
@@ -511,12 +511,12 @@ impl<T: Element> WinogradOuterPass<T> {
         PRODUCTS * self.c_in * self.width()
     }
 
-    /// Adds the products of some images to `sums`, or with `fresh` begins the sums with them.
+    /// Adds the products of some images to `sums`, or begins the sums with them.
     pub(super) fn run(
         &self,
         x: &[T],
         dy: &[T],
-        (sums, fresh): (&mut [T], bool),
+        (sums, accumulate): (&mut [T], Accumulate),
         scratch: &mut Scratch<T>,
     ) {
         let width = self.width();
@@ -553,7 +553,7 @@ impl<T: Element> WinogradOuterPass<T> {
                         pixels: tiles.len(),
                         dy: gradient[panel.start..].as_ptr(),
                         dy_stride: width,
-                        fresh,
+                        accumulate,
                         dw: sums[c * width + panel.start..].as_mut_ptr(),
                         dw_stride: width,
                     };
