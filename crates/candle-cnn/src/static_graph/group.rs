@@ -7,11 +7,14 @@ use rayon::prelude::*;
 use super::builder::{Convolution, Operation};
 use super::forward::Forward;
 use super::norm::{self, Affine, GradientSpans, GradientSums, InputGradient, Span};
+use super::operation_backward::{
+    Images, Mask, NormGradient, OperationBackward, PreparedConvolution, PreparedOperation, Sums,
+    images_at_once,
+};
 use super::pass::{
     After, AfterGradients, Maps, ParameterGradients, ParameterValues, Trains, max_pool_of, pays,
 };
 use super::profile::{self, Times, Watch};
-use super::way::{Images, Mask, NormGradient, Prepared, PreparedWay, Sums, Way, images_at_once};
 use super::{ALIGNMENT, winograd};
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
@@ -64,35 +67,38 @@ impl<'a, T: Element> GroupPass<'a, T> {
         d_parameters: &mut [Option<ParameterGradients<T>>],
     ) {
         let outputs = &mut group.outputs;
-        let prepared: Vec<PreparedWay<'_, T>> = group
+        let prepared: Vec<PreparedOperation<'_, T>> = group
             .branches
             .iter()
             .map(|branch| self.prepare(branch, &mut outputs[branch.output], d_parameters))
             .collect();
-        let ways: Vec<Way<'_, T>> = prepared.iter().map(|way| way.way(self.forward)).collect();
-        let sums = self.run_ways(&ways, group);
-        self.add_up(&ways, &group.branches, sums, d_parameters);
-        drop(ways);
-        for way in prepared {
-            way.give_back(&self.forward.graph.arenas);
+        let operations: Vec<OperationBackward<'_, T>> = prepared
+            .iter()
+            .map(|operation| operation.backward(self.forward))
+            .collect();
+        let sums = self.run_operations(&operations, group);
+        self.add_up(&operations, &group.branches, sums, d_parameters);
+        drop(operations);
+        for operation in prepared {
+            operation.give_back(&self.forward.graph.arenas);
         }
     }
 
-    /// What of an operation's way back is done for the whole batch at once.
+    /// Does what an operation's backward pass does for the whole batch at once.
     fn prepare(
         &self,
         branch: &Branch,
         output: &mut OutputGradient<T>,
         d_parameters: &mut [Option<ParameterGradients<T>>],
-    ) -> PreparedWay<'a, T> {
+    ) -> PreparedOperation<'a, T> {
         let graph = self.forward.graph;
         match &graph.operations[branch.index] {
             Operation::Convolution(c) => {
                 let d_parameters = &mut d_parameters[c.number];
                 let prepared = self.prepare_convolution(c, branch, output, d_parameters);
-                PreparedWay::Convolution(Box::new(prepared))
+                PreparedOperation::Convolution(Box::new(prepared))
             }
-            Operation::MaxPool(p) => PreparedWay::MaxPool {
+            Operation::MaxPool(p) => PreparedOperation::MaxPool {
                 pool: Box::new(max_pool_of(graph, p)),
                 dx: branch.dx,
             },
@@ -105,7 +111,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
         branch: &Branch,
         output: &mut OutputGradient<T>,
         d_parameters: &mut Option<ParameterGradients<T>>,
-    ) -> Prepared<'a, T> {
+    ) -> PreparedConvolution<'a, T> {
         let watch = Watch::start();
         let &Forward {
             graph,
@@ -138,7 +144,7 @@ impl<'a, T: Element> GroupPass<'a, T> {
             winograd::transform_weight(isa, packed, memory)
         });
         let pool = graph.pooled[branch.index].map(|index| &graph.operations[index]);
-        Prepared {
+        PreparedConvolution {
             c: *c,
             pool: pool.and_then(|operation| match operation {
                 Operation::MaxPool(p) => Some(max_pool_of(graph, p)),
@@ -216,25 +222,34 @@ impl<'a, T: Element> GroupPass<'a, T> {
         })
     }
 
-    /// Runs the ways over the whole batch, each thread over its share of the images. Returns the sums of
-    /// each share, way by way.
-    fn run_ways(&self, ways: &[Way<'_, T>], group: &mut Group<T>) -> Vec<Vec<Sums<T>>> {
+    /// Runs the operations over the whole batch, each thread over its share of the images. Returns the sums of
+    /// each share, operation by operation.
+    fn run_operations(
+        &self,
+        operations: &[OperationBackward<'_, T>],
+        group: &mut Group<T>,
+    ) -> Vec<Vec<Sums<T>>> {
         let &Forward {
             graph, isa, batch, ..
         } = self.forward;
-        let images_at_once = images_at_once(batch, ways);
+        let images_at_once = images_at_once(batch, operations);
         let branches = &group.branches;
         self.shares(group.input, &mut group.outputs, group.dx.as_deref_mut())
             .into_par_iter()
             .map(|mut share| {
-                let mut sums: Vec<Sums<T>> = ways.iter().map(|way| way.sums(graph)).collect();
+                let mut sums: Vec<Sums<T>> = operations
+                    .iter()
+                    .map(|operation| operation.sums(graph))
+                    .collect();
                 let mut lent = graph.arenas.lend();
                 let Range { start, end } = share.range;
                 for first in (start..end).step_by(images_at_once) {
                     let range = first..end.min(first + images_at_once);
-                    for ((way, branch), sums) in ways.iter().zip(branches).zip(&mut sums) {
+                    for ((operation, branch), sums) in
+                        operations.iter().zip(branches).zip(&mut sums)
+                    {
                         let images = share.images(range.clone(), branch.output);
-                        way.run(isa, images, sums, &mut lent.scratch);
+                        operation.run(isa, images, sums, &mut lent.scratch);
                     }
                 }
                 sums
@@ -280,10 +295,10 @@ impl<'a, T: Element> GroupPass<'a, T> {
         self.forward.batch.div_ceil(threads).max(1)
     }
 
-    /// Adds the shares' sums up into the gradients of the parameters, and tells what each way took.
+    /// Adds the shares' sums up into the gradients of the parameters, and tells what each operation took.
     fn add_up(
         &self,
-        ways: &[Way<'_, T>],
+        operations: &[OperationBackward<'_, T>],
         branches: &[Branch],
         sums: Vec<Vec<Sums<T>>>,
         d_parameters: &mut [Option<ParameterGradients<T>>],
@@ -291,9 +306,9 @@ impl<'a, T: Element> GroupPass<'a, T> {
         let graph = self.forward.graph;
         let mut sums: Vec<_> = sums.into_iter().map(Vec::into_iter).collect();
         let watch = Watch::start();
-        for (way, branch) in ways.iter().zip(branches) {
+        for (operation, branch) in operations.iter().zip(branches) {
             let parts: Vec<Sums<T>> = sums.iter_mut().filter_map(Iterator::next).collect();
-            let times = way.add_up(&parts, d_parameters);
+            let times = operation.add_up(&parts, d_parameters);
             let pooling = Times::mean(parts.iter().map(|part| part.pooling));
             for part in parts {
                 graph.arenas.of::<T>().give_back_flat(part.weight);

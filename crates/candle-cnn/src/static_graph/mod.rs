@@ -22,6 +22,7 @@ mod forward;
 mod gather;
 mod group;
 mod norm;
+mod operation_backward;
 mod outer;
 mod packed;
 mod parameters;
@@ -33,7 +34,6 @@ mod profile;
 mod stages;
 #[cfg(test)]
 mod tests;
-mod way;
 mod winograd;
 
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,4 @@
-//! What both passes through a graph share: its parameters, and the two ways of a convolution.
+//! What both passes through a graph share: its parameters, and the two ways to compute a convolution.
 //!
 //! A convolution reads its input where it lies, halo included: its register
 //! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient

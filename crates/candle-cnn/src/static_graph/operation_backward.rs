@@ -1,4 +1,4 @@
-//! How one operation of a group takes a few images back.
+//! The backward pass through one operation of a group, a few images at a time.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -19,27 +19,29 @@ use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, images_per_task};
 use crate::element::Element;
 use crate::simd::{Accumulate, Isa, multiversion};
 
-/// An operation's way back, before the first image takes it.
-pub(super) enum PreparedWay<'a, T> {
-    Convolution(Box<Prepared<'a, T>>),
+/// An operation for whose backward pass all is done that is done for the whole batch at once.
+pub(super) enum PreparedOperation<'a, T> {
+    Convolution(Box<PreparedConvolution<'a, T>>),
     MaxPool {
         pool: Box<Pool>,
         dx: Option<Accumulate>,
     },
 }
 
-impl<T: Element> PreparedWay<'_, T> {
-    /// The way over what was prepared.
-    pub(super) fn way(&self, forward: &Forward<'_, T>) -> Way<'_, T> {
+impl<T: Element> PreparedOperation<'_, T> {
+    /// The backward pass with what was prepared.
+    pub(super) fn backward(&self, forward: &Forward<'_, T>) -> OperationBackward<'_, T> {
         match self {
-            Self::Convolution(prepared) => Way::Convolution(Box::new(ConvolutionWay {
-                prepared,
-                input: prepared.input_pass(forward),
-                weight: prepared
-                    .trains_weight
-                    .then(|| prepared.weight_pass(forward)),
-            })),
-            Self::MaxPool { pool, dx } => Way::MaxPool { pool, dx: *dx },
+            Self::Convolution(prepared) => {
+                OperationBackward::Convolution(Box::new(ConvolutionBackward {
+                    prepared,
+                    input: prepared.input_pass(forward),
+                    weight: prepared
+                        .trains_weight
+                        .then(|| prepared.weight_pass(forward)),
+                }))
+            }
+            Self::MaxPool { pool, dx } => OperationBackward::MaxPool { pool, dx: *dx },
         }
     }
 
@@ -54,8 +56,8 @@ impl<T: Element> PreparedWay<'_, T> {
     }
 }
 
-/// A convolution's way back, and what it works with.
-pub(super) struct Prepared<'a, T> {
+/// A convolution, and what its backward pass works with.
+pub(super) struct PreparedConvolution<'a, T> {
     pub(super) c: Convolution,
     /// The pooling that is part of the convolution.
     pub(super) pool: Option<Pool>,
@@ -73,7 +75,7 @@ pub(super) struct Prepared<'a, T> {
     pub(super) time: Duration,
 }
 
-impl<T: Element> Prepared<'_, T> {
+impl<T: Element> PreparedConvolution<'_, T> {
     fn input_pass(&self, forward: &Forward<'_, T>) -> Option<AnyPass<'_, T>> {
         let c = &self.c;
         let pass = GatherPass {
@@ -129,25 +131,26 @@ impl<T: Element> Prepared<'_, T> {
     }
 }
 
-/// How one operation of some takes a few images back.
-pub(super) enum Way<'a, T: 'static> {
-    Convolution(Box<ConvolutionWay<'a, T>>),
+/// The backward pass through one operation.
+pub(super) enum OperationBackward<'a, T: 'static> {
+    Convolution(Box<ConvolutionBackward<'a, T>>),
     MaxPool {
         pool: &'a Pool,
         dx: Option<Accumulate>,
     },
 }
 
-pub(super) struct ConvolutionWay<'a, T: 'static> {
-    prepared: &'a Prepared<'a, T>,
+/// The backward pass through a convolution, the pooling that is part of it and what follows it.
+pub(super) struct ConvolutionBackward<'a, T: 'static> {
+    prepared: &'a PreparedConvolution<'a, T>,
     input: Option<AnyPass<'a, T>>,
     weight: Option<AnyOuterPass<T>>,
 }
 
-impl<T: Element> Way<'_, T> {
+impl<T: Element> OperationBackward<'_, T> {
     fn output_pixels(&self) -> usize {
         match self {
-            Self::Convolution(way) => way.prepared.mask.y.pixels(),
+            Self::Convolution(convolution) => convolution.prepared.mask.y.pixels(),
             Self::MaxPool { pool, .. } => pool.y.pixels(),
         }
     }
@@ -155,10 +158,10 @@ impl<T: Element> Way<'_, T> {
     /// For what a thread adds up, with memory of arbitrary values.
     pub(super) fn sums(&self, graph: &Network) -> Sums<T> {
         match self {
-            Self::Convolution(way) => {
-                let len = way.weight.as_ref().map(AnyOuterPass::sums_len);
+            Self::Convolution(convolution) => {
+                let len = convolution.weight.as_ref().map(AnyOuterPass::sums_len);
                 let memory = len.map(|len| graph.arenas.take_flat(len));
-                Sums::new(memory.unwrap_or_default(), way.prepared.c.c_out)
+                Sums::new(memory.unwrap_or_default(), convolution.prepared.c.c_out)
             }
             Self::MaxPool { .. } => Sums::new(Vec::new(), 0),
         }
@@ -185,23 +188,23 @@ impl<T: Element> Way<'_, T> {
                 }
                 sums.times.input += watch.elapsed();
             }
-            Self::Convolution(way) => way.run(isa, images, sums, scratch),
+            Self::Convolution(convolution) => convolution.run(isa, images, sums, scratch),
         }
     }
 
     /// Adds the threads' sums up into the gradients of all convolutions' parameters, in their order.
-    /// Returns what the way took.
+    /// Returns what the operation took.
     pub(super) fn add_up(
         &self,
         parts: &[Sums<T>],
         d_parameters: &mut [Option<ParameterGradients<T>>],
     ) -> Times {
         let mut times = Times::mean(parts.iter().map(|part| part.times));
-        let Self::Convolution(way) = self else {
+        let Self::Convolution(convolution) = self else {
             return times;
         };
-        times.other += way.prepared.time;
-        if let Some(d) = &mut d_parameters[way.prepared.c.number] {
+        times.other += convolution.prepared.time;
+        if let Some(d) = &mut d_parameters[convolution.prepared.c.number] {
             let watch = Watch::start();
             // Those of a batch norm are there already.
             if let AfterGradients::Bias(bias) = &mut d.after {
@@ -212,7 +215,7 @@ impl<T: Element> Way<'_, T> {
                 }
             }
             times.other += watch.elapsed();
-            if let (Some(pass), Some(weight)) = (&way.weight, &mut d.weight) {
+            if let (Some(pass), Some(weight)) = (&convolution.weight, &mut d.weight) {
                 let watch = Watch::start();
                 pass.unpack(parts, weight);
                 times.weight += watch.elapsed();
@@ -233,9 +236,9 @@ pub(super) struct Images<'a, T> {
     pub(super) dx: Option<&'a mut [T]>,
 }
 
-impl<T: Element> ConvolutionWay<'_, T> {
+impl<T: Element> ConvolutionBackward<'_, T> {
     /// Masks `dy`, takes it back through the batch norm, the convolution and
-    /// the pooling that is part of it: as [`Way::run`].
+    /// the pooling that is part of it: as [`OperationBackward::run`].
     fn run(&self, isa: Isa, images: Images<'_, T>, sums: &mut Sums<T>, scratch: &mut Scratch<T>) {
         let prepared = self.prepared;
         // Nobody may need more than the sums over the gradient: those of a bias are taken here, a batch norm's before.
@@ -326,19 +329,22 @@ impl<T: Element> ConvolutionWay<'_, T> {
 }
 
 /// Images that operations with the same input take back one after the other.
-pub(super) fn images_at_once<T: Element>(batch: usize, ways: &[Way<'_, T>]) -> usize {
-    let pixels = match ways {
+pub(super) fn images_at_once<T: Element>(
+    batch: usize,
+    operations: &[OperationBackward<'_, T>],
+) -> usize {
+    let pixels = match operations {
         [_] => PIXELS_PER_TASK,
         // Their input, its gradient and their own maps share the L2 cache.
         _ => PIXELS_PER_TASK / 2,
     };
-    let images = ways
+    let images = operations
         .iter()
-        .map(|way| images_per_task(pixels, batch, way.output_pixels()));
+        .map(|operation| images_per_task(pixels, batch, operation.output_pixels()));
     images.min().unwrap_or(1)
 }
 
-/// What the second half of the way back through a batch norm needs.
+/// What the second half of the backward pass through a batch norm needs.
 pub(super) struct NormGradient<'a, T> {
     pub(super) spans: GradientSpans,
     pub(super) gradient: InputGradient<T>,
