@@ -66,8 +66,8 @@ pub(crate) fn axis(op: &'static str, axis: &Axis) -> Result<[u32; 5]> {
     .map(|number| number as u32))
 }
 
-/// Where the blocks of a table's entries end that are none.
-pub(crate) const BEYOND: u32 = u32::MAX;
+/// The `end` of the entries of a table that are not used: their blocks come after all that are launched.
+pub(crate) const UNUSED_ENTRY: u32 = u32::MAX;
 
 /// `Divisor` of prelude.cuh.
 #[derive(Clone, Copy, Debug)]

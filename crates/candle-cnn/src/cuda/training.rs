@@ -9,7 +9,9 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
 use super::kernels::Source;
-use super::launch::{BEYOND, Held, Launch, MOST_IN_TABLE, THREADS, address, alloc, count, tensor};
+use super::launch::{
+    Held, Launch, MOST_IN_TABLE, THREADS, UNUSED_ENTRY, address, alloc, count, tensor,
+};
 use crate::batch_norm::BatchStatistics;
 use crate::error::OpError;
 
@@ -247,7 +249,7 @@ fn step_chunk(
         gradient: [0; TENSORS],
         buffer: [0; TENSORS],
         elements: [0; TENSORS],
-        end: [BEYOND; TENSORS],
+        end: [UNUSED_ENTRY; TENSORS],
         first: [0; TENSORS],
     };
     let mut guards = Vec::new();
@@ -413,7 +415,7 @@ fn take_up_chunk(
         batch_mean: [0; NORMS],
         batch_variance: [0; NORMS],
         channels: [0; NORMS],
-        end: [BEYOND; NORMS],
+        end: [UNUSED_ENTRY; NORMS],
     };
     let mut guards = Vec::new();
     let mut blocks = 0u32;

@@ -89,16 +89,18 @@ static __device__ __forceinline__ void to_planes(const T *map, T *planes, unsign
     }
 }
 
-#define WEIGHTS 64
-// Numbers that a block lays out.
-#define LAID 2304
+// Weights of a launch at the most.
+#define WEIGHTS_PER_LAUNCH 64
+// Numbers that a block lays out at the most, unless a single pair of channels has more.
+#define NUMBERS_PER_LAYOUT_BLOCK 2304
 
 // Weights (C_out, C_in, taps) and the same as (C_out, taps, width), some at a time. Weight w has the blocks before `end[w]`,
 // of `pairs` pairs of an output and an input channel each.
 template <typename T> struct Weights {
-    float *planes[WEIGHTS];
-    T *pixels[WEIGHTS];
-    unsigned int c_out[WEIGHTS], c_in[WEIGHTS], width[WEIGHTS], taps[WEIGHTS], pairs[WEIGHTS], end[WEIGHTS];
+    float *planes[WEIGHTS_PER_LAUNCH];
+    T *pixels[WEIGHTS_PER_LAUNCH];
+    unsigned int c_out[WEIGHTS_PER_LAUNCH], c_in[WEIGHTS_PER_LAUNCH], width[WEIGHTS_PER_LAUNCH], taps[WEIGHTS_PER_LAUNCH];
+    unsigned int pairs[WEIGHTS_PER_LAUNCH], end[WEIGHTS_PER_LAUNCH];
 };
 
 // One weight, and a block's part of it: `pairs` pairs of channels, from `first_pair` on.
@@ -128,11 +130,11 @@ template <typename T> struct Laid {
 // Planes and pixels in the order in which they lie: what is between is shared, unless it is one pair with more than fits.
 // Channels beyond C_in are zero.
 template <typename T> static __device__ __forceinline__ void lay_weights(const Weights<T> &all) {
-    __shared__ float shared[LAID];
+    __shared__ float shared[NUMBERS_PER_LAYOUT_BLOCK];
     Laid<T> laid(all, blockIdx.x);
     unsigned int count = laid.pairs * laid.taps;
     const float *planes = laid.planes + laid.first_pair * laid.taps;
-    bool fits = count <= LAID;
+    bool fits = count <= NUMBERS_PER_LAYOUT_BLOCK;
     for (unsigned int i = threadIdx.x; fits && i < count; i += THREADS) {
         shared[i] = planes[i];
     }
@@ -151,13 +153,13 @@ template <typename T> static __device__ __forceinline__ void lay_weights(const W
     }
 }
 
-// The way back.
+// The same the other way round: planes from pixels.
 template <typename T> static __device__ __forceinline__ void take_weights(const Weights<T> &all) {
-    __shared__ float shared[LAID];
+    __shared__ float shared[NUMBERS_PER_LAYOUT_BLOCK];
     Laid<T> laid(all, blockIdx.x);
     unsigned int count = laid.pairs * laid.taps;
     float *planes = laid.planes + laid.first_pair * laid.taps;
-    bool fits = count <= LAID;
+    bool fits = count <= NUMBERS_PER_LAYOUT_BLOCK;
     float *to = fits ? shared : planes;
     for (unsigned int pair = threadIdx.x; pair < laid.pairs; pair += THREADS) {
         const T *from = laid.pixels + laid.at(pair);
@@ -284,10 +286,10 @@ template <typename T> struct Segment {
     unsigned int first;
     unsigned int kind;
     float eps;
-    // A block takes 2^lanes packs of channels side by side, of at most MOST_LANES.
-    unsigned int lanes;
+    // The binary logarithm of how many packs of channels a block takes side by side, at most MOST_LOG2_PACKS.
+    unsigned int log2_packs;
 };
-#define MOST_LANES 5
+#define MOST_LOG2_PACKS 5
 // Some segments, which have the blocks before `end`, and channels of all.
 template <typename T> struct Segments {
     Segment<T> of[SEGMENTS];
@@ -347,17 +349,17 @@ template <typename T, unsigned int N> struct Column {
 
     __device__ Column(const Segments<T> &all, unsigned int block, unsigned int per_part)
         : segment(all.of[entry_of(all.end, block)]) {
-        unsigned int lanes = segment.lanes, start = blockIdx.y * per_part;
-        first_channel = (block << lanes) * N;
-        channel = first_channel + (threadIdx.x & ((1u << lanes) - 1)) * N;
+        unsigned int log2_packs = segment.log2_packs, start = blockIdx.y * per_part;
+        first_channel = (block << log2_packs) * N;
+        channel = first_channel + (threadIdx.x & ((1u << log2_packs) - 1)) * N;
         inside = channel < segment.channels;
         count = all.rows - start < per_part ? all.rows - start : per_part;
         end = start + count;
-        row = start + (threadIdx.x >> lanes);
-        step = THREADS >> lanes;
+        row = start + (threadIdx.x >> log2_packs);
+        step = THREADS >> log2_packs;
     }
     // Whether it is one of the threads that hold the block's sums.
-    __device__ bool first() const { return inside && threadIdx.x < 1u << segment.lanes; }
+    __device__ bool first() const { return inside && threadIdx.x < 1u << segment.log2_packs; }
 };
 
 // The packs at `from` of ROWS rows, `step` apart, so far as they come before `end`: all are under way before the first is needed.
@@ -373,12 +375,12 @@ static __device__ __forceinline__ void load_rows(Pack<T, N> (&packs)[ROWS], cons
 
 // The sums of `values` over the block's rows, for every thread of the pack.
 template <unsigned int N>
-static __device__ __forceinline__ void column_sums(float (&values)[N], float (*shared)[THREADS], unsigned int lanes) {
+static __device__ __forceinline__ void column_sums(float (&values)[N], float (*shared)[THREADS], unsigned int log2_packs) {
     __syncthreads();
     for (unsigned int k = 0; k < N; k++) {
         shared[k][threadIdx.x] = values[k];
     }
-    for (unsigned int half = THREADS / 2; half >> lanes; half /= 2) {
+    for (unsigned int half = THREADS / 2; half >> log2_packs; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) {
             for (unsigned int k = 0; k < N; k++) {
@@ -388,7 +390,7 @@ static __device__ __forceinline__ void column_sums(float (&values)[N], float (*s
     }
     __syncthreads();
     for (unsigned int k = 0; k < N; k++) {
-        values[k] = shared[k][threadIdx.x & ((1u << lanes) - 1)];
+        values[k] = shared[k][threadIdx.x & ((1u << log2_packs) - 1)];
     }
 }
 
@@ -459,7 +461,7 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
             }
         }
     }
-    column_sums<N>(mean, shared, s.lanes);
+    column_sums<N>(mean, shared, s.log2_packs);
     for (unsigned int k = 0; k < N; k++) {
         mean[k] /= at.count;
     }
@@ -477,10 +479,10 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
             }
         }
     }
-    column_sums<N>(rest, shared, s.lanes);
-    column_sums<N>(square, shared, s.lanes);
+    column_sums<N>(rest, shared, s.log2_packs);
+    column_sums<N>(square, shared, s.log2_packs);
     // The rest takes double, a channel a thread: what one thread has of each channel is handed over.
-    __shared__ float handed[3][N << MOST_LANES];
+    __shared__ float handed[3][N << MOST_LOG2_PACKS];
     if (at.first()) {
         for (unsigned int k = 0; k < N; k++) {
             handed[0][threadIdx.x * N + k] = mean[k];
@@ -490,7 +492,7 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     }
     __syncthreads();
     unsigned int own = threadIdx.x, in_segment = at.first_channel + own;
-    if (own < N << s.lanes && in_segment < s.channels) {
+    if (own < N << s.log2_packs && in_segment < s.channels) {
         float of_rest = handed[1][own];
         float squared = handed[2][own] - of_rest * of_rest / at.count;
         double exact = handed[0][own] + static_cast<double>(of_rest) / at.count;
@@ -519,11 +521,12 @@ static __device__ __forceinline__ void moments(const Segments<T> &all, double *m
     }
 }
 
-// Channels of a block that joins parts. Each of its other threads takes every so manieth part.
-#define JOINED 32
-#define JOINING (THREADS / JOINED)
+// Channels of a block that joins parts.
+#define CHANNELS_PER_JOIN_BLOCK 32
+// Threads of a channel there: number i takes part i and every JOIN_THREADS-th after it.
+#define JOIN_THREADS (THREADS / CHANNELS_PER_JOIN_BLOCK)
 // Parts that a thread loads before it adds the first.
-#define JOINED_AT_ONCE 8
+#define PARTS_AT_ONCE 8
 
 // The sum of `value` over the threads of a channel, for each of them.
 static __device__ __forceinline__ double joined_sum(double value, double *shared) {
@@ -531,18 +534,19 @@ static __device__ __forceinline__ double joined_sum(double value, double *shared
     shared[threadIdx.x] = value;
     __syncthreads();
     double sum = 0;
-    for (unsigned int i = 0; i < JOINING; i++) {
-        sum += shared[i * JOINED + threadIdx.x % JOINED];
+    for (unsigned int i = 0; i < JOIN_THREADS; i++) {
+        sum += shared[i * CHANNELS_PER_JOIN_BLOCK + threadIdx.x % CHANNELS_PER_JOIN_BLOCK];
     }
     return sum;
 }
 
-// What a thread adds up at once of (parts, channels), from its channel on: every JOINING-th part from `part` on. Beyond the last: 0.
+// What a thread adds up at once of (parts, channels), from its channel on: every JOIN_THREADS-th part from `part` on, and 0 beyond
+// the last.
 template <typename S>
-static __device__ __forceinline__ void load_parts(S (&of)[JOINED_AT_ONCE], const S *from, unsigned int part, unsigned int parts,
+static __device__ __forceinline__ void load_parts(S (&of)[PARTS_AT_ONCE], const S *from, unsigned int part, unsigned int parts,
                                                   unsigned int channels) {
-    for (unsigned int j = 0; j < JOINED_AT_ONCE; j++) {
-        of[j] = part + j * JOINING < parts ? from[(part + j * JOINING) * channels] : 0;
+    for (unsigned int j = 0; j < PARTS_AT_ONCE; j++) {
+        of[j] = part + j * JOIN_THREADS < parts ? from[(part + j * JOIN_THREADS) * channels] : 0;
     }
 }
 
@@ -551,25 +555,26 @@ template <typename T>
 static __device__ __forceinline__ void join_moments(const Segments<T> &all, const double *means, const float *squares,
                                                     float *statistics, unsigned int parts, unsigned int per_part) {
     __shared__ double shared[THREADS];
-    unsigned int channel = blockIdx.x * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED;
+    unsigned int channel = blockIdx.x * CHANNELS_PER_JOIN_BLOCK + threadIdx.x % CHANNELS_PER_JOIN_BLOCK;
+    unsigned int first = threadIdx.x / CHANNELS_PER_JOIN_BLOCK;
     unsigned int last_rows = all.rows - (parts - 1) * per_part;
     double total = 0, squared = 0;
-    for (unsigned int part = first; channel < all.channels && part < parts; part += JOINED_AT_ONCE * JOINING) {
-        double of[JOINED_AT_ONCE];
+    for (unsigned int part = first; channel < all.channels && part < parts; part += PARTS_AT_ONCE * JOIN_THREADS) {
+        double of[PARTS_AT_ONCE];
         load_parts(of, means + channel, part, parts, all.channels);
-        for (unsigned int j = 0; j < JOINED_AT_ONCE; j++) {
-            total += of[j] * (part + j * JOINING + 1 < parts ? per_part : last_rows);
+        for (unsigned int j = 0; j < PARTS_AT_ONCE; j++) {
+            total += of[j] * (part + j * JOIN_THREADS + 1 < parts ? per_part : last_rows);
         }
     }
     double mean = joined_sum(total, shared) / all.rows;
-    for (unsigned int part = first; channel < all.channels && part < parts; part += JOINED_AT_ONCE * JOINING) {
-        double of[JOINED_AT_ONCE];
-        float inside[JOINED_AT_ONCE];
+    for (unsigned int part = first; channel < all.channels && part < parts; part += PARTS_AT_ONCE * JOIN_THREADS) {
+        double of[PARTS_AT_ONCE];
+        float inside[PARTS_AT_ONCE];
         load_parts(of, means + channel, part, parts, all.channels);
         load_parts(inside, squares + channel, part, parts, all.channels);
-        for (unsigned int j = 0; j < JOINED_AT_ONCE && part + j * JOINING < parts; j++) {
+        for (unsigned int j = 0; j < PARTS_AT_ONCE && part + j * JOIN_THREADS < parts; j++) {
             double difference = of[j] - mean;
-            squared += inside[j] + difference * difference * (part + j * JOINING + 1 < parts ? per_part : last_rows);
+            squared += inside[j] + difference * difference * (part + j * JOIN_THREADS + 1 < parts ? per_part : last_rows);
         }
     }
     squared = joined_sum(squared, shared);
@@ -695,14 +700,14 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
         }
     }
     unsigned int to = blockIdx.y * all.channels + s.first + at.channel;
-    column_sums<N>(plain, shared, s.lanes);
+    column_sums<N>(plain, shared, s.log2_packs);
     if (at.first()) {
         for (unsigned int k = 0; k < N; k++) {
             sums[to + k] = plain[k];
         }
     }
     if (!bias) {
-        column_sums<N>(with_x, shared, s.lanes);
+        column_sums<N>(with_x, shared, s.log2_packs);
         if (at.first()) {
             for (unsigned int k = 0; k < N; k++) {
                 sums[gridDim.y * all.channels + to + k] = with_x[k];
@@ -714,27 +719,29 @@ static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, flo
     }
 }
 
-#define JOINS 64
+// Sums of a launch that joins their parts, at the most.
+#define SUMS_PER_LAUNCH 64
 
 // Sums (parts, channels), some at a time, and where the sums of all parts go. Number j has the blocks before `end[j]`, of
-// JOINED channels each.
+// CHANNELS_PER_JOIN_BLOCK channels each.
 struct Joins {
-    const float *sums[JOINS];
-    float *joined[JOINS];
-    unsigned int channels[JOINS], parts[JOINS], end[JOINS];
+    const float *sums[SUMS_PER_LAUNCH];
+    float *joined[SUMS_PER_LAUNCH];
+    unsigned int channels[SUMS_PER_LAUNCH], parts[SUMS_PER_LAUNCH], end[SUMS_PER_LAUNCH];
 };
 
 // joined[channel] = the sum over the parts.
 static __device__ __forceinline__ void join_sums(const Joins &all) {
     __shared__ double shared[THREADS];
     unsigned int block = blockIdx.x, j = entry_of(all.end, block);
-    unsigned int channel = block * JOINED + threadIdx.x % JOINED, first = threadIdx.x / JOINED, channels = all.channels[j];
+    unsigned int channel = block * CHANNELS_PER_JOIN_BLOCK + threadIdx.x % CHANNELS_PER_JOIN_BLOCK, channels = all.channels[j];
+    unsigned int first = threadIdx.x / CHANNELS_PER_JOIN_BLOCK;
     const float *sums = all.sums[j];
     double sum = 0;
-    for (unsigned int part = first, parts = all.parts[j]; channel < channels && part < parts; part += JOINED_AT_ONCE * JOINING) {
-        float of[JOINED_AT_ONCE];
+    for (unsigned int part = first, parts = all.parts[j]; channel < channels && part < parts; part += PARTS_AT_ONCE * JOIN_THREADS) {
+        float of[PARTS_AT_ONCE];
         load_parts(of, sums + channel, part, parts, channels);
-        for (unsigned int i = 0; i < JOINED_AT_ONCE; i++) {
+        for (unsigned int i = 0; i < PARTS_AT_ONCE; i++) {
             sum += of[i];
         }
     }

@@ -12,7 +12,7 @@ use candle_core::{CudaStorage, DType, Result};
 use super::super::OP;
 use crate::cuda::kernels::Source;
 use crate::cuda::launch::{
-    BEYOND, Divisor, Launch, MOST_IN_TABLE, Operand, alloc, axis, count, start,
+    Divisor, Launch, MOST_IN_TABLE, Operand, UNUSED_ENTRY, alloc, axis, count, start,
 };
 use crate::window::Axis;
 
@@ -21,11 +21,16 @@ const SOURCE: Source = Source {
     text: include_str!("kernels.cu"),
 };
 
-/// What kernels.cu defines under these names.
-const WEIGHTS: usize = 64;
-const LAID: usize = 2304;
-const JOINED: u32 = 32;
-const JOINS: usize = 64;
+// Defined under these names in kernels.cu too.
+/// Weights of a launch that lays them out, at the most.
+const WEIGHTS_PER_LAUNCH: usize = 64;
+/// Numbers of a weight that a block lays out, at the most, unless a single pair of channels has more.
+const NUMBERS_PER_LAYOUT_BLOCK: usize = 2304;
+/// Channels of a block that joins the parts of sums.
+const CHANNELS_PER_JOIN_BLOCK: u32 = 32;
+/// Sums of a launch that joins their parts, at the most.
+const SUMS_PER_LAUNCH: usize = 64;
+/// Segments of a launch, at the most.
 pub(super) const SEGMENTS: usize = 8;
 
 /// How the tensors of a member follow its convolution.
@@ -57,8 +62,8 @@ pub(super) struct Segment {
     pub(super) first: u32,
     pub(super) kind: Kind,
     pub(super) eps: f32,
-    /// A block takes 2^lanes packs side by side; set where the blocks are shared out.
-    pub(super) lanes: u32,
+    /// The binary logarithm of how many packs a block takes side by side; set where the blocks are shared out.
+    pub(super) log2_packs: u32,
 }
 
 impl Segment {
@@ -79,7 +84,7 @@ impl Segment {
         first: 0,
         kind: Kind::Bias,
         eps: 0.0,
-        lanes: 0,
+        log2_packs: 0,
     };
 }
 
@@ -122,14 +127,14 @@ pub(super) enum WeightLayout {
 /// `Weights` of kernels.cu.
 #[repr(C)]
 struct Weights {
-    planes: [CUdeviceptr; WEIGHTS],
-    pixels: [CUdeviceptr; WEIGHTS],
-    c_out: [u32; WEIGHTS],
-    c_in: [u32; WEIGHTS],
-    width: [u32; WEIGHTS],
-    taps: [u32; WEIGHTS],
-    pairs: [u32; WEIGHTS],
-    end: [u32; WEIGHTS],
+    planes: [CUdeviceptr; WEIGHTS_PER_LAUNCH],
+    pixels: [CUdeviceptr; WEIGHTS_PER_LAUNCH],
+    c_out: [u32; WEIGHTS_PER_LAUNCH],
+    c_in: [u32; WEIGHTS_PER_LAUNCH],
+    width: [u32; WEIGHTS_PER_LAUNCH],
+    taps: [u32; WEIGHTS_PER_LAUNCH],
+    pairs: [u32; WEIGHTS_PER_LAUNCH],
+    end: [u32; WEIGHTS_PER_LAUNCH],
 }
 
 // SAFETY: plain numbers, laid out as kernels.cu has them, without padding.
@@ -149,11 +154,11 @@ pub(super) struct Launches {
 /// `Joins` of kernels.cu.
 #[repr(C)]
 struct Joins {
-    sums: [CUdeviceptr; JOINS],
-    joined: [CUdeviceptr; JOINS],
-    channels: [u32; JOINS],
-    parts: [u32; JOINS],
-    end: [u32; JOINS],
+    sums: [CUdeviceptr; SUMS_PER_LAUNCH],
+    joined: [CUdeviceptr; SUMS_PER_LAUNCH],
+    channels: [u32; SUMS_PER_LAUNCH],
+    parts: [u32; SUMS_PER_LAUNCH],
+    end: [u32; SUMS_PER_LAUNCH],
 }
 
 // SAFETY: plain numbers, laid out as kernels.cu has them, without padding.
@@ -261,21 +266,21 @@ impl Launches {
 
     /// Lays weights, or their gradients, out anew. Channels of pixels beyond those of the weight are zero.
     pub(super) fn weights(&self, weights: &[Weight], to: WeightLayout) -> Result<()> {
-        for weights in weights.chunks(WEIGHTS) {
+        for weights in weights.chunks(WEIGHTS_PER_LAUNCH) {
             let mut table = Weights {
-                planes: [0; WEIGHTS],
-                pixels: [0; WEIGHTS],
-                c_out: [0; WEIGHTS],
-                c_in: [0; WEIGHTS],
-                width: [0; WEIGHTS],
-                taps: [0; WEIGHTS],
-                pairs: [0; WEIGHTS],
-                end: [BEYOND; WEIGHTS],
+                planes: [0; WEIGHTS_PER_LAUNCH],
+                pixels: [0; WEIGHTS_PER_LAUNCH],
+                c_out: [0; WEIGHTS_PER_LAUNCH],
+                c_in: [0; WEIGHTS_PER_LAUNCH],
+                width: [0; WEIGHTS_PER_LAUNCH],
+                taps: [0; WEIGHTS_PER_LAUNCH],
+                pairs: [0; WEIGHTS_PER_LAUNCH],
+                end: [UNUSED_ENTRY; WEIGHTS_PER_LAUNCH],
             };
             let mut blocks = 0u32;
             for (i, weight) in weights.iter().enumerate() {
                 count(OP, weight.c_out * weight.taps * weight.width)?;
-                let per_block = (LAID / weight.taps).max(1);
+                let per_block = (NUMBERS_PER_LAYOUT_BLOCK / weight.taps).max(1);
                 // A block has more than half of what it could take, so that 64 weights of 2^31 elements have fewer than 2^28.
                 blocks += (weight.c_out * weight.c_in).div_ceil(per_block) as u32;
                 table.planes[i] = weight.planes;
@@ -367,14 +372,15 @@ impl Launches {
             .write(&mut statistics)?
             .number(parts.count)
             .number(parts.rows);
-        let blocks = channels.div_ceil(JOINED);
+        let blocks = channels.div_ceil(CHANNELS_PER_JOIN_BLOCK);
         // SAFETY: the arguments of `join_moments`; statistics are (3, channels).
         unsafe { launch.run_with_table((blocks, 1), &columns.table) }?;
         Ok((statistics, false))
     }
 
-    /// The gradients of the bias and, behind batch norms, the weight of what follows, in parts; `raw` of a bias becomes its
-    /// gradient, and so does that of a batch norm where there is one part. Segments that say so add the gradient of their map's pooling with these windows, which [`Self::can_add`].
+    /// Sums up the gradients of the biases behind the convolutions and, where those are of batch norms, of the weights, in parts.
+    /// `raw` of a bias becomes its gradient, and so does that of a batch norm where there is one part. With the windows of a
+    /// `pooling`, of which [`Self::can_add`] must be true, a segment whose map is pooled adds the gradient of that first.
     pub(super) fn gradient_sums(
         &self,
         segments: &[Segment],
@@ -452,13 +458,13 @@ impl Launches {
                 }
             });
         }
-        for entries in entries.chunks(JOINS) {
+        for entries in entries.chunks(SUMS_PER_LAUNCH) {
             let mut table = Joins {
-                sums: [0; JOINS],
-                joined: [0; JOINS],
-                channels: [0; JOINS],
-                parts: [0; JOINS],
-                end: [BEYOND; JOINS],
+                sums: [0; SUMS_PER_LAUNCH],
+                joined: [0; SUMS_PER_LAUNCH],
+                channels: [0; SUMS_PER_LAUNCH],
+                parts: [0; SUMS_PER_LAUNCH],
+                end: [UNUSED_ENTRY; SUMS_PER_LAUNCH],
             };
             let mut blocks = 0u32;
             for (i, &(sums, from, to)) in entries.iter().enumerate() {
@@ -466,7 +472,7 @@ impl Launches {
                 table.joined[i] = to;
                 table.channels[i] = sums.channels as u32;
                 table.parts[i] = sums.parts as u32;
-                blocks += table.channels[i].div_ceil(JOINED);
+                blocks += table.channels[i].div_ceil(CHANNELS_PER_JOIN_BLOCK);
                 table.end[i] = blocks;
             }
             let name = "static_graph_join_sums_f32";
@@ -647,8 +653,8 @@ fn pack(segments: &[Segment], dtype: DType) -> u32 {
     if segments.iter().all(fits) { pack } else { 1 }
 }
 
-/// The power of two of packs that a block takes side by side: as many as lie in 128 bytes, and so that few threads are idle.
-fn lanes(channels: u32, pack: u32) -> u32 {
+/// The binary logarithm of how many packs a block takes side by side: as many as lie in 128 bytes, and so that few threads are idle.
+fn log2_packs_per_block(channels: u32, pack: u32) -> u32 {
     let packs = channels / pack;
     if pack == 1 {
         return packs.next_power_of_two().trailing_zeros().min(5);
@@ -664,7 +670,7 @@ fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
     let pack = pack(segments, dtype);
     let mut table = Segments {
         of: [Segment::EMPTY; SEGMENTS],
-        end: [BEYOND; SEGMENTS],
+        end: [UNUSED_ENTRY; SEGMENTS],
         rows: count(OP, rows)?,
         channels: 0,
         h: [0; 5],
@@ -677,9 +683,12 @@ fn columns(segments: &[Segment], rows: usize, dtype: DType) -> Result<Columns> {
         for width in [segment.raw_width, segment.map_width] {
             count(OP, rows * width as usize)?;
         }
-        let lanes = lanes(segment.channels, pack);
-        blocks += segment.channels.div_ceil(pack << lanes);
-        table.of[i] = Segment { lanes, ..*segment };
+        let log2_packs = log2_packs_per_block(segment.channels, pack);
+        blocks += segment.channels.div_ceil(pack << log2_packs);
+        table.of[i] = Segment {
+            log2_packs,
+            ..*segment
+        };
         table.end[i] = blocks;
         table.channels = table.channels.max(segment.first + segment.channels);
     }
@@ -766,15 +775,15 @@ mod tests {
     #[test]
     fn blocks_take_packs_that_divide_their_channels() {
         assert_eq!(
-            [16, 24, 64, 96, 192].map(|channels| lanes(channels, 8)),
+            [16, 24, 64, 96, 192].map(|channels| log2_packs_per_block(channels, 8)),
             [1, 2, 3, 2, 3]
         );
         assert_eq!(
-            [4, 12, 33, 1].map(|channels| lanes(channels, 1)),
+            [4, 12, 33, 1].map(|channels| log2_packs_per_block(channels, 1)),
             [2, 4, 5, 0]
         );
         assert_eq!(
-            [4, 16, 24, 32, 192].map(|channels| lanes(channels, 4)),
+            [4, 16, 24, 32, 192].map(|channels| log2_packs_per_block(channels, 4)),
             [0, 2, 1, 3, 3]
         );
     }
