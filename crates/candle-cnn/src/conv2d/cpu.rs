@@ -249,7 +249,8 @@ pub(crate) fn transpose<T: Element>(
         to_stride,
     };
     // SAFETY: the last element of each matrix lies inside its slice, as just
-    // asserted, and the slices do not overlap; the kernels are available.
+    // asserted, and the slices do not overlap; the processor has the
+    // instructions, as it has for all `KernelTable::kernels`.
     unsafe { (kernels.transpose)(&args) }
 }
 
@@ -389,7 +390,8 @@ impl<T: Element> GatherPass<T> {
                 // SAFETY: what lies at the taps of these `height` rows is readable, by the
                 // caller's promise; the panel holds `width` weights for each of the taps and
                 // channels, and ends inside of `weight.width`, of which `init` holds one and
-                // `out` one for each row: asserted above. The kernels are available.
+                // `out` one for each row: asserted above. The processor has the instructions, as it
+                // has for all `KernelTable::kernels`.
                 unsafe { kernels.gather[panel.vectors - 1](&args) };
             }
         }
@@ -659,8 +661,9 @@ impl<T: Element> Part<T> {
                         // strips end at c_in; `dy` holds `block` rows of the
                         // panel; the strip's rows of this tap lie in
                         // `weight`, by the assertion above, and hold the
-                        // panel's columns, since panels partition `width`; the
-                        // kernels are available.
+                        // panel's columns, since panels partition `width`. The
+                        // processor has the instructions, as it has for all
+                        // `KernelTable::kernels`.
                         unsafe { tile(&args) };
                     }
                 }

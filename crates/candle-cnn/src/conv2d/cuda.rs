@@ -166,8 +166,8 @@ pub(crate) struct ChannelsLast {
 /// One pass of a convolution, on a lane of the device. With `add` the result is added to what is there.
 ///
 /// # Safety
-/// The addresses are those of memory on the device, of the sizes and the type that are told, aligned to 16 bytes. It lives until the
-/// lane has come to this point, and no other lane writes what this reads, or touches what this writes.
+/// The addresses are those of memory on the device, of the sizes and the type that are told. It lives until the lane has come to
+/// this point, and no other lane writes what this reads, or touches what this writes.
 pub(crate) unsafe fn channels_last_pass(
     (device, lane): (&CudaDevice, usize),
     pass: Pass,

@@ -120,8 +120,9 @@ macro_rules! multiversion {
                     $body($($arg),*)
                 }
                 match isa {
-                    // SAFETY: this variant exists only where the processor
-                    // has these features (`Isa::available`).
+                    // SAFETY: the processor has these features: no public
+                    // function takes an `Isa` to compute with, and this
+                    // crate computes with those of `Isa::available` alone.
                     $crate::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },

@@ -128,6 +128,8 @@ impl<T> Kernels<T> {
 
 /// The element types that have tiles.
 pub(crate) trait KernelTable: Sized + 'static {
+    /// The tiles of an instruction set. Where they run the processor must have it, and does: no public function takes an
+    /// `Isa` to compute with, and this crate computes with those of [`Isa::available`] alone.
     fn kernels(isa: Isa) -> &'static Kernels<Self>;
 }
 

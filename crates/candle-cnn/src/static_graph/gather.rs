@@ -196,7 +196,8 @@ impl<'a, T: Element> GatherPass<'a, T> {
                     // taps and channels are as well; the panel holds taps ×
                     // channels × width weights; `height` rows of `width` start
                     // values and results lie inside of their slices: all of it
-                    // asserted above. The kernels are available.
+                    // asserted above. The processor has the instructions, as it
+                    // has for all `KernelTable::kernels`.
                     unsafe { run(&args) };
                     continue;
                 }

@@ -168,7 +168,8 @@ impl<T: Element> OuterPass<T> {
                         // at c_in; `packed` holds a row of the panel for each;
                         // the strip's rows of this tap in `sums` hold the
                         // panel's columns, since panels partition `width`. The
-                        // kernels are available.
+                        // processor has the instructions, as it has for all
+                        // `KernelTable::kernels`.
                         unsafe { tile(&args) };
                     }
                 }

@@ -471,7 +471,8 @@ impl<T: Element> WinogradPass<'_, T> {
                     // elements, by their slices; the panel channels × its
                     // width, by its; the results are `height` rows of `output`,
                     // which has `padded` of them, and the panel ends inside of
-                    // `width`, as asserted. The kernels are available.
+                    // `width`, as asserted. The processor has the instructions,
+                    // as it has for all `KernelTable::kernels`.
                     unsafe { self.kernels.gather[panel.vectors - 1](&args) };
                 }
             }
@@ -560,7 +561,8 @@ impl<T: Element> WinogradOuterPass<T> {
                     // SAFETY: each row holds `c_in` elements and strips end at
                     // c_in; `gradient` has a row of `width` for each tile and
                     // `sums` one for each input channel, and the panel ends
-                    // inside of `width`, as asserted. The kernels are available.
+                    // inside of `width`, as asserted. The processor has the
+                    // instructions, as it has for all `KernelTable::kernels`.
                     unsafe { tile(&args) };
                 }
             }
