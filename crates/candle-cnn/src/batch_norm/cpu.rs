@@ -378,7 +378,7 @@ fn plane_sums<'a, T: Element>(
     }
 }
 
-/// `dx = scale · (dy − offset − (x − mean) · slope)`, of given statistics `dx = scale · dy`
+/// `dx = scale · (dy − offset − (x − mean) · slope)`, or with given statistics `dx = scale · dy`.
 #[derive(Clone, Copy)]
 pub(super) struct InputGradient<T> {
     pub(super) scale: T,

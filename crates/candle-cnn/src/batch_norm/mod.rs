@@ -387,7 +387,7 @@ impl BatchNorm {
         let moments = self.moments();
         let affine = self.affine(weight, bias);
         let masks = (self.activation == Activation::Relu).then_some(affine.as_slice());
-        // Of the corrections nothing is left with running statistics.
+        // With running statistics there are no corrections, and so no need for the sums.
         let of_batch = matches!(self.source, Source::Batch(_));
         let sums = (needs.parameters || of_batch).then(|| {
             let sums = cpu::gradient_sums(&self.sizes, isa, (x, dy), moments, masks);

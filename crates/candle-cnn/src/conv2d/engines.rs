@@ -191,7 +191,7 @@ impl Plan {
                 }
             }
         }
-        // Of those on trial several may be left out.
+        // Candidates on trial stay as many as they are, since several may be left out.
         if !key.is_full_f32() {
             fast.truncate(MOST_KEPT);
         }
@@ -207,7 +207,7 @@ impl Plan {
                 least.plan.workspace,
             );
         }
-        // Where those that are on trial may all be left out, these come after them.
+        // Where candidates are on trial all may be left out: these come after them.
         if candidates.is_empty() || key.is_full_f32() {
             candidates.extend(beyond);
         }
@@ -254,7 +254,8 @@ impl Plan {
         }
     }
 
-    /// Where f32 is asked for in full, sees to it that the next candidate does not round it. Where all do, it is the one that does least.
+    /// Where f32 is asked for in full, sees to it that the next candidate does not round it. Where every candidate rounds, the next
+    /// is the one that rounds least.
     fn admit(&self, cudnn: &mut Cudnn) -> Result<()> {
         let key = &self.key;
         let mut candidates = self.candidates.borrow_mut();

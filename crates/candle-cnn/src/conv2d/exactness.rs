@@ -30,7 +30,8 @@ const SOURCE: Source = Source {
 /// after the other, by 2e-8·√N: 1.5e-5 for half a million of them, and this for 30 million.
 pub(super) const MAX_DEVIATION: f64 = 1.0 / 8192.0;
 
-/// The most that an engine may deviate where every other deviates more. Beyond this a result is wrong, and not rounded: bf16 deviates by 3e-3.
+/// The most that an engine may deviate where every other deviates more. Beyond this a result is wrong, and not rounded: bf16
+/// deviates by 3e-3.
 pub(super) const MAX_LAST_RESORT_DEVIATION: f64 = 0.01;
 
 /// How many elements of a result are looked at.

@@ -27,7 +27,7 @@ pub struct CrossEntropyConfig {
 /// `torch.nn.functional.cross_entropy` does: `(1 − ε)` at the label plus
 /// `ε / C` everywhere. Computed in f64 inside. Where a logit is NaN or +∞, so are the loss and the example's gradient NaN.
 ///
-/// Of PyTorch's there are no `weight`, `ignore_index` or `reduction`, no probabilities as targets, and no further dimensions.
+/// PyTorch's `weight`, `ignore_index` and `reduction` are not there, and neither are probabilities as targets and further dimensions.
 ///
 /// On CUDA the host does not look at the labels: one that is not below C makes the loss NaN. The loss of logits in bf16
 /// is f32.
@@ -152,7 +152,7 @@ fn log_sum_exp<T: Element>(row: &[T]) -> f64 {
         .iter()
         .fold(f64::NEG_INFINITY, |max, v| max.max(v.as_f64()));
     if max.is_infinite() {
-        // The shift would be ∞ − ∞. Of a +∞ nothing is left that could be computed with; else all are −∞.
+        // The shift would be ∞ − ∞. With a +∞ in the row nothing is left to compute with; otherwise all are −∞.
         let is_nan = max > 0.0 || row.iter().any(|v| v.is_nan());
         return if is_nan { f64::NAN } else { max };
     }

@@ -53,7 +53,7 @@ pub(crate) fn side_by_side<T>(
 ) -> Result<()> {
     let first = usize::from(meanwhile.is_some());
     let lanes = settings().streams.clamp(1, (first + tasks.len()).max(1));
-    // Without a lane of its own it has its turn at the end.
+    // A single lane is for the tasks too: `meanwhile` then has its turn at the end.
     let first = if lanes > first { first } else { 0 };
     let main = device.cuda_stream();
     let others = (1..lanes).map(|lane| stream(device, lane));
@@ -73,8 +73,8 @@ pub(crate) fn side_by_side<T>(
     if let (Ok(()), Some(meanwhile)) = (&given, meanwhile) {
         given = meanwhile();
     }
-    // Where something failed as well: memory must not be freed under those that run. An error that the context has noted would be
-    // returned in place of a join.
+    // Lanes are joined even where something failed: memory must not be freed under those that run. An error that the context has
+    // noted would be returned in place of a join.
     let noted = main.context().check_err().w();
     let joined = for_each(&others[..forked], |other| main.join(other).w());
     given.and(noted).and(joined)

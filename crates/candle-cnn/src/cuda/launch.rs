@@ -78,7 +78,7 @@ pub(crate) struct Divisor([u32; 3]);
 unsafe impl DeviceRepr for Divisor {}
 
 impl Divisor {
-    /// Of a number from 1 on and below 2^31; kernels that are told of nothing get 1.
+    /// The divisor `number`, which is below 2^31. A 0 becomes 1, for kernels that have nothing to divide.
     pub(crate) fn of(number: usize) -> Self {
         let number = number.clamp(1, i32::MAX as usize) as u64;
         let shift = u64::from(number.next_power_of_two().trailing_zeros());

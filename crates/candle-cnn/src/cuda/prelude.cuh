@@ -31,7 +31,7 @@ static __device__ __forceinline__ void store(bf16 *to, float value) {
     to->bits = static_cast<unsigned short>(value != value ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Of a value that was a `T` before it was widened.
+// Stores a value that was a `T` before it was widened, so that nothing is rounded.
 static __device__ __forceinline__ void narrow(float *to, float value) { *to = value; }
 static __device__ __forceinline__ void narrow(bf16 *to, float value) {
     to->bits = static_cast<unsigned short>(__float_as_uint(value) >> 16);

@@ -33,7 +33,7 @@ pub struct Settings {
     pub convolution: F32Math,
     /// f32 matrix products of Candle, [`crate::linear`] among them (`torch.backends.cuda.matmul.allow_tf32`).
     pub matmul: F32Math,
-    /// Only engines that give the same bits each time, and the same engines each time: none is chosen by its
+    /// Take only engines that give the same bits each time, and the same engines each time: none is chosen by its
     /// time (`torch.backends.cudnn.deterministic`, and `benchmark` off).
     pub deterministic: bool,
     /// Time cuDNN's engines for a convolution when its shape is first met, instead of going by cuDNN's rules of thumb

@@ -76,8 +76,8 @@ impl<'a, T: Element> Backward<'a, T> {
         (d_images, d_parameters.collect())
     }
 
-    /// Those of a group's operations that have a gradient to take back, if any, and the gradients that
-    /// they work on, out of `gradients`.
+    /// The operations of a group that have a gradient to take back, if any has, with the gradients that
+    /// they work on: these are taken out of `gradients`.
     fn group(&self, operations: &[usize], gradients: &mut [Option<Vec<T>>]) -> Option<Group<T>> {
         let graph = self.forward.graph;
         let input = graph.source(operations[0]);

@@ -353,7 +353,7 @@ impl StaticGraphBuilder {
     }
 }
 
-/// Each node's own, so that none of another builder is taken for it, and none that a clone has made since.
+/// A number of each node's own, so that a node of another builder, or one that a clone has made since, is not mistaken for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct NodeId(u64);
 

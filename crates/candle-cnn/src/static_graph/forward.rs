@@ -149,8 +149,8 @@ impl<'a, T: Element> Forward<'a, T> {
         }
     }
 
-    /// Where no operation needs another's result of the whole batch: all operations that wait for the same earlier ones
-    /// share out their work at once, those that read the same images one after the other.
+    /// The forward pass where no operation needs another's result of the whole batch: all operations that wait for the same
+    /// earlier ones share out their work at once, those that read the same images one after the other.
     fn run_by_levels(
         &self,
         images: &[T],
@@ -213,7 +213,7 @@ impl<'a, T: Element> Forward<'a, T> {
             let parts = self.tasks((y, graph.layout(*buffer)), writers);
             tasks.extend(parts.into_iter().map(|part| (part, &*writers)));
         }
-        // So that what reads the same images or lines comes one after the other.
+        // Tasks that read the same images or lines then come one after the other.
         tasks.sort_by_key(|((image, part, _), _)| (*image, part.lines.start));
         let maps = &*nodes;
         let times = tasks

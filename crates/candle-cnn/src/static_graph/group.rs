@@ -31,7 +31,7 @@ pub(super) struct GroupPass<'a, T: 'static> {
 pub(super) struct Group<T> {
     /// The buffer that holds the map.
     pub(super) input: usize,
-    /// In the order in which they add to `dx`.
+    /// The operations, in the order in which they add to `dx`.
     pub(super) branches: Vec<Branch>,
     pub(super) outputs: Vec<OutputGradient<T>>,
     /// The gradient of the map, if it is needed: what has been added up so far, or memory of anything.
@@ -41,7 +41,7 @@ pub(super) struct Group<T> {
 /// One of the operations of a group.
 pub(super) struct Branch {
     pub(super) index: usize,
-    /// The number of the gradient of its output among those of the group.
+    /// Which of [`Group::outputs`] is the gradient of its output.
     pub(super) output: usize,
     /// The first of its channels there.
     pub(super) channel: usize,

@@ -19,7 +19,7 @@ use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, images_per_task};
 use crate::element::Element;
 use crate::simd::{Accumulate, Isa, multiversion};
 
-/// An operation for whose backward pass all is done that is done for the whole batch at once.
+/// An operation whose backward pass has done what it does for the whole batch at once.
 pub(super) enum PreparedOperation<'a, T> {
     Convolution(Box<PreparedConvolution<'a, T>>),
     MaxPool {
@@ -155,7 +155,7 @@ impl<T: Element> OperationBackward<'_, T> {
         }
     }
 
-    /// For what a thread adds up, with memory of arbitrary values.
+    /// Sums for one thread to add to, in memory that may hold anything.
     pub(super) fn sums(&self, graph: &Network) -> Sums<T> {
         match self {
             Self::Convolution(convolution) => {
@@ -206,7 +206,7 @@ impl<T: Element> OperationBackward<'_, T> {
         times.other += convolution.prepared.time;
         if let Some(d) = &mut d_parameters[convolution.prepared.c.number] {
             let watch = Watch::start();
-            // Those of a batch norm are there already.
+            // The gradients of a batch norm are there already.
             if let AfterGradients::Bias(bias) = &mut d.after {
                 for part in parts {
                     for (to, &from) in bias.iter_mut().zip(&part.bias) {

@@ -26,7 +26,7 @@ use crate::simd::Isa;
 pub(super) struct Packed<T> {
     isa: Isa,
     pub(super) direct: PackedWeight<T>,
-    /// Winograd's, if that was asked for.
+    /// The weight for Winograd's products, if it was asked for.
     pub(super) transformed: Option<PackedWeight<T>>,
 }
 

@@ -14,15 +14,15 @@ use crate::error::OpError;
 /// C_in, k, k), and one value per output channel (C_out) in all else.
 #[derive(Clone, Copy, Debug)]
 pub enum ConvParameters<'a> {
-    /// Of [`crate::StaticGraphBuilder::conv2d_relu`].
+    /// A convolution of [`crate::StaticGraphBuilder::conv2d_relu`].
     Bias {
         /// (C_out, C_in, k, k).
         weight: &'a Tensor,
         /// (C_out).
         bias: &'a Tensor,
     },
-    /// Of [`crate::StaticGraphBuilder::conv2d_batch_norm_relu`] in training:
-    /// normalised by this batch.
+    /// A convolution of [`crate::StaticGraphBuilder::conv2d_batch_norm_relu`] in
+    /// training: normalised by this batch.
     BatchNorm {
         /// (C_out, C_in, k, k).
         weight: &'a Tensor,
@@ -56,7 +56,7 @@ pub struct GraphOutput {
 }
 
 impl<'a> ConvParameters<'a> {
-    /// The weight first.
+    /// The tensors of the parameters, the weight first.
     pub(super) fn tensors(&self) -> Vec<&'a Tensor> {
         match *self {
             Self::Bias { weight, bias } => vec![weight, bias],
@@ -175,7 +175,7 @@ impl Network {
         Ok(())
     }
 
-    /// As tensors like `images`, of the convolutions that have any.
+    /// The batch's statistics of the convolutions that have any, as tensors of the type and on the device of `images`.
     pub(super) fn statistics(
         &self,
         moments: &[Vec<Moments>],

@@ -107,7 +107,7 @@ impl<'a, T: Element> ParameterValues<'a, T> {
 
 /// The gradients of one convolution's parameters.
 pub(super) struct ParameterGradients<T> {
-    /// That of the weight, unless it is frozen.
+    /// The gradient of the weight, unless it is frozen.
     pub(super) weight: Option<Vec<T>>,
     pub(super) after: AfterGradients<T>,
 }
@@ -119,7 +119,7 @@ pub(super) enum AfterGradients<T> {
 }
 
 impl<T> ParameterGradients<T> {
-    /// In the order of the parameters.
+    /// The gradients, in the order of the parameters.
     pub(super) fn into_list(self) -> Vec<Option<Vec<T>>> {
         match self.after {
             AfterGradients::Bias(bias) => vec![self.weight, Some(bias)],

@@ -14,15 +14,15 @@ use super::{ALIGNMENT, pool};
 pub(super) struct Network {
     pub(super) nodes: Vec<Map>,
     pub(super) operations: Vec<Operation>,
-    /// In the order in which they can run: operations that read the same map go back together. A
-    /// pooling that is part of a convolution is not among them.
+    /// The operations in an order in which they can run. Those that read the same map are a group, and go
+    /// back together. A pooling that is part of a convolution is in none.
     pub(super) groups: Vec<Vec<usize>>,
-    /// Of each convolution that alone reads the output of a pooling: that pooling. The two run
-    /// together, a few images at a time, and nobody keeps what lies between them.
+    /// For each operation the pooling that is part of it. A convolution has one where it alone reads the
+    /// pooling's output: the two run together, a few images at a time, and nobody keeps what lies between them.
     pub(super) pooled: Vec<Option<usize>>,
     /// The operations by how many must run one after the other before them.
     pub(super) levels: Vec<Vec<usize>>,
-    /// Of operations, by the node that they make.
+    /// The names that were given to operations, by the node that each makes.
     pub(super) names: BTreeMap<usize, String>,
     pub(super) output: usize,
     pub(super) arenas: Arenas,

@@ -18,7 +18,7 @@ pub(super) struct Stage {
 /// Convolutions of one map with kernels of one size: one convolution whose output channels are theirs, one after the other.
 #[derive(Debug, PartialEq)]
 pub(super) struct Unit {
-    /// Where in the stage's part of the weights' memory its own begin, in elements.
+    /// The element of the stage's part of the weights' memory at which the unit's weights begin.
     pub(super) weight: usize,
     pub(super) c_out: usize,
     pub(super) trains: bool,
@@ -95,9 +95,10 @@ pub(super) fn stages(
     (stages, parts)
 }
 
-/// Gives each unit its place in the memory of the weights, which begins a new part wherever one has its share of all.
+/// Gives each unit its place in the memory of the weights. A stage begins a new part of it once the last one holds
+/// its share of all elements, one of `PARTS`. Returns the elements of each part.
 fn divide_weights(stages: &mut [Stage], width: impl Fn(usize) -> usize) -> Vec<usize> {
-    /// Each allocation takes time, so that they are few.
+    /// How many parts there are at the most: few, since each allocation takes time.
     const PARTS: usize = 4;
     // Vectors of any type begin at such an element.
     const ALIGNMENT: usize = 64;
@@ -142,7 +143,7 @@ mod tests {
         b.global_avg_pool2d(whole).unwrap()
     }
 
-    /// Of each stage: its units' members, and the number of its poolings.
+    /// The members of each stage's units, and the number of its poolings.
     fn members(stages: &[Stage]) -> Vec<(Vec<Vec<usize>>, usize)> {
         let numbers = |unit: &Unit| unit.members.iter().map(|m| m.convolution.number).collect();
         stages

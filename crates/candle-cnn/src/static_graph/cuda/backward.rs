@@ -23,15 +23,16 @@ pub(super) struct Backward<'a> {
     /// Whether the gradient of each node's map is needed.
     needed: Vec<bool>,
     uses: Vec<Uses>,
-    /// Of each node's map.
+    /// The gradient of each node's map, as far as it is added up.
     gradients: Maps,
-    /// Of each node's map: a pooling's part of its gradient, which is added where the gradient is read.
+    /// A pooling's part of the gradient of each node's map, which is added where the gradient is read.
     late: Vec<Option<Late>>,
     /// Gradients of the weights, by part.
     d_weights: Maps,
     /// Gradients of what follows each convolution: its bias, or weight and bias of its batch norm.
     d_follows: Vec<Vec<Tensor>>,
-    /// Of biases, whose gradients nobody waits for: joined at the end. With each its convolutions' numbers.
+    /// The sums that are the gradients of biases, each with its convolutions' numbers and segments. Nobody waits for them, so that
+    /// their parts are joined at the end.
     of_biases: Vec<(PartialSums, Vec<(usize, Segment)>)>,
 }
 

@@ -16,9 +16,9 @@ use crate::static_graph::stages::Stage;
 pub(super) struct Output {
     /// (N, C).
     pub(super) features: CudaStorage,
-    /// Those of the batch, of each convolution.
+    /// The batch's statistics of each convolution.
     pub(super) statistics: Vec<Option<BatchStatistics>>,
-    /// For the backward pass, where there is one.
+    /// What the backward pass needs, where there is one.
     pub(super) kept: Option<Kept>,
 }
 

@@ -12,11 +12,11 @@ template <typename T, unsigned int N> struct alignas(sizeof(T) * N) Pack {
     T of[N];
 
     __device__ float at(unsigned int k) const { return widen(of[k]); }
-    // Rounded, and of a value that is one of a `T`.
+    // `set` rounds the value; `put` takes one that is a `T` already.
     __device__ void set(unsigned int k, float value) { store(&of[k], value); }
     __device__ void put(unsigned int k, float value) { narrow(&of[k], value); }
 };
-// By words: so both halves are widened by one instruction each.
+// Kept as words, so that both halves are widened by one instruction each.
 template <> struct alignas(16) Pack<bf16, 8> {
     unsigned int words[4];
 
@@ -78,7 +78,7 @@ static __device__ __forceinline__ void from_planes(const T *planes, T *map, unsi
     }
 }
 
-// The way back.
+// The same the other way round: planes from pixels.
 template <typename T>
 static __device__ __forceinline__ void to_planes(const T *map, T *planes, unsigned int channels, unsigned int pixels,
                                                  unsigned int width, unsigned int elements) {
@@ -189,7 +189,8 @@ struct Place {
 
 // Windows along an axis that see position i, from `first` on. K and S are their kernel and stride, where these are known.
 template <unsigned int K, unsigned int S> struct Seeing {
-    // Of windows that are not there `first + a` is beyond the output, or the place in it beyond the kernel.
+    // Where K and S are known, at most so many windows see a position. Of one that is not there, `first + a` is beyond the output, or
+    // `place(a)` beyond the kernel.
     static constexpr unsigned int MOST = K ? (K + S - 1) / S : 1;
     const Axis &axis;
     unsigned int i, first;
@@ -294,7 +295,7 @@ template <typename T> struct Segment {
 template <typename T> struct Segments {
     Segment<T> of[SEGMENTS];
     unsigned int end[SEGMENTS], rows, channels;
-    // Of the poolings, and of the map's pixels.
+    // The axes of the poolings, and the size of the map.
     Axis h, w;
     Divisor width, height;
 };
@@ -409,7 +410,7 @@ static __device__ __forceinline__ void finish(const Column<T, N> &at, const Foll
             for (unsigned int k = 0; k < N; k++) {
                 float value = follows.value(k, packs[j].at(k));
                 packs[j].set(k, keep_positive(value, value));
-                // As what is stored has it: rounding may make it 0.
+                // Asked of what is stored, since rounding may have made it 0.
                 mask |= packs[j].at(k) <= 0 ? 0 : 1u << k;
             }
             store_pack(&s.map[r * s.map_width + at.channel], packs[j]);
@@ -635,7 +636,7 @@ static __device__ __forceinline__ void input_gradient(const Segments<T> &all, co
 // with 0 there are none.
 template <typename T, unsigned int N, unsigned int K, unsigned int S>
 static __device__ __forceinline__ void gradient_sums(const Segments<T> &all, float *sums, unsigned int per_part) {
-    // Windows are loads enough.
+    // Where there are windows, those of one row are loads enough.
     constexpr unsigned int AT_ONCE = K ? 1 : ROWS;
     __shared__ float shared[N][THREADS];
     Column<T, N> at(all, blockIdx.x, per_part);
@@ -791,7 +792,7 @@ static __device__ __forceinline__ void max_pool(const T *x, T *y, unsigned char 
     Place at(i, N, packs, width, height);
     unsigned int channels = packs.divisor * N;
     const T *image = x + at.image * h.input * w.input * channels + at.channel;
-    // Outside of the image below 0, as large numbers.
+    // The window's first line and column, which may lie before 0 as large numbers.
     unsigned int top = at.h * h.stride - h.padding, left = at.w * w.stride - w.padding;
     unsigned int r0 = top < h.input ? 0 : 0 - top, s0 = left < w.input ? 0 : 0 - left;
     Best<N> best;
@@ -907,7 +908,7 @@ static __device__ __forceinline__ void average(const T *map, float *features, un
     features[i] = sum / pixels;
 }
 
-// The way back: each pixel's share; a thread a pixel's number.
+// The gradient of `average`: each pixel's share; a thread a pixel's number.
 template <typename T>
 static __device__ __forceinline__ void spread(const float *features, T *map, unsigned int pixels, unsigned int channels,
                                               unsigned int elements) {

@@ -104,7 +104,7 @@ struct Segments {
 unsafe impl DeviceRepr for Segments {}
 const _: () = assert!(size_of::<Segments>() <= MOST_IN_TABLE);
 
-/// One weight as Candle has it and as cuDNN takes it; for gradients the way is the other one.
+/// One weight as Candle has it and as cuDNN takes it, or its gradient as Candle takes it and as cuDNN has it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Weight {
     /// (C_out, C_in, taps) of f32.
@@ -380,7 +380,7 @@ impl Launches {
 
     /// Sums up the gradients of the biases behind the convolutions and, where those are of batch norms, of the weights, in parts.
     /// `raw` of a bias becomes its gradient, and so does that of a batch norm where there is one part. With the windows of a
-    /// `pooling`, of which [`Self::can_add`] must be true, a segment whose map is pooled adds the gradient of that first.
+    /// `pooling`, which [`Self::can_add`] has to allow, a segment with a `pooled` gradient adds that to its own first.
     pub(super) fn gradient_sums(
         &self,
         segments: &[Segment],

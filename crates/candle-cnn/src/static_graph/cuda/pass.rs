@@ -190,7 +190,7 @@ impl<'a> GraphPass<'a> {
         for (u, unit) in stage.units.iter().enumerate() {
             for (m, member) in unit.members.iter().enumerate() {
                 let (rows, kind) = (self.rows(unit), self.kind(member));
-                // Those that train are apart, so that a chunk goes the way back as a whole or not at all.
+                // Units that train are kept apart, so that a chunk goes the way back as a whole or not at all.
                 let fits = |chunk: &&mut Chunk| {
                     let first = &stage.units[chunk.members[0].0];
                     (chunk.rows, chunk.kind) == (rows, kind)
@@ -360,7 +360,7 @@ pub(super) struct Uses {
     pub(super) last_read: Option<usize>,
 }
 
-/// So many that are not there.
+/// A list of `len` places with nothing in them.
 pub(super) fn none<T>(len: usize) -> Vec<Option<T>> {
     (0..len).map(|_| None).collect()
 }
