@@ -33,6 +33,12 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The system refuses a thread.
+    #[error("cannot start a thread to send with")]
+    Thread {
+        /// Why not.
+        source: io::Error,
+    },
     /// Rank 0 cannot be reached.
     #[error("rank {rank} could not reach rank 0 at {address} within {} s", timeout.as_secs_f64())]
     Unreachable {
@@ -155,6 +161,16 @@ pub enum Error {
 
 fn shown(value: &Option<String>) -> &str {
     value.as_deref().unwrap_or("not there")
+}
+
+impl Error {
+    /// Its text and those of what caused it, as other ranks report it.
+    pub(crate) fn with_sources(&self) -> String {
+        let this = Some(self as &dyn std::error::Error);
+        let errors = std::iter::successors(this, |error| error.source());
+        let texts: Vec<String> = errors.map(ToString::to_string).collect();
+        texts.join(": ")
+    }
 }
 
 /// Some ranks for people, who need not know each of thousands.

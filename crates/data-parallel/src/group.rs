@@ -18,6 +18,9 @@ const BUCKET: usize = (25 << 20) / size_of::<f32>();
 /// How long a rank that gives up waits for the others to hear it.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// How long a rank that has lost another listens whether somebody says why.
+const HEARSAY: Duration = Duration::from_millis(300);
+
 /// How often a rank that waits for its device asks it, and how often it looks whether the others are still there.
 const ASK_EVERY: Duration = Duration::from_micros(50);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -167,7 +170,7 @@ impl ProcessGroup {
     pub fn all_reduce_weighted(&self, tensors: &[Tensor], weight: f64) -> Result<Vec<Tensor>> {
         // The others wait for this rank's part, also where it fails before a connection is used.
         self.all_reduce_buckets(tensors, weight)
-            .inspect_err(|error| self.give_up(&error.to_string()))
+            .inspect_err(|error| self.give_up(&error.with_sources()))
     }
 
     fn all_reduce_buckets(&self, tensors: &[Tensor], weight: f64) -> Result<Vec<Tensor>> {
@@ -396,8 +399,29 @@ impl ProcessGroup {
         };
         let number = self.calls.get() + 1;
         self.calls.set(number);
-        let result = work(connections, Call { kind, number });
+        let call = Call { kind, number };
+        let result = work(connections, call).map_err(|error| self.first_cause(error, call));
         result.map(Some).inspect_err(|error| self.fail(error))
+    }
+
+    /// What another rank has said of its end, where a connection is lost: the peer may have ended for that reason, and not have been
+    /// the first.
+    fn first_cause(&self, error: Error, call: Call) -> Error {
+        if !matches!(error, Error::Lost { .. }) {
+            return error;
+        }
+        let end = Instant::now() + HEARSAY;
+        loop {
+            let told = self.links().find_map(|link| match link.look(call) {
+                Err(told @ Error::GaveUp { .. }) => Some(told),
+                _ => None,
+            });
+            match told {
+                Some(told) => return told,
+                None if Instant::now() >= end => return error,
+                None => std::thread::sleep(LOOK_EVERY),
+            }
+        }
     }
 
     /// Ends the group for a reason that others have given or this rank has.
@@ -413,7 +437,7 @@ impl ProcessGroup {
     fn links(&self) -> impl Iterator<Item = &Link> {
         self.connections.iter().flat_map(|connections| {
             let ring = [&connections.ring.next, &connections.ring.previous];
-            connections.star.iter().chain(ring)
+            ring.into_iter().chain(&connections.star)
         })
     }
 

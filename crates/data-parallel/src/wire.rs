@@ -213,11 +213,11 @@ impl Link {
         }
         std::thread::scope(|scope| {
             let sender = std::thread::Builder::new().spawn_scoped(scope, || self.send(call, sent));
-            let sender = sender.map_err(|no_thread| self.failed(call, no_thread))?;
+            let sender = sender.map_err(|source| Error::Thread { source })?;
             let result = from.receive(call, received);
             if result.is_err() {
                 // The peer takes the rest and then hears why this rank gives up: a connection that ends within a message looks as if
-                // this rank were gone. A peer that takes nothing is not waited for.
+                // this rank were gone. A peer that takes nothing is waited for no longer than this.
                 let end = Instant::now() + REST;
                 while !sender.is_finished() && Instant::now() < end {
                     std::thread::sleep(Duration::from_millis(1));

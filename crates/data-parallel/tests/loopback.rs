@@ -141,11 +141,12 @@ fn a_rank_that_ends_is_an_error_on_all_others_at_once() {
     for dying in 0..5 {
         let begin = Instant::now();
         let errors = on_ranks(5, |group| {
+            // So long that a rank is in the middle of a message when it hears of it.
+            let tensor = Tensor::zeros(5_000_000, DType::F32, &Device::Cpu).unwrap();
+            group.barrier().unwrap();
             if group.rank() == dying {
                 return None;
             }
-            // So long that a rank is in the middle of a message when it hears of it.
-            let tensor = Tensor::zeros(5_000_000, DType::F32, &Device::Cpu).unwrap();
             let failed =
                 (0..10).find_map(|_| group.all_reduce_mean(std::slice::from_ref(&tensor)).err());
             let error = failed.expect("the group must not go on");
