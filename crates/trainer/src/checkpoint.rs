@@ -206,12 +206,13 @@ pub(crate) fn was_saved(dir: &Path) -> Result<bool> {
     Ok(any("step-")? || any("damaged-step-")? || !replaced(dir)?.is_empty())
 }
 
-/// The newest checkpoint's folder, unverified.
-pub(crate) fn newest_path(dir: &Path) -> Result<PathBuf> {
+/// The newest checkpoint's folder, unverified; None where there is no checkpoint.
+pub(crate) fn newest_path(dir: &Path) -> Result<Option<PathBuf>> {
+    if !was_saved(dir)? {
+        return Ok(None);
+    }
     let newest = list(dir, "step-")?.into_iter().next();
-    let newest = newest.ok_or_else(|| ErrorKind::NotFound.into());
-    let (_, path) = newest.map_err(io_error("find a checkpoint in", dir))?;
-    Ok(path)
+    Ok(newest.map(|(_, path)| path))
 }
 
 /// The hash that the checkpoint in `dir` records of its weights; None where there is no checkpoint.
@@ -493,7 +494,7 @@ mod tests {
         for step in [1, 2] {
             save(dir.path(), &state(step), b"w", b"m", 2).unwrap();
         }
-        let newest = newest_path(dir.path()).unwrap();
+        let newest = newest_path(dir.path()).unwrap().unwrap();
         fs::write(newest.join(WEIGHTS), b"other").unwrap();
         assert!(load_newest(dir.path()).unwrap().is_some());
         fs::remove_dir_all(dir.path().join("step-0000001")).unwrap();

@@ -297,18 +297,20 @@ impl<'a> Training<'a> {
 
     /// The error of the step that comes next, whose loss was read when `steps_made` had moved the weights.
     fn non_finite_loss(&self, loss: f32, steps_made: u64) -> Error {
-        let newest = |run: &RunDirectory| checkpoint::newest_path(&run.checkpoints());
+        let last_checkpoint = match &self.recorder {
+            None => LastCheckpoint::OfRank0,
+            Some(recorder) => match checkpoint::newest_path(&recorder.run.checkpoints()) {
+                Ok(newest) => newest.map_or(LastCheckpoint::None, LastCheckpoint::At),
+                // That they cannot be listed is not what ended the run.
+                Err(_) => LastCheckpoint::At(recorder.run.checkpoints()),
+            },
+        };
         Error::NonFiniteLoss {
             epoch: self.position.epoch + 1,
             step: self.position.step + 1,
             loss,
             steps_made,
-            last_checkpoint: match &self.recorder {
-                None => LastCheckpoint::OfRank0,
-                Some(recorder) => {
-                    newest(&recorder.run).map_or(LastCheckpoint::None, LastCheckpoint::At)
-                }
-            },
+            last_checkpoint,
         }
     }
 

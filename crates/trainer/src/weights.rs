@@ -48,9 +48,9 @@ pub(crate) fn detached(variables: Vec<(String, Var)>) -> Vec<(String, Tensor)> {
 }
 
 /// Fills every parameter and buffer of `model` from a safetensors file. Strict: the file must hold
-/// exactly the model's tensors, each of its type and shape, or nothing is changed. Only PyTorch's counters of
-/// batches (`….num_batches_tracked`), which nothing needs where the momentum of a batch norm is a number, are
-/// left out where the model has none.
+/// exactly the model's tensors, each of its type and shape, or nothing is changed. Only those of PyTorch's counters of
+/// batches (`….num_batches_tracked`) that the model does not have are left out: nothing needs them where the momentum of a
+/// batch norm is a number.
 ///
 /// # Errors
 /// [`WeightsError`]; one error lists everything missing, unexpected and misshapen.
@@ -95,7 +95,7 @@ pub fn assign(
             Some(tensor) => assignments.push((name, var, tensor)),
         }
     }
-    let is_counter = |name: &String| name.ends_with("num_batches_tracked");
+    let is_counter = |name: &String| name.ends_with(".num_batches_tracked");
     mismatch.unexpected = found.into_keys().filter(|name| !is_counter(name)).collect();
     if !mismatch.is_empty() {
         return Err(WeightsError::Mismatch {
@@ -525,6 +525,13 @@ mod tests {
         file.push(("bn1.num_batches_tracked".into(), counter));
         load_from_bytes(&model, &encoded(&file), Path::new("init.safetensors")).unwrap();
         assert_eq!(model.bits(), other.bits());
+        file[0].0 = "extra_num_batches_tracked".into();
+        let error = load_from_bytes(&model, &encoded(&file), Path::new("init.safetensors"));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("unexpected: extra_num_batches_tracked"),
+            "{error}"
+        );
     }
 
     #[test]

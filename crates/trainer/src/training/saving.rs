@@ -1,6 +1,7 @@
 //! What a run leaves on disk to go on from, and at its end.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use candle_core::Tensor;
@@ -8,7 +9,7 @@ use candle_core::Tensor;
 use super::{Summary, Training};
 use crate::checkpoint::{self, Checkpoint, State};
 use crate::config::{TrainsOn, first_change};
-use crate::durable::{read, sha256_hex, write_atomically};
+use crate::durable::{io_error, read, sha256_hex, write_atomically};
 use crate::error::{Error, Result};
 use crate::metrics::{MetricsFiles, MetricsPosition};
 use crate::observer::Observer;
@@ -127,7 +128,10 @@ impl Training<'_> {
         let Some(Recorder { run, .. }) = &self.recorder else {
             return Err(Error::RunOfRank { rank: 0 });
         };
-        let newest = checkpoint::newest_path(&run.checkpoints())?;
+        let checkpoints = run.checkpoints();
+        let newest = checkpoint::newest_path(&checkpoints)?;
+        let newest = newest.ok_or_else(|| ErrorKind::NotFound.into());
+        let newest = newest.map_err(io_error("find a checkpoint in", &checkpoints))?;
         let weights = read(&newest.join(checkpoint::WEIGHTS))?;
         write_atomically(&run.path().join(checkpoint::WEIGHTS), &weights)?;
         let summary = Summary {
