@@ -120,7 +120,7 @@ pub enum OpError {
     },
     /// A label outside of the classes.
     #[error(
-        "{op}: label {label} of example {example} is not below the number of classes {classes}"
+        "{op}: label {label} of example {example} is none of the {classes} classes, which count from 0; there is no ignore_index"
     )]
     Label {
         /// The operation, as PyTorch names it.

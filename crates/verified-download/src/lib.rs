@@ -290,7 +290,7 @@ fn already_complete(
     }
 }
 
-/// Fills `part` from the cached file, if that is right. One that cannot be read is no reason to give up.
+/// Fills `part` from the cached file, if that is right. One that cannot be checked is no reason to give up.
 fn copy_from_cache(
     copy: &CachedCopy,
     file: &FileRequest,

@@ -109,8 +109,8 @@ impl Role {
 /// This process' number where it is one of several that train together.
 static RANK: OnceLock<usize> = OnceLock::new();
 
-/// Has this process speak as one of several, where the environment says so. A program that trains begins with it; any other is the only
-/// one of its kind, whatever a launcher has left in the environment.
+/// Has this process speak as one of several, where the environment says so. A program that trains begins with it; any other speaks as
+/// the only one, whatever a launcher has left in the environment.
 pub(crate) fn speak_as_rank() {
     if let Ok(Role::Rank(ranks)) = Role::from_environment() {
         let _ = RANK.set(ranks.rank);

@@ -150,7 +150,7 @@ impl<'a> Session<'a> {
 fn is_of_the_machine(error: &Error) -> bool {
     use data_parallel::Error::{Lost, Silent, Stuck};
     match error {
-        // What is gone does not come back.
+        // The same command would fail in the same way.
         Error::Io { source, .. } => source.kind() != ErrorKind::NotFound,
         Error::Group(error) => matches!(error, Lost { .. } | Silent { .. } | Stuck { .. }),
         _ => false,

@@ -526,7 +526,7 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-/// What the way back reads, of all images.
+/// What the backward pass reads, of all images.
 struct Backward<'a, T: 'static> {
     g: &'a Conv2dGeometry,
     kernels: &'static Kernels<T>,

@@ -124,7 +124,7 @@ impl<'a, T: Element> Forward<'a, T> {
         self.output(nodes, normalised, moments, keep)
     }
 
-    /// The features of the last map, and the others for the way back if they are to be kept.
+    /// The features of the last map, and the others for the backward pass if they are to be kept.
     fn output(
         &self,
         nodes: Vec<Option<Vec<T>>>,

@@ -33,7 +33,7 @@ pub(super) struct Normalised<T> {
 pub(super) struct Trains {
     /// At least one of the convolution's parameters.
     pub(super) any: bool,
-    /// The weight, whose gradient is the work; those of the others are sums that the way back takes anyway.
+    /// The weight, whose gradient is the work; those of the others are sums that the backward pass takes anyway.
     pub(super) weight: bool,
 }
 

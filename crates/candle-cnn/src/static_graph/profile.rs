@@ -104,7 +104,7 @@ impl Times {
     }
 }
 
-/// Tells of the way back through operation `index`.
+/// Tells of the backward pass through operation `index`.
 pub(super) fn backward(
     graph: &Network,
     index: usize,

@@ -30,6 +30,8 @@ const NUMBERS_PER_LAYOUT_BLOCK: usize = 2304;
 const CHANNELS_PER_JOIN_BLOCK: u32 = 32;
 /// Sums of a launch that joins their parts, at the most.
 const SUMS_PER_LAUNCH: usize = 64;
+/// The binary logarithm of how many packs of channels a block takes side by side, at the most.
+const MOST_LOG2_PACKS: u32 = 5;
 /// Segments of a launch, at the most.
 pub(super) const SEGMENTS: usize = 8;
 
@@ -657,7 +659,10 @@ fn pack(segments: &[Segment], dtype: DType) -> u32 {
 fn log2_packs_per_block(channels: u32, pack: u32) -> u32 {
     let packs = channels / pack;
     if pack == 1 {
-        return packs.next_power_of_two().trailing_zeros().min(5);
+        return packs
+            .next_power_of_two()
+            .trailing_zeros()
+            .min(MOST_LOG2_PACKS);
     }
     match packs.trailing_zeros() {
         0 => packs.next_power_of_two().trailing_zeros().min(3),

@@ -2,16 +2,16 @@
 //!
 //! Maps lie channels last, (N, H, W, C), as tensor cores want them; Candle's tensors do not. cuDNN takes the sums of each
 //! convolution into memory of their own, and small kernels of ours do what lies between for a whole [`Stage`](super::stages::Stage) at once: bias or
-//! batch norm and ReLU on the way into the maps, concatenations among them, and the same on the way back. A gradient is added to
+//! batch norm and ReLU on the way into the maps, concatenations among them, and the same in the backward pass. A gradient is added to
 //! another where it is made, or where it is read. Memory is taken and freed in the order of the device's stream, so that a step
 //! can be captured.
 //!
 //! - *Sums without gaps.* cuDNN does not write into a concatenation: its engines (9.19) want workspace of the result's size for
 //!   a result with gaps, to lay it out anew.
-//! - *Up to 512 rows* a block has all rows of its channels, and normalises as soon as it knows their mean and deviation, on the
-//!   way back likewise. Beyond, sums are taken in parts, which another launch joins. Nobody waits for the gradients of biases:
+//! - *Up to 512 rows* a block has all rows of its channels, and normalises as soon as it knows their mean and deviation, in the
+//!   backward pass likewise. Beyond, sums are taken in parts, which another launch joins. Nobody waits for the gradients of biases:
 //!   the parts of all are joined at the end.
-//! - *Masks.* Behind a bias, what is positive is kept as bits, a sixteenth of the bytes that the way back would read else. Then
+//! - *Masks.* Behind a bias, what is positive is kept as bits, a sixteenth of the bytes that the backward pass would read else. Then
 //!   a map that only poolings read is not kept. Threads that take single channels keep the map instead.
 //! - *Poolings* keep the place of each maximum in its window as a byte. The gradient of one with 3×3 windows over what biases
 //!   made is added where it is read, and not before, so that it does not go through memory in between: for one pooling of a
@@ -19,8 +19,8 @@
 //! - *Instructions.* A thread takes 16 bytes of a pixel's channels, divides by multiplying, and compares each line of a 3×3
 //!   window once. Kernels that spend 300 instructions on a number take longer than the memory that they read
 //!   (results/2026-11-26-cuda-kernels-sm90).
-//! - *Weights* are laid out once more as cuDNN takes them, in f32 22 MiB of either network, in up to four parts. The way back
-//!   frees these one by one while gradients take memory of theirs; without a way back one is there at a time.
+//! - *Weights* are laid out once more as cuDNN takes them, in f32 22 MiB of either network, in up to four parts. The backward pass
+//!   frees these one by one while gradients take memory of theirs; without a backward pass one is there at a time.
 //! - *Frozen weights* whose bias or batch norm trains get a gradient, which is dropped.
 //!
 //! A step at batch 32 in numbers, counted on the emulated device (`CUDA_EMULATION_LOG=1`; memory without what libraries and the
@@ -118,7 +118,7 @@ pub(super) fn forward(
         kept: Mutex::new(None),
     };
     // An operation of Candle's has few inputs. So variables get their gradients past its graph, and one of them as the second
-    // input is enough for the way back to be taken. What is not a variable hangs on a chain of tokens.
+    // input is enough for the backward pass to be made. What is not a variable hangs on a chain of tokens.
     let mut second = images.detach();
     let mut token: Option<Tensor> = None;
     for (c, parameters) in network.convolutions().iter().zip(parameters) {

@@ -190,7 +190,7 @@ impl<'a> GraphPass<'a> {
         for (u, unit) in stage.units.iter().enumerate() {
             for (m, member) in unit.members.iter().enumerate() {
                 let (rows, kind) = (self.rows(unit), self.kind(member));
-                // Units that train are kept apart, so that a chunk goes the way back as a whole or not at all.
+                // Units that train are kept apart, so that the backward pass takes a chunk as a whole or not at all.
                 let fits = |chunk: &&mut Chunk| {
                     let first = &stage.units[chunk.members[0].0];
                     (chunk.rows, chunk.kind) == (rows, kind)
