@@ -21,8 +21,8 @@
 //! every rank receives the same bits.
 //!
 //! No call waits for ever: a rank that ends, is killed or gives up makes the pending and every later
-//! call of all others an [`Error`] that names a rank, at once; one that is merely silent does so
-//! after [`Options::timeout`]. (Over NCCL the GPUs wait for each other and the host for nothing: it asks by
+//! call of all others an [`Error`] that names a rank, within a few seconds; one that is merely silent, or has
+//! not come, does so after [`Options::timeout`]. (Over NCCL the GPUs wait for each other and the host for nothing: it asks by
 //! [`ProcessGroup::wait_until`] before it waits for its GPU.)
 //!
 //! ```
