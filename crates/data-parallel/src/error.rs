@@ -163,14 +163,11 @@ fn shown(value: &Option<String>) -> &str {
     value.as_deref().unwrap_or("not there")
 }
 
-impl Error {
-    /// Its text and those of what caused it, as other ranks report it.
-    pub(crate) fn with_sources(&self) -> String {
-        let this = Some(self as &dyn std::error::Error);
-        let errors = std::iter::successors(this, |error| error.source());
-        let texts: Vec<String> = errors.map(ToString::to_string).collect();
-        texts.join(": ")
-    }
+/// An error and its causes in one line, as [`ProcessGroup::give_up`](crate::ProcessGroup::give_up) tells the other ranks.
+pub fn with_sources(error: &(dyn std::error::Error + 'static)) -> String {
+    let errors = std::iter::successors(Some(error), |error| error.source());
+    let texts: Vec<String> = errors.map(ToString::to_string).collect();
+    texts.join(": ")
 }
 
 /// Some ranks for people, who need not know each of thousands.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 
 use crate::environment::Ranks;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, with_sources};
 use crate::rendezvous::{self, Connections, compare};
 use crate::wire::{Call, Kind, Link, MAX_TEXT};
 
@@ -170,7 +170,7 @@ impl ProcessGroup {
     pub fn all_reduce_weighted(&self, tensors: &[Tensor], weight: f64) -> Result<Vec<Tensor>> {
         // The others wait for this rank's part, also where it fails before a connection is used.
         self.all_reduce_buckets(tensors, weight)
-            .inspect_err(|error| self.give_up(&error.with_sources()))
+            .inspect_err(|error| self.give_up(&with_sources(error)))
     }
 
     fn all_reduce_buckets(&self, tensors: &[Tensor], weight: f64) -> Result<Vec<Tensor>> {

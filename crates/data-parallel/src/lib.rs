@@ -53,6 +53,6 @@ mod shard;
 mod wire;
 
 pub use environment::Ranks;
-pub use error::{Error, Result};
+pub use error::{Error, Result, with_sources};
 pub use group::{Backend, Options, ProcessGroup};
 pub use shard::shard;

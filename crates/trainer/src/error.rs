@@ -324,10 +324,7 @@ pub enum Error {
 impl Error {
     /// The error and its causes in one line.
     pub(crate) fn with_sources(&self) -> String {
-        let this = Some(self as &dyn std::error::Error);
-        let errors = std::iter::successors(this, |error| error.source());
-        let texts: Vec<String> = errors.map(ToString::to_string).collect();
-        texts.join(": ")
+        data_parallel::with_sources(self)
     }
 
     /// An operation on tensors failed.

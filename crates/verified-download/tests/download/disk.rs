@@ -1,4 +1,5 @@
 use std::fs;
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -63,6 +64,21 @@ fn a_file_of_another_size_is_reported_with_both_sizes() {
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
 }
 
+/// Fetches `body`, of which "the loft" has a copy; where it came from, and what was said.
+fn fetched_beside(copy: &Path, body: &[u8]) -> (Origin, Vec<String>) {
+    let server = Server::start([Reply::file(body)]);
+    let dir = temporary();
+    let mut request = request(&server.url(), dir.path(), body);
+    request.cached = Some(CachedCopy {
+        path: copy.to_path_buf(),
+        cache: "the loft".into(),
+    });
+    let mut lines = Vec::new();
+    let fetched = request.fetch(&mut |event| lines.extend(event.message()));
+    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
+    (fetched.unwrap().origin, lines)
+}
+
 #[test]
 fn a_copy_in_a_cache_is_taken_or_refused_under_the_caches_name() {
     let body = content(1000);
@@ -77,19 +93,10 @@ fn a_copy_in_a_cache_is_taken_or_refused_under_the_caches_name() {
     ] {
         let copy = caches.path().join("copy.bin");
         put(&copy, &content);
-        let server = Server::start([Reply::file(&body)]);
-        let dir = temporary();
-        let mut request = request(&server.url(), dir.path(), &body);
-        request.cached = Some(CachedCopy {
-            path: copy.clone(),
-            cache: "the loft".into(),
-        });
-        let mut lines = Vec::new();
-        let fetched = request.fetch(&mut |event| lines.extend(event.message()));
-        assert_eq!(fetched.unwrap().origin, origin);
+        let (from, lines) = fetched_beside(&copy, &body);
+        assert_eq!(from, origin);
         let line = line.replace("COPY", &copy.display().to_string());
         assert!(lines.contains(&line), "{lines:?}");
-        assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
         assert_eq!(fs::read(copy).unwrap(), content, "the cache is left alone");
     }
 }
@@ -98,25 +105,17 @@ fn a_copy_in_a_cache_is_taken_or_refused_under_the_caches_name() {
 #[test]
 fn a_copy_in_a_cache_that_cannot_be_read_is_fetched_instead() {
     let body = content(1000);
-    let (dir, caches) = (temporary(), temporary());
+    let caches = temporary();
     let copy = caches.path().join("copy.bin");
-    // A link to itself: nobody may read it, whatever his rights.
+    // A link to itself, which nobody can read, whatever their rights.
     std::os::unix::fs::symlink(&copy, &copy).unwrap();
-    let server = Server::start([Reply::file(&body)]);
-    let mut request = request(&server.url(), dir.path(), &body);
-    request.cached = Some(CachedCopy {
-        path: copy.clone(),
-        cache: "the loft".into(),
-    });
-    let mut lines = Vec::new();
-    let fetched = request.fetch(&mut |event| lines.extend(event.message()));
-    assert_eq!(fetched.unwrap().origin, Origin::Network { received: 1000 });
+    let (from, lines) = fetched_beside(&copy, &body);
+    assert_eq!(from, Origin::Network { received: 1000 });
     let refused = format!("not using the loft: cannot read {}: ", copy.display());
     assert!(
         lines.iter().any(|line| line.starts_with(&refused)),
         "{lines:?}"
     );
-    assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
 }
 
 #[cfg(target_os = "linux")]
