@@ -101,6 +101,12 @@ impl NamedSet {
     }
 }
 
+/// The labels of a set, `u32`, (images,).
+pub(crate) fn labels_on(device: &Device, set: &ImageSet) -> candle_core::Result<Tensor> {
+    let labels: Vec<u32> = set.labels().iter().map(|&label| label.into()).collect();
+    Tensor::new(labels, device)
+}
+
 /// What a step works on.
 #[derive(Debug)]
 pub(crate) struct Examples {

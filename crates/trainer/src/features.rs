@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
 
-use crate::data::{Examples, NamedSet};
+use crate::data::{Examples, NamedSet, labels_on};
 use crate::error::{Error, Place, Result};
 use crate::execution::LargestBatch;
 
@@ -31,8 +31,7 @@ impl FeatureCache {
         features: Tensor,
         device: &Device,
     ) -> Result<()> {
-        let labels = set.images.labels().iter().map(|&label| label.into());
-        let labels = Tensor::new(labels.collect::<Vec<u32>>(), device);
+        let labels = labels_on(device, &set.images);
         let labels = labels.map_err(Error::tensor(COMPUTATION, Place::Set(set.name)))?;
         self.0.insert(set.name, SetFeatures { features, labels });
         Ok(())

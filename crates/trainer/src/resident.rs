@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Result, Tensor};
 use cifar_data::{ImageSet, Normalization, SIDE};
 
-use crate::data::Examples;
+use crate::data::{Examples, labels_on};
 use crate::features::SetFeatures;
 
 /// A set on the device, of which batches are gathered there.
@@ -50,7 +50,6 @@ impl ResidentSet {
     ) -> Result<Self> {
         let shape = (set.len(), 3, SIDE, SIDE);
         let per_channel = |values| Tensor::new(values, device)?.reshape((1, 3, 1, 1));
-        let labels: Vec<u32> = set.labels().iter().map(|&label| label.into()).collect();
         Ok(Self {
             inputs: Inputs::Pictures {
                 bytes: Tensor::from_slice(set.pixels(), shape, device)?,
@@ -63,7 +62,7 @@ impl ResidentSet {
                 normalization,
                 dtype,
             },
-            labels: Tensor::new(labels, device)?,
+            labels: labels_on(device, set)?,
         })
     }
 

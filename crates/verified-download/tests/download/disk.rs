@@ -75,8 +75,9 @@ fn fetched_beside(copy: &Path, body: &[u8]) -> (Origin, Vec<String>) {
     });
     let mut lines = Vec::new();
     let fetched = request.fetch(&mut |event| lines.extend(event.message()));
+    let origin = fetched.unwrap().origin;
     assert_eq!(fs::read(dir.path().join(FILE)).unwrap(), body);
-    (fetched.unwrap().origin, lines)
+    (origin, lines)
 }
 
 #[test]
