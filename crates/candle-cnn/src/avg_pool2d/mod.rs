@@ -1,7 +1,10 @@
 //! Average pooling: fixed windows, adaptive windows, and the whole image.
 
+mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod tests;
 
@@ -9,10 +12,10 @@ use std::ops::Range;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
-use rayon::prelude::*;
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
+use crate::simd::Isa;
 use crate::window::{Axis, Planes, PoolWindow};
 
 /// Window of an average pooling, vertical then horizontal.
@@ -224,42 +227,16 @@ impl AvgPool2d {
         }
     }
 
-    fn forward<T: Element>(&self, x: &[T], (height, width): (usize, usize)) -> Vec<T> {
-        let planes = x.len() / (height * width);
-        let output_plane = self.h.len() * self.w.len();
-        let mut y = vec![T::ZERO; planes * output_plane];
-        y.par_chunks_mut(output_plane)
-            .zip(x.par_chunks(height * width))
-            .with_min_len(16)
-            .for_each(|(y, x)| {
-                for (y, (h, w)) in y.iter_mut().zip(self.bins()) {
-                    let rows = h.range.clone();
-                    let sum =
-                        rows.map(|ih| x[ih * width..][w.range.clone()].iter().copied().sum::<T>());
-                    *y = sum.sum::<T>() / divisor(h, w);
-                }
-            });
-        y
+    /// Whether one bin holds a whole plane of `size`, and nothing else.
+    fn is_global(&self, size: (usize, usize)) -> bool {
+        let [h, w] = [(&self.h, size.0), (&self.w, size.1)].map(|(bins, size)| {
+            matches!(bins.as_slice(), [bin] if bin.range == (0..size) && bin.count == size)
+        });
+        h && w
     }
 
-    fn backward<T: Element>(&self, dy: &[T], (height, width): (usize, usize)) -> Vec<T> {
-        let output_plane = self.h.len() * self.w.len();
-        let planes = dy.len() / output_plane;
-        let mut dx = vec![T::ZERO; planes * height * width];
-        dx.par_chunks_mut(height * width)
-            .zip(dy.par_chunks(output_plane))
-            .with_min_len(16)
-            .for_each(|(dx, dy)| {
-                for (&dy, (h, w)) in dy.iter().zip(self.bins()) {
-                    let share = dy / divisor(h, w);
-                    for ih in h.range.clone() {
-                        for dx in &mut dx[ih * width..][w.range.clone()] {
-                            *dx += share;
-                        }
-                    }
-                }
-            });
-        dx
+    fn output_plane(&self) -> usize {
+        self.h.len() * self.w.len()
     }
 
     fn bins(&self) -> impl Iterator<Item = (&Bin, &Bin)> {
@@ -277,7 +254,8 @@ impl CustomOp1 for AvgPool2d {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (batch, channels, height, width) = layout.shape().dims4()?;
         dispatch!(self.op, x.dtype(), T => {
-            let y = self.forward(slice::<T>(self.op, x, layout)?, (height, width));
+            let x = slice::<T>(self.op, x, layout)?;
+            let y = cpu::forward(self, Isa::detect(), x, (height, width));
             let shape = Shape::from((batch, channels, self.h.len(), self.w.len()));
             Ok((T::to_cpu_storage_owned(y), shape))
         })
@@ -305,7 +283,9 @@ impl CustomOp1 for AvgPool2d {
             return cuda::backward(self, x, &dy).map(Some);
         }
         dispatch!(self.op, x.dtype(), T => {
-            let dx = with_slices::<T, _, _>(self.op, [&dy], |[dy]| Ok(self.backward(dy, (height, width))))?;
+            let dx = with_slices::<T, _, _>(self.op, [&dy], |[dy]| {
+                Ok(cpu::backward(self, Isa::detect(), dy, (height, width)))
+            })?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }

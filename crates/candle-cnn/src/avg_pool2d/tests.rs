@@ -1,7 +1,53 @@
 use candle_core::{DType, Device, Result, Tensor};
+use proptest::prelude::*;
 use test_support::{check_gradients, seeded_values};
 
 use super::*;
+
+/// Small whole numbers, whose sums are the same in any order.
+fn whole(name: &str, count: usize) -> Vec<f32> {
+    let values = seeded_values(name, count, 6.0);
+    values.iter().map(|value| value.round()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn every_instruction_set_gives_the_bits_of_the_plain_loops(
+        (planes, height, width) in (1usize..40, 1usize..12, 1usize..20),
+        kernel in (1usize..6, 1usize..6),
+        stride in (1usize..4, 1usize..4),
+        padding in (0usize..3, 0usize..3),
+        (ceil_mode, count_include_pad) in any::<(bool, bool)>(),
+        adaptive in proptest::option::of((1usize..6, 1usize..6)),
+    ) {
+        let [h, w] = match adaptive {
+            Some((h, w)) => [(height, h), (width, w)].map(|(input, output)| Rule::Adaptive { input, output }),
+            None => {
+                let window = PoolWindow { kernel_size: kernel, stride, padding, ceil_mode };
+                let Ok((h, w)) = window.axes("avg_pool2d", (height, width)) else {
+                    return Ok(());
+                };
+                [h, w].map(|axis| Rule::Windows { axis, count_include_pad })
+            }
+        };
+        let pool = AvgPool2d::new("avg_pool2d", h, w);
+        let x = whole("x", planes * height * width);
+        let y: Vec<f32> = x
+            .chunks_exact(height * width)
+            .flat_map(|x| reference::forward(&pool, x, width))
+            .collect();
+        let dy = whole("dy", planes * pool.output_plane());
+        let dx: Vec<f32> = dy
+            .chunks_exact(pool.output_plane())
+            .flat_map(|dy| reference::backward(&pool, dy, width, height * width))
+            .collect();
+        for isa in Isa::available() {
+            prop_assert_eq!(&cpu::forward(&pool, isa, &x, (height, width)), &y);
+            prop_assert_eq!(&cpu::backward(&pool, isa, &dy, (height, width)), &dx);
+        }
+    }
+}
 
 #[test]
 fn gradients_agree_with_finite_differences() -> Result<()> {

@@ -24,7 +24,7 @@ use rayon::prelude::*;
 use super::{Conv2dGeometry, PackedWeight};
 use crate::activation::{Activation, keep_positive};
 use crate::element::Element;
-use crate::simd::{Accumulate, Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, Transpose};
+use crate::simd::{Accumulate, Gather, Isa, Kernels, MAX_VECTORS, Outer, Tap, transpose};
 
 /// Which gradients somebody needs.
 #[derive(Clone, Copy, Debug)]
@@ -224,34 +224,6 @@ impl Window {
             }
         }
     }
-}
-
-/// `to[c · to_stride + r] = from[r · from_stride + c]` for r < rows, c < columns.
-pub(crate) fn transpose<T: Element>(
-    kernels: &Kernels<T>,
-    from: &[T],
-    from_stride: usize,
-    (rows, columns): (usize, usize),
-    to: &mut [T],
-    to_stride: usize,
-) {
-    if rows == 0 || columns == 0 {
-        return;
-    }
-    assert!(from.len() >= (rows - 1) * from_stride + columns);
-    assert!(to.len() >= (columns - 1) * to_stride + rows);
-    let args = Transpose {
-        from: from.as_ptr(),
-        from_stride,
-        rows,
-        columns,
-        to: to.as_mut_ptr(),
-        to_stride,
-    };
-    // SAFETY: the last element of each matrix lies inside its slice, as just
-    // asserted, and the slices do not overlap; the processor has the
-    // instructions, as it has for all `KernelTable::kernels`.
-    unsafe { (kernels.transpose)(&args) }
 }
 
 /// Buffers that a task keeps from one group of images to the next.

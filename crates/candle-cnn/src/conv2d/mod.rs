@@ -33,9 +33,7 @@ use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
 use crate::simd::Isa;
 
-pub(crate) use cpu::{
-    PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, images_per_task, panels, transpose,
-};
+pub(crate) use cpu::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, images_per_task, panels};
 pub(crate) use packed_weight::PackedWeight;
 pub use reference::{conv2d_backward_reference, conv2d_reference};
 

@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::cpu::{Panel, panels, transpose};
+use super::cpu::{Panel, panels};
 use crate::element::Element;
-use crate::simd::Kernels;
+use crate::simd::{Kernels, transpose};
 
 /// Weights in the order that the gather tiles read: `[panel][tap][channel][lane]`.
 pub(crate) struct PackedWeight<T> {

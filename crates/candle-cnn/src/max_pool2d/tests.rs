@@ -14,11 +14,15 @@ fn tied(name: &str, dims: (usize, usize, usize, usize)) -> Result<Tensor> {
     Tensor::from_vec(values, dims, &Device::Cpu)
 }
 
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
     #[test]
     fn every_instruction_set_sends_the_gradient_to_the_first_maximum(
-        dims in (1usize..3, 1usize..4, 1usize..12, 1usize..40),
+        dims in (1usize..4, 1usize..12, 1usize..12, 1usize..20),
         kernel in (1usize..6, 1usize..6),
         stride in (1usize..4, 1usize..4),
         padding in (0usize..3, 0usize..3),
@@ -29,7 +33,13 @@ proptest! {
         let Ok(planes) = Planes::new(OP, &x, window) else {
             return Ok(());
         };
-        let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let unusual = |x| match x {
+            ..=-1.0 => f32::NEG_INFINITY,
+            3.0 => f32::NAN,
+            _ => x,
+        };
+        let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
+        let x: Vec<f32> = x.into_iter().map(unusual).collect();
         let count = planes.batch * planes.channels * planes.output_plane();
         let dy = seeded_values("dy", count, 2.0);
         let (mut y, mut dx) = (Vec::new(), vec![0f32; x.len()]);
@@ -43,8 +53,8 @@ proptest! {
             }
         }
         for isa in Isa::available() {
-            prop_assert_eq!(&cpu::forward(&planes, isa, &x), &y);
-            prop_assert_eq!(&cpu::backward(&planes, isa, &x, &dy), &dx);
+            prop_assert_eq!(bits(&cpu::forward(&planes, isa, &x)), bits(&y));
+            prop_assert_eq!(bits(&cpu::backward(&planes, isa, &x, &dy)), bits(&dx));
         }
     }
 }

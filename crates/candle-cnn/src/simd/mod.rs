@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 pub(crate) use tiles::{
     Accumulate, Gather, KernelTable, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Outer, Tap,
 };
-pub(crate) use transpose::Transpose;
+pub(crate) use transpose::transpose;
 
 use crate::error::OpError;
 

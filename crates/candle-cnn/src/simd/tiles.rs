@@ -92,7 +92,7 @@ pub(crate) struct Outer<T> {
 
 pub(crate) type GatherFn<T> = unsafe fn(&Gather<T>);
 pub(crate) type OuterFn<T> = unsafe fn(&Outer<T>);
-pub(crate) type TransposeFn<T> = unsafe fn(&Transpose<T>);
+pub(super) type TransposeFn<T> = unsafe fn(&Transpose<T>);
 
 /// The tiles of one instruction set and element type.
 pub(crate) struct Kernels<T: 'static> {
@@ -103,7 +103,7 @@ pub(crate) struct Kernels<T: 'static> {
     pub(crate) gather: [GatherFn<T>; MAX_VECTORS],
     /// Indexed as [`OUTER_HEIGHTS`], then by vectors − 1.
     pub(crate) outer: [[OuterFn<T>; MAX_VECTORS]; OUTER_HEIGHTS.len()],
-    pub(crate) transpose: TransposeFn<T>,
+    pub(super) transpose: TransposeFn<T>,
 }
 
 impl<T> Kernels<T> {
@@ -264,7 +264,14 @@ macro_rules! kernels {
 }
 
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512_f32, Avx512F32, f32, 8, transpose::avx_f32, "avx512f");
+kernels!(
+    avx512_f32,
+    Avx512F32,
+    f32,
+    8,
+    transpose::avx512_f32,
+    "avx512f"
+);
 #[cfg(target_arch = "x86_64")]
 kernels!(avx512_f64, Avx512F64, f64, 8, transpose::plain, "avx512f");
 #[cfg(target_arch = "x86_64")]

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::Result;
 
 use super::plan::Network;
-use super::{ALIGNMENT, OP, StaticGraph};
+use super::{OP, StaticGraph};
 use crate::error::OpError;
+use crate::maps::ALIGNMENT;
 use crate::max_pool2d::MaxPool2dConfig;
 use crate::window::Axis;
 

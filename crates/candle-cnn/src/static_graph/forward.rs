@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use rayon::prelude::*;
 
-use super::arena::{MapLayout, Part};
 use super::builder::{Convolution, MaxPool, Operation};
 use super::gather::{GatherPass, Start};
 use super::norm::{self, Affine, Between, MomentSums, Span};
@@ -16,12 +15,13 @@ use super::pass::{
     start_values,
 };
 use super::plan::Network;
-use super::pool::{self, Pool};
 use super::profile::{self, Cost, Watch};
 use crate::activation::Activation;
 use crate::batch_norm::Moments;
 use crate::conv2d::{PIXELS_PER_TASK, images_per_task};
 use crate::element::Element;
+use crate::maps::{MapLayout, Part};
+use crate::max_pool2d::channels_last::{self, Pool};
 use crate::simd::{Isa, Kernels};
 
 /// What is left of a forward pass besides its features.
@@ -650,7 +650,7 @@ impl<'a, T: Element> Forward<'a, T> {
             let parts = self.parts((y, pool.y), 1);
             parts.into_par_iter().for_each(|(image, part, y)| {
                 let x = &x[image * pool.x.image()..];
-                pool::forward(self.isa, &pool, x, y, &part);
+                channels_last::forward(self.isa, &pool, x, y, &part);
             });
             return;
         }
@@ -658,7 +658,7 @@ impl<'a, T: Element> Forward<'a, T> {
         y[..self.batch * pool.y.image()]
             .par_chunks_mut(pool.y.image())
             .zip(x.par_chunks(pool.x.image()))
-            .for_each(|(y, x)| pool::forward(self.isa, &pool, x, y, &whole));
+            .for_each(|(y, x)| channels_last::forward(self.isa, &pool, x, y, &whole));
     }
 
     fn global_average(&self, x: &[T]) -> Vec<T> {
@@ -758,11 +758,11 @@ impl<T: Element> ForwardStep<'_, T> {
 /// `part` of the outputs of some images.
 fn pool_images<T: Element>(isa: Isa, pool: &Pool, x: &[T], (y, part): (&mut [T], &Part)) {
     if part.images == 1 {
-        return pool::forward(isa, pool, x, y, part);
+        return channels_last::forward(isa, pool, x, y, part);
     }
     let whole = Part::whole(pool.y, pool.y.image());
     let images = x.chunks_exact(pool.x.image());
     for (x, y) in images.zip(y.chunks_exact_mut(pool.y.image())) {
-        pool::forward(isa, pool, x, y, &whole);
+        channels_last::forward(isa, pool, x, y, &whole);
     }
 }

@@ -1,12 +1,11 @@
 //! A convolution from one layout into another, by gather tiles.
 #![allow(unsafe_code)]
 
-use super::ALIGNMENT;
-use super::arena::{MapLayout, Part};
 use super::winograd::WinogradPass;
 use crate::activation::Activation;
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
+use crate::maps::{ALIGNMENT, MapLayout, Part};
 use crate::simd::{Gather, Isa, Kernels, MAX_VECTORS, OUTER_HEIGHTS, Tap};
 
 /// What a sum of products starts from.

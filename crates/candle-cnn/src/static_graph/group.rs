@@ -15,9 +15,10 @@ use super::pass::{
     After, AfterGradients, Maps, ParameterGradients, ParameterValues, Trains, max_pool_of, pays,
 };
 use super::profile::{self, Times, Watch};
-use super::{ALIGNMENT, winograd};
+use super::winograd;
 use crate::conv2d::PackedWeight;
 use crate::element::Element;
+use crate::maps::ALIGNMENT;
 use crate::simd::Accumulate;
 
 /// The backward pass through a group, and what it reads.

@@ -28,7 +28,6 @@ mod packed;
 mod parameters;
 mod pass;
 mod plan;
-mod pool;
 mod profile;
 #[cfg(any(feature = "cuda", test))]
 mod stages;
@@ -52,10 +51,6 @@ use crate::error::OpError;
 use crate::simd::Isa;
 
 const OP: &str = "static_graph";
-
-/// Channels of a pixel are stored in a multiple of this: the widest vector of
-/// f32, so that a vector written for one branch ends where the next begins.
-const ALIGNMENT: usize = 16;
 
 /// A network of convolutions with ReLU, max-poolings and concatenations that
 /// ends in a global average pool, run as one operation, on the CPU or on CUDA.

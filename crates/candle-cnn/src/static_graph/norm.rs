@@ -8,10 +8,10 @@
 // Loops over lists of one length: what the compiler vectorises surely.
 #![allow(clippy::needless_range_loop)]
 
-use super::arena::MapLayout;
 use crate::activation::{keep_positive, relu};
 use crate::batch_norm::Moments;
 use crate::element::Element;
+use crate::maps::MapLayout;
 use crate::simd::multiversion;
 
 /// Some channels of every pixel of a layout.

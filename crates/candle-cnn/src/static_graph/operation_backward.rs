@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use super::arena::{Arenas, MapLayout, Part};
+use super::arena::Arenas;
 use super::builder::Convolution;
 use super::forward::Forward;
 use super::gather::{GatherPass, Start};
@@ -11,12 +11,13 @@ use super::norm::{self, GradientSpans, InputGradient};
 use super::outer::OuterPass;
 use super::pass::{AfterGradients, AnyPass, ParameterGradients, Scratch, pays};
 use super::plan::Network;
-use super::pool::{self, Pool};
 use super::profile::{Times, Watch};
 use super::winograd::WinogradOuterPass;
 use crate::activation::{Activation, keep_positive};
 use crate::conv2d::{PIXELS_PER_TASK, PackedWeight, images_per_task};
 use crate::element::Element;
+use crate::maps::{MapLayout, Part};
+use crate::max_pool2d::channels_last::{self, Pool};
 use crate::simd::{Accumulate, Isa, multiversion};
 
 /// An operation whose backward pass has done what it does for the whole batch at once.
@@ -183,7 +184,7 @@ impl<T: Element> OperationBackward<'_, T> {
                     let dys = images.dy.chunks_exact(pool.dy.image());
                     let xs = images.x.chunks_exact(pool.x.image());
                     for ((dx, dy), x) in gradients.zip(dys).zip(xs) {
-                        pool::backward(isa, pool, x, dy, dx, accumulate);
+                        channels_last::backward(isa, pool, x, dy, dx, accumulate);
                     }
                 }
                 sums.times.input += watch.elapsed();
@@ -271,7 +272,7 @@ impl<T: Element> ConvolutionBackward<'_, T> {
         let outputs = y.chunks_exact_mut(pool.y.image());
         let kept = winners.chunks_exact_mut(pool.winners());
         for ((x, y), winners) in x.chunks_exact(pool.x.image()).zip(outputs).zip(kept) {
-            pool::forward_with_winners(isa, pool, x, y, winners);
+            channels_last::forward_with_winners(isa, pool, x, y, winners);
         }
         sums.pooling.input += watch.elapsed();
         let wanted = dx.is_some().then_some(&mut *d_between);
@@ -282,7 +283,7 @@ impl<T: Element> ConvolutionBackward<'_, T> {
             let dys = d_between.chunks_exact(pool.dy.image());
             let kept = winners.chunks_exact(pool.winners());
             for ((dx, dy), winners) in gradients.zip(dys).zip(kept) {
-                pool::scatter(isa, pool, winners, dy, dx, accumulate);
+                channels_last::scatter(isa, pool, winners, dy, dx, accumulate);
             }
             sums.pooling.input += watch.elapsed();
         }

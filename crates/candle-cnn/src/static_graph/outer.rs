@@ -3,12 +3,11 @@
 
 use rayon::prelude::*;
 
-use super::ALIGNMENT;
-use super::arena::MapLayout;
 use super::gather::{MAX_WIDTH, fits, inside, skips_padding};
-use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels, transpose};
+use crate::conv2d::{PIXELS_PER_OUTER_BLOCK, Panel, panels};
 use crate::element::Element;
-use crate::simd::{Accumulate, Kernels, Outer};
+use crate::maps::{ALIGNMENT, MapLayout};
+use crate::simd::{Accumulate, Kernels, Outer, transpose};
 
 /// The weight gradient of a convolution.
 pub(super) struct OuterPass<T: 'static> {

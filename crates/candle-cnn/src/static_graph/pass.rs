@@ -4,16 +4,15 @@
 //! tiles ([`crate::simd`]) take a pointer per pixel. Forward and input gradient
 //! are gather tiles, the weight gradient outer tiles, as in [`crate::conv2d`].
 
-use super::ALIGNMENT;
-use super::arena::{MapLayout, Part};
 use super::builder::{Convolution, MaxPool};
 use super::gather::{self, GatherPass};
 use super::outer;
 use super::plan::Network;
-use super::pool::Pool;
 use super::winograd::{self, WinogradPass};
 use crate::batch_norm::Moments;
 use crate::element::Element;
+use crate::maps::{ALIGNMENT, MapLayout, Part};
+use crate::max_pool2d::channels_last::Pool;
 
 /// What the backward pass needs of the forward pass.
 pub(super) struct Maps<T> {

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use super::arena::{Arenas, MapLayout};
+use super::arena::Arenas;
 use super::builder::{Convolution, Map, MaxPool, Operation};
 use super::norm::Span;
 use super::packed::WeightCache;
-use super::{ALIGNMENT, pool};
+use crate::maps::{ALIGNMENT, MapLayout};
+use crate::max_pool2d::channels_last;
 
 /// A network as it was described, what follows from that, and what its passes keep for the next.
 #[derive(Debug)]
@@ -126,7 +127,7 @@ fn pooled(operations: &[Operation]) -> Vec<Option<usize>> {
         operations.iter().position(|operation| match operation {
             Operation::MaxPool(MaxPool { output, h, w, .. }) => {
                 let taps = h.kernel.saturating_mul(w.kernel);
-                *output == node && readers == 1 && taps <= pool::MOST_TAPS
+                *output == node && readers == 1 && taps <= channels_last::MOST_TAPS
             }
             Operation::Convolution(_) => false,
         })

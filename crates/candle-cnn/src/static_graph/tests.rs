@@ -5,13 +5,13 @@ use candle_core::{Device, Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 use test_support::{assert_close, check_gradients, relative_error, seeded_values};
 
-use super::arena::{MapLayout, Part};
 use super::backward::Backward;
 use super::forward::{Forward, Keep};
 use super::pass::{ParameterValues, Trains};
 use super::*;
 use crate::activation::Activation;
 use crate::element::Element;
+use crate::maps::{MapLayout, Part};
 use crate::simd::Accumulate;
 use crate::{
     Conv2dConfig, Conv2dGeometry, MaxPool2dConfig, RunningStatistics, batch_norm_relu_eval,

@@ -17,13 +17,12 @@
 // Loops over registers by constant bounds: what the compiler vectorises surely.
 #![allow(clippy::needless_range_loop)]
 
-use super::ALIGNMENT;
-use super::arena::{MapLayout, Part};
 use super::gather::Start;
 use super::outer::turn_sums;
 use crate::activation::{Activation, relu};
 use crate::conv2d::{PackedWeight, panels};
 use crate::element::Element;
+use crate::maps::{ALIGNMENT, MapLayout, Part};
 use crate::simd::{Accumulate, Gather, Isa, Kernels, Outer, Tap, multiversion};
 
 /// Height and width of an output tile.

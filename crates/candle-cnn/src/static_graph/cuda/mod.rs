@@ -53,12 +53,12 @@ use super::builder::Operation;
 use super::custom_op::{Gradients, Token, lock};
 use super::parameters::{ConvParameters, GraphOutput};
 use super::plan::Network;
-use super::pool::MOST_TAPS;
 use super::{OP, StaticGraph};
 use crate::backward::aside;
 use crate::batch_norm::BatchStatistics;
 use crate::cuda::launch::Held;
 use crate::error::OpError;
+use crate::max_pool2d::channels_last;
 
 /// [`StaticGraph::forward`] of images on CUDA, which fit the graph as the parameters do.
 pub(super) fn forward(
@@ -88,7 +88,7 @@ pub(super) fn forward(
     }
     for operation in &network.operations {
         if let Operation::MaxPool(p) = operation
-            && p.h.kernel * p.w.kernel > MOST_TAPS
+            && p.h.kernel * p.w.kernel > channels_last::MOST_TAPS
         {
             let window = (p.h.kernel, p.w.kernel);
             let expected = "at most 256 pixels on CUDA";

@@ -6,39 +6,38 @@
 // Loops over registers by constant bounds: what the compiler vectorises surely.
 #![allow(clippy::needless_range_loop)]
 
-use super::ALIGNMENT;
-use super::arena::{MapLayout, Part};
 use crate::element::Element;
+use crate::maps::{ALIGNMENT, MapLayout, Part};
 use crate::simd::{Accumulate, multiversion};
 use crate::window::Axis;
 
 /// One pooling of one image.
 #[derive(Clone, Copy)]
-pub(super) struct Pool {
-    pub(super) h: Axis,
-    pub(super) w: Axis,
-    pub(super) x: MapLayout,
-    pub(super) dx: MapLayout,
-    pub(super) y: MapLayout,
-    pub(super) dy: MapLayout,
+pub(crate) struct Pool {
+    pub(crate) h: Axis,
+    pub(crate) w: Axis,
+    pub(crate) x: MapLayout,
+    pub(crate) dx: MapLayout,
+    pub(crate) y: MapLayout,
+    pub(crate) dy: MapLayout,
 }
 
 multiversion! {
     /// The `part` of one image's output that is `y`.
-    pub(super) fn forward<T: Element>(pool: &Pool, x: &[T], y: &mut [T], part: &Part) = forward_image
+    pub(crate) fn forward<T: Element>(pool: &Pool, x: &[T], y: &mut [T], part: &Part) = forward_image
 }
 
 multiversion! {
     /// The whole output of one image, and the tap that won each of its values: pixels of
     /// [`Pool::x`]'s channels, for [`scatter`].
-    pub(super) fn forward_with_winners<T: Element>(
+    pub(crate) fn forward_with_winners<T: Element>(
         pool: &Pool, x: &[T], y: &mut [T], winners: &mut [u8],
     ) = forward_image_with_winners
 }
 
 multiversion! {
     /// Adds the gradient of one image's input to `dx`, or begins `dx` with it, by comparing again.
-    pub(super) fn backward<T: Element>(
+    pub(crate) fn backward<T: Element>(
         pool: &Pool, x: &[T], dy: &[T], dx: &mut [T], accumulate: Accumulate,
     ) = backward_image
 }
@@ -46,17 +45,17 @@ multiversion! {
 multiversion! {
     /// Adds the gradient of one image's input to `dx`, or begins `dx` with it, from the
     /// winners of [`forward_with_winners`].
-    pub(super) fn scatter<T: Element>(
+    pub(crate) fn scatter<T: Element>(
         pool: &Pool, winners: &[u8], dy: &[T], dx: &mut [T], accumulate: Accumulate,
     ) = scatter_image
 }
 
 /// Taps of a window that [`forward_with_winners`] can tell apart, and the kernel on CUDA: a winner is a byte.
-pub(super) const MOST_TAPS: usize = 1 << u8::BITS;
+pub(crate) const MOST_TAPS: usize = 1 << u8::BITS;
 
 impl Pool {
     /// Winners of one image.
-    pub(super) fn winners(&self) -> usize {
+    pub(crate) fn winners(&self) -> usize {
         self.h.output * self.w.output * self.x.pixel
     }
 }
