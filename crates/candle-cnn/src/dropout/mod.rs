@@ -4,6 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
@@ -18,6 +19,12 @@ mod tests;
 pub use cuda::with_dropout_seed;
 
 const OP: &str = "dropout";
+
+/// Elements of a task.
+const CHUNK: usize = 1 << 14;
+
+/// Random words that are drawn at once.
+const BITS: usize = 64;
 
 /// In training sets each element to 0 with probability `p` and scales the
 /// others by `1 / (1 − p)`; in evaluation returns `x` itself.
@@ -74,18 +81,29 @@ impl Dropout {
     }
 
     fn apply<T: Element>(&self, x: &[T]) -> Vec<T> {
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(self.salt);
-        // p = 1 drops everything; its scale is never used.
-        let scale = T::real(1.0 / (1.0 - self.p));
+        // What is kept is multiplied by the first, what is dropped by the second, so that what is not finite stays seen as
+        // NaN; p = 1 drops everything. From memory, since a branch would be foreseen half of the time.
+        let factors = [T::real(1.0 / (1.0 - self.p)), T::ZERO];
         let threshold = self.threshold();
-        x.iter()
-            .map(|&x| {
-                let dropped = u64::from(rng.next_u32()) < threshold;
-                // Multiplied, so that what is not finite stays seen as NaN.
-                x * if dropped { T::ZERO } else { scale }
-            })
-            .collect()
+        let mut generator = ChaCha8Rng::seed_from_u64(self.seed);
+        generator.set_stream(self.salt);
+        let mut y = vec![T::ZERO; x.len()];
+        y.par_chunks_mut(CHUNK)
+            .zip(x.par_chunks(CHUNK))
+            .enumerate()
+            .for_each(|(chunk, (y, x))| {
+                let mut generator = generator.clone();
+                generator.set_word_pos((chunk * CHUNK) as u128);
+                for (y, x) in y.chunks_mut(BITS).zip(x.chunks(BITS)) {
+                    let mut bits = [0; BITS];
+                    bits.fill_with(|| generator.next_u32());
+                    for ((y, &x), bits) in y.iter_mut().zip(x).zip(bits) {
+                        let dropped = u64::from(bits) < threshold;
+                        *y = x * factors[usize::from(dropped)];
+                    }
+                }
+            });
+        y
     }
 }
 

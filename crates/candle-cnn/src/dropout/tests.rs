@@ -32,6 +32,27 @@ fn mask_depends_on_seed_and_salt_alone() -> Result<()> {
 }
 
 #[test]
+fn the_mask_is_one_run_of_random_words_however_it_is_cut_into_tasks() -> Result<()> {
+    let count = 2 * CHUNK + 100;
+    let y = dropout(
+        &Tensor::ones(count, DType::F32, &Device::Cpu)?,
+        0.25,
+        5,
+        SEED,
+    )?;
+    let mut generator = ChaCha8Rng::seed_from_u64(3);
+    generator.set_stream(5);
+    let kept = |_| generator.next_u32() >= 1 << 30;
+    let expected: Vec<bool> = (0..count).map(kept).collect();
+    let values = y.to_vec1::<f32>()?;
+    assert_eq!(
+        values.iter().map(|&y| y > 0.0).collect::<Vec<_>>(),
+        expected
+    );
+    Ok(())
+}
+
+#[test]
 fn probabilities_of_zero_and_one_keep_and_drop_everything() -> Result<()> {
     let x = Tensor::ones(64, DType::F64, &Device::Cpu)?;
     assert_eq!(dropout(&x, 0.0, 0, SEED)?.to_vec1::<f64>()?, vec![1.0; 64]);
