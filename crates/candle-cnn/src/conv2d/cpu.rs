@@ -9,9 +9,10 @@
 //! columns (im2col).
 //!
 //! * forward: gather tiles over the padded input.
-//! * input gradient: the same, over the output gradient (spread by the stride,
-//!   padded by `dilation·(kernel − 1) − padding`) with the kernel turned by
-//!   180° and its channel roles exchanged.
+//! * input gradient: the same, over the padded output gradient, with the kernel
+//!   turned by 180° and its channel roles exchanged. With a stride an input
+//!   pixel meets only some of the taps; those that meet the same ones, a stride
+//!   apart, are a [`Phase`] of their own.
 //! * weight gradient: outer tiles, summed over the pixels of each thread's
 //!   images in order, then over the threads in order: the same bits for the
 //!   same number of threads.
@@ -78,8 +79,6 @@ struct Window {
     channels: usize,
     /// Size of the source image.
     source: (usize, usize),
-    /// Distance at which source pixels are laid out (the stride, for the input gradient).
-    spread: (usize, usize),
     /// Where the source's first pixel lies in the buffer.
     origin: (usize, usize),
     /// Size of the buffer.
@@ -96,7 +95,6 @@ impl Window {
         Self {
             channels: g.c_in,
             source: g.input,
-            spread: (1, 1),
             origin: g.config.padding,
             buffer: (
                 padded(g.input.0, g.config.padding.0),
@@ -105,37 +103,6 @@ impl Window {
             first: (0, 0),
             stride: g.config.stride,
             output: g.output,
-        }
-    }
-
-    fn input_gradient(g: &Conv2dGeometry) -> Self {
-        let axis = |kernel: usize, dilation: usize, padding: usize, size: usize| {
-            let reach = dilation * (kernel - 1);
-            let origin = reach.saturating_sub(padding);
-            let first = padding.saturating_sub(reach);
-            (origin, first, first + size + reach)
-        };
-        let h = axis(
-            g.kernel.0,
-            g.config.dilation.0,
-            g.config.padding.0,
-            g.input.0,
-        );
-        let w = axis(
-            g.kernel.1,
-            g.config.dilation.1,
-            g.config.padding.1,
-            g.input.1,
-        );
-        Self {
-            channels: g.c_out,
-            source: g.output,
-            spread: g.config.stride,
-            origin: (h.0, w.0),
-            buffer: (h.2, w.2),
-            first: (h.1, w.1),
-            stride: (1, 1),
-            output: g.input,
         }
     }
 
@@ -149,10 +116,10 @@ impl Window {
 
     /// Whether the buffer is the source's pixels, side by side.
     fn is_dense(&self) -> bool {
-        self.source == self.buffer && self.origin == (0, 0) && self.spread == (1, 1)
+        self.source == self.buffer && self.origin == (0, 0)
     }
 
-    /// Every tap, by its offset from an output pixel's first tap.
+    /// Every tap of the forward pass, by its offset from an output pixel's first tap.
     fn taps(&self, g: &Conv2dGeometry) -> Vec<Tap> {
         let mut taps = Vec::with_capacity(g.kernel.0 * g.kernel.1);
         for r in 0..g.kernel.0 {
@@ -176,24 +143,22 @@ impl Window {
         }
         buffer.fill(T::ZERO);
         // Rows and columns of the source that fall inside the buffer.
-        let inside = |buffer: usize, origin: usize, spread: usize, source: usize| {
-            source.min(buffer.saturating_sub(origin).div_ceil(spread))
-        };
-        let height = inside(self.buffer.0, self.origin.0, self.spread.0, self.source.0);
-        let width = inside(self.buffer.1, self.origin.1, self.spread.1, self.source.1);
+        let inside =
+            |buffer: usize, origin: usize, source: usize| source.min(buffer.saturating_sub(origin));
+        let height = inside(self.buffer.0, self.origin.0, self.source.0);
+        let width = inside(self.buffer.1, self.origin.1, self.source.1);
         if width == 0 {
             return;
         }
         for h in 0..height {
-            let row = self.origin.0 + h * self.spread.0;
-            let to = (row * self.buffer.1 + self.origin.1) * self.channels;
+            let to = ((self.origin.0 + h) * self.buffer.1 + self.origin.1) * self.channels;
             transpose(
                 kernels,
                 &planes[h * self.source.1..],
                 pixels,
                 (self.channels, width),
                 &mut buffer[to..],
-                self.spread.1 * self.channels,
+                self.channels,
             );
         }
     }
@@ -226,11 +191,107 @@ impl Window {
     }
 }
 
+/// Output pixels that meet the same taps.
+struct Phase {
+    /// Its window; what it says of the source and the buffer is the same for all phases of a pass.
+    window: Window,
+    taps: Vec<Tap>,
+    /// The first of its pixels in the result.
+    start: (usize, usize),
+}
+
+/// The pixels of one axis of the input gradient that lie a stride apart.
+struct AxisPhase {
+    start: usize,
+    count: usize,
+    /// The turned kernel's taps that they meet: number, and the output pixel that the first of them sees by it, which
+    /// may lie beyond the image.
+    taps: Vec<(usize, isize)>,
+}
+
+/// All of an axis, where its output gradient begins in the buffer, and the buffer's size.
+fn input_gradient_axis(
+    kernel: usize,
+    (stride, dilation, padding): (usize, usize, usize),
+    size: usize,
+) -> (Vec<AxisPhase>, usize, usize) {
+    let reach = dilation * (kernel - 1);
+    let phases: Vec<AxisPhase> = (0..stride.min(size))
+        .map(|start| {
+            // dx[start] += dy[o] · w[r], where o · stride = start + padding − r · dilation.
+            let seen = (0..kernel).filter_map(|turned| {
+                let at = (start + padding + turned * dilation) as isize - reach as isize;
+                let output = at.div_euclid(stride as isize);
+                (at.rem_euclid(stride as isize) == 0).then_some((turned, output))
+            });
+            AxisPhase {
+                start,
+                count: (size - start).div_ceil(stride),
+                taps: seen.collect(),
+            }
+        })
+        .collect();
+    let outputs = |phase: &AxisPhase| {
+        let last = phase.count as isize - 1;
+        let range = phase.taps.iter().map(move |&(_, o)| (o, o + last));
+        range.collect::<Vec<_>>()
+    };
+    let seen: Vec<(isize, isize)> = phases.iter().flat_map(outputs).collect();
+    let origin = seen
+        .iter()
+        .map(|&(first, _)| -first)
+        .max()
+        .unwrap_or(0)
+        .max(0) as usize;
+    let last = seen.iter().map(|&(_, last)| last).max().unwrap_or(0).max(0) as usize;
+    (phases, origin, origin + last + 1)
+}
+
+/// The phases of the input gradient.
+fn input_gradient(g: &Conv2dGeometry) -> Vec<Phase> {
+    let config = &g.config;
+    let h = (config.stride.0, config.dilation.0, config.padding.0);
+    let w = (config.stride.1, config.dilation.1, config.padding.1);
+    let (rows, top, height) = input_gradient_axis(g.kernel.0, h, g.input.0);
+    let (columns, left, width) = input_gradient_axis(g.kernel.1, w, g.input.1);
+    let mut phases = Vec::with_capacity(rows.len() * columns.len());
+    for h in &rows {
+        for w in &columns {
+            let mut taps = Vec::with_capacity(h.taps.len() * w.taps.len());
+            for &(r, row) in &h.taps {
+                for &(s, column) in &w.taps {
+                    let (row, column) = (row + top as isize, column + left as isize);
+                    taps.push(Tap {
+                        offset: (row as usize * width + column as usize) * g.c_out,
+                        number: r * g.kernel.1 + s,
+                    });
+                }
+            }
+            phases.push(Phase {
+                window: Window {
+                    channels: g.c_out,
+                    source: g.output,
+                    origin: (top, left),
+                    buffer: (height, width),
+                    first: (0, 0),
+                    stride: (1, 1),
+                    output: (h.count, w.count),
+                },
+                taps,
+                start: (h.start, w.start),
+            });
+        }
+    }
+    phases
+}
+
 /// Buffers that a task keeps from one group of images to the next.
 struct Scratch<T> {
     image: Vec<T>,
     rows: Vec<*const T>,
     out: Vec<T>,
+    /// Results of all phases, in their order.
+    pixels: Vec<T>,
 }
 
 impl<T> Default for Scratch<T> {
@@ -239,33 +300,32 @@ impl<T> Default for Scratch<T> {
             image: Vec::new(),
             rows: Vec::new(),
             out: Vec::new(),
+            pixels: Vec::new(),
         }
     }
 }
 
 impl<T: Element> Scratch<T> {
-    /// Lays out the images and lists the rows of all their output pixels,
-    /// repeating the last one up to a multiple of `height`. All `taps` of a row lie inside of its image.
-    fn prepare(
-        &mut self,
-        kernels: &Kernels<T>,
-        window: &Window,
-        taps: &[Tap],
-        planes: &[T],
-        height: usize,
-    ) {
+    /// Lays out the images.
+    fn lay_out(&mut self, kernels: &Kernels<T>, window: &Window, planes: &[T]) {
         let buffer_len = window.buffer_len();
-        assert!(window.end(taps) <= buffer_len);
         let source_len = window.channels * window.source_pixels();
         self.image
             .resize(planes.len() / source_len * buffer_len, T::ZERO);
-        self.rows.clear();
         for (planes, buffer) in planes
             .chunks_exact(source_len)
             .zip(self.image.chunks_exact_mut(buffer_len))
         {
             window.fill(kernels, planes, buffer);
         }
+    }
+
+    /// Lists the rows of all output pixels of the images that are laid out, repeating the last one up to a multiple of
+    /// `height`. All `taps` of a row lie inside of its image.
+    fn list_rows(&mut self, window: &Window, taps: &[Tap], height: usize) {
+        let buffer_len = window.buffer_len();
+        assert!(window.end(taps) <= buffer_len);
+        self.rows.clear();
         for image in self.image.chunks_exact(buffer_len) {
             window.push_rows(image.as_ptr(), &mut self.rows);
         }
@@ -278,8 +338,14 @@ impl<T: Element> Scratch<T> {
 /// A convolution by gather tiles: the forward pass, or the input gradient.
 struct GatherPass<T: 'static> {
     kernels: &'static Kernels<T>,
-    window: Window,
-    taps: Vec<Tap>,
+    /// One in the forward pass, and in an input gradient without a stride.
+    phases: Vec<Phase>,
+    /// Height and width of the result.
+    output: (usize, usize),
+    /// How far apart the pixels of a phase are in it.
+    step: (usize, usize),
+    /// Taps of the kernel.
+    taps: usize,
     weight: PackedWeight<T>,
     /// What the sums start from, `weight.width` values.
     init: Vec<T>,
@@ -293,44 +359,75 @@ impl<T: Element> GatherPass<T> {
     fn run(&self, from: &[T], to: &mut [T], scratch: &mut Scratch<T>) {
         let Self {
             kernels,
-            window,
-            taps,
+            phases,
             weight,
             c_out,
             ..
         } = self;
-        scratch.prepare(kernels, window, taps, from, kernels.height);
-        let Scratch { rows, out, .. } = scratch;
-        out.resize(rows.len() * weight.width, T::ZERO);
-        // SAFETY: `prepare` has listed the rows in `scratch.image`, which it has laid out by this window, and has asserted
-        // that all taps of every row lie inside.
-        unsafe { self.gather(rows, out) };
-        let pixels = window.output_pixels();
+        scratch.lay_out(kernels, &phases[0].window, from);
+        for phase in phases {
+            scratch.list_rows(&phase.window, &phase.taps, kernels.height);
+            let Scratch { rows, out, .. } = scratch;
+            out.resize(rows.len() * weight.width, T::ZERO);
+            // SAFETY: `list_rows` has listed the rows in `scratch.image`, which is laid out by this window, and has
+            // asserted that all taps of every row lie inside.
+            unsafe { self.gather(phase, rows, out) };
+            if phases.len() > 1 {
+                self.put_in_place(phase, scratch);
+            }
+        }
+        let results = match phases.len() {
+            1 => &scratch.out,
+            _ => &scratch.pixels,
+        };
+        let pixels = self.output.0 * self.output.1;
         for (image, planes) in to.chunks_exact_mut(c_out * pixels).enumerate() {
-            let out = &out[image * pixels * weight.width..];
-            transpose(kernels, out, weight.width, (pixels, *c_out), planes, pixels);
+            let results = &results[image * pixels * weight.width..];
+            let sizes = (pixels, *c_out);
+            transpose(kernels, results, weight.width, sizes, planes, pixels);
         }
     }
 
-    /// Runs the gather tiles over all rows: `out[row][channel]`, `weight.width` wide.
+    /// Copies a phase's results from `scratch.out` to their pixels among those of all phases.
+    fn put_in_place(&self, phase: &Phase, scratch: &mut Scratch<T>) {
+        let Phase { window, start, .. } = phase;
+        let (image, width) = (self.output.0 * self.output.1, self.weight.width);
+        let images = scratch.image.len() / window.buffer_len();
+        scratch.pixels.resize(images * image * width, T::ZERO);
+        let mut results = scratch.out.chunks_exact(width);
+        for pixels in scratch.pixels.chunks_exact_mut(image * width) {
+            for h in (start.0..self.output.0).step_by(self.step.0) {
+                let line = &mut pixels[h * self.output.1 * width..][..self.output.1 * width];
+                let places = line
+                    .chunks_exact_mut(width)
+                    .skip(start.1)
+                    .step_by(self.step.1);
+                for (to, result) in places.zip(results.by_ref()) {
+                    to.copy_from_slice(result);
+                }
+            }
+        }
+    }
+
+    /// Runs the gather tiles over the rows of a phase: `out[row][channel]`, `weight.width` wide.
     ///
     /// # Safety
     /// At the offset of every tap from each of `rows`, as many elements are readable as the window has channels.
-    unsafe fn gather(&self, rows: &[*const T], out: &mut [T]) {
+    unsafe fn gather(&self, phase: &Phase, rows: &[*const T], out: &mut [T]) {
         let Self {
             kernels,
-            taps,
             weight,
             init,
             ..
         } = self;
-        let channels = self.window.channels;
+        let Phase { window, taps, .. } = phase;
+        let channels = window.channels;
         let height = kernels.height;
-        let weight_rows = taps.len() * channels;
+        let weight_rows = self.taps * channels;
         // What the tiles rely on besides the rows, once for all of them.
         assert!(rows.len().is_multiple_of(height));
         assert!(out.len() >= rows.len() * weight.width && init.len() >= weight.width);
-        assert!(taps.iter().all(|tap| tap.number < taps.len()));
+        assert!(taps.iter().all(|tap| tap.number < self.taps));
         for (panel, &offset) in weight.panels.iter().zip(&weight.offsets) {
             let width = panel.vectors * kernels.lanes;
             assert!(panel.start + width <= weight.width);
@@ -400,8 +497,14 @@ pub(super) fn forward<T: Element>(
     }
     let pass = GatherPass {
         kernels,
-        taps: window.taps(g),
-        window,
+        phases: vec![Phase {
+            taps: window.taps(g),
+            window,
+            start: (0, 0),
+        }],
+        step: (1, 1),
+        output: g.output,
+        taps,
         weight: packed,
         init,
         activation,
@@ -432,7 +535,6 @@ pub(super) fn backward<T: Element>(
     let x_len = g.c_in * g.input.0 * g.input.1;
     let mut dx = vec![T::ZERO; if needs.input { x.len() } else { 0 }];
 
-    let window = Window::input_gradient(g);
     let backward = Backward {
         g,
         kernels,
@@ -442,8 +544,10 @@ pub(super) fn backward<T: Element>(
         dy,
         input_pass: needs.input.then(|| GatherPass {
             kernels,
-            window,
-            taps: window.taps(g),
+            phases: input_gradient(g),
+            step: g.config.stride,
+            output: g.input,
+            taps,
             weight: PackedWeight::turned(weight, (taps, g.c_out, g.c_in), kernels, Vec::new()),
             init: vec![T::ZERO; g.c_in.div_ceil(kernels.lanes) * kernels.lanes],
             activation: Activation::Identity,
@@ -592,7 +696,8 @@ impl<T: Element> Part<T> {
     ) {
         let window = Window::forward(g);
         let taps = window.taps(g);
-        scratch.prepare(kernels, &window, &taps, x, 1);
+        scratch.lay_out(kernels, &window, x);
+        scratch.list_rows(&window, &taps, 1);
         let rows = &scratch.rows;
         let width = g.c_out.div_ceil(kernels.lanes) * kernels.lanes;
         let panels = panels(g.c_out, kernels.lanes);
@@ -629,7 +734,7 @@ impl<T: Element> Part<T> {
                         };
                         // SAFETY: the rows point into a buffer laid out by
                         // `Window`, where every tap's `c_in` channels are
-                        // inside, as `Scratch::prepare` has asserted, and
+                        // inside, as `Scratch::list_rows` has asserted, and
                         // strips end at c_in; `dy` holds `block` rows of the
                         // panel; the strip's rows of this tap lie in
                         // `weight`, by the assertion above, and hold the
@@ -725,8 +830,14 @@ mod tests {
         let weight = PackedWeight::new(&weight, (4, 20, 3), kernels, Vec::new());
         let mut pass = GatherPass {
             kernels,
-            window,
-            taps: window.taps(&g),
+            phases: vec![Phase {
+                window,
+                taps: window.taps(&g),
+                start: (0, 0),
+            }],
+            step: (1, 1),
+            output: g.output,
+            taps: 4,
             init: vec![0.0; weight.width],
             weight,
             activation: Activation::Relu,
@@ -734,7 +845,8 @@ mod tests {
         };
         let mut scratch = Scratch::default();
         let planes = vec![1.0; 3 * 30];
-        scratch.prepare(kernels, &window, &pass.taps, &planes, kernels.height);
+        scratch.lay_out(kernels, &window, &planes);
+        scratch.list_rows(&window, &pass.phases[0].taps, kernels.height);
         let rows = scratch.rows.len();
         let mut given = Given {
             rows,
@@ -744,9 +856,11 @@ mod tests {
         // Longer than what the tiles get, so that nothing is harmed where they do not refuse it.
         let mut out = vec![0.0; 2 * given.out + 1024];
         let run = || {
-            scratch.prepare(kernels, &pass.window, &pass.taps, &planes, kernels.height);
+            let phase = &pass.phases[0];
+            scratch.lay_out(kernels, &phase.window, &planes);
+            scratch.list_rows(&phase.window, &phase.taps, kernels.height);
             // SAFETY: as in `GatherPass::run`.
-            unsafe { pass.gather(&scratch.rows[..given.rows], &mut out[..given.out]) };
+            unsafe { pass.gather(phase, &scratch.rows[..given.rows], &mut out[..given.out]) };
         };
         catch_unwind(AssertUnwindSafe(run)).is_ok()
     }
@@ -761,15 +875,15 @@ mod tests {
             "start values"
         );
         assert!(
-            !gathered(|pass, _| pass.taps[0].number = 4),
+            !gathered(|pass, _| pass.phases[0].taps[0].number = 4),
             "a tap's number"
         );
         assert!(
-            !gathered(|pass, _| pass.taps[3].offset += 3),
+            !gathered(|pass, _| pass.phases[0].taps[3].offset += 3),
             "a tap's place"
         );
         assert!(
-            !gathered(|pass, _| pass.window.stride.1 = 2),
+            !gathered(|pass, _| pass.phases[0].window.stride.1 = 2),
             "a pixel's place"
         );
         assert!(

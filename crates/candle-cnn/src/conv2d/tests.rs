@@ -117,7 +117,7 @@ fn every_instruction_set_agrees_with_the_reference_on_the_layers_of_googlenet() 
 
 #[test]
 fn strided_output_of_the_size_of_its_padded_input_gives_the_gradient() -> Result<()> {
-    // The output gradient, spread by the stride, is cut to a buffer of its own size.
+    // More than half of the output's rows see nothing but padding.
     let config = Conv2dConfig {
         stride: (2, 1),
         padding: (3, 0),
