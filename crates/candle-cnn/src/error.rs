@@ -290,6 +290,24 @@ impl OpError {
         Err(Self::Elements { op, what, found }.into())
     }
 
+    /// Refuses a shape whose elements the machine has no room for, where the allocator says so: asking it beforehand gives an
+    /// error, asking it for the memory itself ends the program.
+    pub(crate) fn check_room<T>(
+        op: &'static str,
+        what: &'static str,
+        shape: &[usize],
+    ) -> Result<(), Error> {
+        /// Elements that are not asked for twice.
+        const FEW: usize = 1 << 28;
+        Self::check_elements(op, what, shape)?;
+        let count: usize = shape.iter().product();
+        if count <= FEW || Vec::<T>::new().try_reserve_exact(count).is_ok() {
+            return Ok(());
+        }
+        let found = shape.to_vec();
+        Err(Self::Elements { op, what, found }.into())
+    }
+
     pub(crate) fn setting(
         op: &'static str,
         name: &'static str,

@@ -253,10 +253,11 @@ impl CustomOp1 for AvgPool2d {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (batch, channels, height, width) = layout.shape().dims4()?;
+        let shape = Shape::from((batch, channels, self.h.len(), self.w.len()));
         dispatch!(self.op, x.dtype(), T => {
+            OpError::check_room::<T>(self.op, "output", shape.dims())?;
             let x = slice::<T>(self.op, x, layout)?;
             let y = cpu::forward(self, Isa::detect(), x, (height, width));
-            let shape = Shape::from((batch, channels, self.h.len(), self.w.len()));
             Ok((T::to_cpu_storage_owned(y), shape))
         })
     }

@@ -18,6 +18,7 @@
 //!   same number of threads.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -201,68 +202,72 @@ struct Phase {
 }
 
 /// The pixels of one axis of the input gradient that lie a stride apart.
+#[derive(Default)]
 struct AxisPhase {
-    start: usize,
+    /// How many they are.
     count: usize,
-    /// The turned kernel's taps that they meet: number, and the output pixel that the first of them sees by it, which
-    /// may lie beyond the image.
+    /// The turned kernel's taps that they meet: number, and the output that the first pixel sees by it, which may lie
+    /// beyond the image.
     taps: Vec<(usize, isize)>,
 }
 
-/// All of an axis, where its output gradient begins in the buffer, and the buffer's size.
-fn input_gradient_axis(
-    kernel: usize,
-    (stride, dilation, padding): (usize, usize, usize),
-    size: usize,
-) -> (Vec<AxisPhase>, usize, usize) {
-    let reach = dilation * (kernel - 1);
-    let phases: Vec<AxisPhase> = (0..stride.min(size))
-        .map(|start| {
-            // dx[start] += dy[o] · w[r], where o · stride = start + padding − r · dilation.
-            let seen = (0..kernel).filter_map(|turned| {
-                let at = (start + padding + turned * dilation) as isize - reach as isize;
-                let output = at.div_euclid(stride as isize);
-                (at.rem_euclid(stride as isize) == 0).then_some((turned, output))
-            });
-            AxisPhase {
-                start,
-                count: (size - start).div_ceil(stride),
-                taps: seen.collect(),
-            }
-        })
-        .collect();
-    let outputs = |phase: &AxisPhase| {
-        let last = phase.count as isize - 1;
-        let range = phase.taps.iter().map(move |&(_, o)| (o, o + last));
-        range.collect::<Vec<_>>()
-    };
-    let seen: Vec<(isize, isize)> = phases.iter().flat_map(outputs).collect();
-    let origin = seen
-        .iter()
-        .map(|&(first, _)| -first)
-        .max()
-        .unwrap_or(0)
-        .max(0) as usize;
-    let last = seen.iter().map(|&(_, last)| last).max().unwrap_or(0).max(0) as usize;
-    (phases, origin, origin + last + 1)
+/// An axis of the input gradient.
+struct InputGradientAxis {
+    /// By their first pixel. Pixels that meet no tap are in none.
+    phases: BTreeMap<usize, AxisPhase>,
+    /// Where the output gradient begins in the buffer.
+    origin: usize,
+    /// Size of the buffer.
+    buffer: usize,
 }
 
-/// The phases of the input gradient.
+impl InputGradientAxis {
+    fn new(kernel: usize, (stride, dilation, padding): (usize, usize, usize), size: usize) -> Self {
+        let reach = dilation * (kernel - 1);
+        // A step further than this is as good as none.
+        let step = stride.min(size + padding + reach + 1) as isize;
+        let mut phases = BTreeMap::<usize, AxisPhase>::new();
+        let (mut first, mut last) = (0, 0);
+        for turned in 0..kernel {
+            // dx[start] += dy[o] · w[r], where o · stride = start + padding − r · dilation.
+            let at = (padding + turned * dilation) as isize - reach as isize;
+            let start = (-at).rem_euclid(step) as usize;
+            if start >= size {
+                continue;
+            }
+            let phase = phases.entry(start).or_default();
+            phase.count = (size - start).div_ceil(step as usize);
+            let output = (start as isize + at) / step;
+            phase.taps.push((turned, output));
+            first = first.min(output);
+            last = last.max(output + phase.count as isize - 1);
+        }
+        Self {
+            phases,
+            origin: -first as usize,
+            buffer: (last - first) as usize + 1,
+        }
+    }
+}
+
+/// The phases of the input gradient: pixels that are in none have a gradient of zero.
 fn input_gradient(g: &Conv2dGeometry) -> Vec<Phase> {
     let config = &g.config;
     let h = (config.stride.0, config.dilation.0, config.padding.0);
     let w = (config.stride.1, config.dilation.1, config.padding.1);
-    let (rows, top, height) = input_gradient_axis(g.kernel.0, h, g.input.0);
-    let (columns, left, width) = input_gradient_axis(g.kernel.1, w, g.input.1);
-    let mut phases = Vec::with_capacity(rows.len() * columns.len());
-    for h in &rows {
-        for w in &columns {
+    let rows = InputGradientAxis::new(g.kernel.0, h, g.input.0);
+    let columns = InputGradientAxis::new(g.kernel.1, w, g.input.1);
+    let in_buffer =
+        |axis: &InputGradientAxis, output: isize| (axis.origin as isize + output) as usize;
+    let mut phases = Vec::with_capacity(rows.phases.len() * columns.phases.len());
+    for (&top, h) in &rows.phases {
+        for (&left, w) in &columns.phases {
             let mut taps = Vec::with_capacity(h.taps.len() * w.taps.len());
             for &(r, row) in &h.taps {
                 for &(s, column) in &w.taps {
-                    let (row, column) = (row + top as isize, column + left as isize);
+                    let line = in_buffer(&rows, row) * columns.buffer;
                     taps.push(Tap {
-                        offset: (row as usize * width + column as usize) * g.c_out,
+                        offset: (line + in_buffer(&columns, column)) * g.c_out,
                         number: r * g.kernel.1 + s,
                     });
                 }
@@ -271,14 +276,14 @@ fn input_gradient(g: &Conv2dGeometry) -> Vec<Phase> {
                 window: Window {
                     channels: g.c_out,
                     source: g.output,
-                    origin: (top, left),
-                    buffer: (height, width),
+                    origin: (rows.origin, columns.origin),
+                    buffer: (rows.buffer, columns.buffer),
                     first: (0, 0),
                     stride: (1, 1),
                     output: (h.count, w.count),
                 },
                 taps,
-                start: (h.start, w.start),
+                start: (top, left),
             });
         }
     }
@@ -290,7 +295,7 @@ struct Scratch<T> {
     image: Vec<T>,
     rows: Vec<*const T>,
     out: Vec<T>,
-    /// Results of all phases, in their order.
+    /// Results of all phases, pixel by pixel. One pass alone writes here.
     pixels: Vec<T>,
 }
 
@@ -338,7 +343,7 @@ impl<T: Element> Scratch<T> {
 /// A convolution by gather tiles: the forward pass, or the input gradient.
 struct GatherPass<T: 'static> {
     kernels: &'static Kernels<T>,
-    /// One in the forward pass, and in an input gradient without a stride.
+    /// One of all pixels in the forward pass, and in an input gradient without a stride.
     phases: Vec<Phase>,
     /// Height and width of the result.
     output: (usize, usize),
@@ -355,7 +360,7 @@ struct GatherPass<T: 'static> {
 }
 
 impl<T: Element> GatherPass<T> {
-    /// Convolves the planes of some images and writes those of the result.
+    /// Convolves the planes of some images and writes those of the result, which are zeros before.
     fn run(&self, from: &[T], to: &mut [T], scratch: &mut Scratch<T>) {
         let Self {
             kernels,
@@ -364,7 +369,19 @@ impl<T: Element> GatherPass<T> {
             c_out,
             ..
         } = self;
-        scratch.lay_out(kernels, &phases[0].window, from);
+        let Some(first) = phases.first() else {
+            return;
+        };
+        scratch.lay_out(kernels, &first.window, from);
+        let pixels = self.output.0 * self.output.1;
+        let is_all = first.window.output_pixels() == pixels;
+        if !is_all {
+            // Those that are in no phase stay zeros.
+            let images = scratch.image.len() / first.window.buffer_len();
+            scratch
+                .pixels
+                .resize(images * pixels * weight.width, T::ZERO);
+        }
         for phase in phases {
             scratch.list_rows(&phase.window, &phase.taps, kernels.height);
             let Scratch { rows, out, .. } = scratch;
@@ -372,15 +389,14 @@ impl<T: Element> GatherPass<T> {
             // SAFETY: `list_rows` has listed the rows in `scratch.image`, which is laid out by this window, and has
             // asserted that all taps of every row lie inside.
             unsafe { self.gather(phase, rows, out) };
-            if phases.len() > 1 {
+            if !is_all {
                 self.put_in_place(phase, scratch);
             }
         }
-        let results = match phases.len() {
-            1 => &scratch.out,
-            _ => &scratch.pixels,
+        let results = match is_all {
+            true => &scratch.out,
+            false => &scratch.pixels,
         };
-        let pixels = self.output.0 * self.output.1;
         for (image, planes) in to.chunks_exact_mut(c_out * pixels).enumerate() {
             let results = &results[image * pixels * weight.width..];
             let sizes = (pixels, *c_out);
@@ -390,12 +406,10 @@ impl<T: Element> GatherPass<T> {
 
     /// Copies a phase's results from `scratch.out` to their pixels among those of all phases.
     fn put_in_place(&self, phase: &Phase, scratch: &mut Scratch<T>) {
-        let Phase { window, start, .. } = phase;
-        let (image, width) = (self.output.0 * self.output.1, self.weight.width);
-        let images = scratch.image.len() / window.buffer_len();
-        scratch.pixels.resize(images * image * width, T::ZERO);
+        let (start, width) = (phase.start, self.weight.width);
+        let image = self.output.0 * self.output.1 * width;
         let mut results = scratch.out.chunks_exact(width);
-        for pixels in scratch.pixels.chunks_exact_mut(image * width) {
+        for pixels in scratch.pixels.chunks_exact_mut(image) {
             for h in (start.0..self.output.0).step_by(self.step.0) {
                 let line = &mut pixels[h * self.output.1 * width..][..self.output.1 * width];
                 let places = line

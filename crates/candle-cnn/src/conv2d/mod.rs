@@ -166,23 +166,31 @@ impl Conv2dGeometry {
     }
 
     /// Refuses what no memory holds: the tensors, and the buffers in which the passes lay out the padded input and the
-    /// output gradient between its own zeros.
+    /// padded output gradient.
     fn check_elements(&self) -> Result<()> {
         let (input, output, kernel) = (self.input, self.output, self.kernel);
         let (h, w) = self.axes();
         let padded = (h.padded(), w.padded());
-        let between = (h.padded_gradient(), w.padded_gradient());
+        let padded_gradient = (h.padded_gradient(), w.padded_gradient());
         for (what, channels, size) in [
             ("input", self.c_in, input),
             ("output", self.c_out, output),
             ("padded input", self.c_in, padded),
-            ("padded gradient of the output", self.c_out, between),
+            ("padded gradient of the output", self.c_out, padded_gradient),
         ] {
             // What is counted of one image must not overflow where there is none, either.
             let shape = [self.batch.max(1), channels, size.0, size.1];
             OpError::check_elements(OP, what, &shape)?;
         }
         OpError::check_elements(OP, "weight", &[self.c_out, self.c_in, kernel.0, kernel.1])
+    }
+
+    /// Refuses an output of all images, and padding of one image, that there is no room for on the CPU.
+    fn check_room<T>(&self) -> Result<()> {
+        let (h, w) = self.axes();
+        let padded = [self.c_in, h.padded(), w.padded()];
+        OpError::check_room::<T>(OP, "output", self.output_shape().dims())?;
+        OpError::check_room::<T>(OP, "padded input of an image", &padded)
     }
 
     fn output_shape(&self) -> Shape {
@@ -270,7 +278,7 @@ impl ConvAxis {
         self.input.saturating_add(self.padding.saturating_mul(2))
     }
 
-    /// Pixels of the output gradient between its own zeros, from which the input gradient is gathered.
+    /// Pixels of the padded output gradient from which the input gradient is gathered; with a stride they are fewer.
     fn padded_gradient(&self) -> usize {
         self.input.saturating_add(self.padding.max(self.reach()))
     }
@@ -433,6 +441,7 @@ impl Conv2d {
             let x = slice::<T>(OP, x.0, x.1)?;
             let weight = slice::<T>(OP, weight.0, weight.1)?;
             let bias = bias.map(|(s, l)| slice::<T>(OP, s, l)).transpose()?;
+            self.geometry.check_room::<T>()?;
             let y = cpu::forward(&self.geometry, isa, x, weight, bias, activation);
             Ok((T::to_cpu_storage_owned(y), shape))
         })

@@ -483,3 +483,45 @@ fn a_single_pixel_meets_one_tap_and_the_others_get_no_gradient() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn pixels_between_the_steps_of_a_kernel_have_no_gradient() -> Result<()> {
+    // Of 5 pixels a kernel of 1 that steps by 3 meets 2; one of 2 that steps further than there are pixels meets 2 once.
+    for (kernel, stride, met) in [(1, 3, [0, 3]), (2, usize::MAX, [0, 1])] {
+        let x = Var::ones((2, 1, 5, 1), DType::F64, &Device::Cpu)?;
+        let weight = Tensor::ones((1, 1, kernel, 1), DType::F64, &Device::Cpu)?;
+        let config = Conv2dConfig {
+            stride: (stride, 1),
+            ..Default::default()
+        };
+        let gradients = conv2d(&x, &weight, None, config)?.backward()?;
+        let dx: Vec<f64> = gradients.get(&x).unwrap().flatten_all()?.to_vec1()?;
+        let expected = (0..10).map(|i| if met.contains(&(i % 5)) { 1.0 } else { 0.0 });
+        assert_eq!(dx, expected.collect::<Vec<f64>>());
+    }
+    // A kernel that meets padding alone moves nothing.
+    let x = Var::ones((1, 1, 2, 2), DType::F32, &Device::Cpu)?;
+    let weight = Tensor::ones((1, 1, 1, 1), DType::F32, &Device::Cpu)?;
+    let y = conv2d(&x, &weight, None, Conv2dConfig::padded(1).strided(3))?;
+    assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [0.0; 4]);
+    let gradients = y.backward()?;
+    let dx = gradients.get(&x).unwrap().flatten_all()?;
+    assert_eq!(dx.to_vec1::<f32>()?, [0.0; 4]);
+    Ok(())
+}
+
+#[test]
+fn what_the_machine_has_no_room_for_is_an_error() -> Result<()> {
+    let x = Tensor::zeros((1, 1, 5, 5), DType::F32, &Device::Cpu)?;
+    let weight = Tensor::zeros((3, 1, 1, 1), DType::F32, &Device::Cpu)?;
+    // 2⁵¹ pixels, and 9 outputs of as many.
+    for (stride, expected) in [
+        (1, "output of shape [1, 3"),
+        (1 << 25, "padded input of an image"),
+    ] {
+        let config = Conv2dConfig::padded(1 << 25).strided(stride);
+        let text = conv2d(&x, &weight, None, config).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+    Ok(())
+}

@@ -119,9 +119,11 @@ impl CustomOp1 for MaxPool2d {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let shape = Shape::from(self.planes.output_shape());
         dispatch!(OP, x.dtype(), T => {
+            OpError::check_room::<T>(OP, "output", shape.dims())?;
             let y = cpu::forward(&self.planes, Isa::detect(), slice::<T>(OP, x, layout)?);
-            Ok((T::to_cpu_storage_owned(y), Shape::from(self.planes.output_shape())))
+            Ok((T::to_cpu_storage_owned(y), shape))
         })
     }
 
