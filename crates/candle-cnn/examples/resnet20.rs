@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use candle_cnn::{
-    Conv2dConfig, CrossEntropyConfig, RunningStatistics, backward, batch_norm_eval,
+    Conv2dConfig, CrossEntropyConfig, Mode, RunningStatistics, backward, batch_norm_eval,
     batch_norm_train, conv2d, cross_entropy, global_avg_pool2d, linear, relu, update_running,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -45,8 +45,8 @@ impl ConvNorm {
         })
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        if !train {
+    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        if mode == Mode::Eval {
             // Detached, since Candle notes what it does with variables.
             let [weight, scale, shift] =
                 [&self.weight, &self.scale, &self.shift].map(|var| var.as_detached_tensor());
@@ -76,9 +76,9 @@ struct Block {
 }
 
 impl Block {
-    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        let inner = relu(&self.first.forward(x, train)?)?;
-        let inner = self.second.forward(&inner, train)?;
+    fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
+        let inner = relu(&self.first.forward(x, mode)?)?;
+        let inner = self.second.forward(&inner, mode)?;
         // Where the block halves the picture and doubles the channels: every second pixel, and zeros (option A of the paper).
         let (_, channels, height, _) = x.dims4()?;
         let past = match inner.dim(1)? - channels {
@@ -134,10 +134,10 @@ impl ResNet20 {
     }
 
     /// Logits, (N, 10), of pictures (N, 3, 32, 32).
-    fn forward(&self, pictures: &Tensor, train: bool) -> Result<Tensor> {
-        let mut x = relu(&self.stem.forward(pictures, train)?)?;
+    fn forward(&self, pictures: &Tensor, mode: Mode) -> Result<Tensor> {
+        let mut x = relu(&self.stem.forward(pictures, mode)?)?;
         for block in &self.blocks {
-            x = block.forward(&x, train)?;
+            x = block.forward(&x, mode)?;
         }
         linear(
             &global_avg_pool2d(&x)?,
@@ -168,7 +168,8 @@ fn main() -> Result<()> {
     let start = Instant::now();
     for step in 1..=STEPS {
         let (x, classes) = pictures(&patterns, step)?;
-        let logits = net.forward(&x, true)?;
+        let dropout_seed = step as u64; // of no use here: there is no dropout
+        let logits = net.forward(&x, Mode::Train { dropout_seed })?;
         let loss = cross_entropy(&logits, &classes, CrossEntropyConfig::default())?;
         let gradients = backward(&loss)?;
         // `torch.optim.SGD` with momentum.
@@ -193,7 +194,7 @@ fn main() -> Result<()> {
     }
 
     let (x, classes) = pictures(&patterns, 0)?;
-    let best = net.forward(&x, false)?.argmax(1)?;
+    let best = net.forward(&x, Mode::Eval)?.argmax(1)?;
     let right = best.eq(&classes)?.to_dtype(DType::U32)?.sum_all()?;
     println!("evaluation: {} of {BATCH} right", right.to_scalar::<u32>()?);
     Ok(())

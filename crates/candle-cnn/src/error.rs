@@ -76,7 +76,7 @@ pub enum OpError {
         /// Padding on each side, vertical and horizontal.
         padding: (usize, usize),
     },
-    /// More elements than memory can be addressed for.
+    /// More elements than memory can be addressed for, or than the machine has room for.
     #[error("{op}: {what} of shape {found:?} has more elements than memory can hold")]
     Elements {
         /// The operation, as PyTorch names it.

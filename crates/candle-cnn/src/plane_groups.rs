@@ -15,8 +15,17 @@ const MOST_PIXELS: usize = 1 << 19;
 /// Planes that a group is made for: with fewer, most of its vectors would be idle.
 const FEWEST_PLANES: usize = ALIGNMENT / 2;
 
-/// Elements of a result that are worth a task.
-const MIN_ELEMENTS: usize = 1 << 12;
+/// Elements, of all tensors together, that are worth a task.
+const MIN_ELEMENTS: usize = 1 << 13;
+
+/// Planes that are computed together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Group {
+    /// [`ALIGNMENT`] of them. The last may be no planes, and where the results belong is what was there of another group.
+    Sixteen,
+    /// One, since planes are few or large. Its results are zeros before.
+    One,
+}
 
 /// Planes one behind the other.
 #[derive(Clone, Copy)]
@@ -34,14 +43,12 @@ impl<'a, T> PlanesOf<'a, T> {
 
 /// As many planes as each of `inputs` has, of `pixels` each, made group by group.
 ///
-/// `make` gets how many planes there are in a group, the group of each tensor, `[pixel][plane]`, and where its results belong.
-/// They are [`ALIGNMENT`], of which the last may be no planes, and the results' place holds what it held of another group; or one,
-/// where planes are few or large, and its results are zeros before.
+/// `make` gets the kind of group, the group of each tensor, `[pixel][plane]`, and where its results belong.
 pub(crate) fn by_groups<T: Element, const N: usize>(
     isa: Isa,
     inputs: [PlanesOf<'_, T>; N],
     pixels: usize,
-    make: impl Fn(usize, [&[T]; N], &mut [T]) + Sync,
+    make: impl Fn(Group, [&[T]; N], &mut [T]) + Sync,
 ) -> Vec<T> {
     let planes = inputs[0].values.len() / inputs[0].pixels;
     let mut results = vec![T::ZERO; planes * pixels];
@@ -54,7 +61,7 @@ pub(crate) fn by_groups<T: Element, const N: usize>(
             .par_chunks_mut(pixels)
             .enumerate()
             .for_each(|(plane, result)| {
-                make(1, inputs.map(|of| of.plane(plane)), result);
+                make(Group::One, inputs.map(|of| of.plane(plane)), result);
             });
         return results;
     }
@@ -62,7 +69,7 @@ pub(crate) fn by_groups<T: Element, const N: usize>(
     let group = |pixels: usize| vec![T::ZERO; ALIGNMENT * pixels];
     results
         .par_chunks_mut(ALIGNMENT * pixels)
-        .with_min_len(MIN_ELEMENTS.div_ceil(ALIGNMENT * pixels))
+        .with_min_len(MIN_ELEMENTS.div_ceil(ALIGNMENT * plane))
         .enumerate()
         .for_each_init(
             || (inputs.map(|of| group(of.pixels)), group(pixels)),
@@ -72,7 +79,7 @@ pub(crate) fn by_groups<T: Element, const N: usize>(
                     let from = &of.values[i * to.len()..];
                     transpose(kernels, from, of.pixels, (planes, of.pixels), to, ALIGNMENT);
                 }
-                make(ALIGNMENT, groups.each_ref().map(Vec::as_slice), made);
+                make(Group::Sixteen, groups.each_ref().map(Vec::as_slice), made);
                 transpose(kernels, made, ALIGNMENT, (pixels, planes), results, pixels);
             },
         );
@@ -84,30 +91,31 @@ mod tests {
     use super::*;
 
     /// The groups that planes of so many pixels come in.
-    fn groups(planes: usize, pixels: usize) -> Vec<usize> {
+    fn groups(planes: usize, pixels: usize) -> Vec<Group> {
         let values = vec![1f32; planes * pixels];
         let x = PlanesOf {
             values: &values,
             pixels,
         };
-        let sizes = std::sync::Mutex::new(Vec::new());
+        let kinds = std::sync::Mutex::new(Vec::new());
         let sums = by_groups(Isa::detect(), [x], 1, |group, [x], to| {
-            sizes.lock().unwrap().push(group);
+            kinds.lock().unwrap().push(group);
+            let lanes = to.len();
             for (lane, to) in to.iter_mut().enumerate() {
-                *to = x.iter().skip(lane).step_by(group).sum();
+                *to = x.iter().skip(lane).step_by(lanes).sum();
             }
         });
         assert_eq!(sums, vec![pixels as f32; planes]);
-        sizes.into_inner().unwrap()
+        kinds.into_inner().unwrap()
     }
 
     #[test]
     fn planes_that_are_few_or_large_come_one_by_one() {
-        assert_eq!(groups(40, 5), [16; 3]);
-        assert_eq!(groups(8, 1000), [16]);
-        assert_eq!(groups(7, 1000), [1; 7]);
-        assert_eq!(groups(8, MOST_PIXELS - 1), [16]);
-        assert_eq!(groups(8, MOST_PIXELS), [1; 8]);
+        assert_eq!(groups(40, 5), [Group::Sixteen; 3]);
+        assert_eq!(groups(8, 1000), [Group::Sixteen]);
+        assert_eq!(groups(7, 1000), [Group::One; 7]);
+        assert_eq!(groups(8, MOST_PIXELS - 1), [Group::Sixteen]);
+        assert_eq!(groups(8, MOST_PIXELS), [Group::One; 8]);
         assert!(groups(0, 5).is_empty());
     }
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{AvgPool2d, divisor};
 use crate::element::Element;
 use crate::maps::ALIGNMENT;
-use crate::plane_groups::{PlanesOf, by_groups};
+use crate::plane_groups::{Group, PlanesOf, by_groups};
 use crate::simd::{Isa, multiversion};
 
 pub(super) fn forward<T: Element>(
@@ -23,8 +23,8 @@ pub(super) fn forward<T: Element>(
     if pool.is_global((height, width)) {
         return plane_means(isa, x);
     }
-    by_groups(isa, [x], pool.output_plane(), |planes, [x], y| {
-        forward_group(isa, pool, planes, width, x, y);
+    by_groups(isa, [x], pool.output_plane(), |group, [x], y| {
+        forward_group(isa, pool, group, width, x, y);
     })
 }
 
@@ -41,15 +41,18 @@ pub(super) fn backward<T: Element>(
         values: dy,
         pixels: pool.output_plane(),
     };
-    by_groups(isa, [dy], height * width, |planes, [dy], dx| {
-        backward_group(isa, pool, planes, width, dy, dx);
+    by_groups(isa, [dy], height * width, |group, [dy], dx| {
+        backward_group(isa, pool, group, width, dy, dx);
     })
 }
+
+/// Elements of a task where planes are taken as they are.
+const TASK_ELEMENTS: usize = 1 << 14;
 
 /// The mean of each plane: nothing is gained by laying out planes that are read once.
 fn plane_means<T: Element>(isa: Isa, x: PlanesOf<'_, T>) -> Vec<T> {
     let mut y = vec![T::ZERO; x.values.len() / x.pixels];
-    let planes = (1 << 14) / x.pixels + 1;
+    let planes = TASK_ELEMENTS / x.pixels + 1;
     y.par_chunks_mut(planes)
         .zip(x.values.par_chunks(planes * x.pixels))
         .for_each(|(y, values)| plane_means_of(isa, x.pixels, values, y));
@@ -93,7 +96,7 @@ fn sum_of<T: Element>(values: &[T]) -> T {
 /// The gradient of each plane's mean, to all of its pixels alike.
 fn spread<T: Element>(dy: &[T], pixels: usize) -> Vec<T> {
     let mut dx = vec![T::ZERO; dy.len() * pixels];
-    let planes = (1 << 14) / pixels + 1;
+    let planes = TASK_ELEMENTS / pixels + 1;
     dx.par_chunks_mut(planes * pixels)
         .zip(dy.par_chunks(planes))
         .for_each(|(dx, dy)| {
@@ -106,27 +109,27 @@ fn spread<T: Element>(dy: &[T], pixels: usize) -> Vec<T> {
 
 multiversion! {
     fn forward_group<T: Element>(
-        pool: &AvgPool2d, planes: usize, width: usize, x: &[T], y: &mut [T],
+        pool: &AvgPool2d, group: Group, width: usize, x: &[T], y: &mut [T],
     ) = forward_group_body
 }
 
 multiversion! {
     fn backward_group<T: Element>(
-        pool: &AvgPool2d, planes: usize, width: usize, dy: &[T], dx: &mut [T],
+        pool: &AvgPool2d, group: Group, width: usize, dy: &[T], dx: &mut [T],
     ) = backward_group_body
 }
 
 #[inline(always)]
 fn forward_group_body<T: Element>(
     pool: &AvgPool2d,
-    planes: usize,
+    group: Group,
     width: usize,
     x: &[T],
     y: &mut [T],
 ) {
-    match planes {
-        1 => forward_lanes::<T, 1>(pool, width, x, y),
-        _ => forward_lanes::<T, ALIGNMENT>(pool, width, x, y),
+    match group {
+        Group::One => forward_lanes::<T, 1>(pool, width, x, y),
+        Group::Sixteen => forward_lanes::<T, ALIGNMENT>(pool, width, x, y),
     }
 }
 
@@ -159,17 +162,21 @@ fn forward_lanes<T: Element, const LANES: usize>(
 #[inline(always)]
 fn backward_group_body<T: Element>(
     pool: &AvgPool2d,
-    planes: usize,
+    group: Group,
     width: usize,
     dy: &[T],
     dx: &mut [T],
 ) {
-    match planes {
-        1 => backward_lanes::<T, 1>(pool, width, dy, dx),
-        _ => backward_lanes::<T, ALIGNMENT>(pool, width, dy, dx),
+    match group {
+        Group::One => backward_lanes::<T, 1>(pool, width, dy, dx),
+        Group::Sixteen => {
+            dx.fill(T::ZERO);
+            backward_lanes::<T, ALIGNMENT>(pool, width, dy, dx);
+        }
     }
 }
 
+/// Adds to `dx`, which is zeros.
 #[inline(always)]
 fn backward_lanes<T: Element, const LANES: usize>(
     pool: &AvgPool2d,
@@ -177,7 +184,6 @@ fn backward_lanes<T: Element, const LANES: usize>(
     dy: &[T],
     dx: &mut [T],
 ) {
-    dx.fill(T::ZERO);
     let (dy, _) = dy.as_chunks::<LANES>();
     let (dx, _) = dx.as_chunks_mut::<LANES>();
     for (dy, (h, w)) in dy.iter().zip(pool.bins()) {

@@ -103,7 +103,7 @@ pub fn avg_pool2d(x: &Tensor, config: AvgPool2dConfig) -> Result<Tensor> {
         axis,
         count_include_pad: config.count_include_pad,
     };
-    let pool = AvgPool2d::new(OP, rule(planes.h), rule(planes.w));
+    let pool = AvgPool2d::new(OP, rule(planes.h), rule(planes.w))?;
     x.contiguous()?.apply_op1(pool)
 }
 
@@ -138,7 +138,7 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
         OpError::check_elements(OP, what, &shape)?;
     }
     let rule = |input: usize, output: usize| Rule::Adaptive { input, output };
-    let pool = AvgPool2d::new(OP, rule(height, output.0), rule(width, output.1));
+    let pool = AvgPool2d::new(OP, rule(height, output.0), rule(width, output.1))?;
     x.contiguous()?.apply_op1(pool)
 }
 
@@ -171,6 +171,14 @@ enum Rule {
 }
 
 impl Rule {
+    /// How many bins there are.
+    fn output(self) -> usize {
+        match self {
+            Self::Windows { axis, .. } => axis.output,
+            Self::Adaptive { output, .. } => output,
+        }
+    }
+
     fn bins(self) -> Vec<Bin> {
         match self {
             Self::Windows {
@@ -217,14 +225,15 @@ struct AvgPool2d {
 }
 
 impl AvgPool2d {
-    fn new(op: &'static str, h: Rule, w: Rule) -> Self {
-        Self {
+    fn new(op: &'static str, h: Rule, w: Rule) -> Result<Self> {
+        OpError::check_room::<Bin>(op, "output", &[h.output(), w.output()])?;
+        Ok(Self {
             op,
             h: h.bins(),
             w: w.bins(),
             #[cfg(feature = "cuda")]
             rules: [h, w],
-        }
+        })
     }
 
     /// Whether one bin holds a whole plane of `size`, and nothing else.

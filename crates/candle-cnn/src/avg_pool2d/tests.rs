@@ -5,15 +5,16 @@ use test_support::{check_gradients, seeded_values};
 use super::*;
 
 /// Small whole numbers, whose sums are the same in any order.
-fn whole(name: &str, count: usize) -> Vec<f32> {
-    let values = seeded_values(name, count, 6.0);
-    values.iter().map(|value| value.round()).collect()
+fn whole<T: Element>(name: &str, count: usize) -> Vec<T> {
+    let values = seeded_values(name, count, 12.0);
+    let whole = values.iter().map(|value| value.round());
+    whole.map(|value| T::real(f64::from(value))).collect()
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
     #[test]
-    fn every_instruction_set_gives_the_bits_of_the_plain_loops(
+    fn every_instruction_set_gives_the_numbers_of_the_plain_loops(
         (planes, height, width) in (1usize..40, 1usize..12, 1usize..20),
         kernel in (1usize..6, 1usize..6),
         stride in (1usize..4, 1usize..4),
@@ -31,22 +32,50 @@ proptest! {
                 [h, w].map(|axis| Rule::Windows { axis, count_include_pad })
             }
         };
-        let pool = AvgPool2d::new("avg_pool2d", h, w);
-        let x = whole("x", planes * height * width);
-        let y: Vec<f32> = x
-            .chunks_exact(height * width)
-            .flat_map(|x| reference::forward(&pool, x, width))
-            .collect();
-        let dy = whole("dy", planes * pool.output_plane());
-        let dx: Vec<f32> = dy
-            .chunks_exact(pool.output_plane())
-            .flat_map(|dy| reference::backward(&pool, dy, width, height * width))
-            .collect();
-        for isa in Isa::available() {
-            prop_assert_eq!(&cpu::forward(&pool, isa, &x, (height, width)), &y);
-            prop_assert_eq!(&cpu::backward(&pool, isa, &dy, (height, width)), &dx);
-        }
+        let pool = AvgPool2d::new("avg_pool2d", h, w).unwrap();
+        check::<f32>(&pool, planes, (height, width));
+        check::<f64>(&pool, planes, (height, width));
     }
+}
+
+/// Compares with the plain loops.
+fn check<T: Element + std::fmt::Debug>(
+    pool: &AvgPool2d,
+    planes: usize,
+    (height, width): (usize, usize),
+) {
+    let pixels = height * width;
+    let x = whole::<T>("x", planes * pixels);
+    let planes_of_x = x.chunks_exact(pixels);
+    let y: Vec<T> = planes_of_x
+        .flat_map(|x| reference::forward(pool, x, width))
+        .collect();
+    let dy = whole::<T>("dy", planes * pool.output_plane());
+    let planes_of_dy = dy.chunks_exact(pool.output_plane());
+    let dx: Vec<T> = planes_of_dy
+        .flat_map(|dy| reference::backward(pool, dy, width, pixels))
+        .collect();
+    for isa in Isa::available() {
+        assert_eq!(cpu::forward(pool, isa, &x, (height, width)), y);
+        assert_eq!(cpu::backward(pool, isa, &dy, (height, width)), dx);
+    }
+}
+
+#[test]
+fn whole_planes_of_any_size_and_number_have_their_means() -> Result<()> {
+    for (planes, height, width) in [
+        (3, 1, 1),
+        (2100, 5, 5),
+        (40, 30, 31),
+        (3, 200, 100),
+        (0, 4, 4),
+    ] {
+        let rule = |input| Rule::Adaptive { input, output: 1 };
+        let pool = AvgPool2d::new("adaptive_avg_pool2d", rule(height), rule(width))?;
+        check::<f32>(&pool, planes, (height, width));
+        check::<f64>(&pool, planes, (height, width));
+    }
+    Ok(())
 }
 
 #[test]
@@ -90,6 +119,7 @@ fn sizes_that_overflow_are_errors_and_a_border_of_2_to_the_80_pixels_counts() ->
         avg_pool2d(&nothing, AvgPool2dConfig::square(2, 2, 0)),
         adaptive_avg_pool2d(&nothing, (1, 1)),
         adaptive_avg_pool2d(&x, (1 << 32, 1 << 32)),
+        adaptive_avg_pool2d(&x, (1 << 50, 1)),
     ] {
         let text = result.unwrap_err().to_string();
         assert!(text.contains("more elements"), "{text}");

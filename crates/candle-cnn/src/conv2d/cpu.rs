@@ -84,8 +84,6 @@ struct Window {
     origin: (usize, usize),
     /// Size of the buffer.
     buffer: (usize, usize),
-    /// Where the first output pixel's first tap lies in the buffer.
-    first: (usize, usize),
     stride: (usize, usize),
     output: (usize, usize),
 }
@@ -101,7 +99,6 @@ impl Window {
                 padded(g.input.0, g.config.padding.0),
                 padded(g.input.1, g.config.padding.1),
             ),
-            first: (0, 0),
             stride: g.config.stride,
             output: g.output,
         }
@@ -175,8 +172,7 @@ impl Window {
             self.output.0.saturating_sub(1),
             self.output.1.saturating_sub(1),
         );
-        let line = (self.first.0 + h * self.stride.0) * self.buffer.1 + self.first.1;
-        let last = (line + w * self.stride.1) * self.channels;
+        let last = (h * self.stride.0 * self.buffer.1 + w * self.stride.1) * self.channels;
         let reach = taps.iter().map(|tap| tap.offset).max().unwrap_or(0);
         last + reach + self.channels
     }
@@ -184,7 +180,7 @@ impl Window {
     /// Appends a pointer to the first tap of every output pixel of one image.
     fn push_rows<T>(&self, image: *const T, rows: &mut Vec<*const T>) {
         for h in 0..self.output.0 {
-            let line = (self.first.0 + h * self.stride.0) * self.buffer.1 + self.first.1;
+            let line = h * self.stride.0 * self.buffer.1;
             for w in 0..self.output.1 {
                 rows.push(image.wrapping_add((line + w * self.stride.1) * self.channels));
             }
@@ -278,7 +274,6 @@ fn input_gradient(g: &Conv2dGeometry) -> Vec<Phase> {
                     source: g.output,
                     origin: (rows.origin, columns.origin),
                     buffer: (rows.buffer, columns.buffer),
-                    first: (0, 0),
                     stride: (1, 1),
                     output: (h.count, w.count),
                 },

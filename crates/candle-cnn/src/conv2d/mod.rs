@@ -186,11 +186,18 @@ impl Conv2dGeometry {
     }
 
     /// Refuses an output of all images, and padding of one image, that there is no room for on the CPU.
-    fn check_room<T>(&self) -> Result<()> {
+    fn check_forward_room<T>(&self) -> Result<()> {
         let (h, w) = self.axes();
         let padded = [self.c_in, h.padded(), w.padded()];
         OpError::check_room::<T>(OP, "output", self.output_shape().dims())?;
         OpError::check_room::<T>(OP, "padded input of an image", &padded)
+    }
+
+    /// Refuses padding of an image's output gradient that there is no room for on the CPU.
+    fn check_backward_room<T>(&self) -> Result<()> {
+        let (h, w) = self.axes();
+        let padded = [self.c_out, h.padded_gradient(), w.padded_gradient()];
+        OpError::check_room::<T>(OP, "padded gradient of an image's output", &padded)
     }
 
     fn output_shape(&self) -> Shape {
@@ -278,9 +285,14 @@ impl ConvAxis {
         self.input.saturating_add(self.padding.saturating_mul(2))
     }
 
-    /// Pixels of the padded output gradient from which the input gradient is gathered; with a stride they are fewer.
+    /// Pixels of the padded output gradient from which the input gradient is gathered, at most.
     fn padded_gradient(&self) -> usize {
-        self.input.saturating_add(self.padding.max(self.reach()))
+        let before = self.reach().saturating_sub(self.padding);
+        let behind = self.input.saturating_add(self.padding);
+        before
+            .div_ceil(self.stride)
+            .saturating_add(behind / self.stride)
+            .saturating_add(1)
     }
 
     /// The tap that meets an input of a single pixel, of which there is one output.
@@ -441,7 +453,7 @@ impl Conv2d {
             let x = slice::<T>(OP, x.0, x.1)?;
             let weight = slice::<T>(OP, weight.0, weight.1)?;
             let bias = bias.map(|(s, l)| slice::<T>(OP, s, l)).transpose()?;
-            self.geometry.check_room::<T>()?;
+            self.geometry.check_forward_room::<T>()?;
             let y = cpu::forward(&self.geometry, isa, x, weight, bias, activation);
             Ok((T::to_cpu_storage_owned(y), shape))
         })
@@ -476,6 +488,7 @@ impl Conv2d {
         dy: &Tensor,
         needs: cpu::Needs,
     ) -> Result<[Option<Tensor>; 3]> {
+        self.geometry.check_backward_room::<T>()?;
         let tensors = [x, weight, y, dy];
         let gradients = with_slices::<T, _, _>(OP, tensors, |[x, weight, y, dy]| {
             let mask = (self.activation == Activation::Relu).then_some(y);

@@ -116,16 +116,30 @@ fn every_instruction_set_agrees_with_the_reference_on_the_layers_of_googlenet() 
 }
 
 #[test]
-fn strided_output_of_the_size_of_its_padded_input_gives_the_gradient() -> Result<()> {
-    // More than half of the output's rows see nothing but padding.
+fn outputs_that_see_padding_alone_give_no_gradient() -> Result<()> {
+    // Of three rows of the output the first and the last.
     let config = Conv2dConfig {
         stride: (2, 1),
-        padding: (3, 0),
+        padding: (2, 0),
         dilation: (1, 1),
     };
     let g = geometry(1, (3, 21), (1, 6), (1, 1), config)?;
     check::<f32>(&g, Against::Result, 3e-6);
     Ok(())
+}
+
+#[test]
+fn images_that_a_task_takes_in_turn_do_not_mix() -> Result<()> {
+    // One thread, and more pixels than it takes at once: a group of three images and one of two.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    pool.unwrap().install(|| {
+        for (kernel, stride) in [(1, 2), (3, 2), (2, 5), (3, 1)] {
+            let config = Conv2dConfig::padded(1).strided(stride);
+            let g = geometry(5, (3, 20), (20, 21), (kernel, kernel), config)?;
+            check::<f32>(&g, Against::Terms, 5e-7);
+        }
+        Ok(())
+    })
 }
 
 proptest! {
@@ -371,9 +385,13 @@ fn sizes_that_overflow_are_errors_and_not_read_beyond_their_end() -> Result<()> 
         text.contains("padded input") && text.contains("9223372036854775809"),
         "{text}"
     );
-    // The padded input would fit, the gradient of 64 channels as far apart would not.
-    let weight = zeros(&[64, 1, 1, 1])?;
-    let text = conv2d(&x, &weight, None, config(1 << 28, 1 << 28)).unwrap_err();
+    // The padded input would fit, the padded gradient of 64 channels would not: 2²⁹ by 2²⁹ pixels.
+    let weight = zeros(&[64, 1, 2, 2])?;
+    let wide = Conv2dConfig {
+        dilation: (1 << 29, 1 << 29),
+        ..Conv2dConfig::padded(1 << 28)
+    };
+    let text = conv2d(&x, &weight, None, wide).unwrap_err();
     let text = text.to_string();
     assert!(
         text.contains("gradient of the output") && text.contains("64"),
@@ -514,7 +532,7 @@ fn pixels_between_the_steps_of_a_kernel_have_no_gradient() -> Result<()> {
 fn what_the_machine_has_no_room_for_is_an_error() -> Result<()> {
     let x = Tensor::zeros((1, 1, 5, 5), DType::F32, &Device::Cpu)?;
     let weight = Tensor::zeros((3, 1, 1, 1), DType::F32, &Device::Cpu)?;
-    // 2⁵¹ pixels, and 9 outputs of as many.
+    // 2⁵² pixels: three outputs of as many each, or of 9.
     for (stride, expected) in [
         (1, "output of shape [1, 3"),
         (1 << 25, "padded input of an image"),

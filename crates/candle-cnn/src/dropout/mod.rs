@@ -24,7 +24,7 @@ const OP: &str = "dropout";
 const CHUNK: usize = 1 << 14;
 
 /// Random words that are drawn at once.
-const BITS: usize = 64;
+const WORDS: usize = 64;
 
 /// In training sets each element to 0 with probability `p` and scales the
 /// others by `1 / (1 − p)`; in evaluation returns `x` itself.
@@ -94,11 +94,11 @@ impl Dropout {
             .for_each(|(chunk, (y, x))| {
                 let mut generator = generator.clone();
                 generator.set_word_pos((chunk * CHUNK) as u128);
-                for (y, x) in y.chunks_mut(BITS).zip(x.chunks(BITS)) {
-                    let mut bits = [0; BITS];
-                    bits.fill_with(|| generator.next_u32());
-                    for ((y, &x), bits) in y.iter_mut().zip(x).zip(bits) {
-                        let dropped = u64::from(bits) < threshold;
+                for (y, x) in y.chunks_mut(WORDS).zip(x.chunks(WORDS)) {
+                    let mut words = [0; WORDS];
+                    words.fill_with(|| generator.next_u32());
+                    for ((y, &x), word) in y.iter_mut().zip(x).zip(words) {
+                        let dropped = u64::from(word) < threshold;
                         *y = x * factors[usize::from(dropped)];
                     }
                 }

@@ -1,9 +1,9 @@
-//! The fast path: [`channels_last`] on groups of planes; where there is no group, a row of windows at a time.
+//! The fast path: [`channels_last`] on groups of planes; where there is none, a row of windows at a time.
 
 use super::channels_last::{self, Pool};
 use crate::element::Element;
 use crate::maps::{ALIGNMENT, MapLayout, Part};
-use crate::plane_groups::{PlanesOf, by_groups};
+use crate::plane_groups::{Group, PlanesOf, by_groups};
 use crate::simd::{Accumulate, Isa, multiversion};
 use crate::window::Planes;
 
@@ -13,13 +13,18 @@ pub(super) fn forward<T: Element>(planes: &Planes, isa: Isa, x: &[T]) -> Vec<T> 
         pixels: planes.input_plane(),
     };
     let pool = group_pool(planes);
-    by_groups(isa, [x], planes.output_plane(), |group, [x], y| {
-        if group == 1 {
-            return forward_plane(isa, planes, x, y);
-        }
-        let whole = Part::whole(pool.y, y.len());
-        channels_last::forward(isa, &pool, x, y, &whole);
-    })
+    by_groups(
+        isa,
+        [x],
+        planes.output_plane(),
+        |group, [x], y| match group {
+            Group::One => forward_plane(isa, planes, x, y),
+            Group::Sixteen => {
+                let whole = Part::whole(pool.y, y.len());
+                channels_last::forward(isa, &pool, x, y, &whole);
+            }
+        },
+    )
 }
 
 pub(super) fn backward<T: Element>(planes: &Planes, isa: Isa, x: &[T], dy: &[T]) -> Vec<T> {
@@ -32,11 +37,11 @@ pub(super) fn backward<T: Element>(planes: &Planes, isa: Isa, x: &[T], dy: &[T])
         pixels: planes.output_plane(),
     };
     let pool = group_pool(planes);
-    by_groups(isa, [x, dy], x.pixels, |group, [x, dy], dx| {
-        if group == 1 {
-            return backward_plane(isa, planes, x, dy, dx);
+    by_groups(isa, [x, dy], x.pixels, |group, [x, dy], dx| match group {
+        Group::One => backward_plane(isa, planes, x, dy, dx),
+        Group::Sixteen => {
+            channels_last::backward(isa, &pool, x, dy, dx, Accumulate::Begin);
         }
-        channels_last::backward(isa, &pool, x, dy, dx, Accumulate::Begin);
     })
 }
 
@@ -109,9 +114,12 @@ fn row_winners<T: Element>(
     for (ow, winner) in winners.iter_mut().enumerate() {
         *winner = tap(rows.start, w.padding.saturating_sub(ow * w.stride));
     }
+    // Before and behind these, all windows see the border.
+    let taps =
+        w.padding.saturating_sub((w.output - 1) * w.stride)..w.kernel.min(w.input + w.padding);
     for row in rows {
         let x = &x[row * w.input..][..w.input];
-        for s in 0..w.kernel {
+        for s in taps.clone() {
             // The windows whose tap lies inside.
             let first = w.padding.saturating_sub(s).div_ceil(w.stride);
             let end = (w.input + w.padding).saturating_sub(s).div_ceil(w.stride);

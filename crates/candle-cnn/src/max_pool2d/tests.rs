@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use test_support::{check_gradients, seeded_values};
 
 use super::*;
+use crate::element::Element;
 
 /// Values on a coarse grid, so that ties are common.
 fn tied(name: &str, dims: (usize, usize, usize, usize)) -> Result<Tensor> {
@@ -14,8 +15,36 @@ fn tied(name: &str, dims: (usize, usize, usize, usize)) -> Result<Tensor> {
     Tensor::from_vec(values, dims, &Device::Cpu)
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
+fn bits<T: Element>(values: &[T]) -> Vec<u64> {
+    values
+        .iter()
+        .map(|value| value.as_f64().to_bits())
+        .collect()
+}
+
+/// Compares with the plain loops, bit for bit.
+fn check<T: Element>(planes: &Planes, x: &[f32]) {
+    let of = |values: &[f32]| -> Vec<T> {
+        let values = values.iter();
+        values.map(|&value| T::real(f64::from(value))).collect()
+    };
+    let x = of(x);
+    let count = planes.batch * planes.channels * planes.output_plane();
+    let dy = of(&seeded_values("dy", count, 2.0));
+    let (mut y, mut dx) = (Vec::new(), vec![T::ZERO; x.len()]);
+    for (p, plane) in x.chunks_exact(planes.input_plane()).enumerate() {
+        for oh in 0..planes.h.output {
+            for ow in 0..planes.w.output {
+                let winner = reference::first_maximum(planes, plane, oh, ow);
+                dx[p * planes.input_plane() + winner] += dy[y.len()];
+                y.push(plane[winner]);
+            }
+        }
+    }
+    for isa in Isa::available() {
+        assert_eq!(bits(&cpu::forward(planes, isa, &x)), bits(&y));
+        assert_eq!(bits(&cpu::backward(planes, isa, &x, &dy)), bits(&dx));
+    }
 }
 
 proptest! {
@@ -40,23 +69,26 @@ proptest! {
         };
         let x: Vec<f32> = x.flatten_all().unwrap().to_vec1().unwrap();
         let x: Vec<f32> = x.into_iter().map(unusual).collect();
-        let count = planes.batch * planes.channels * planes.output_plane();
-        let dy = seeded_values("dy", count, 2.0);
-        let (mut y, mut dx) = (Vec::new(), vec![0f32; x.len()]);
-        for (p, plane) in x.chunks_exact(planes.input_plane()).enumerate() {
-            for oh in 0..planes.h.output {
-                for ow in 0..planes.w.output {
-                    let winner = reference::first_maximum(&planes, plane, oh, ow);
-                    dx[p * planes.input_plane() + winner] += dy[y.len()];
-                    y.push(plane[winner]);
-                }
-            }
-        }
-        for isa in Isa::available() {
-            prop_assert_eq!(bits(&cpu::forward(&planes, isa, &x)), bits(&y));
-            prop_assert_eq!(bits(&cpu::backward(&planes, isa, &x, &dy)), bits(&dx));
-        }
+        check::<f32>(&planes, &x);
+        check::<f64>(&planes, &x);
     }
+}
+
+#[test]
+fn a_border_wider_than_the_planes_costs_no_time() -> Result<()> {
+    // A window of 2³¹ pixels, all but 8 of which are border.
+    let window = PoolWindow {
+        kernel_size: (1, 1 << 31),
+        stride: (1, 1),
+        padding: (0, 1 << 30),
+        ceil_mode: false,
+    };
+    for channels in [1, 9] {
+        let x = tied("x", (1, channels, 1, 8))?;
+        let planes = Planes::new(OP, &x, window)?;
+        check::<f32>(&planes, &x.flatten_all()?.to_vec1()?);
+    }
+    Ok(())
 }
 
 #[test]
