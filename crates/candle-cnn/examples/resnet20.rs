@@ -4,6 +4,8 @@
 //! ```sh
 //! cargo run -p candle-cnn --example resnet20
 //! ```
+//!
+//! "Speed on the CPU" in the crate's README says how a step takes two thirds of that time.
 
 use std::time::Instant;
 
