@@ -5,7 +5,7 @@
 //! cargo run -p candle-cnn --example resnet20
 //! ```
 //!
-//! "Speed on the CPU" in the crate's README says how a step takes two thirds of that time.
+//! "Speed on the CPU" in the crate's README says how to make a step take two thirds of the time.
 
 use std::time::Instant;
 

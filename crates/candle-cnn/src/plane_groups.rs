@@ -21,7 +21,7 @@ const MIN_ELEMENTS: usize = 1 << 13;
 /// Planes that are computed together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Group {
-    /// [`ALIGNMENT`] of them. The last may be no planes, and where the results belong is what was there of another group.
+    /// [`ALIGNMENT`] of them, of which the last may be no planes. All results have to be written: before, those of another group are there.
     Sixteen,
     /// One, since planes are few or large. Its results are zeros before.
     One,

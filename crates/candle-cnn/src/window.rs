@@ -97,7 +97,8 @@ impl Axis {
     /// Input positions of window `o` that lie inside the input.
     pub(crate) fn range(&self, o: usize) -> std::ops::Range<usize> {
         let start = o * self.stride;
-        let end = (start + self.kernel)
+        let end = start
+            .saturating_add(self.kernel)
             .saturating_sub(self.padding)
             .min(self.input);
         start.saturating_sub(self.padding).min(end)..end

@@ -137,6 +137,10 @@ pub fn adaptive_avg_pool2d(x: &Tensor, output: (usize, usize)) -> Result<Tensor>
         let shape = [batch.max(1), channels.max(1), size.0, size.1];
         OpError::check_elements(OP, what, &shape)?;
     }
+    for (input, output) in [(height, output.0), (width, output.1)] {
+        // Where a bin begins and ends is a part of this.
+        OpError::check_elements(OP, "pixels by bins", &[input, output.saturating_add(1)])?;
+    }
     let rule = |input: usize, output: usize| Rule::Adaptive { input, output };
     let pool = AvgPool2d::new(OP, rule(height, output.0), rule(width, output.1))?;
     x.contiguous()?.apply_op1(pool)
@@ -189,7 +193,9 @@ impl Rule {
                     let range = axis.range(o);
                     // The padded window ends at the padded border at the latest.
                     let start = o * axis.stride;
-                    let end = (start + axis.kernel).min(axis.input + 2 * axis.padding);
+                    let end = start
+                        .saturating_add(axis.kernel)
+                        .min(axis.input + 2 * axis.padding);
                     let padded = end - start;
                     Bin {
                         count: if count_include_pad {
@@ -226,7 +232,8 @@ struct AvgPool2d {
 
 impl AvgPool2d {
     fn new(op: &'static str, h: Rule, w: Rule) -> Result<Self> {
-        OpError::check_room::<Bin>(op, "output", &[h.output(), w.output()])?;
+        let bins = h.output().saturating_add(w.output());
+        OpError::check_room::<Bin>(op, "bins of both axes, a list", &[bins])?;
         Ok(Self {
             op,
             h: h.bins(),

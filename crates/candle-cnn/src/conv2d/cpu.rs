@@ -246,6 +246,12 @@ impl InputGradientAxis {
     }
 }
 
+/// Pixels of the buffer along an axis of the input gradient.
+#[cfg(test)]
+pub(super) fn padded_gradient(kernel: usize, steps: (usize, usize, usize), size: usize) -> usize {
+    InputGradientAxis::new(kernel, steps, size).buffer
+}
+
 /// The phases of the input gradient: pixels that are in none have a gradient of zero.
 fn input_gradient(g: &Conv2dGeometry) -> Vec<Phase> {
     let config = &g.config;

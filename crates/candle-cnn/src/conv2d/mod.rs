@@ -31,6 +31,7 @@ use crate::activation::Activation;
 use crate::backward::aside;
 use crate::element::{Element, dispatch, float_dtype, slice, with_slices};
 use crate::error::OpError;
+use crate::maps::ALIGNMENT;
 use crate::simd::Isa;
 
 pub(crate) use cpu::{PIXELS_PER_OUTER_BLOCK, PIXELS_PER_TASK, Panel, images_per_task, panels};
@@ -185,19 +186,27 @@ impl Conv2dGeometry {
         OpError::check_elements(OP, "weight", &[self.c_out, self.c_in, kernel.0, kernel.1])
     }
 
-    /// Refuses an output of all images, and padding of one image, that there is no room for on the CPU.
+    /// Refuses an output of all images, and what the forward pass lays out of one image, that there is no room for on the
+    /// CPU.
     fn check_forward_room<T>(&self) -> Result<()> {
         let (h, w) = self.axes();
         let padded = [self.c_in, h.padded(), w.padded()];
         OpError::check_room::<T>(OP, "output", self.output_shape().dims())?;
-        OpError::check_room::<T>(OP, "padded input of an image", &padded)
+        OpError::check_room::<T>(OP, "padded input of an image", &padded)?;
+        let results = [in_vectors(self.c_out), self.output.0, self.output.1];
+        OpError::check_room::<T>(OP, "output of an image, in whole vectors,", &results)
     }
 
-    /// Refuses padding of an image's output gradient that there is no room for on the CPU.
-    fn check_backward_room<T>(&self) -> Result<()> {
+    /// The same for what the backward pass lays out besides.
+    fn check_backward_room<T>(&self, needs_input: bool) -> Result<()> {
+        if !needs_input {
+            return Ok(());
+        }
         let (h, w) = self.axes();
         let padded = [self.c_out, h.padded_gradient(), w.padded_gradient()];
-        OpError::check_room::<T>(OP, "padded gradient of an image's output", &padded)
+        OpError::check_room::<T>(OP, "padded gradient of an image's output", &padded)?;
+        let results = [in_vectors(self.c_in), self.input.0, self.input.1];
+        OpError::check_room::<T>(OP, "gradient of an image, in whole vectors,", &results)
     }
 
     fn output_shape(&self) -> Shape {
@@ -235,6 +244,11 @@ impl Conv2dGeometry {
         let pixels = self.batch * self.output.0 * self.output.1;
         (pixels as u64).saturating_mul(per_pixel as u64)
     }
+}
+
+/// Channels in the widest vectors of any instruction set.
+fn in_vectors(channels: usize) -> usize {
+    channels.saturating_add(ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT
 }
 
 /// One axis of a convolution.
@@ -488,7 +502,7 @@ impl Conv2d {
         dy: &Tensor,
         needs: cpu::Needs,
     ) -> Result<[Option<Tensor>; 3]> {
-        self.geometry.check_backward_room::<T>()?;
+        self.geometry.check_backward_room::<T>(needs.input)?;
         let tensors = [x, weight, y, dy];
         let gradients = with_slices::<T, _, _>(OP, tensors, |[x, weight, y, dy]| {
             let mask = (self.activation == Activation::Relu).then_some(y);

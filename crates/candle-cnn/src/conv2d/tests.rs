@@ -129,8 +129,44 @@ fn outputs_that_see_padding_alone_give_no_gradient() -> Result<()> {
 }
 
 #[test]
+fn the_padded_gradient_is_no_larger_than_what_is_checked_beforehand() -> Result<()> {
+    for kernel in 1..5 {
+        for (stride, dilation, padding, size) in (1..6).flat_map(|stride| {
+            (1..4).flat_map(move |dilation| {
+                (0..7).flat_map(move |p| (1..8).map(move |size| (stride, dilation, p, size)))
+            })
+        }) {
+            let axis = ConvAxis {
+                input: size,
+                kernel,
+                stride,
+                padding,
+                dilation,
+            };
+            if axis.output().is_none() {
+                continue;
+            }
+            let needed = cpu::padded_gradient(kernel, (stride, dilation, padding), size);
+            let bound = axis.padded_gradient();
+            assert!(needed <= bound, "{bound}, {needed}");
+            assert!(stride > 1 || bound <= needed + 1, "{bound}, {needed}");
+        }
+    }
+    // 2⁴⁸ channels' pixels and more, of which the forward pass knows nothing.
+    let wide = Conv2dConfig {
+        dilation: (1, 1 << 45),
+        padding: (0, 1 << 44),
+        ..Default::default()
+    };
+    let g = geometry(1, (1, 64), (1, 3), (1, 2), wide)?;
+    let text = g.check_backward_room::<f32>(true).unwrap_err().to_string();
+    assert!(text.contains("padded gradient of an image"), "{text}");
+    g.check_backward_room::<f32>(false)
+}
+
+#[test]
 fn images_that_a_task_takes_in_turn_do_not_mix() -> Result<()> {
-    // One thread, and more pixels than it takes at once: a group of three images and one of two.
+    // One thread, and more pixels than the backward pass takes at once: a group of three images and one of two.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     pool.unwrap().install(|| {
         for (kernel, stride) in [(1, 2), (3, 2), (2, 5), (3, 1)] {
@@ -532,7 +568,7 @@ fn pixels_between_the_steps_of_a_kernel_have_no_gradient() -> Result<()> {
 fn what_the_machine_has_no_room_for_is_an_error() -> Result<()> {
     let x = Tensor::zeros((1, 1, 5, 5), DType::F32, &Device::Cpu)?;
     let weight = Tensor::zeros((3, 1, 1, 1), DType::F32, &Device::Cpu)?;
-    // 2⁵² pixels: three outputs of as many each, or of 9.
+    // 2⁵² pixels: three channels of as many outputs each, or of 9.
     for (stride, expected) in [
         (1, "output of shape [1, 3"),
         (1 << 25, "padded input of an image"),
