@@ -144,11 +144,20 @@ fn row_winners<T: Element>(
         let x = &x[row * w.input..][..w.input];
         for (s, windows) in taps {
             let x = &x[windows.start * w.stride + s - w.padding..];
-            let windows = (&mut best[windows.clone()], &mut winners[windows.clone()]);
-            if w.stride == 1 {
-                take_better(x.iter(), number(row, *s), windows);
-            } else {
-                take_better(x.iter().step_by(w.stride), number(row, *s), windows);
+            let best = &mut best[windows.clone()];
+            let winners = &mut winners[windows.clone()];
+            let tap = number(row, *s);
+            match w.stride {
+                1 => take_better(x.iter(), tap, (best, winners)),
+                2 => {
+                    // Pairs of pixels, and the last one where it has no other.
+                    let (pairs, last) = x.as_chunks::<2>();
+                    let (best, last_best) = best.split_at_mut(pairs.len().min(best.len()));
+                    let (winners, last_winner) = winners.split_at_mut(best.len());
+                    take_better(pairs.iter().map(|[x, _]| x), tap, (best, winners));
+                    take_better(last.iter(), tap, (last_best, last_winner));
+                }
+                stride => take_better(x.iter().step_by(stride), tap, (best, winners)),
             }
         }
     }
