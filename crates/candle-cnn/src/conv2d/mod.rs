@@ -193,7 +193,11 @@ impl Conv2dGeometry {
         let padded = [self.c_in, h.padded(), w.padded()];
         OpError::check_room::<T>(OP, "output", self.output_shape().dims())?;
         OpError::check_room::<T>(OP, "padded input of an image", &padded)?;
-        let results = [in_vectors(self.c_out), self.output.0, self.output.1];
+        let results = [
+            self.c_out.next_multiple_of(ALIGNMENT),
+            self.output.0,
+            self.output.1,
+        ];
         OpError::check_room::<T>(OP, "output of an image, in whole vectors,", &results)
     }
 
@@ -205,7 +209,11 @@ impl Conv2dGeometry {
         let (h, w) = self.axes();
         let padded = [self.c_out, h.padded_gradient(), w.padded_gradient()];
         OpError::check_room::<T>(OP, "padded gradient of an image's output", &padded)?;
-        let results = [in_vectors(self.c_in), self.input.0, self.input.1];
+        let results = [
+            self.c_in.next_multiple_of(ALIGNMENT),
+            self.input.0,
+            self.input.1,
+        ];
         OpError::check_room::<T>(OP, "gradient of an image, in whole vectors,", &results)
     }
 
@@ -244,11 +252,6 @@ impl Conv2dGeometry {
         let pixels = self.batch * self.output.0 * self.output.1;
         (pixels as u64).saturating_mul(per_pixel as u64)
     }
-}
-
-/// Channels in the widest vectors of any instruction set.
-fn in_vectors(channels: usize) -> usize {
-    channels.saturating_add(ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT
 }
 
 /// One axis of a convolution.
